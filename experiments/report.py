@@ -1,0 +1,103 @@
+"""The table at the end, on the screen and as a Markdown file."""
+
+import pathlib
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments import plots
+from experiments.records import Summary
+
+_COLUMNS = (
+    "method",
+    "optimizer state (bytes)",
+    "momentum or accumulator",
+    "its compressible part",
+    "of full",
+    "s/update",
+    "train loss",
+    "valid. loss",
+)
+
+
+def write(summaries: Sequence[Summary], folder: pathlib.Path, console: Console) -> None:
+    """Prints the table; writes it and the two pictures into `folder`."""
+    plots.loss_curves(summaries, folder / "loss_curves.png")
+    plots.memory_bars(summaries, folder / "memory.png")
+    (folder / "report.md").write_text(_markdown(summaries))
+    table = Table(title=_headline(summaries), title_justify="left")
+    for index, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="right" if index else "left")
+    for summary in summaries:
+        table.add_row(*_cells(summary))
+    console.print(table)
+    for line in _byte_lines(summaries):
+        console.print(line, highlight=False)
+
+
+def _headline(summaries: Sequence[Summary]) -> str:
+    first = summaries[0]
+    return (
+        f"GPT-2 of {first.bytes.parameters:,} bytes of parameters, "
+        f"{first.bytes.compressible_parameters:.1%} of them in compressible matrices; "
+        f"{first.updates} updates of {first.tokens_per_update:,} tokens"
+    )
+
+
+def _cells(summary: Summary) -> list[str]:
+    state = summary.bytes
+    return [
+        summary.title,
+        f"{state.state:,}",
+        f"{state.buffer:,}",
+        f"{state.compressible:,}",
+        str(state.kept),
+        f"{summary.step_seconds:.3f}",
+        f"{summary.train_loss:.3f}",
+        f"{summary.validation_loss:.3f}",
+    ]
+
+
+def _byte_lines(summaries: Sequence[Summary]) -> list[str]:
+    """Says of each compressed method whether its bytes are what was promised."""
+    lines = []
+    for summary in summaries:
+        state = summary.bytes
+        if not summary.compressed:
+            continue
+        verdict = (
+            "rank/width to the byte in every leaf"
+            if state.rank_over_width
+            else "NOT rank/width in every leaf"
+        )
+        lines.append(
+            f"{summary.title}: {state.compressible:,} of "
+            f"{state.compressible_in_full:,} bytes of {summary.kind} in compressed "
+            f"leaves, {state.kept}: {verdict}."
+        )
+    return lines
+
+
+def _markdown(summaries: Sequence[Summary]) -> str:
+    rule = ["---"] + ["---:"] * (len(_COLUMNS) - 1)
+    rows = [list(_COLUMNS), rule, *map(_cells, summaries)]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    checks = "\n".join(f"- {line}" for line in _byte_lines(summaries))
+    rates = ", ".join(f"{s.title} {s.learning_rate:g}" for s in summaries)
+    return f"""# {_headline(summaries)}
+
+{table}
+
+{checks}
+- Peak learning rates: {rates}.
+- Train loss is the mean over the last tenth of the updates, validation loss that after
+  the last one, on a fixed set; both in nats per token. Seconds are the median wall
+  time of an update, all of its micro-batches together, without compilation.
+- Each (micro-)step still forms the full gradient, {summaries[0].bytes.parameters:,}
+  bytes for a moment; what is compressed lives on between the steps.
+
+![Loss of each method over the updates](loss_curves.png)
+
+![Bytes of each optimizer's state](memory.png)
+"""

@@ -1,0 +1,136 @@
+"""Argument validators: every message names the argument, the value and the remedy."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_STATIC = frozenset(
+    {
+        "dtype",
+        "every_k",
+        "key",
+        "mask",
+        "max_aspect_ratio",
+        "min_dim_size",
+        "min_dim_size_to_factor",
+        "projection",
+        "rank",
+        "resample_every",
+        "should_skip_update_fn",
+        "weight_decay_mask",
+        "weight_dimension_numbers",
+    }
+)
+
+
+def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a factory's arguments that must stay static under inject_hyperparams.
+
+    ``optax.inject_hyperparams`` turns ints into traced arrays and callables into
+    schedules. Ranks, intervals and keys decide shapes and programs and cannot be
+    traced: name them in its ``static_args``.
+
+    Args:
+      factory: a factory of this package, for example ``flora_jax.flora``.
+
+    Returns:
+      The names, sorted, that ``factory`` takes and that must be static.
+
+    Example:
+      >>> import optax, flora_jax as fj
+      >>> make = optax.inject_hyperparams(
+      ...     fj.flora, static_args=fj.static_args(fj.flora))
+      >>> tx = make(learning_rate=optax.linear_schedule(1e-3, 0.0, 100), rank=8)
+    """
+    return tuple(sorted(_STATIC & set(inspect.signature(factory).parameters)))
+
+
+def check_positive_int(name: str, value: Any, remedy: str) -> int:
+    """Returns ``value`` as an int, or raises if it is not a static int >= 1.
+
+    Args:
+      name: the argument's name.
+      value: what was given for it.
+      remedy: what to do instead, the end of the message.
+
+    Returns:
+      The value as a Python int.
+
+    Raises:
+      TypeError: for bools, floats, strings and arrays (traced ones included).
+      ValueError: for zero and negative numbers.
+    """
+    _refuse_array(name, value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` must be an int, got {name}={value!r}; {remedy}")
+    if value <= 0:
+        raise ValueError(f"`{name}` must be positive, got {name}={value}; {remedy}")
+    return int(value)
+
+
+def _refuse_array(name: str, value: Any) -> None:
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"`{name}` must be a static Python number, got the array {value}; it"
+            " decides shapes or the program: under optax.inject_hyperparams pass"
+            " static_args=flora_jax.static_args(factory)"
+        )
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float | None, remedy: str
+) -> None:
+    """Raises unless ``low <= value < high``; arrays (a hyperparameter) are passed on.
+
+    Args:
+      name: the argument's name.
+      value: what was given for it.
+      low: smallest value that is allowed.
+      high: smallest value that is too large, or None.
+      remedy: what to do instead, the end of the message.
+
+    Raises:
+      TypeError: for anything that is not a real number.
+      ValueError: for numbers outside the range, and NaN.
+    """
+    if name in _STATIC:
+        _refuse_array(name, value)
+    if isinstance(value, jax.Array | np.ndarray):
+        if value.shape or not jnp.issubdtype(value.dtype, jnp.number):
+            raise TypeError(
+                f"`{name}` must be a real number, got an array of shape {value.shape}"
+                f" and dtype {value.dtype}; {remedy}"
+            )
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a real number, got {value!r}; {remedy}")
+    if not low <= value or not (high is None or value < high):
+        bounds = f"be at least {low}" if high is None else f"lie in [{low}, {high})"
+        raise ValueError(f"`{name}` must {bounds}, got {name}={value}; {remedy}")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raises ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(map(repr, choices))}, got"
+            f" {name}={value!r}; choose one of these"
+        )
+
+
+def check_state_dtype(value: Any) -> jnp.dtype:
+    """Returns the dtype of the state, or raises unless it is a floating one."""
+    dtype = jnp.dtype(value)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"`dtype` must be a floating dtype, got dtype={dtype}; use jnp.float32 or"
+            " jnp.bfloat16"
+        )
+    return dtype

@@ -1,0 +1,100 @@
+"""PRNG keys: one raw root key in the state, one key per leaf and epoch from it.
+
+Two rules keep every draw independent. ``fold_in`` and ``split`` are never applied to
+one and the same key (``fold_in(k, 1)`` equals ``split(k)[1]``): the chain below only
+folds, and what it returns is only split or sampled. And a key is salted with the name
+of the transformation, so that two of them with the same seed do not share projections.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+IMPL = "threefry2x32"
+_REMEDY = (
+    "pass an int seed, jax.random.key(seed, impl='threefry2x32'), or its key data"
+    " (uint32, shape (2,))"
+)
+
+
+def raw_key(key: Any) -> np.ndarray | jax.Array:
+    """Returns key data (uint32, shape (2,)) of a seed, a typed key or raw key data.
+
+    Args:
+      key: an int in [0, 2**64), a typed scalar key of threefry2x32, or key data.
+
+    Returns:
+      The key data; for an int the words that ``jax.random.key(seed)`` has.
+
+    Raises:
+      TypeError: for other types, dtypes, shapes or PRNG implementations.
+      ValueError: for an int outside the range.
+    """
+    if isinstance(key, int) and not isinstance(key, bool):
+        if not 0 <= key < 2**64:
+            raise ValueError(f"`key` must lie in [0, 2**64), got key={key}; {_REMEDY}")
+        return np.array([key >> 32, key & 0xFFFFFFFF], np.uint32)
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        impl = str(jax.random.key_impl(key))
+        if impl != IMPL or key.shape:
+            raise TypeError(
+                f"`key` must be one {IMPL} key, got implementation {impl!r} and shape"
+                f" {key.shape}; {_REMEDY}"
+            )
+        return jax.random.key_data(key)
+    if isinstance(key, jax.Array | np.ndarray):
+        if key.dtype == np.uint32 and key.shape == (2,):
+            return key
+        raise TypeError(
+            f"`key` must be uint32 key data of shape (2,), got dtype {key.dtype} and"
+            f" shape {key.shape}; {_REMEDY}; under optax.inject_hyperparams pass"
+            " static_args=flora_jax.static_args(factory)"
+        )
+    raise TypeError(f"`key` must be a seed or a PRNG key, got key={key!r}; {_REMEDY}")
+
+
+def check_state_key(name: str, key: Any) -> None:
+    """Raises if the root key in a state is no longer uint32 key data.
+
+    A cast or an average over the whole state destroys the key without an error; every
+    projection would then be another one.
+
+    Args:
+      name: the transformation whose state it is.
+      key: the ``key`` field of its state.
+
+    Raises:
+      TypeError: if dtype or shape are not those of key data.
+    """
+    if key.dtype != np.uint32 or key.shape != (2,):
+        raise TypeError(
+            f"`state.key` of {name} must be uint32 of shape (2,), got dtype"
+            f" {key.dtype} and shape {key.shape}; something cast or averaged the whole"
+            " optimizer state (optax.tree.cast and lax.pmean do): restore the key from"
+            " a checkpoint or from tx.init, and cast parameter-shaped trees only, with"
+            " optax.tree.map_params"
+        )
+
+
+def leaf_key(root: jax.Array, name: str, path: str, epoch: Any) -> jax.Array:
+    """Returns the typed key of one leaf in one epoch.
+
+    Args:
+      root: the state's key data, uint32 of shape (2,).
+      name: the transformation's name, the salt.
+      path: the leaf's normalised path; by path and not by index, so that masking a
+        leaf does not move the randomness of the others.
+      epoch: how often the projection was drawn before, an int or an int32 scalar.
+
+    Returns:
+      A typed scalar key, to be split or sampled from, never folded into again.
+    """
+    key = jax.random.wrap_key_data(root, impl=IMPL)
+    for salt in (zlib.crc32(name.encode()), zlib.crc32(path.encode())):
+        key = jax.random.fold_in(key, np.uint32(salt))
+    return jax.random.fold_in(key, epoch)

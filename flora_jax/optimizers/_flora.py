@@ -1,0 +1,136 @@
+"""The paper's optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax.projections import Gaussian, Projection
+from flora_jax.transforms import (
+    chain_in_gradient_dtype,
+    compressed_momentum,
+    scale_by_factored_rms,
+)
+
+
+def flora(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Any,
+    b1: jax.typing.ArrayLike | None = 0.9,
+    *,
+    resample_every: int | None = 1000,
+    reading: str = "paper",
+    projection: Projection = Gaussian(),  # noqa: B008 (frozen)
+    key: Any = 0,
+    mask: Any = None,
+    min_dim_size: int = 128,
+    max_aspect_ratio: float = 16,
+    side: str = "smaller",
+    weight_dimension_numbers: Any = None,
+    decay_rate: jax.typing.ArrayLike = 0.8,
+    epsilon: jax.typing.ArrayLike = 1e-30,
+    min_dim_size_to_factor: int = 128,
+    clipping_threshold: jax.typing.ArrayLike | None = 1.0,
+    multiply_by_parameter_scale: bool = True,
+    weight_decay: jax.typing.ArrayLike | None = None,
+    weight_decay_mask: Any = None,
+    dtype: Any = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    """Adafactor whose momentum is kept as a sketch: the optimizer of the FLORA paper.
+
+    The chain: :func:`flora_jax.scale_by_factored_rms`, clipping by each leaf's RMS,
+    :func:`flora_jax.compressed_momentum`, multiplication by the parameter's RMS, weight
+    decay, learning rate. The momentum averages the normalised, clipped update.
+
+    Memory of one (n, m) matrix: r·max(n, m) + n + m numbers of ``dtype`` (AdamW: 2 n m;
+    Adafactor with momentum: n m + n + m).
+
+    Args:
+      learning_rate: a float or a schedule; 1e-3 in the paper's runs from scratch.
+      rank: sketch size r; an int, a callable of (path, shape), or a tree of ints.
+      b1: momentum's decay β; None keeps no momentum.
+      resample_every: updates between two projections; 1000 as in the paper.
+      reading: how the momentum becomes an update; see
+        :func:`flora_jax.compressed_momentum`.
+      projection: how leaves are sketched; Gaussian as in the paper.
+      key: int seed, typed threefry2x32 key, or its key data.
+      mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.
+      min_dim_size: smallest side of a matrix that is sketched.
+      max_aspect_ratio: largest ratio of its sides.
+      side: which side is sketched.
+      weight_dimension_numbers: which axes form the matrix, in optax's convention.
+      decay_rate: exponent of the second moment's decay schedule.
+      epsilon: added to the squared gradient.
+      min_dim_size_to_factor: smallest side of a matrix whose second moment is factored.
+      clipping_threshold: largest RMS of a leaf's normalised update, before momentum;
+        None does not clip.
+      multiply_by_parameter_scale: multiply updates by the RMS of their parameter.
+      weight_decay: decoupled weight decay, multiplied by the learning rate; None for
+        none.
+      weight_decay_mask: as ``mask`` of ``optax.add_decayed_weights``.
+      dtype: dtype of the state; arithmetic is in float32.
+
+    Returns:
+      The gradient transformation. Updates have the dtype of the gradients.
+
+    Raises:
+      TypeError: for arguments of a wrong type; from update, if the key was cast.
+      ValueError: for arguments out of range; from update, if ``params`` is missing or
+        gradients and state do not match.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import flora_jax as fj
+      >>> params = {"w": jnp.ones((256, 512))}
+      >>> tx = fj.flora(learning_rate=1e-3, rank=32)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"w": jnp.ones((256, 512))}, state, params)
+
+    References:
+      Hao et al., `FLORA: Low-Rank Adapters Are Secretly Gradient Compressors
+      <https://arxiv.org/abs/2402.03293>`_, 2024
+    """
+    chain = [
+        scale_by_factored_rms(
+            decay_rate,
+            epsilon=epsilon,
+            min_dim_size_to_factor=min_dim_size_to_factor,
+            weight_dimension_numbers=weight_dimension_numbers,
+            dtype=dtype,
+        )
+    ]
+    if clipping_threshold is not None:
+        chain.append(optax.clip_by_block_rms(clipping_threshold))
+    if b1 is not None:
+        chain.append(
+            compressed_momentum(
+                b1,
+                rank,
+                resample_every=resample_every,
+                reading=reading,
+                projection=projection,
+                key=key,
+                mask=mask,
+                min_dim_size=min_dim_size,
+                max_aspect_ratio=max_aspect_ratio,
+                side=side,
+                weight_dimension_numbers=weight_dimension_numbers,
+                dtype=dtype,
+            )
+        )
+    if multiply_by_parameter_scale:
+        chain.append(optax.scale_by_param_block_rms())
+    if weight_decay is not None:
+        chain.append(optax.add_decayed_weights(weight_decay, weight_decay_mask))
+    chain.append(optax.scale_by_learning_rate(learning_rate))
+    needs = []
+    if multiply_by_parameter_scale:
+        needs.append("multiply_by_parameter_scale")
+    if weight_decay is not None:
+        needs.append("weight_decay")
+    return chain_in_gradient_dtype(
+        *chain, params_for=f"flora({', '.join(needs)})" if needs else ""
+    )

@@ -1,0 +1,298 @@
+"""Gradient accumulation kept as a sketch (the paper's Algorithm 1)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax import _checks, _keys, _state
+from flora_jax._plan import LeafPlan
+from flora_jax._rules import LeafRules
+from flora_jax.projections import Gaussian, Projection
+from flora_jax.transforms._sketch import Sketcher
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Key
+
+# compressed_accumulator shares it: same key and cycle, same projections.
+NAME = "compressed_accumulation"
+
+
+class CompressedAccumulationState(NamedTuple):
+    """State of :func:`compressed_accumulation`; fields as in ``optax.MultiStepsState``.
+
+    Attributes:
+      mini_step: micro-steps accumulated in this cycle, int32.
+      gradient_step: finished cycles, int32; also the epoch of the projection.
+      inner_opt_state: state of the inner transformation.
+      acc_grads: tree of sketches, one array per parameter leaf.
+      skip_state: what ``should_skip_update_fn`` returned last.
+      key: root key data, uint32 of shape (2,); it never changes.
+      spec: what the state means, for :func:`flora_jax.verify_state`.
+    """
+
+    mini_step: jax.Array
+    gradient_step: jax.Array
+    inner_opt_state: Any
+    acc_grads: Any
+    skip_state: Any
+    key: jax.Array
+    spec: jax.Array
+
+
+def compressed_accumulation(
+    inner: optax.GradientTransformation,
+    every_k: int | Callable[[Any], Any],
+    rank: Any,
+    *,
+    use_grad_mean: bool = True,
+    should_skip_update_fn: Callable[..., tuple[Any, Any]] | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    projection: Projection = Gaussian(),  # noqa: B008 (frozen)
+    key: Any = 0,
+    mask: Any = None,
+    min_dim_size: int = 128,
+    max_aspect_ratio: float = 16,
+    side: str = "smaller",
+    weight_dimension_numbers: Any = None,
+    dtype: Any = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    """Accumulates the gradients of k micro-steps as a sketch, then updates once.
+
+    In place of ``optax.MultiSteps``. Each cycle draws a fresh S; for a leaf folded to
+    G (n x m) with its columns sketched, micro-step i = 0…k−1 does
+
+      C ← C + (G_i Sᵀ − C)/(i+1),
+
+    and the last one gives C S, an unbiased estimate of the mean gradient, to ``inner``.
+    Other micro-steps return zeros and leave ``inner`` alone: unlike optax, it runs once
+    per cycle. The estimate is inflated, E‖C S‖² = (1 + (m+1)/r)·‖G‖² for Gaussian, so
+    that a norm clip inside ``inner`` nearly always clips; clip before accumulating.
+
+    Each micro-step still forms full gradients: what is saved is the accumulator.
+
+    Under ``shard_map`` with gradients that are not reduced yet, the accumulator is a
+    per-device state: keep it sharded over that axis, reduce inside ``inner``, and give
+    ``axis_name`` if gradients are skipped, so that all devices skip together.
+
+    Memory: r·max(n, m) numbers of ``dtype`` per sketched leaf (``side="smaller"``), the
+    leaf's size for dense ones.
+
+    Args:
+      inner: what receives the accumulated gradient, for example optax.adafactor(4e-4).
+      every_k: micro-steps k per cycle; an int, or a callable of the cycle's number.
+      rank: sketch size r; an int, a callable of (path, shape), or a tree of ints.
+      use_grad_mean: accumulate the mean, or the sum if False.
+      should_skip_update_fn: as in optax, a callable of (updates, gradient_step, params)
+        that returns a bool scalar and a tree to keep in ``skip_state``; a skipped
+        micro-step changes nothing else. For example ``optax.skip_not_finite``.
+      axis_name: mesh axes over which a device-local skip is agreed on.
+      projection: how leaves are sketched; Gaussian as in the paper.
+      key: int seed, typed threefry2x32 key, or its key data.
+      mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.
+      min_dim_size: smallest side of a matrix that is sketched.
+      max_aspect_ratio: largest ratio of its sides.
+      side: which side is sketched.
+      weight_dimension_numbers: which axes form the matrix, in optax's convention.
+      dtype: dtype of the accumulator; arithmetic is in float32.
+
+    Returns:
+      The gradient transformation. It passes extra arguments on to ``inner``; updates
+      have the dtype of the gradients, and ``inner``'s state keeps its dtypes.
+
+    Raises:
+      TypeError: for arguments of a wrong type; from update, if the key was cast.
+      ValueError: for arguments out of range; from update, if gradients and state do
+        not match.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import flora_jax as fj
+      >>> params = {"w": jnp.ones((256, 512))}
+      >>> tx = fj.compressed_accumulation(optax.adafactor(4e-4), every_k=16, rank=32)
+      >>> tx.init(params).acc_grads["w"].shape
+      (32, 512)
+
+    References:
+      Hao et al., `FLORA: Low-Rank Adapters Are Secretly Gradient Compressors
+      <https://arxiv.org/abs/2402.03293>`_, 2024, Algorithm 1
+    """
+    if not callable(every_k):
+        every_k = _checks.check_positive_int(
+            "every_k", every_k, "pass the number of micro-steps per update"
+        )
+        if every_k == 1:
+            warnings.warn(
+                "compressed_accumulation with every_k=1 saves nothing and adds the"
+                " projection's noise to each gradient; use the inner transformation"
+                " alone",
+                stacklevel=2,
+            )
+    dtype = _checks.check_state_dtype(dtype)
+    root = _keys.raw_key(key)
+    rules = LeafRules(
+        rank, mask, min_dim_size, max_aspect_ratio, side, weight_dimension_numbers
+    )
+    sketcher = Sketcher(NAME, rules, projection)
+    inner = optax.with_extra_args_support(inner)
+    should_skip_fn = should_skip_update_fn or _never_skip
+
+    def init_fn(params: Any) -> CompressedAccumulationState:
+        shapes = [plan.state_shape for plan in rules.plan(params)]
+        zero = jnp.zeros([], jnp.int32)
+        grads = optax.tree.zeros_like(params)
+        return CompressedAccumulationState(
+            mini_step=zero,
+            gradient_step=jnp.zeros([], jnp.int32),
+            inner_opt_state=jax.tree.map(_strong, inner.init(params)),
+            acc_grads=_state.zeros_tree(params, shapes, dtype),
+            skip_state=should_skip_fn(grads, zero, params)[1],
+            key=jnp.array(root),
+            spec=sketcher.spec(root, use_grad_mean=use_grad_mean),
+        )
+
+    def update_fn(
+        updates: Any,
+        state: CompressedAccumulationState,
+        params: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, CompressedAccumulationState]:
+        _keys.check_state_key(NAME, state.key)
+        plans = rules.plan(updates)
+        grads = jax.tree.leaves(updates)
+        old = _state.matching_leaves(
+            NAME, "acc_grads", state.acc_grads, plans, [p.state_shape for p in plans]
+        )
+        skip, skip_state = should_skip_fn(updates, state.gradient_step, params)
+        _check_skip(skip)
+        if axis_name is not None:
+            skip = jax.lax.pmax(skip.astype(jnp.int32), axis_name) > 0
+
+        def accumulate(grads: Any, acc: Any, root: Any, i: Any, cycle: Any) -> Any:
+            return [
+                accumulate_leaf(
+                    sketcher,
+                    plan,
+                    sketcher.key(plan, root, cycle),
+                    use_grad_mean,
+                    i,
+                    *ga,
+                )
+                for plan, *ga in zip(plans, grads, acc, strict=True)
+            ]
+
+        def estimate(acc: Any, root: Any, cycle: Any) -> Any:
+            return [
+                sketcher.unsketch(plan, sketcher.key(plan, root, cycle), leaf)
+                for plan, leaf in zip(plans, acc, strict=True)
+            ]
+
+        def emit_fn(acc: Any, inner_state: Any) -> Any:
+            leaves = _state.run_sharded(
+                estimate, grads, acc, state.key, state.gradient_step
+            )
+            mean = optax.tree.cast_like(_state.rebuild(updates, leaves), updates)
+            new_updates, new_inner = inner.update(
+                mean, inner_state, params, **extra_args
+            )
+            new_updates = optax.tree.cast_like(new_updates, updates)
+            new_inner = jax.tree.map(_cast_like, new_inner, inner_state)
+            return new_updates, new_inner, jax.tree.map(jnp.zeros_like, acc)
+
+        def idle_fn(acc: Any, inner_state: Any) -> Any:
+            shapes = jax.eval_shape(emit_fn, acc, inner_state)[0]
+            return jax.tree.map(jnp.zeros_like, shapes), inner_state, acc
+
+        acc = _state.run_sharded(
+            accumulate, old, grads, old, state.key, state.mini_step, state.gradient_step
+        )
+        if should_skip_update_fn is not None:
+            acc = [jnp.where(skip, *pair) for pair in zip(old, acc, strict=True)]
+        k = every_k(state.gradient_step) if callable(every_k) else every_k
+        emit = jnp.logical_not(skip) & (state.mini_step >= k - 1)
+        new_updates, inner_state, acc = jax.lax.cond(
+            emit, emit_fn, idle_fn, acc, state.inner_opt_state
+        )
+        stepped = jnp.where(emit, 0, optax.safe_increment(state.mini_step))
+        return new_updates, CompressedAccumulationState(
+            mini_step=jnp.where(skip, state.mini_step, stepped),
+            gradient_step=jnp.where(
+                emit, optax.safe_increment(state.gradient_step), state.gradient_step
+            ),
+            inner_opt_state=inner_state,
+            acc_grads=_state.rebuild(state.acc_grads, acc),
+            skip_state=skip_state,
+            key=state.key,
+            spec=state.spec,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def has_updated(state: Any) -> jax.Array:
+    """Whether the last update was the end of a cycle, as ``MultiSteps.has_updated``.
+
+    Args:
+      state: state of :func:`compressed_accumulation`, or any state that holds one.
+
+    Returns:
+      A bool scalar array.
+
+    Raises:
+      ValueError: if there is none, or more than one.
+    """
+
+    def is_ours(x: Any) -> bool:
+        return isinstance(x, CompressedAccumulationState)
+
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    if len(found) != 1:
+        raise ValueError(
+            "`state` must hold one CompressedAccumulationState, got"
+            f" {len(found)} of them; pass the state of one compressed_accumulation"
+        )
+    return (found[0].mini_step == 0) & (found[0].gradient_step > 0)
+
+
+def accumulate_leaf(
+    sketcher: Sketcher,
+    plan: LeafPlan,
+    key: Key[Array, ""],
+    use_mean: bool,
+    i: jax.Array | int,
+    grad: Float[Array, "..."],
+    acc: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """One leaf's running mean or sum of sketches, after micro-step i."""
+    total = acc.astype(jnp.float32)
+    fresh = sketcher.sketch(plan, key, grad)
+    total = total + ((fresh - total) / (i + 1) if use_mean else fresh)
+    return total.astype(acc.dtype)
+
+
+def _never_skip(*_: Any) -> tuple[jax.Array, tuple[()]]:
+    return jnp.zeros([], jnp.bool_), ()
+
+
+def _check_skip(skip: Any) -> None:
+    if (skip.dtype, skip.shape) != (jnp.bool_, ()):
+        raise ValueError(
+            "`should_skip_update_fn` must return a bool scalar array first, got dtype"
+            f" {skip.dtype} and shape {skip.shape}; reduce it with jnp.any"
+        )
+
+
+def _strong(x: Any) -> jax.Array:
+    """The array without weak type, which an update would change."""
+    return jax.lax.convert_element_type(x, jnp.result_type(x))
+
+
+def _cast_like(new: Any, old: jax.Array) -> jax.Array:
+    """The new state in the dtype of the old, so that the state stays as it was."""
+    return jax.lax.convert_element_type(new, old.dtype)

@@ -1,0 +1,152 @@
+"""The sketched accumulator inside one jitted step, for optax.microbatching."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax import _checks, _keys, _state
+from flora_jax._plan import LeafPlan
+from flora_jax._rules import LeafRules
+from flora_jax.projections import Gaussian, Projection
+from flora_jax.transforms._accumulation import NAME, accumulate_leaf
+from flora_jax.transforms._sketch import Sketcher
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CompressedAccumulatorCarry:
+    """Carry of :func:`compressed_accumulator`.
+
+    Attributes:
+      sketches: tree of sketches, one array per gradient leaf.
+      key: root key data, uint32 of shape (2,).
+      step: number of the cycle, int32; the epoch of the projection.
+      plans: static plans of the leaves, in flattening order.
+      dtypes: static dtypes of the gradient leaves.
+    """
+
+    sketches: Any
+    key: jax.Array
+    step: jax.Array
+    plans: tuple[LeafPlan, ...] = dataclasses.field(metadata={"static": True})
+    dtypes: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+
+
+def compressed_accumulator(
+    rank: Any,
+    *,
+    key: Any,
+    step: jax.typing.ArrayLike = 0,
+    use_mean: bool = True,
+    projection: Projection = Gaussian(),  # noqa: B008 (frozen)
+    mask: Any = None,
+    min_dim_size: int = 128,
+    max_aspect_ratio: float = 16,
+    side: str = "smaller",
+    weight_dimension_numbers: Any = None,
+    dtype: Any = jnp.float32,
+) -> optax.microbatching.Accumulator:
+    """Accumulates gradients of micro-batches as a sketch, for ``optax.microbatch``.
+
+    The same numbers as :func:`flora_jax.compressed_accumulation` in its cycle number
+    ``step``, in one jitted step that scans over micro-batches: no state outlives it.
+
+    Memory: r·max(n, m) numbers of ``dtype`` per sketched leaf while the scan runs.
+
+    Args:
+      rank: sketch size r; an int, a callable of (path, shape), or a tree of ints.
+      key: int seed, typed threefry2x32 key, or its key data; possibly traced. There is
+        no default: one key and step for ever would be one projection for ever.
+      step: number of the cycle, for example the training step; possibly traced.
+      use_mean: accumulate the mean over micro-batches, or their sum if False.
+      projection: how leaves are sketched; Gaussian as in the paper.
+      mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.
+      min_dim_size: smallest side of a matrix that is sketched.
+      max_aspect_ratio: largest ratio of its sides.
+      side: which side is sketched.
+      weight_dimension_numbers: which axes form the matrix, in optax's convention.
+      dtype: dtype of the accumulator; arithmetic is in float32.
+
+    Returns:
+      An ``optax.microbatching.Accumulator``; it returns gradients in their own dtype.
+
+    Raises:
+      TypeError: for arguments of a wrong type.
+      ValueError: for arguments out of range.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import flora_jax as fj
+      >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
+      >>> @jax.jit
+      ... def gradient(w, x, step):
+      ...   accumulator = fj.compressed_accumulator(rank=16, key=0, step=step)
+      ...   grad = optax.microbatching.microbatch(
+      ...       jax.grad(loss), argnums=1, microbatch_size=2, accumulator=accumulator)
+      ...   return grad(w, x)
+      >>> gradient(jnp.ones((128, 256)), jnp.ones((8, 128)), 0).shape
+      (128, 256)
+    """
+    dtype = _checks.check_state_dtype(dtype)
+    root = _keys.raw_key(key)
+    rules = LeafRules(
+        rank, mask, min_dim_size, max_aspect_ratio, side, weight_dimension_numbers
+    )
+    sketcher = Sketcher(NAME, rules, projection)
+
+    def init(gradients: Any) -> CompressedAccumulatorCarry:
+        plans = rules.plan(gradients)
+        return CompressedAccumulatorCarry(
+            sketches=_state.zeros_tree(
+                gradients, [p.state_shape for p in plans], dtype
+            ),
+            key=jnp.array(root),
+            step=jnp.asarray(step, jnp.int32),
+            plans=tuple(plans),
+            dtypes=tuple(leaf.dtype for leaf in jax.tree.leaves(gradients)),
+        )
+
+    def keys(carry: CompressedAccumulatorCarry) -> Sequence[jax.Array]:
+        return [sketcher.key(plan, carry.key, carry.step) for plan in carry.plans]
+
+    def update(
+        carry: CompressedAccumulatorCarry, gradients: Any, index: Any
+    ) -> CompressedAccumulatorCarry:
+        new = [
+            accumulate_leaf(sketcher, plan, key, use_mean, index, *leaf)
+            for plan, key, *leaf in zip(
+                carry.plans,
+                keys(carry),
+                jax.tree.leaves(gradients),
+                jax.tree.leaves(carry.sketches),
+                strict=True,
+            )
+        ]
+        return dataclasses.replace(carry, sketches=_state.rebuild(carry.sketches, new))
+
+    def finalize(carry: CompressedAccumulatorCarry) -> Any:
+        leaves = [
+            sketcher.unsketch(plan, key, leaf).astype(dtype)
+            for plan, key, leaf, dtype in zip(
+                carry.plans,
+                keys(carry),
+                jax.tree.leaves(carry.sketches),
+                carry.dtypes,
+                strict=True,
+            )
+        ]
+        return _state.rebuild(carry.sketches, leaves)
+
+    def aggregate(gradients: Any) -> Any:
+        reduce = jnp.mean if use_mean else jnp.sum
+        return jax.tree.map(lambda leaf: reduce(leaf, axis=0), gradients)
+
+    return optax.microbatching.Accumulator(init, update, finalize, aggregate)

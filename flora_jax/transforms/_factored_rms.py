@@ -1,0 +1,204 @@
+"""Adafactor's factored second moment, in a layout that keeps every parameter axis."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax import _checks, _state
+from flora_jax._plan import LeafPlan
+from flora_jax._rules import LeafRules
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+_NAME = "scale_by_factored_rms"
+
+
+class FactoredRmsState(NamedTuple):
+    """State of :func:`scale_by_factored_rms`.
+
+    Attributes:
+      count: number of updates so far, int32.
+      v_row: tree of second moments averaged over the larger side of each matrix.
+      v_col: tree of second moments averaged over the smaller side.
+      v: tree of unfactored second moments.
+
+    Each tree has one array per parameter leaf, with the parameter's number of axes;
+    those that a leaf does not use have size 1.
+    """
+
+    count: jax.Array
+    v_row: Any
+    v_col: Any
+    v: Any
+
+
+def scale_by_factored_rms(
+    decay_rate: jax.typing.ArrayLike = 0.8,
+    *,
+    epsilon: jax.typing.ArrayLike = 1e-30,
+    min_dim_size_to_factor: int = 128,
+    weight_dimension_numbers: Any = None,
+    dtype: Any = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    """Divides updates by a factored estimate of their root mean square.
+
+    With β_t = 1 − (t+1)^−decay_rate and, for a leaf folded to G (n x m),
+
+      R ← β_t R + (1−β_t) mean_over_larger_side(G² + ε),
+      C ← β_t C + (1−β_t) mean_over_smaller_side(G² + ε),
+      update = G · (R / mean(R))^−½ · C^−½.
+
+    The same numbers as ``optax.scale_by_factored_rms``, wherever both factor the same
+    two axes: all matrices and stacks of matrices. Two differences: the statistics keep
+    every axis of the parameter (reduced ones have size 1), so that the state can be
+    created under sharding metadata; and a leaf such as (768, 12, 64) is factored by its
+    fold, 768 x 768, where optax keeps a full second moment.
+
+    Memory: n + m numbers of ``dtype`` per factored leaf, the leaf's size otherwise.
+
+    Args:
+      decay_rate: exponent of the decay schedule; 0.8 as in Adafactor.
+      epsilon: added to the squared gradient; 1e-30 as in Adafactor.
+      min_dim_size_to_factor: smallest side of a matrix that is factored.
+      weight_dimension_numbers: which axes form the matrix, in optax's convention.
+      dtype: dtype of the statistics; arithmetic is in float32.
+
+    Returns:
+      The gradient transformation. Updates have the dtype of the gradients.
+
+    Raises:
+      TypeError: for arguments of a wrong type.
+      ValueError: for arguments out of range; from update, if gradients and state do
+        not match.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import flora_jax as fj
+      >>> state = fj.scale_by_factored_rms().init({"w": jnp.ones((12, 256, 512))})
+      >>> state.v_row["w"].shape, state.v_col["w"].shape, state.v["w"].shape
+      ((12, 256, 1), (12, 1, 512), (1, 1, 1))
+
+    References:
+      Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
+      <https://arxiv.org/abs/1804.04235>`_, 2018
+    """
+    _checks.check_number("decay_rate", decay_rate, 0, None, "0.8 is Adafactor's")
+    _checks.check_number("epsilon", epsilon, 0, None, "1e-30 is Adafactor's")
+    min_dim_size = _checks.check_positive_int(
+        "min_dim_size_to_factor", min_dim_size_to_factor, "128 is Adafactor's"
+    )
+    dtype = _checks.check_state_dtype(dtype)
+    rules = LeafRules(
+        # Rank 1 of a side of 1 would be dense, but so small a matrix needs no factors.
+        rank=1,
+        min_dim_size=min_dim_size,
+        max_aspect_ratio=math.inf,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+
+    def init_fn(params: Any) -> FactoredRmsState:
+        shapes = [_statistics_shapes(plan) for plan in rules.plan(params)]
+        row, column, full = (
+            _state.zeros_tree(params, [shape[i] for shape in shapes], dtype)
+            for i in range(3)
+        )
+        return FactoredRmsState(jnp.zeros([], jnp.int32), row, column, full)
+
+    def update_fn(
+        updates: Any, state: FactoredRmsState, params: Any = None, **extra: Any
+    ) -> tuple[Any, FactoredRmsState]:
+        del params, extra
+        plans = rules.plan(updates)
+        shapes = [_statistics_shapes(plan) for plan in plans]
+        grads = jax.tree.leaves(updates)
+        statistics = [
+            _state.matching_leaves(
+                _NAME, field, getattr(state, field), plans, [s[i] for s in shapes]
+            )
+            for i, field in enumerate(("v_row", "v_col", "v"))
+        ]
+
+        def step(
+            grads: Any, statistics: Any, count: Any, decay_rate: Any, epsilon: Any
+        ) -> Any:
+            decay = 1 - (count + 1).astype(jnp.float32) ** -decay_rate
+            results = [
+                factored_rms_step(plan, decay, epsilon, *leaf)
+                for plan, *leaf in zip(plans, grads, *statistics, strict=True)
+            ]
+            return [[result[i] for result in results] for i in range(4)]
+
+        new_updates, *new_statistics = _state.run_sharded(
+            step,
+            [grads, *statistics],
+            grads,
+            statistics,
+            state.count,
+            decay_rate,
+            epsilon,
+        )
+        return _state.rebuild(updates, new_updates), FactoredRmsState(
+            optax.safe_increment(state.count),
+            *map(_state.rebuild, (state.v_row, state.v_col, state.v), new_statistics),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _larger_smaller(plan: LeafPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Axes of the larger side and of the smaller one; the columns if square."""
+    if plan.columns >= plan.rows:
+        return plan.column_axes, plan.row_axes
+    return plan.row_axes, plan.column_axes
+
+
+def _statistics_shapes(plan: LeafPlan) -> tuple[tuple[int, ...], ...]:
+    """Shapes of v_row, v_col and v of one leaf."""
+    ones = (1,) * len(plan.shape)
+    if plan.dense_reason is not None:
+        return ones, ones, plan.shape
+    larger, smaller = _larger_smaller(plan)
+    row, column = (
+        tuple(1 if i in axes else n for i, n in enumerate(plan.shape))
+        for axes in (larger, smaller)
+    )
+    return row, column, ones
+
+
+def factored_rms_step(
+    plan: LeafPlan,
+    decay: Float[Array, ""],
+    epsilon: Any,
+    grad: Float[Array, "..."],
+    v_row: Float[Array, "..."],
+    v_col: Float[Array, "..."],
+    v: Float[Array, "..."],
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """One leaf's update and its new v_row, v_col and v."""
+    full = grad.astype(jnp.float32)
+    square = full * full + epsilon
+
+    def average(old: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        mean = jnp.mean(square, axis=axes, keepdims=True)
+        return decay * old.astype(jnp.float32) + (1 - decay) * mean
+
+    if plan.dense_reason is not None:
+        new = decay * v.astype(jnp.float32) + (1 - decay) * square
+        update = full * new**-0.5
+        return update.astype(grad.dtype), v_row, v_col, new.astype(v.dtype)
+    larger, smaller = _larger_smaller(plan)
+    row, column = average(v_row, larger), average(v_col, smaller)
+    row_mean = jnp.mean(row, axis=smaller, keepdims=True)
+    update = full * (row / row_mean) ** -0.5 * column**-0.5
+    return (
+        update.astype(grad.dtype),
+        row.astype(v_row.dtype),
+        column.astype(v_col.dtype),
+        v,
+    )

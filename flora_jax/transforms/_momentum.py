@@ -1,0 +1,287 @@
+"""Momentum kept as a sketch (the paper's Algorithm 2)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax import _checks, _keys, _state
+from flora_jax._plan import LeafPlan
+from flora_jax._rules import LeafRules
+from flora_jax.projections import Gaussian, Projection
+from flora_jax.projections._base import along
+from flora_jax.transforms._sketch import Sketcher
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Key
+
+READINGS = ("paper", "interpolated", "residual")
+_NAME = "compressed_momentum"
+_MAX_NOISE = 0.5  # rho from which init warns: a noise gain of 1/(1 - rho) = 2.
+
+
+class CompressedMomentumState(NamedTuple):
+    """State of :func:`compressed_momentum`.
+
+    Attributes:
+      count: number of updates so far, int32.
+      key: root key data, uint32 of shape (2,); it never changes.
+      spec: what the state means, for :func:`flora_jax.verify_state`.
+      momentum: tree of sketches, one array per parameter leaf.
+    """
+
+    count: jax.Array
+    key: jax.Array
+    spec: jax.Array
+    momentum: Any
+
+
+def compressed_momentum(
+    decay: jax.typing.ArrayLike,
+    rank: Any,
+    *,
+    resample_every: int | None = 1000,
+    reading: str = "paper",
+    projection: Projection = Gaussian(),  # noqa: B008 (frozen)
+    key: Any = 0,
+    mask: Any = None,
+    min_dim_size: int = 128,
+    max_aspect_ratio: float = 16,
+    side: str = "smaller",
+    weight_dimension_numbers: Any = None,
+    dtype: Any = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    """Exponential moving average of the updates, kept as a random sketch.
+
+    For a leaf folded to G (n x m) with its columns sketched by S (r x m),
+
+      M ← β M + (1−β) G Sᵀ,
+
+    and every κ steps S is replaced by S′ and the momentum transferred, M ← M S S′ᵀ.
+    The readings differ in the update alone; none of them is debiased, and dense leaves
+    get what the uncompressed chain gives, which each equals at full rank with an
+    orthogonal projection:
+
+    - ``"paper"``: M S, of rank r within one interval;
+      ``optax.ema(decay, debias=False)``.
+    - ``"interpolated"``: β·M S + (1−β)·G, of full rank at every step;
+      ``optax.chain(optax.scale(1 - decay), optax.trace(decay, nesterov=True))``.
+    - ``"residual"``: momentum inside the subspace, the fresh gradient outside:
+      M (S Sᵀ)⁻¹ S + (G − G Π) with Π = Sᵀ(S Sᵀ)⁻¹S; ``optax.ema(decay,
+      debias=False)``. For a projection with S Sᵀ = (m/r) I the first term is
+      (r/m)·M S. Needs orthogonal rows, so Gaussian is refused.
+
+    A transfer multiplies E‖M‖² by about m/r. With ρ = β^{2κ}·m/r the momentum's noise
+    is multiplied by 1/(1−ρ), and from ρ = 1 it diverges; ``init`` warns from 0.5.
+
+    Clip by RMS before this transformation and not after it: the estimate's RMS is
+    √(1 + (m+1)/r) (Gaussian) or √(m/r) (CountSketch) times that of the signal, so that
+    a clip after it shrinks the signal, and learning rates do not carry over unexamined.
+
+    Memory: r·max(n, m) numbers of ``dtype`` per sketched leaf (``side="smaller"``), the
+    leaf's size for dense ones.
+
+    Args:
+      decay: β in [0, 1), a float or a scalar array.
+      rank: sketch size r; an int, a callable of (path, shape), or a tree of ints.
+      resample_every: κ, in updates; 1000 as in the paper. None keeps one projection.
+      reading: ``"paper"``, ``"interpolated"`` or ``"residual"``.
+      projection: how leaves are sketched; Gaussian as in the paper.
+      key: int seed, typed threefry2x32 key, or its key data.
+      mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.
+      min_dim_size: smallest side of a matrix that is sketched.
+      max_aspect_ratio: largest ratio of its sides.
+      side: which side is sketched.
+      weight_dimension_numbers: which axes form the matrix, in optax's convention.
+      dtype: dtype of the momentum; arithmetic is in float32.
+
+    Returns:
+      The gradient transformation. Updates have the dtype of the gradients.
+
+    Raises:
+      TypeError: for arguments of a wrong type; from update, if the key was cast.
+      ValueError: for arguments out of range; from update, if gradients and state do
+        not match.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import flora_jax as fj
+      >>> params = {"w": jnp.ones((256, 512))}
+      >>> tx = optax.chain(
+      ...     optax.scale_by_factored_rms(),
+      ...     fj.compressed_momentum(0.9, rank=32),
+      ...     optax.scale_by_learning_rate(1e-3))
+      >>> state = tx.init(params)
+      >>> state[1].momentum["w"].shape
+      (32, 512)
+
+    References:
+      Hao et al., `FLORA: Low-Rank Adapters Are Secretly Gradient Compressors
+      <https://arxiv.org/abs/2402.03293>`_, 2024, Algorithm 2
+    """
+    _checks.check_number("decay", decay, 0, 1, "0.9 is the paper's")
+    _checks.check_choice("reading", reading, READINGS)
+    if resample_every is not None:
+        resample_every = _checks.check_positive_int(
+            "resample_every", resample_every, "use None to keep one projection"
+        )
+    dtype = _checks.check_state_dtype(dtype)
+    root = _keys.raw_key(key)
+    rules = LeafRules(
+        rank, mask, min_dim_size, max_aspect_ratio, side, weight_dimension_numbers
+    )
+    sketcher = Sketcher(_NAME, rules, projection)
+    if reading == "residual" and projection.gram_diagonal(1, 1) is None:
+        raise ValueError(
+            "`reading` 'residual' needs a projection with orthogonal rows, got"
+            f" projection={projection}; use CountSketch()"
+        )
+
+    def init_fn(params: Any) -> CompressedMomentumState:
+        plans = rules.plan(params)
+        _warn_if_unstable(plans, decay, resample_every)
+        shapes = [plan.state_shape for plan in plans]
+        return CompressedMomentumState(
+            count=jnp.zeros([], jnp.int32),
+            key=jnp.array(root),
+            spec=sketcher.spec(root, resample_every=resample_every),
+            momentum=_state.zeros_tree(params, shapes, dtype),
+        )
+
+    def update_fn(
+        updates: Any, state: CompressedMomentumState, params: Any = None, **extra: Any
+    ) -> tuple[Any, CompressedMomentumState]:
+        del params, extra
+        _keys.check_state_key(_NAME, state.key)
+        plans = rules.plan(updates)
+        grads = jax.tree.leaves(updates)
+        momentum = _state.matching_leaves(
+            _NAME, "momentum", state.momentum, plans, [p.state_shape for p in plans]
+        )
+
+        def step(
+            grads: Any, momentum: Any, root: Any, count: Any, decay: Any
+        ) -> tuple[list[jax.Array], list[jax.Array]]:
+            epoch = 0 if resample_every is None else count // resample_every
+            if resample_every is not None:
+                momentum = jax.lax.cond(
+                    (count > 0) & (count % resample_every == 0),
+                    lambda leaves: _transfer_all(sketcher, plans, root, epoch, leaves),
+                    lambda leaves: leaves,
+                    momentum,
+                )
+            pairs = [
+                momentum_step(
+                    sketcher, plan, sketcher.key(plan, root, epoch), reading, decay, *gm
+                )
+                for plan, *gm in zip(plans, grads, momentum, strict=True)
+            ]
+            return [u for u, _ in pairs], [m for _, m in pairs]
+
+        new_updates, new_momentum = _state.run_sharded(
+            step, (grads, momentum), grads, momentum, state.key, state.count, decay
+        )
+        return _state.rebuild(updates, new_updates), CompressedMomentumState(
+            count=optax.safe_increment(state.count),
+            key=state.key,
+            spec=state.spec,
+            momentum=_state.rebuild(state.momentum, new_momentum),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def momentum_step(
+    sketcher: Sketcher,
+    plan: LeafPlan,
+    key: Key[Array, ""],
+    reading: str,
+    decay: Any,
+    grad: Float[Array, "..."],
+    momentum: Float[Array, "..."],
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """One leaf's update (gradient's dtype) and new momentum (state's dtype)."""
+    full = grad.astype(jnp.float32)
+    fresh = sketcher.sketch(plan, key, grad)
+    new = decay * momentum.astype(jnp.float32) + (1 - decay) * fresh
+    if reading == "residual" and plan.dense_reason is None:
+        update = full + _unsketch_normalised(sketcher, plan, key, new - fresh)
+    else:
+        update = sketcher.unsketch(plan, key, new)
+    if reading == "interpolated":
+        update = decay * update + (1 - decay) * full
+    return update.astype(grad.dtype), new.astype(momentum.dtype)
+
+
+def _unsketch_normalised(
+    sketcher: Sketcher, plan: LeafPlan, key: Key[Array, ""], sketch: jax.Array
+) -> jax.Array:
+    """C (S Sᵀ)⁻¹ S, which is G Π where C = G Sᵀ."""
+    gram = sketcher.projection.gram_diagonal(plan.rank, plan.width)
+    assert gram is not None  # The factory refuses other projections.
+    matrix = plan.fold(sketch) / along(gram, plan.axis)
+    return sketcher.unsketch(plan, key, plan.unfold(matrix, plan.state_shape))
+
+
+def transfer(
+    sketcher: Sketcher,
+    plan: LeafPlan,
+    old_key: Key[Array, ""],
+    new_key: Key[Array, ""],
+    momentum: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """M S S′ᵀ: decompressed with the old key, compressed with the new one."""
+    estimate = sketcher.unsketch(plan, old_key, momentum)
+    return sketcher.sketch(plan, new_key, estimate).astype(momentum.dtype)
+
+
+def _transfer_all(
+    sketcher: Sketcher,
+    plans: Sequence[LeafPlan],
+    root: jax.Array,
+    epoch: jax.Array,
+    momentum: Sequence[jax.Array],
+) -> list[jax.Array]:
+    """Moves every sketched leaf from the last epoch's projection to this one's."""
+    return [
+        leaf
+        if plan.dense_reason is not None
+        else transfer(
+            sketcher,
+            plan,
+            sketcher.key(plan, root, epoch - 1),
+            sketcher.key(plan, root, epoch),
+            leaf,
+        )
+        for plan, leaf in zip(plans, momentum, strict=True)
+    ]
+
+
+def _warn_if_unstable(
+    plans: Sequence[LeafPlan], decay: Any, resample_every: int | None
+) -> None:
+    """Warns with the worst leaf's ρ = β^{2κ}·m/r where transfers amplify noise."""
+    sketched = [plan for plan in plans if plan.dense_reason is None]
+    if not sketched or resample_every is None or isinstance(decay, jax.core.Tracer):
+        return
+    worst = max(sketched, key=lambda plan: plan.width / plan.rank)
+    ratio = worst.width / worst.rank
+    rho = float(decay) ** (2 * resample_every) * ratio
+    if rho <= _MAX_NOISE:
+        return
+    least = math.log(ratio / _MAX_NOISE) / (2 * math.log(1 / float(decay)))
+    effect = "diverges" if rho >= 1 else f"has {1 / (1 - rho):.1f} times the noise"
+    warnings.warn(
+        f"compressed_momentum with resample_every={resample_every} and"
+        f" decay={float(decay):g}: at leaf {worst.path!r} (width {worst.width}, rank"
+        f" {worst.rank}) rho = decay**(2*resample_every)*width/rank is {rho:.3g}, so"
+        f" that the momentum {effect}; use resample_every >= {math.ceil(least)}",
+        stacklevel=3,
+    )

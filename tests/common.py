@@ -1,0 +1,54 @@
+"""Tolerances and trees that several tests share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Relative to the largest entry of what is expected: a few dozen roundings of the dtype.
+_TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "bfloat16": 3e-2, "float16": 4e-3}
+
+
+def assert_close(actual, expected, dtype=None):
+    """Asserts that two trees agree within the tolerance of a dtype.
+
+    Args:
+      actual: a tree of arrays.
+      expected: a tree of arrays with the same leaves.
+      dtype: the dtype whose rounding is allowed; the coarser of both by default.
+    """
+    ours, theirs = jax.tree.leaves(actual), jax.tree.leaves(expected)
+    assert len(ours) == len(theirs)
+    for x, y in zip(ours, theirs, strict=True):
+        names = [dtype] if dtype else [str(x.dtype), str(y.dtype)]
+        rtol = max(_TOLERANCE[str(jnp.dtype(n))] for n in names)
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        scale = np.abs(y).max(initial=0.0)
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * scale)
+
+
+def every_fold(dtype=jnp.float32):
+    """Parameters with every kind of fold, at min_dim_size=8 and rank 4.
+
+    Sketched: tall, wide, square, cut (16 x 32 from three axes), stack, conv. Dense: the
+    others.
+    """
+    shapes = {
+        "tall": (32, 16),
+        "wide": (16, 24),
+        "square": (16, 16),
+        "cut": (16, 4, 8),
+        "stack": (3, 16, 24),
+        "conv": (3, 3, 8, 16),
+        "bias": (16,),
+        "scalar": (),
+        "narrow": (16, 4),
+        "long": (8, 200),
+    }
+    keys = jax.random.split(jax.random.key(7), len(shapes))
+    return {
+        name: jax.random.normal(key, shape, dtype)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+SKETCHED = {"tall", "wide", "square", "cut", "stack", "conv"}
