@@ -109,9 +109,9 @@ def check_number(
                 f" and dtype {value.dtype}; {remedy}"
             )
         return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise TypeError(f"`{name}` must be a real number, got {value!r}; {remedy}")
-    if not low <= value or not (high is None or value < high):
+    if not (value >= low and (high is None or value < high)):
         bounds = f"be at least {low}" if high is None else f"lie in [{low}, {high})"
         raise ValueError(f"`{name}` must {bounds}, got {name}={value}; {remedy}")
 

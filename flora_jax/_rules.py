@@ -31,8 +31,13 @@ class LeafRules:
 
     def __post_init__(self) -> None:
         """Raises on bad arguments, before anything is traced."""
-        if self.rank is None or _is_scalar(self.rank):
+        if self.rank is None or (_is_scalar(self.rank) and not callable(self.rank)):
             _check_rank(self.rank)
+        if _is_scalar(self.mask) and not callable(self.mask):
+            raise TypeError(
+                "`mask` must be a callable of (path, shape) or a tree of bools, got"
+                f" mask={self.mask!r}; use None to sketch every leaf that folds"
+            )
         _checks.check_positive_int(
             "min_dim_size", self.min_dim_size, "use 1 to sketch every matrix"
         )

@@ -125,5 +125,6 @@ def _differences(found: np.ndarray, expected: np.ndarray) -> list[str]:
 
 def _decode(spec: np.ndarray) -> dict[str, str]:
     text = spec[_HEADER:].astype("<u4").tobytes().rstrip(b"\0").decode(errors="replace")
-    pairs = dict(item.partition(": ")[::2] for item in text.split("; "))
-    return {**pairs, "key data": str(spec[2:_HEADER].tolist())}
+    pairs = (item.partition(": ") for item in text.split("; "))
+    settings = {name: value for name, _, value in pairs}
+    return {**settings, "key data": str(spec[2:_HEADER].tolist())}

@@ -35,7 +35,7 @@ def flora(
     min_dim_size_to_factor: int = 128,
     clipping_threshold: jax.typing.ArrayLike | None = 1.0,
     multiply_by_parameter_scale: bool = True,
-    weight_decay: jax.typing.ArrayLike | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: Any = None,
     dtype: Any = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
@@ -93,7 +93,7 @@ def flora(
       Hao et al., `FLORA: Low-Rank Adapters Are Secretly Gradient Compressors
       <https://arxiv.org/abs/2402.03293>`_, 2024
     """
-    chain = [
+    chain: list[optax.GradientTransformation] = [
         scale_by_factored_rms(
             decay_rate,
             epsilon=epsilon,

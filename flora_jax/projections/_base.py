@@ -11,7 +11,7 @@ import jax
 from flora_jax import _checks
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Key
+    from jaxtyping import Array, Float, PRNGKeyArray
 
 SCALES = ("unbiased", "isometric")
 
@@ -38,7 +38,7 @@ class Projection(abc.ABC):
     @abc.abstractmethod
     def sketch(
         self,
-        key: Key[Array, ""],
+        key: PRNGKeyArray,
         matrix: Float[Array, "*batch n m"],
         rank: int,
         axis: int,
@@ -58,7 +58,7 @@ class Projection(abc.ABC):
     @abc.abstractmethod
     def unsketch(
         self,
-        key: Key[Array, ""],
+        key: PRNGKeyArray,
         sketch: Float[Array, "*batch _ _"],
         width: int,
         axis: int,
@@ -77,7 +77,7 @@ class Projection(abc.ABC):
 
     @abc.abstractmethod
     def matrix(
-        self, key: Key[Array, ""], rank: int, width: int
+        self, key: PRNGKeyArray, rank: int, width: int
     ) -> Float[Array, "rank width"]:
         """S itself, for tests and teaching; optimizers never form it from here."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from flora_jax.projections._base import Projection, along
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Key
+    from jaxtyping import Array, Float, PRNGKeyArray
 
 _UNROLL = 8  # Chunks per loop body: full unrolling of many chunks compiles for long.
 
@@ -51,7 +51,7 @@ class CountSketch(Projection):
 
     def sketch(
         self,
-        key: Key[Array, ""],
+        key: PRNGKeyArray,
         matrix: Float[Array, "*batch n m"],
         rank: int,
         axis: int,
@@ -83,7 +83,7 @@ class CountSketch(Projection):
 
     def unsketch(
         self,
-        key: Key[Array, ""],
+        key: PRNGKeyArray,
         sketch: Float[Array, "*batch _ _"],
         width: int,
         axis: int,
@@ -95,7 +95,7 @@ class CountSketch(Projection):
         return jnp.take(scaled, _buckets(order, rank), axis=axis) * along(signs, axis)
 
     def matrix(
-        self, key: Key[Array, ""], rank: int, width: int
+        self, key: PRNGKeyArray, rank: int, width: int
     ) -> Float[Array, "rank width"]:
         """S, float32 of shape (rank, width)."""
         order, signs = _draw(key, width)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flora_jax.projections._base import Projection
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Key
+    from jaxtyping import Array, Float, PRNGKeyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Gaussian(Projection):
 
     def sketch(
         self,
-        key: Key[Array, ""],
+        key: PRNGKeyArray,
         matrix: Float[Array, "*batch n m"],
         rank: int,
         axis: int,
@@ -62,7 +62,7 @@ class Gaussian(Projection):
 
     def unsketch(
         self,
-        key: Key[Array, ""],
+        key: PRNGKeyArray,
         sketch: Float[Array, "*batch _ _"],
         width: int,
         axis: int,
@@ -72,7 +72,7 @@ class Gaussian(Projection):
         return _product(sketch, s, axis)
 
     def matrix(
-        self, key: Key[Array, ""], rank: int, width: int
+        self, key: PRNGKeyArray, rank: int, width: int
     ) -> Float[Array, "rank width"]:
         """S, float32 of shape (rank, width)."""
         return jax.random.normal(key, (rank, width), jnp.float32) * rank**-0.5

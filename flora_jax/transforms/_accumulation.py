@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,7 @@ from flora_jax import _checks, _keys, _state
 from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
 from flora_jax.projections import Gaussian, Projection
-from flora_jax.transforms._sketch import Sketcher
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Key
+from flora_jax.transforms._sketch import Sketcher, accumulate, estimate
 
 # compressed_accumulator shares it: same key and cycle, same projections.
 NAME = "compressed_accumulation"
@@ -145,94 +143,107 @@ def compressed_accumulation(
 
     def init_fn(params: Any) -> CompressedAccumulationState:
         shapes = [plan.state_shape for plan in rules.plan(params)]
-        zero = jnp.zeros([], jnp.int32)
-        grads = optax.tree.zeros_like(params)
+        # Abstractly: gradients given here would be as large as the parameters.
+        _, skip_state = jax.eval_shape(should_skip_fn, params, jnp.int32(0), params)
         return CompressedAccumulationState(
-            mini_step=zero,
+            mini_step=jnp.zeros([], jnp.int32),
             gradient_step=jnp.zeros([], jnp.int32),
             inner_opt_state=jax.tree.map(_strong, inner.init(params)),
             acc_grads=_state.zeros_tree(params, shapes, dtype),
-            skip_state=should_skip_fn(grads, zero, params)[1],
+            skip_state=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), skip_state),
             key=jnp.array(root),
             spec=sketcher.spec(root, use_grad_mean=use_grad_mean),
         )
 
     def update_fn(
-        updates: Any,
-        state: CompressedAccumulationState,
-        params: Any = None,
-        **extra_args: Any,
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, CompressedAccumulationState]:
         _keys.check_state_key(NAME, state.key)
         plans = rules.plan(updates)
-        grads = jax.tree.leaves(updates)
-        old = _state.matching_leaves(
-            NAME, "acc_grads", state.acc_grads, plans, [p.state_shape for p in plans]
-        )
         skip, skip_state = should_skip_fn(updates, state.gradient_step, params)
         _check_skip(skip)
         if axis_name is not None:
             skip = jax.lax.pmax(skip.astype(jnp.int32), axis_name) > 0
-
-        def accumulate(grads: Any, acc: Any, root: Any, i: Any, cycle: Any) -> Any:
-            return [
-                accumulate_leaf(
-                    sketcher,
-                    plan,
-                    sketcher.key(plan, root, cycle),
-                    use_grad_mean,
-                    i,
-                    *ga,
-                )
-                for plan, *ga in zip(plans, grads, acc, strict=True)
-            ]
-
-        def estimate(acc: Any, root: Any, cycle: Any) -> Any:
-            return [
-                sketcher.unsketch(plan, sketcher.key(plan, root, cycle), leaf)
-                for plan, leaf in zip(plans, acc, strict=True)
-            ]
-
-        def emit_fn(acc: Any, inner_state: Any) -> Any:
-            leaves = _state.run_sharded(
-                estimate, grads, acc, state.key, state.gradient_step
-            )
-            mean = optax.tree.cast_like(_state.rebuild(updates, leaves), updates)
-            new_updates, new_inner = inner.update(
-                mean, inner_state, params, **extra_args
-            )
-            new_updates = optax.tree.cast_like(new_updates, updates)
-            new_inner = jax.tree.map(_cast_like, new_inner, inner_state)
-            return new_updates, new_inner, jax.tree.map(jnp.zeros_like, acc)
-
-        def idle_fn(acc: Any, inner_state: Any) -> Any:
-            shapes = jax.eval_shape(emit_fn, acc, inner_state)[0]
-            return jax.tree.map(jnp.zeros_like, shapes), inner_state, acc
-
-        acc = _state.run_sharded(
-            accumulate, old, grads, old, state.key, state.mini_step, state.gradient_step
-        )
+        acc = _add(sketcher, plans, use_grad_mean, updates, state)
         if should_skip_update_fn is not None:
+            old = jax.tree.leaves(state.acc_grads)
             acc = [jnp.where(skip, *pair) for pair in zip(old, acc, strict=True)]
         k = every_k(state.gradient_step) if callable(every_k) else every_k
         emit = jnp.logical_not(skip) & (state.mini_step >= k - 1)
+        run_inner = functools.partial(inner.update, params=params, **extra_args)
+        emit_fn = functools.partial(_emit, sketcher, plans, run_inner, updates, state)
         new_updates, inner_state, acc = jax.lax.cond(
-            emit, emit_fn, idle_fn, acc, state.inner_opt_state
+            emit, emit_fn, functools.partial(_idle, emit_fn), acc, state.inner_opt_state
         )
         stepped = jnp.where(emit, 0, optax.safe_increment(state.mini_step))
+        cycles = optax.safe_increment(state.gradient_step)
         return new_updates, CompressedAccumulationState(
             mini_step=jnp.where(skip, state.mini_step, stepped),
-            gradient_step=jnp.where(
-                emit, optax.safe_increment(state.gradient_step), state.gradient_step
-            ),
+            gradient_step=jnp.where(emit, cycles, state.gradient_step),
             inner_opt_state=inner_state,
             acc_grads=_state.rebuild(state.acc_grads, acc),
-            skip_state=skip_state,
+            skip_state=jax.tree.map(_cast_like, skip_state, state.skip_state),
             key=state.key,
             spec=state.spec,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _add(
+    sketcher: Sketcher,
+    plans: Sequence[LeafPlan],
+    use_mean: bool,
+    updates: Any,
+    state: CompressedAccumulationState,
+) -> list[jax.Array]:
+    """The accumulator's leaves with one more micro-step in them."""
+    old = _state.matching_leaves(
+        NAME, "acc_grads", state.acc_grads, plans, [p.state_shape for p in plans]
+    )
+    return _state.run_sharded(
+        functools.partial(accumulate, sketcher, plans, use_mean),
+        old,
+        jax.tree.leaves(updates),
+        old,
+        state.key,
+        state.mini_step,
+        state.gradient_step,
+    )
+
+
+def _emit(
+    sketcher: Sketcher,
+    plans: Sequence[LeafPlan],
+    run_inner: Callable[..., Any],
+    updates: Any,
+    state: CompressedAccumulationState,
+    acc: Sequence[jax.Array],
+    inner_state: Any,
+) -> tuple[Any, Any, Any]:
+    """The end of a cycle: inner's updates, its new state, and an empty accumulator."""
+    leaves = _state.run_sharded(
+        functools.partial(estimate, sketcher, plans),
+        jax.tree.leaves(updates),
+        acc,
+        state.key,
+        state.gradient_step,
+    )
+    mean = optax.tree.cast_like(_state.rebuild(updates, leaves), updates)
+    new_updates, new_inner = run_inner(mean, inner_state)
+    return (
+        optax.tree.cast_like(new_updates, updates),
+        jax.tree.map(_cast_like, new_inner, inner_state),
+        jax.tree.map(jnp.zeros_like, acc),
+    )
+
+
+def _idle(
+    emit_fn: Callable[..., Any], acc: Sequence[jax.Array], inner_state: Any
+) -> tuple[Any, Any, Any]:
+    """A micro-step within a cycle: zeros of the type that the end of it gives."""
+    updates, _, _ = jax.eval_shape(emit_fn, acc, inner_state)
+    return jax.tree.map(jnp.zeros_like, updates), inner_state, acc
 
 
 def has_updated(state: Any) -> jax.Array:
@@ -258,22 +269,6 @@ def has_updated(state: Any) -> jax.Array:
             f" {len(found)} of them; pass the state of one compressed_accumulation"
         )
     return (found[0].mini_step == 0) & (found[0].gradient_step > 0)
-
-
-def accumulate_leaf(
-    sketcher: Sketcher,
-    plan: LeafPlan,
-    key: Key[Array, ""],
-    use_mean: bool,
-    i: jax.Array | int,
-    grad: Float[Array, "..."],
-    acc: Float[Array, "..."],
-) -> Float[Array, "..."]:
-    """One leaf's running mean or sum of sketches, after micro-step i."""
-    total = acc.astype(jnp.float32)
-    fresh = sketcher.sketch(plan, key, grad)
-    total = total + ((fresh - total) / (i + 1) if use_mean else fresh)
-    return total.astype(acc.dtype)
 
 
 def _never_skip(*_: Any) -> tuple[jax.Array, tuple[()]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,8 +13,8 @@ from flora_jax import _checks, _keys, _state
 from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
 from flora_jax.projections import Gaussian, Projection
-from flora_jax.transforms._accumulation import NAME, accumulate_leaf
-from flora_jax.transforms._sketch import Sketcher
+from flora_jax.transforms._accumulation import NAME
+from flora_jax.transforms._sketch import Sketcher, accumulate, estimate
 
 
 @jax.tree_util.register_dataclass
@@ -102,7 +101,7 @@ def compressed_accumulator(
     )
     sketcher = Sketcher(NAME, rules, projection)
 
-    def init(gradients: Any) -> CompressedAccumulatorCarry:
+    def init(gradients: Any) -> Any:
         plans = rules.plan(gradients)
         return CompressedAccumulatorCarry(
             sketches=_state.zeros_tree(
@@ -114,36 +113,24 @@ def compressed_accumulator(
             dtypes=tuple(leaf.dtype for leaf in jax.tree.leaves(gradients)),
         )
 
-    def keys(carry: CompressedAccumulatorCarry) -> Sequence[jax.Array]:
-        return [sketcher.key(plan, carry.key, carry.step) for plan in carry.plans]
-
-    def update(
-        carry: CompressedAccumulatorCarry, gradients: Any, index: Any
-    ) -> CompressedAccumulatorCarry:
-        new = [
-            accumulate_leaf(sketcher, plan, key, use_mean, index, *leaf)
-            for plan, key, *leaf in zip(
-                carry.plans,
-                keys(carry),
-                jax.tree.leaves(gradients),
-                jax.tree.leaves(carry.sketches),
-                strict=True,
-            )
-        ]
+    def update(carry: Any, gradients: Any, index: Any) -> Any:
+        new = accumulate(
+            sketcher,
+            carry.plans,
+            use_mean,
+            jax.tree.leaves(gradients),
+            jax.tree.leaves(carry.sketches),
+            carry.key,
+            index,
+            carry.step,
+        )
         return dataclasses.replace(carry, sketches=_state.rebuild(carry.sketches, new))
 
-    def finalize(carry: CompressedAccumulatorCarry) -> Any:
-        leaves = [
-            sketcher.unsketch(plan, key, leaf).astype(dtype)
-            for plan, key, leaf, dtype in zip(
-                carry.plans,
-                keys(carry),
-                jax.tree.leaves(carry.sketches),
-                carry.dtypes,
-                strict=True,
-            )
-        ]
-        return _state.rebuild(carry.sketches, leaves)
+    def finalize(carry: Any) -> Any:
+        leaves = jax.tree.leaves(carry.sketches)
+        leaves = estimate(sketcher, carry.plans, leaves, carry.key, carry.step)
+        cast = [x.astype(t) for x, t in zip(leaves, carry.dtypes, strict=True)]
+        return _state.rebuild(carry.sketches, cast)
 
     def aggregate(gradients: Any) -> Any:
         reduce = jnp.mean if use_mean else jnp.sum

@@ -32,7 +32,7 @@ class FactoredRmsState(NamedTuple):
     those that a leaf does not use have size 1.
     """
 
-    count: jax.Array
+    count: Any
     v_row: Any
     v_col: Any
     v: Any
@@ -111,7 +111,7 @@ def scale_by_factored_rms(
         return FactoredRmsState(jnp.zeros([], jnp.int32), row, column, full)
 
     def update_fn(
-        updates: Any, state: FactoredRmsState, params: Any = None, **extra: Any
+        updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, FactoredRmsState]:
         del params, extra
         plans = rules.plan(updates)
@@ -173,7 +173,7 @@ def _statistics_shapes(plan: LeafPlan) -> tuple[tuple[int, ...], ...]:
 
 def factored_rms_step(
     plan: LeafPlan,
-    decay: Float[Array, ""],
+    decay: jax.Array,
     epsilon: Any,
     grad: Float[Array, "..."],
     v_row: Float[Array, "..."],

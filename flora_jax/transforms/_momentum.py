@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -19,7 +21,7 @@ from flora_jax.projections._base import along
 from flora_jax.transforms._sketch import Sketcher
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Key
+    from jaxtyping import Array, Float, PRNGKeyArray
 
 READINGS = ("paper", "interpolated", "residual")
 _NAME = "compressed_momentum"
@@ -36,7 +38,7 @@ class CompressedMomentumState(NamedTuple):
       momentum: tree of sketches, one array per parameter leaf.
     """
 
-    count: jax.Array
+    count: Any
     key: jax.Array
     spec: jax.Array
     momentum: Any
@@ -77,12 +79,12 @@ def compressed_momentum(
       debias=False)``. For a projection with S Sᵀ = (m/r) I the first term is
       (r/m)·M S. Needs orthogonal rows, so Gaussian is refused.
 
-    A transfer multiplies E‖M‖² by about m/r. With ρ = β^{2κ}·m/r the momentum's noise
-    is multiplied by 1/(1−ρ), and from ρ = 1 it diverges; ``init`` warns from 0.5.
+    A transfer multiplies E‖M‖² by about m/r: with ρ = β^{2κ}·m/r the momentum's noise
+    grows by 1/(1−ρ), and from ρ = 1 it diverges; ``init`` warns from 0.5.
 
-    Clip by RMS before this transformation and not after it: the estimate's RMS is
-    √(1 + (m+1)/r) (Gaussian) or √(m/r) (CountSketch) times that of the signal, so that
-    a clip after it shrinks the signal, and learning rates do not carry over unexamined.
+    Clip by RMS before this transformation: the estimate's RMS is √(1 + (m+1)/r)
+    (Gaussian) or √(m/r) (CountSketch) times the signal's, so that a clip after it
+    shrinks the signal, and learning rates do not carry over unexamined.
 
     Memory: r·max(n, m) numbers of ``dtype`` per sketched leaf (``side="smaller"``), the
     leaf's size for dense ones.
@@ -156,7 +158,7 @@ def compressed_momentum(
         )
 
     def update_fn(
-        updates: Any, state: CompressedMomentumState, params: Any = None, **extra: Any
+        updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, CompressedMomentumState]:
         del params, extra
         _keys.check_state_key(_NAME, state.key)
@@ -166,25 +168,7 @@ def compressed_momentum(
             _NAME, "momentum", state.momentum, plans, [p.state_shape for p in plans]
         )
 
-        def step(
-            grads: Any, momentum: Any, root: Any, count: Any, decay: Any
-        ) -> tuple[list[jax.Array], list[jax.Array]]:
-            epoch = 0 if resample_every is None else count // resample_every
-            if resample_every is not None:
-                momentum = jax.lax.cond(
-                    (count > 0) & (count % resample_every == 0),
-                    lambda leaves: _transfer_all(sketcher, plans, root, epoch, leaves),
-                    lambda leaves: leaves,
-                    momentum,
-                )
-            pairs = [
-                momentum_step(
-                    sketcher, plan, sketcher.key(plan, root, epoch), reading, decay, *gm
-                )
-                for plan, *gm in zip(plans, grads, momentum, strict=True)
-            ]
-            return [u for u, _ in pairs], [m for _, m in pairs]
-
+        step = functools.partial(_step, sketcher, plans, reading, resample_every)
         new_updates, new_momentum = _state.run_sharded(
             step, (grads, momentum), grads, momentum, state.key, state.count, decay
         )
@@ -198,10 +182,39 @@ def compressed_momentum(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _step(
+    sketcher: Sketcher,
+    plans: Sequence[LeafPlan],
+    reading: str,
+    resample_every: int | None,
+    grads: Sequence[jax.Array],
+    momentum: Sequence[jax.Array],
+    root: jax.Array,
+    count: jax.Array,
+    decay: Any,
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """All leaves' updates and new momentum, after a transfer where one is due."""
+    epoch = 0 if resample_every is None else count // resample_every
+    if resample_every is not None:
+        momentum = jax.lax.cond(
+            (count > 0) & (count % resample_every == 0),
+            functools.partial(_transfer_all, sketcher, plans, root, epoch),
+            list,
+            list(momentum),
+        )
+    pairs = [
+        momentum_step(
+            sketcher, plan, sketcher.key(plan, root, epoch), reading, decay, grad, leaf
+        )
+        for plan, grad, leaf in zip(plans, grads, momentum, strict=True)
+    ]
+    return [update for update, _ in pairs], [leaf for _, leaf in pairs]
+
+
 def momentum_step(
     sketcher: Sketcher,
     plan: LeafPlan,
-    key: Key[Array, ""],
+    key: PRNGKeyArray,
     reading: str,
     decay: Any,
     grad: Float[Array, "..."],
@@ -221,7 +234,7 @@ def momentum_step(
 
 
 def _unsketch_normalised(
-    sketcher: Sketcher, plan: LeafPlan, key: Key[Array, ""], sketch: jax.Array
+    sketcher: Sketcher, plan: LeafPlan, key: PRNGKeyArray, sketch: jax.Array
 ) -> jax.Array:
     """C (S Sᵀ)⁻¹ S, which is G Π where C = G Sᵀ."""
     gram = sketcher.projection.gram_diagonal(plan.rank, plan.width)
@@ -233,11 +246,11 @@ def _unsketch_normalised(
 def transfer(
     sketcher: Sketcher,
     plan: LeafPlan,
-    old_key: Key[Array, ""],
-    new_key: Key[Array, ""],
+    old_key: PRNGKeyArray,
+    new_key: PRNGKeyArray,
     momentum: Float[Array, "..."],
 ) -> Float[Array, "..."]:
-    """M S S′ᵀ: decompressed with the old key, compressed with the new one."""
+    """M S S′ᵀ, by the old key and then the new one; a dense leaf stays as it is."""
     estimate = sketcher.unsketch(plan, old_key, momentum)
     return sketcher.sketch(plan, new_key, estimate).astype(momentum.dtype)
 
@@ -246,14 +259,12 @@ def _transfer_all(
     sketcher: Sketcher,
     plans: Sequence[LeafPlan],
     root: jax.Array,
-    epoch: jax.Array,
+    epoch: Any,
     momentum: Sequence[jax.Array],
 ) -> list[jax.Array]:
-    """Moves every sketched leaf from the last epoch's projection to this one's."""
+    """Moves every leaf from the last epoch's projection to this one's."""
     return [
-        leaf
-        if plan.dense_reason is not None
-        else transfer(
+        transfer(
             sketcher,
             plan,
             sketcher.key(plan, root, epoch - 1),

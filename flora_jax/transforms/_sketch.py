@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,7 +16,7 @@ from flora_jax._spec import make_spec
 from flora_jax.projections import Projection
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Key
+    from jaxtyping import Array, Float, PRNGKeyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +41,12 @@ class Sketcher:
                 " pass an instance such as flora_jax.Gaussian()"
             )
 
-    def key(self, plan: LeafPlan, root: jax.Array, epoch: Any) -> Key[Array, ""]:
+    def key(self, plan: LeafPlan, root: jax.Array, epoch: Any) -> PRNGKeyArray:
         """The key of one leaf's projection in one epoch."""
         return _keys.leaf_key(root, self.name, plan.path, epoch)
 
     def sketch(
-        self, plan: LeafPlan, key: Key[Array, ""], leaf: Float[Array, "..."]
+        self, plan: LeafPlan, key: PRNGKeyArray, leaf: Float[Array, "..."]
     ) -> Float[Array, "..."]:
         """Sketches a leaf: float32, in the state's shape; dense leaves pass."""
         leaf = leaf.astype(jnp.float32)
@@ -56,7 +57,7 @@ class Sketcher:
         return plan.unfold(sketch, plan.state_shape)
 
     def unsketch(
-        self, plan: LeafPlan, key: Key[Array, ""], sketch: Float[Array, "..."]
+        self, plan: LeafPlan, key: PRNGKeyArray, sketch: Float[Array, "..."]
     ) -> Float[Array, "..."]:
         """Estimates a leaf from its sketch: float32, in the leaf's shape."""
         sketch = sketch.astype(jnp.float32)
@@ -79,3 +80,52 @@ class Sketcher:
             max_aspect_ratio=f"{rules.max_aspect_ratio:g}",
             **settings,
         )
+
+
+def accumulate(
+    sketcher: Sketcher,
+    plans: Sequence[LeafPlan],
+    use_mean: bool,
+    grads: Sequence[jax.Array],
+    acc: Sequence[jax.Array],
+    root: jax.Array,
+    i: Any,
+    cycle: Any,
+) -> list[jax.Array]:
+    """Adds micro-step i of a cycle to the accumulators of all leaves."""
+    return [
+        accumulate_leaf(
+            sketcher, plan, sketcher.key(plan, root, cycle), use_mean, i, grad, leaf
+        )
+        for plan, grad, leaf in zip(plans, grads, acc, strict=True)
+    ]
+
+
+def accumulate_leaf(
+    sketcher: Sketcher,
+    plan: LeafPlan,
+    key: PRNGKeyArray,
+    use_mean: bool,
+    i: Any,
+    grad: Float[Array, "..."],
+    acc: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """One leaf's running mean or sum of sketches, after micro-step i."""
+    total = acc.astype(jnp.float32)
+    fresh = sketcher.sketch(plan, key, grad)
+    total = total + ((fresh - total) / (i + 1) if use_mean else fresh)
+    return total.astype(acc.dtype)
+
+
+def estimate(
+    sketcher: Sketcher,
+    plans: Sequence[LeafPlan],
+    acc: Sequence[jax.Array],
+    root: jax.Array,
+    cycle: Any,
+) -> list[jax.Array]:
+    """What the accumulators of all leaves stand for: float32, in the leaves' shapes."""
+    return [
+        sketcher.unsketch(plan, sketcher.key(plan, root, cycle), leaf)
+        for plan, leaf in zip(plans, acc, strict=True)
+    ]

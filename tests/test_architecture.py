@@ -1,0 +1,88 @@
+"""The layers of the package import strictly downward, and only public API of others."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import flora_jax
+
+ROOT = Path(flora_jax.__file__).parent
+# Lower layers first; a module may import its own layer's earlier modules and below.
+LAYERS = [
+    ["_checks", "_keys", "_plan", "_rules", "_spec", "_state"],
+    ["projections"],
+    ["transforms"],
+    ["optimizers"],
+    ["__init__"],
+]
+LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def imported(path):
+    """Names of the modules that a file imports, TYPE_CHECKING blocks included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part(module):
+    """The part of the package that a module belongs to, or None for `flora_jax`."""
+    names = module.split(".")
+    return names[1] if len(names) > 1 else None
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_layers_import_downward(path):
+    here = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for module in imported(path):
+        if module.startswith("flora_jax."):
+            there = part(module)
+            if there in LEVEL:
+                assert LEVEL[there] <= LEVEL[here], f"{path} imports upward: {module}"
+                same_package = there == here or not (ROOT / here).is_dir()
+                assert LEVEL[there] < LEVEL[here] or same_package
+
+
+def test_every_part_has_a_layer():
+    parts = {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in FILES}
+    assert parts == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_are_public_and_core_only(path):
+    allowed = {"flora_jax", "jax", "numpy", "optax", "chex", "jaxtyping"}
+    for module in imported(path):
+        top = module.split(".")[0]
+        assert "_src" not in module.split("."), f"{path} imports a private module"
+        if top not in allowed:
+            assert top in STANDARD_LIBRARY, f"{path} imports {module}"
+
+
+STANDARD_LIBRARY = set(__import__("sys").stdlib_module_names)
+
+
+def test_public_names_are_sorted_and_exist():
+    assert flora_jax.__all__ == sorted(flora_jax.__all__)
+    assert all(hasattr(flora_jax, name) for name in flora_jax.__all__)
+
+
+def test_files_and_functions_stay_small():
+    for path in FILES:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 300, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and not has_nested_functions(node):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                is_factory = node.name in flora_jax.__all__
+                assert lines <= 40 or is_factory, (path, node.name, lines)
+
+
+def has_nested_functions(node):
+    return any(isinstance(x, ast.FunctionDef) for x in node.body)

@@ -1,0 +1,34 @@
+"""The library's own S for the oracles, and runs of whole transformations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax import _keys
+from tests.reference.folds import RANKS, width
+
+
+@functools.cache
+def _matrix(projection, seed, name, path, rank, size, epoch):
+    key = _keys.leaf_key(jnp.array([0, seed], jnp.uint32), name, path, epoch)
+    return np.asarray(projection.matrix(key, rank, size), np.float64)
+
+
+def draw(projection, seed, name, path, side):
+    """The function epoch -> S of one leaf of ``folds.SHAPES``."""
+    return functools.partial(
+        _matrix, projection, seed, name, path, RANKS[path], width(path, side)
+    )
+
+
+def run(tx, gradients, params=None):
+    """Updates of all steps, by one jitted update called step by step; last state."""
+    step = jax.jit(tx.update)
+    state = tx.init(gradients[0] if params is None else params)
+    outputs = []
+    for gradient in gradients:
+        updates, state = step(gradient, state, params)
+        outputs.append(updates)
+    return outputs, state
