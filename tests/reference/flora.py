@@ -37,9 +37,7 @@ def flora(
         for stack in zip(*slices, strict=True)
     ]
     slices = [
-        sketched_momentum(
-            matrices, projection, decay, resample_every, reading, left
-        )[0]
+        sketched_momentum(matrices, projection, decay, resample_every, reading, left)[0]
         for matrices in zip(*clipped, strict=True)
     ]
     x, updates = np.asarray(weights, np.float64), []

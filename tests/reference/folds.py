@@ -32,13 +32,10 @@ def fold(name, leaf):
     return np.asarray(leaf, np.float64).reshape(SHAPES[name][1])
 
 
-def gradients(steps, seed=0):
+def gradients(steps, names=tuple(SHAPES), seed=0):
     """One dict of float32 leaves per step."""
     rng = np.random.default_rng(seed)
     return [
-        {
-            name: rng.normal(size=shape).astype(np.float32)
-            for name, (shape, _) in SHAPES.items()
-        }
+        {name: rng.normal(size=SHAPES[name][0]).astype(np.float32) for name in names}
         for _ in range(steps)
     ]

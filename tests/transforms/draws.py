@@ -9,6 +9,9 @@ import numpy as np
 from flora_jax import _keys
 from tests.reference.folds import RANKS, width
 
+# Unoptimised programs: these tests compile much and compute little.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 
 @functools.cache
 def _matrix(projection, seed, name, path, rank, size, epoch):
@@ -25,7 +28,7 @@ def draw(projection, seed, name, path, side):
 
 def run(tx, gradients, params=None):
     """Updates of all steps, by one jitted update called step by step; last state."""
-    step = jax.jit(tx.update)
+    step = jit(tx.update)
     state = tx.init(gradients[0] if params is None else params)
     outputs = []
     for gradient in gradients:

@@ -1,4 +1,4 @@
-"""Sketched momentum against the oracle, optax and its own equations."""
+"""Sketched momentum against the oracle and optax."""
 
 import jax
 import jax.numpy as jnp
@@ -12,50 +12,163 @@ from tests.reference import folds
 from tests.reference.momentum import sketched_momentum
 from tests.transforms.draws import draw, run
 
-NAME = "compressed_momentum"
-READINGS = ["paper", "interpolated", "residual"]
-UNCOMPRESSED = {
-    "paper": optax.ema(0.5, debias=False),
-    "interpolated": optax.chain(optax.scale(0.5), optax.trace(0.5, nesterov=True)),
-    "residual": optax.ema(0.5, debias=False),
-}
+ALL = tuple(folds.SHAPES)
+# Every shape, on its columns and on its rows, whether or not the rank divides the side.
 CASES = [
-    (projection, reading, side)
-    for projection, readings in (
-        (fj.Gaussian(), READINGS[:2]),
-        (fj.CountSketch(), READINGS),
-        (fj.CountSketch(scale="isometric"), READINGS[2:]),
-    )
-    for reading in readings
-    for side in ("smaller", "larger", "left", "right")
+    (fj.Gaussian(), "paper", "smaller", ALL),
+    (fj.Gaussian(), "paper", "larger", ALL),
+    (fj.Gaussian(), "paper", "left", ("tall",)),
+    (fj.Gaussian(), "paper", "right", ("wide",)),
+    (fj.Gaussian(), "interpolated", "smaller", ("tall", "cut")),
+    (fj.CountSketch(), "paper", "smaller", ("wide", "square", "stack")),
+    (fj.CountSketch(), "paper", "left", ("tall",)),
+    (fj.CountSketch(), "interpolated", "right", ("wide",)),
+    (fj.CountSketch(), "residual", "smaller", ("tall", "cut", "stack")),
+    (fj.CountSketch(), "residual", "larger", ("wide", "square")),
+    (fj.CountSketch(scale="isometric"), "residual", "smaller", ("wide",)),
 ]
 
 
-def momentum(rank=folds.RANKS, **settings):
+def name_case(value):
+    if isinstance(value, fj.Projection):
+        return f"{type(value).__name__}-{value.scale}"
+    return "-".join(value) if isinstance(value, tuple) else value
+
+
+def momentum(rank=folds.RANKS, decay=0.5, **settings):
     settings = {"resample_every": 3, "min_dim_size": 8, "key": 11, **settings}
-    return fj.compressed_momentum(0.5, rank, **settings)
+    return fj.compressed_momentum(decay, rank, **settings)
 
 
-@pytest.mark.parametrize(("projection", "reading", "side"), CASES)
-def test_equals_algorithm_2(projection, reading, side):
-    gradients = folds.gradients(8)  # Resampled before steps 3 and 6.
-    tx = momentum(projection=projection, reading=reading, side=side)
+def expected_momentum(gradients, name, projection, reading, side, every):
+    """The oracle's updates, and its last momentum, of one leaf."""
+    results = [
+        sketched_momentum(
+            matrices,
+            draw(projection, 11, "compressed_momentum", name, side),
+            0.5,
+            every,
+            reading,
+            folds.left(name, side),
+        )
+        for matrices in zip(
+            *(folds.fold(name, g[name]) for g in gradients), strict=True
+        )
+    ]
+    updates = [np.stack(u) for u in zip(*(r[0] for r in results), strict=True)]
+    return updates, np.stack([r[1] for r in results])
+
+
+def check_oracle(gradients, projection, reading, side, every):
+    tx = momentum(
+        {name: folds.RANKS[name] for name in gradients[0]},
+        projection=projection,
+        reading=reading,
+        side=side,
+        resample_every=every,
+    )
     updates, state = run(tx, gradients)
-    for name in folds.SHAPES:
-        slices = zip(*(folds.fold(name, g[name]) for g in gradients), strict=True)
-        results = [
-            sketched_momentum(
-                matrices,
-                draw(projection, 11, NAME, name, side),
-                0.5,
-                3,
-                reading,
-                folds.left(name, side),
-            )
-            for matrices in slices
-        ]
-        expected = [np.stack(u) for u in zip(*(r[0] for r in results), strict=True)]
+    assert int(state.count) == len(gradients)
+    for name in gradients[0]:
+        expected, last = expected_momentum(
+            gradients, name, projection, reading, side, every
+        )
         assert_close([folds.fold(name, u[name]) for u in updates], expected, "float32")
-        last = np.stack([r[1] for r in results])
-        kept = np.asarray(state.momentum[name], np.float64)
-        assert_close(kept.reshape(last.shape), last, "float32")
+        kept = np.asarray(state.momentum[name], np.float64).reshape(last.shape)
+        assert_close(kept, last, "float32")
+
+
+@pytest.mark.parametrize(
+    ("projection", "reading", "side", "names"), CASES, ids=name_case
+)
+def test_equals_algorithm_2(projection, reading, side, names):
+    # Eight steps: S is replaced before the steps 3 and 6.
+    check_oracle(folds.gradients(8, names), projection, reading, side, 3)
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_interval_none_keeps_one_projection_and_one_replaces_it_always(every):
+    gradients = folds.gradients(4, ("wide",))
+    if every is None:
+        check_oracle(gradients, fj.Gaussian(), "paper", "smaller", every)
+    else:
+        with pytest.warns(UserWarning, match="rho"):
+            check_oracle(gradients, fj.Gaussian(), "paper", "smaller", every)
+
+
+def test_residual_is_the_designs_formula_where_the_rank_divides_the_width():
+    """The update is (r/m) M S + (G - G P), P the projector onto the rows of S."""
+    r, m = folds.RANKS["tall"], 16
+    gradients = folds.gradients(5, ("tall",))
+    tx = momentum(r, projection=fj.CountSketch(), reading="residual")
+    s = draw(fj.CountSketch(), 11, "compressed_momentum", "tall", "smaller")
+    updates, state = run(tx, gradients)
+    s, g = s(1), np.asarray(gradients[-1]["tall"], np.float64)
+    kept = np.asarray(state.momentum["tall"], np.float64)
+    expected = r / m * kept @ s + g - g @ (r / m * s.T @ s)
+    assert_close(updates[-1]["tall"], expected, "float32")
+
+
+@pytest.mark.parametrize("decay", [jnp.float32(0.5), np.float32(0.5)])
+def test_decay_may_be_an_array(decay):
+    gradients = folds.gradients(5, ("wide",))
+    updates, _ = run(momentum(4, decay), gradients)
+    plain, _ = run(momentum(4, float(decay)), gradients)
+    assert_close(updates, plain)
+
+
+@pytest.mark.parametrize(
+    ("reading", "projection", "uncompressed"),
+    [
+        ("paper", fj.Gaussian(), optax.ema(0.5, debias=False)),
+        (
+            "interpolated",
+            fj.Gaussian(),
+            optax.chain(optax.scale(0.5), optax.trace(0.5, nesterov=True)),
+        ),
+        ("residual", fj.CountSketch(), optax.ema(0.5, debias=False)),
+    ],
+)
+def test_dense_leaves_equal_optax(reading, projection, uncompressed):
+    rng = np.random.default_rng(1)
+    shapes = {"bias": (16,), "scalar": (), "masked": (16, 24), "narrow": (16, 4)}
+    gradients = [
+        {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()}
+        for _ in range(7)
+    ]
+    tx = momentum(
+        4,
+        reading=reading,
+        projection=projection,
+        mask=lambda path, shape: path != "masked",
+    )
+    assert_close(run(tx, gradients)[0], run(uncompressed, gradients)[0])
+
+
+def test_leaves_of_a_tree_do_not_share_a_projection():
+    """Nor do two epochs, nor the two transformations with one key."""
+    gradients = [{"a": np.eye(16, dtype=np.float32), "b": np.eye(16, dtype=np.float32)}]
+    updates, _ = run(momentum(4, resample_every=1, decay=0.0), 2 * gradients)
+    with pytest.warns(UserWarning, match="every_k"):
+        once = fj.compressed_accumulation(
+            optax.identity(), 1, 4, min_dim_size=8, key=11
+        )
+    accumulated, _ = run(once, gradients)
+    drawn = [updates[0]["a"], updates[0]["b"], updates[1]["a"], accumulated[0]["a"]]
+    # The estimate of the identity is S'S; those of independent S differ widely.
+    for i, x in enumerate(drawn):
+        for y in drawn[:i]:
+            assert np.abs(np.asarray(x) - np.asarray(y)).max() > 0.1
+
+
+def test_bfloat16_gradients_and_state():
+    gradients = folds.gradients(7, ("stack",))
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), gradients)
+    expected, _ = run(momentum(8, projection=fj.CountSketch()), gradients)
+    updates, state = run(
+        momentum(8, projection=fj.CountSketch(), dtype=jnp.bfloat16), half
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
+    kept = jax.tree.leaves(state.momentum)
+    assert {leaf.dtype for leaf in kept} == {jnp.dtype("bfloat16")}
+    assert_close(updates, expected, "bfloat16")

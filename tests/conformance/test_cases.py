@@ -1,0 +1,84 @@
+"""The list is complete, and its leaves really are sketched."""
+
+import inspect
+
+import jax
+import pytest
+
+import flora_jax as fj
+from tests.common import SKETCHED, every_fold
+from tests.conformance.cases import (
+    CASES,
+    FOLDS,
+    SKETCHING,
+    SMALL,
+    TREES,
+    layer,
+    named,
+    own_states,
+    run_folds,
+    run_layer,
+)
+
+# Public functions that make no transformation. Whatever else is public is in the list.
+OTHERS = {
+    "compressed_accumulator",
+    "has_updated",
+    "plan_leaves",
+    "static_args",
+    "verify_state",
+}
+
+
+def plan(params, setting):
+    plans = fj.plan_leaves(
+        params, rank=setting["rank"], min_dim_size=setting["min_dim_size"]
+    )
+    return {path: leaf.dense_reason for path, leaf in named(plans).items()}
+
+
+def test_the_list_has_every_public_transformation():
+    functions = {name for name in fj.__all__ if inspect.isfunction(getattr(fj, name))}
+    assert functions - OTHERS == {case.factory.__name__ for case in CASES}
+    for name in OTHERS:
+        returns = inspect.signature(getattr(fj, name)).return_annotation
+        assert "GradientTransformation" not in str(returns), name
+
+
+def test_the_list_has_every_public_state_of_a_transformation():
+    states = {name for name in fj.__all__ if name.endswith("State")}
+    assert states == {state.__name__ for state in TREES}
+    assert len({case.name for case in CASES}) == len(CASES)
+    found = {
+        type(state) for case in CASES for state in own_states(case().init(layer()))
+    }
+    assert found == set(TREES)
+
+
+def test_every_kind_of_fold_is_planned():
+    reasons = plan(every_fold(), FOLDS)
+    assert {path for path, why in reasons.items() if why is None} == SKETCHED
+
+
+def test_the_small_setting_sketches_a_2x2_matrix():
+    reasons = plan(
+        {"vector": jax.numpy.ones(3), "matrix": jax.numpy.ones((2, 2))}, SMALL
+    )
+    assert reasons == {"vector": "it has fewer than two axes", "matrix": None}
+
+
+@pytest.mark.parametrize("case", SKETCHING, ids=lambda case: case.name)
+def test_the_planned_leaves_are_sketched(case):
+    for run, sketched in (
+        (run_folds(case), SKETCHED),
+        (run_layer(case), {"layer/kernel"}),
+    ):
+        (own,) = [s for s in own_states(run.states[0]) if hasattr(s, "spec")]
+        (field,) = TREES[type(own)]
+        shapes = {path: leaf.shape for path, leaf in named(run.params).items()}
+        smaller = {
+            path
+            for path, leaf in named(getattr(own, field)).items()
+            if leaf.shape != shapes[path]
+        }
+        assert smaller == sketched

@@ -1,0 +1,142 @@
+"""States survive Orbax, flax's msgpack and equinox's serialisation bit by bit."""
+
+import io
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import equinox
+import flax.serialization
+import jax
+import orbax.checkpoint
+import pytest
+
+import flora_jax as fj
+from tests.conformance.cases import (
+    CASES,
+    COUNTERS,
+    EVERY_K,
+    RESAMPLE_EVERY,
+    STEPS,
+    assert_identical,
+    own_states,
+    run_layer,
+)
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+# One micro-step into a cycle of accumulation, and the next update transfers momentum.
+PHASE = 4
+
+# What a user's next job does: it knows the settings and the folder, nothing else.
+RESUME = """
+import pickle, sys
+import jax, orbax.checkpoint
+import flora_jax as fj
+from tests.conformance.cases import CASES, STEPS, gradients, jit, layer
+
+folder, phase = sys.argv[1], int(sys.argv[2])
+params = layer()
+abstract = {c.name: jax.eval_shape(c().init, params) for c in CASES}
+with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+    states = checkpointer.restore(folder + "/states", abstract)
+results = {}
+for case in CASES:
+    tx, state = case(), states[case.name]
+    fj.verify_state(tx, state)
+    step = jit(tx.update)
+    updates = []
+    for i in range(phase, STEPS):
+        update, state = step(gradients(params, i), state, params)
+        updates.append(update)
+    results[case.name] = jax.device_get((updates, jax.tree.leaves(state)))
+with open(folder + "/results.pickle", "wb") as file:
+    pickle.dump(results, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """Updates and last states of all cases, continued by another process."""
+    folder = tmp_path_factory.mktemp("orbax")
+    states = {case.name: run_layer(case).states[PHASE] for case in CASES}
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "states", states)
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", RESUME, str(folder), str(PHASE)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return pickle.loads((folder / "results.pickle").read_bytes())
+
+
+def test_the_phase_is_amid_a_cycle_and_before_a_transfer():
+    assert PHASE % EVERY_K != 0
+    assert PHASE % RESAMPLE_EVERY == 0
+    assert STEPS > PHASE + RESAMPLE_EVERY
+
+
+@every_case
+def test_orbax_in_another_process(case, resumed):
+    reference = run_layer(case)
+    updates, leaves = resumed[case.name]
+    assert_identical(updates, jax.device_get(reference.updates[PHASE:]))
+    assert_identical(leaves, jax.tree.leaves(reference.states[-1]))
+
+
+def continue_from(case, state):
+    """Continues the run of a case from a restored state, and compares."""
+    reference = run_layer(case)
+    assert_identical(state, reference.states[PHASE])
+    fj.verify_state(reference.tx, state)
+    for i in range(PHASE, STEPS):
+        updates, state = reference.step(reference.grads[i], state, reference.params)
+        assert_identical(updates, reference.updates[i])
+    assert_identical(state, reference.states[-1])
+
+
+@every_case
+def test_flax_msgpack(case):
+    reference = run_layer(case)
+    data = flax.serialization.to_bytes(reference.states[PHASE])
+    template = reference.tx.init(reference.params)
+    continue_from(case, flax.serialization.from_bytes(template, data))
+
+
+@every_case
+def test_flax_msgpack_through_a_state_dict(case):
+    # As TrainState does: names and no types, then back into a template.
+    reference = run_layer(case)
+    names = flax.serialization.to_state_dict(reference.states[PHASE])
+    restored = flax.serialization.msgpack_restore(
+        flax.serialization.msgpack_serialize(jax.device_get(names))
+    )
+    template = reference.tx.init(reference.params)
+    continue_from(case, flax.serialization.from_state_dict(template, restored))
+
+
+@every_case
+def test_equinox(case):
+    reference = run_layer(case)
+    file = io.BytesIO()
+    equinox.tree_serialise_leaves(file, reference.states[PHASE])
+    file.seek(0)
+    template = reference.tx.init(reference.params)
+    continue_from(case, equinox.tree_deserialise_leaves(file, template))
+
+
+@every_case
+def test_the_template_is_not_the_state(case):
+    # Or the tests above would pass without restoring anything.
+    reference = run_layer(case)
+    for own in own_states(reference.states[PHASE]):
+        counts = [int(getattr(own, field)) for field in COUNTERS[type(own)]]
+        assert sum(counts) > 0

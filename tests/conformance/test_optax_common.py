@@ -1,0 +1,141 @@
+"""What optax asks of its own optimizers (optax/contrib/_common_test.py)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flora_jax as fj
+from tests.common import assert_close
+from tests.conformance.cases import CASES, EVERY_K, jit, layer, run, run_layer
+
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@every_case
+def test_unknown_extra_arguments_are_accepted_and_nothing_is_retraced(case):
+    # run_layer passes an argument that no optimizer expects.
+    reference = run_layer(case)
+    assert len(reference.updates) > 2
+    assert len(reference.traces) == 1
+
+
+@every_case
+def test_inject_hyperparams_changes_nothing(case):
+    inject = optax.inject_hyperparams(
+        case.factory, static_args=fj.static_args(case.factory)
+    )
+    reference = run_layer(case)
+    injected = run(inject(**case.arguments()), reference.params)
+    numbers = {"decay", "decay_rate", "learning_rate"}
+    assert {x for x in numbers if case.takes(x)} <= injected.states[
+        0
+    ].hyperparams.keys()
+    for ours, theirs in zip(injected.updates, reference.updates, strict=True):
+        assert_close(ours, theirs)
+    for ours, theirs in zip(injected.states, reference.states, strict=True):
+        assert jax.tree.structure(ours.inner_state) == jax.tree.structure(theirs)
+        assert_close(ours.inner_state, theirs, "float32")
+
+
+@functools.cache
+def low_precision(case):
+    """A case whose inner transformation is as good in float16 as in float32.
+
+    optax.adam keeps its second moment in the gradients' dtype, where it underflows.
+    """
+    return {} if case.inner is None else {"inner": optax.sgd(0.1)}
+
+
+@functools.cache
+def in_float32(case):
+    """The step that others are compared with."""
+    changes = low_precision(case)
+    return run(case(**changes), layer(), 1).step if changes else run_layer(case).step
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@every_case
+def test_updates_in_other_dtypes_are_those_of_float32(case, dtype):
+    tx = case(**low_precision(case))
+    with jax.enable_x64(dtype == "float64"):
+        ours = run(tx, layer(dtype), EVERY_K)
+        # Rounded first, so that only the arithmetic differs.
+        params, *rounded = optax.tree.cast([ours.params, *ours.grads], jnp.float32)
+    state = tx.init(params)
+    for grads, updates in zip(rounded, ours.updates, strict=True):
+        expected, state = in_float32(case)(grads, state, params)
+        assert {x.dtype.name for x in jax.tree.leaves(updates)} == {dtype}
+        assert_close(updates, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gradient_dtype"),
+    [
+        ("float32", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("float32", "float16"),
+        ("float64", "float32"),
+        ("float32", "float64"),
+    ],
+)
+@every_case
+def test_updates_take_the_gradients_dtype(case, dtype, gradient_dtype):
+    with jax.enable_x64("float64" in (dtype, gradient_dtype)):
+        params, grads = layer(dtype), layer(gradient_dtype)
+        state = jax.eval_shape(case().init, params)
+        updates, new = jax.eval_shape(case().update, grads, state, params)
+        assert {x.dtype.name for x in jax.tree.leaves(updates)} == {gradient_dtype}
+        assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_case
+def test_state_can_be_a_branch_of_cond(case, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        tx, params = case(), layer(dtype)
+
+        def step(params, state, flip):
+            updates, new = jax.lax.cond(
+                flip,
+                lambda: tx.update(params, state, params),
+                lambda: (params, state),
+            )
+            return optax.apply_updates(params, updates), new
+
+        state = jax.eval_shape(tx.init, params)
+        new_params, new = jax.eval_shape(step, params, state, True)
+        assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+        assert {x.dtype.name for x in jax.tree.leaves(new_params)} == {dtype}
+
+
+@every_case
+def test_multi_steps_around(case):
+    reference = run_layer(case)
+    tx = optax.MultiSteps(case(), every_k_schedule=2)
+    step = jit(tx.update)
+    params, state = reference.params, tx.init(reference.params)
+    for grads, expected in zip(reference.grads, reference.updates, strict=True):
+        # The mean of one gradient and itself is that gradient, exactly.
+        updates, state = step(grads, state, params)
+        assert not any(np.any(x) for x in jax.tree.leaves(updates))
+        updates, state = step(grads, state, params)
+        assert_close(updates, expected)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.takes("learning_rate")], ids=lambda case: case.name
+)
+def test_a_learning_rate_schedule(case):
+    # Times 1, 2, 3, ...: the reference has a constant rate.
+    reference = run_layer(case)
+    rate = case.options["learning_rate"]
+    schedule = optax.linear_schedule(rate, 11 * rate, 10)
+    scheduled = run(case(learning_rate=schedule), reference.params)
+    for i, updates in enumerate(scheduled.updates):
+        expected = optax.tree.scale(1.0 + i, reference.updates[i])
+        assert_close(updates, expected)

@@ -1,0 +1,214 @@
+"""The rules about state: one array per parameter leaf, of fixed shape and dtype."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.common import every_fold
+from tests.conformance.cases import (
+    CASES,
+    COUNTERS,
+    EVERY_K,
+    FOLDS,
+    SKETCHING,
+    STEPS,
+    assert_identical,
+    layer,
+    named,
+    own_states,
+    own_trees,
+    run_folds,
+)
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+# Rank 4. The layout of the design at a 64th of its size (the first two) and every other
+# kind of fold; shapes of the sketch, and of the second moment's two statistics.
+LAYOUT = {
+    (2, 12, 24): ((2, 4, 24), (2, 12, 1), (2, 1, 24)),
+    (32, 4, 8): ((32, 1, 4), (32, 1, 1), (1, 4, 8)),
+    (32, 16): ((32, 4), (1, 16), (32, 1)),
+    (16, 24): ((4, 24), (16, 1), (1, 24)),
+    (16, 16): ((16, 4), (16, 1), (1, 16)),
+    (16, 4, 8): ((4, 4, 8), (16, 1, 1), (1, 4, 8)),
+    (3, 3, 8, 16): ((3, 3, 4, 16), (3, 3, 8, 1), (3, 3, 1, 16)),
+}
+DENSE = [(16,), (), (16, 4)]
+
+
+def sketch_trees(state):
+    return [
+        tree
+        for name, tree in own_trees(state)
+        if not name.startswith("FactoredRmsState")
+    ]
+
+
+def shapes_of(tree):
+    return [leaf.shape for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("case", SKETCHING, ids=lambda case: case.name)
+def test_the_layout_of_sketches(case):
+    params = [jnp.zeros(shape) for shape in [*LAYOUT, *DENSE]]
+    (tree,) = sketch_trees(jax.eval_shape(case().init, params))
+    assert shapes_of(tree) == [row[0] for row in LAYOUT.values()] + DENSE
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.takes("decay_rate")], ids=lambda case: case.name
+)
+def test_the_layout_of_second_moments(case):
+    params = [jnp.zeros(shape) for shape in [*LAYOUT, *DENSE]]
+    trees = dict(own_trees(jax.eval_shape(case().init, params)))
+    ones = [(1,) * len(shape) for shape in [*LAYOUT, *DENSE]]
+    split = len(LAYOUT)
+    row, column, full = (
+        shapes_of(trees[f"FactoredRmsState.{field}"])
+        for field in ("v_row", "v_col", "v")
+    )
+    assert row == [row[1] for row in LAYOUT.values()] + ones[split:]
+    assert column == [row[2] for row in LAYOUT.values()] + ones[split:]
+    assert full == ones[:split] + DENSE
+
+
+@every_case
+def test_one_array_per_parameter_leaf_with_its_number_of_axes(case):
+    params = every_fold()
+    state = run_folds(case).states[-1]
+    trees = own_trees(state)
+    assert trees
+    for name, tree in trees:
+        assert jax.tree.structure(tree) == jax.tree.structure(params), name
+        for leaf, param in zip(
+            jax.tree.leaves(tree), jax.tree.leaves(params), strict=True
+        ):
+            assert isinstance(leaf, jax.Array), name
+            assert leaf.ndim == param.ndim, name
+
+
+@every_case
+def test_nothing_is_none_or_empty(case):
+    state = run_folds(case).states[-1]
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: x is None)
+    assert all(isinstance(x, jax.Array) and x.size > 0 for x in leaves)
+
+
+@every_case
+def test_counters_and_keys_outside_the_trees(case):
+    run = run_folds(case)
+    for i, state in enumerate(run.states):
+        for own in own_states(state):
+            counts = [getattr(own, field) for field in COUNTERS[type(own)]]
+            assert all((x.dtype, x.shape) == (jnp.int32, ()) for x in counts)
+            updates = i if len(counts) == 1 else [i % EVERY_K, i // EVERY_K]
+            assert np.array_equal(np.squeeze(counts), updates)
+            assert hasattr(own, "key") == hasattr(own, "spec")
+    keyed = [
+        [s for s in own_states(state) if hasattr(s, "key")] for state in run.states
+    ]
+    assert [len(states) for states in keyed] == [int(case.sketches)] * (STEPS + 1)
+    for states in keyed:
+        for own, first in zip(states, keyed[0], strict=True):
+            assert (own.key.dtype, own.key.shape) == (jnp.uint32, (2,))
+            assert (own.spec.dtype, own.spec.ndim) == (jnp.uint32, 1)
+            assert_identical([own.key, own.spec], [first.key, first.spec])
+
+
+@every_case
+def test_state_keeps_its_shapes_and_dtypes(case):
+    run = run_folds(case)
+    first = jax.tree.map(jax.typeof, run.states[0])
+    for state in run.states[1:]:
+        assert jax.tree.map(jax.typeof, state) == first
+    moved = [
+        np.any(x != y)
+        for x, y in zip(
+            jax.tree.leaves(run.states[0]), jax.tree.leaves(run.states[-1]), strict=True
+        )
+    ]
+    assert any(moved)
+
+
+@every_case
+def test_map_params_hands_each_array_its_parameters_value(case):
+    params = every_fold()
+    specs = {name: jax.P(name, *([None] * params[name].ndim)) for name in params}
+    tx, state = case(), run_folds(case).states[-1]
+    seen = collections.Counter()
+
+    def pair(array, spec):
+        seen[spec[0]] += 1
+        return spec
+
+    mapped = optax.tree.map_params(
+        tx, pair, state, specs, transform_non_params=lambda x: x
+    )
+    for name, tree in own_trees(mapped):
+        assert tree == specs, name
+    # As often for one parameter as for any other, optax's own inner trees included.
+    assert set(seen) == set(params)
+    assert set(seen.values()) == {seen["bias"]}
+    assert seen["bias"] >= len(own_trees(state))
+    # What is no parameter's stays.
+    for ours, theirs in zip(own_states(mapped), own_states(state), strict=True):
+        assert_identical(
+            [getattr(ours, field) for field in COUNTERS[type(ours)]],
+            [getattr(theirs, field) for field in COUNTERS[type(theirs)]],
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@every_case
+def test_state_dtype_is_the_arguments_and_not_the_parameters(case, dtype):
+    def dtypes(tx, params):
+        trees = own_trees(jax.eval_shape(tx.init, params))
+        return {leaf.dtype.name for _, tree in trees for leaf in jax.tree.leaves(tree)}
+
+    assert dtypes(case(), layer(dtype)) == {"float32"}
+    assert dtypes(case(dtype=dtype), layer()) == {dtype}
+
+
+@every_case
+def test_half_precision_state_keeps_its_dtype(case):
+    tx, params = case(dtype=jnp.bfloat16), every_fold()
+    state = jax.eval_shape(tx.init, params)
+    updates, new = jax.eval_shape(tx.update, params, state, params)
+    assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+    assert {x.dtype.name for x in jax.tree.leaves(updates)} == {"float32"}
+
+
+@every_case
+def test_an_empty_tree(case):
+    tx = case()
+    state = tx.init({})
+    for _ in range(EVERY_K):
+        updates, state = tx.update({}, state, {})
+        assert updates == {}
+    counts = [getattr(own, COUNTERS[type(own)][-1]).item() for own in own_states(state)]
+    assert set(counts) == {1 if case.takes("every_k") else EVERY_K}
+
+
+@every_case
+def test_abstract_parameters(case):
+    # What optax asks (optax/_src/sharding_test.py), and more: the same structure.
+    params = every_fold()
+    expected = jax.tree.map(jax.typeof, run_folds(case).states[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    for tree in (params, abstract):
+        state = jax.eval_shape(case().init, tree)
+        assert jax.tree.map(jax.typeof, state) == expected
+    state = case().init(abstract)
+    for name, tree in own_trees(state):
+        assert jax.tree.structure(tree) == jax.tree.structure(params), name
+        assert not any(np.any(leaf) for leaf in named(tree).values()), name
+    assert jax.tree.map(jax.typeof, state) == expected
+
+
+def test_the_layout_table_is_of_sketched_leaves():
+    assert all(np.prod(row[0]) < np.prod(shape) for shape, row in LAYOUT.items())
+    assert all(FOLDS["rank"] in row[0] for row in LAYOUT.values())

@@ -1,0 +1,223 @@
+"""The paper's optimizer against its oracle, and against the chain that it names."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flora_jax as fj
+from tests.common import assert_close
+from tests.reference import folds
+from tests.reference.flora import flora as reference_flora
+from tests.transforms.draws import draw, jit
+
+SETTINGS = {"min_dim_size": 8, "key": 11, "resample_every": 3}
+FACTORED = {"min_dim_size_to_factor": 8}
+WEIGHTS = {
+    name: (0.3 * leaf).astype(np.float32)
+    for name, leaf in folds.gradients(1, seed=9)[0].items()
+}
+
+
+def train(tx, gradients, params):
+    """Updates of all steps, each applied before the next one is asked for."""
+    step, state, outputs = jit(tx.update), tx.init(params), []
+    for gradient in gradients:
+        updates, state = step(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        outputs.append(updates)
+    return outputs
+
+
+@pytest.mark.parametrize(
+    ("projection", "reading", "side", "names"),
+    [
+        (fj.Gaussian(), "paper", "smaller", ("tall", "square", "stack")),
+        (fj.CountSketch(), "interpolated", "larger", ("cut",)),
+        (fj.CountSketch(), "residual", "smaller", ("wide",)),
+    ],
+)
+def test_equals_the_paper(projection, reading, side, names):
+    gradients = folds.gradients(8, names)
+    params = {name: WEIGHTS[name] for name in names}
+    rates = [0.1 / (t + 1) for t in range(len(gradients))]
+    tx = fj.flora(
+        lambda count: jnp.asarray(rates)[count],
+        {name: folds.RANKS[name] for name in names},
+        b1=0.5,
+        projection=projection,
+        reading=reading,
+        side=side,
+        weight_decay=0.2,
+        clipping_threshold=0.9,
+        **SETTINGS,
+        **FACTORED,
+    )
+    updates = train(tx, gradients, params)
+    for name in names:
+        expected = reference_flora(
+            folds.fold(name, params[name]),
+            [folds.fold(name, g[name]) for g in gradients],
+            draw(projection, 11, "compressed_momentum", name, side),
+            rates.__getitem__,
+            decay=0.5,
+            resample_every=3,
+            reading=reading,
+            left=folds.left(name, side),
+            clip=0.9,
+            weight_decay=0.2,
+        )
+        assert_close([folds.fold(name, u[name]) for u in updates], expected, "float32")
+
+
+PARAMS = {**WEIGHTS, "bias": np.full(16, 0.1, np.float32), "scalar": np.float32(0)}
+
+
+def with_vectors(gradients):
+    rng = np.random.default_rng(3)
+    return [
+        {
+            **g,
+            "bias": rng.normal(size=16).astype(np.float32),
+            "scalar": np.float32(rng.normal()),
+        }
+        for g in gradients
+    ]
+
+
+def test_equals_the_chain_of_its_parts():
+    gradients = with_vectors(folds.gradients(4, ("tall", "wide", "stack")))
+    params = {name: PARAMS[name] for name in gradients[0]}
+    mask = {name: name != "bias" for name in params}
+    tx = fj.flora(
+        0.1,
+        4,
+        0.5,
+        projection=fj.CountSketch(),
+        reading="residual",
+        side="larger",
+        mask=lambda path, shape: path != "wide",
+        max_aspect_ratio=1.9,
+        decay_rate=0.7,
+        epsilon=1e-20,
+        clipping_threshold=0.8,
+        weight_decay=0.2,
+        weight_decay_mask=mask,
+        **SETTINGS,
+        **FACTORED,
+    )
+    chain = optax.chain(
+        fj.scale_by_factored_rms(0.7, epsilon=1e-20, **FACTORED),
+        optax.clip_by_block_rms(0.8),
+        fj.compressed_momentum(
+            0.5,
+            4,
+            projection=fj.CountSketch(),
+            reading="residual",
+            side="larger",
+            mask=lambda path, shape: path != "wide",
+            max_aspect_ratio=1.9,
+            **SETTINGS,
+        ),
+        optax.scale_by_param_block_rms(),
+        optax.add_decayed_weights(0.2, mask),
+        optax.scale_by_learning_rate(0.1),
+    )
+    assert_close(train(tx, gradients, params), train(chain, gradients, params))
+    ours, theirs = tx.init(params), chain.init(params)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    # The aspect ratio leaves out tall, the mask wide.
+    shapes = {k: v.shape for k, v in ours[2].momentum.items()}
+    assert {k for k in shapes if shapes[k] != PARAMS[k].shape} == {"stack"}
+
+
+def test_parts_can_be_left_out():
+    gradients = with_vectors(folds.gradients(3, ("wide",)))
+    params = {name: PARAMS[name] for name in gradients[0]}
+    tx = fj.flora(
+        0.1,
+        4,
+        0.5,
+        clipping_threshold=None,
+        multiply_by_parameter_scale=False,
+        **SETTINGS,
+        **FACTORED,
+    )
+    chain = optax.chain(
+        fj.scale_by_factored_rms(**FACTORED),
+        fj.compressed_momentum(0.5, 4, **SETTINGS),
+        optax.scale(-0.1),
+    )
+    assert_close(train(tx, gradients, params), train(chain, gradients, params))
+    # Without a parameter scale and weight decay it does not ask for parameters.
+    tx.update(gradients[0], tx.init(params))
+
+
+@pytest.mark.parametrize("momentum", [None, 0.5])
+def test_without_sketches_equals_adafactor_as_far_as_it_goes(momentum):
+    """Without momentum it is optax's; with it, parameter scale and rate come later."""
+    gradients = with_vectors(folds.gradients(4, ("tall", "cut", "stack")))
+    flat = [{**g, "cut": g["cut"].reshape(16, 32)} for g in gradients]
+    params = {name: PARAMS[name] for name in gradients[0]}
+    flat_params = {**params, "cut": PARAMS["cut"].reshape(16, 32)}
+    tx = fj.flora(0.1, 4, momentum, mask=lambda *_: False, **FACTORED)
+    if momentum is None:
+        reference = optax.adafactor(0.1, **FACTORED)
+    else:
+        reference = optax.chain(
+            optax.scale_by_factored_rms(**FACTORED),
+            optax.clip_by_block_rms(1.0),
+            optax.ema(momentum, debias=False),
+            optax.scale_by_param_block_rms(),
+            optax.scale_by_learning_rate(0.1),
+        )
+    updates = train(tx, gradients, params)
+    expected = train(reference, flat, flat_params)
+    flat_updates = [{**u, "cut": u["cut"].reshape(16, 32)} for u in updates]
+    assert_close(flat_updates, expected)
+
+
+def test_defaults_are_the_papers():
+    """And leaves below 128 stay dense."""
+    params = {"w": jnp.ones((128, 512)), "small": jnp.ones((127, 512))}
+    tx = fj.flora(0.1, 64)
+    explicit = fj.flora(
+        0.1,
+        64,
+        0.9,
+        resample_every=1000,
+        reading="paper",
+        projection=fj.Gaussian(),
+        side="smaller",
+        min_dim_size=128,
+        min_dim_size_to_factor=128,
+        decay_rate=0.8,
+        epsilon=1e-30,
+        clipping_threshold=1.0,
+        multiply_by_parameter_scale=True,
+        weight_decay=None,
+    )
+    rng = np.random.default_rng(0)
+    gradients = [
+        {k: rng.normal(size=x.shape).astype(np.float32) for k, x in params.items()}
+        for _ in range(2)
+    ]
+    assert_close(train(tx, gradients, params), train(explicit, gradients, params))
+    momentum = tx.init(params)[2].momentum
+    assert momentum["w"].shape == (64, 512)
+    assert momentum["small"].shape == (127, 512)
+
+
+def test_bfloat16_gradients_of_float32_parameters():
+    gradients = folds.gradients(4, ("tall",))
+    half = [{"tall": jnp.asarray(g["tall"], jnp.bfloat16)} for g in gradients]
+    params = {"tall": WEIGHTS["tall"]}
+    tx = fj.flora(0.1, 4, 0.5, weight_decay=0.1, **SETTINGS, **FACTORED)
+    step, state = jit(tx.update), tx.init(params)
+    expected = train(tx, [jax.tree.map(np.float32, g) for g in half], params)
+    for i, gradient in enumerate(half):
+        updates, state = step(gradient, state, params)
+        assert updates["tall"].dtype == jnp.bfloat16
+        assert_close(updates, expected[i])
+        params = optax.apply_updates(params, expected[i])

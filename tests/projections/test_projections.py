@@ -1,0 +1,200 @@
+"""Projections against their own matrix, for each key."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flora_jax as fj
+from tests.common import assert_close
+
+WIDTH = 12
+ISOMETRIC = fj.CountSketch(scale="isometric")
+PROJECTIONS = {
+    "Gaussian": fj.Gaussian(),
+    "CountSketch": fj.CountSketch(),
+    "isometric": ISOMETRIC,
+}
+# Dividing the width and not, the smallest, the largest that is below it, and itself.
+RANKS = [4, 5, 1, WIDTH - 1, WIDTH]
+CASES = [
+    *((fj.CountSketch(), rank) for rank in RANKS),
+    *((fj.Gaussian(), rank) for rank in (5, 1, WIDTH - 1)),
+    *((ISOMETRIC, rank) for rank in (4, 5)),
+]
+each_projection = pytest.mark.parametrize(
+    "projection", PROJECTIONS.values(), ids=PROJECTIONS
+)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnums=(0, 2, 4),
+    compiler_options={"xla_backend_optimization_level": 0},
+)
+def there_and_back(projection, key, rank, matrix, axis):
+    sketch = projection.sketch(key, matrix, rank, axis)
+    return sketch, projection.unsketch(key, sketch, matrix.shape[axis], axis)
+
+
+@functools.cache
+def matrix_of(projection, rank, width=WIDTH, seed=1):
+    s = projection.matrix(jax.random.key(seed), rank, width)
+    assert s.shape == (rank, width)
+    assert s.dtype == jnp.float32
+    return np.asarray(s, np.float64)
+
+
+@pytest.mark.parametrize(("projection", "rank"), CASES)
+def test_sketches_columns_with_its_matrix(projection, rank):
+    """G S' and G S' S, of a stack that shares one S."""
+    s, g = matrix_of(projection, rank), normal(2, 3, 7, WIDTH)
+    sketch, estimate = there_and_back(projection, jax.random.key(1), rank, g, -1)
+    assert_close(sketch, g @ s.T, "float32")
+    assert_close(estimate, g @ s.T @ s, "float32")
+
+
+@pytest.mark.parametrize(("projection", "rank"), CASES[1::2])
+def test_sketches_rows_with_the_same_matrix(projection, rank):
+    """S G and S' S G."""
+    s, g = matrix_of(projection, rank), normal(2, WIDTH, 7)
+    sketch, estimate = there_and_back(projection, jax.random.key(1), rank, g, -2)
+    assert_close(sketch, s @ g, "float32")
+    assert_close(estimate, s.T @ s @ g, "float32")
+
+
+@pytest.mark.parametrize("width", [64 + 3, 72 + 5])
+def test_count_sketch_of_many_chunks(width):
+    """More chunks than one loop body holds, a multiple of it or not, and a tail."""
+    s, g = matrix_of(fj.CountSketch(), 8, width), normal(3, width)
+    sketch, _ = there_and_back(fj.CountSketch(), jax.random.key(1), 8, g, -1)
+    assert_close(sketch, g @ s.T, "float32")
+
+
+@each_projection
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_unsketch_is_the_adjoint_of_sketch(projection, axis):
+    """<sketch(x), y> = <x, unsketch(y)>."""
+    x = normal(WIDTH, WIDTH)
+    y = normal(*((WIDTH, 5) if axis == -1 else (5, WIDTH)), seed=1)
+    key = jax.random.key(2)
+    sketched = np.asarray(projection.sketch(key, x, 5, axis), np.float64)
+    estimate = np.asarray(projection.unsketch(key, y, WIDTH, axis), np.float64)
+    size = np.linalg.norm(sketched) * np.linalg.norm(y)
+    assert abs((sketched * y).sum() - (x * estimate).sum()) < 1e-6 * size
+
+
+@each_projection
+def test_both_are_linear_and_differentiable(projection):
+    """The gradient of <sketch(x), y> in x is unsketch(y)."""
+    x, y, key = normal(7, WIDTH), normal(7, 4, seed=1), jax.random.key(1)
+    gradient = jax.grad(lambda x: (projection.sketch(key, x, 4, -1) * y).sum())(x)
+    assert_close(gradient, projection.unsketch(key, y, WIDTH, -1))
+    gradient = jax.grad(lambda y: (projection.unsketch(key, y, WIDTH, -1) * x).sum())(y)
+    assert_close(gradient, projection.sketch(key, x, 4, -1))
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("projection", [fj.CountSketch(), ISOMETRIC])
+def test_rows_of_a_count_sketch_are_orthogonal(projection, rank):
+    s = matrix_of(projection, rank)
+    gram = projection.gram_diagonal(rank, WIDTH)
+    assert gram.shape == (rank,)
+    assert_close(np.diag(gram), s @ s.T, "float32")
+    sizes = np.sort(np.count_nonzero(s, axis=1))
+    assert sizes.sum() == WIDTH
+    assert sizes[-1] - sizes[0] <= 1
+    assert (np.count_nonzero(s, axis=0) == 1).all()
+    expected = np.ones(rank) if projection == ISOMETRIC else sizes[::-1]
+    assert_close(np.sort(gram)[::-1], expected, "float32")
+    if WIDTH % rank == 0 and projection != ISOMETRIC:
+        assert_close(s @ s.T, WIDTH / rank * np.eye(rank), "float32")
+
+
+def test_rows_of_gaussian_are_not():
+    assert fj.Gaussian().gram_diagonal(4, WIDTH) is None
+    gram = matrix_of(fj.Gaussian(), 4) @ matrix_of(fj.Gaussian(), 4).T
+    assert np.abs(gram - np.diag(np.diag(gram))).max() > 0.1
+
+
+@pytest.mark.parametrize("rank", [4, 5])
+def test_isometric_estimates_are_orthogonal_projections(rank):
+    """P = P' = P P of rank r, so that they shrink."""
+    _, p = there_and_back(
+        ISOMETRIC, jax.random.key(3), rank, np.eye(WIDTH, dtype=np.float32), -1
+    )
+    p = np.asarray(p, np.float64)
+    assert_close(p, p.T, "float32")
+    assert_close(p @ p, p, "float32")
+    assert np.linalg.matrix_rank(p, tol=1e-5) == rank
+    assert_close(np.trace(p), np.float64(rank), "float32")
+
+
+def test_count_sketch_of_full_rank_is_a_signed_permutation():
+    s = matrix_of(fj.CountSketch(), WIDTH)
+    assert set(np.unique(s)) == {-1, 0, 1}
+    assert (s @ s.T == np.eye(WIDTH)).all()
+
+
+@each_projection
+def test_the_same_under_jit_as_without(projection):
+    g, key = normal(7, WIDTH), jax.random.key(1)
+    draw = functools.partial(projection.matrix, rank=5, width=WIDTH)
+    jitted, eager = jax.jit(draw)(key), draw(key)
+    if projection == fj.Gaussian():  # XLA fuses the factors of a normal: one rounding.
+        assert_close(jitted, eager)
+    else:
+        np.testing.assert_array_equal(jitted, eager)
+    sketch, estimate = there_and_back(projection, key, 5, g, -1)
+    assert_close(sketch, projection.sketch(key, g, 5, -1))
+    assert_close(estimate, projection.unsketch(key, sketch, WIDTH, -1))
+
+
+@each_projection
+def test_another_key_is_another_matrix(projection):
+    first, second = (matrix_of(projection, 4, seed=seed) for seed in (1, 2))
+    assert (first != second).mean() > 0.2
+
+
+def test_matrices_are_those_of_the_first_release():
+    """A checkpoint must decode for ever: these numbers never change."""
+    key = jax.random.key(42)
+    np.testing.assert_array_equal(
+        fj.CountSketch().matrix(key, 3, 8),
+        [
+            [0, 0, 0, 0, 1, 0, 1, 1],
+            [0, -1, 1, 0, 0, 1, 0, 0],
+            [-1, 0, 0, 1, 0, 0, 0, 0],
+        ],
+    )
+    normals = [[-0.0200143848, 0.330312103, 0.209093571]]
+    normals += [[0.108573355, -0.0877044424, 0.15338783]]
+    assert_close(fj.Gaussian().matrix(key, 2, 3), np.array(normals), "float32")
+
+
+@each_projection
+def test_is_a_static_setting(projection):
+    """optax.inject_hyperparams takes whatever is callable for a schedule."""
+    assert not callable(projection)
+    copy = dataclasses.replace(projection)
+    assert copy == projection
+    assert hash(copy) == hash(projection)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        projection.scale = "isometric"
+    assert jax.tree.leaves(projection) == [projection]
+
+
+def test_those_that_differ_are_not_equal():
+    assert len({fj.Gaussian(), fj.CountSketch(), ISOMETRIC}) == 3
+
+
+def test_gaussian_cannot_be_isometric():
+    with pytest.raises(ValueError, match="'isometric'.*use CountSketch"):
+        fj.Gaussian(scale="isometric")

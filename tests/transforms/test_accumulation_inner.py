@@ -1,0 +1,109 @@
+"""Sketched accumulation around the optimizers of optax."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flora_jax as fj
+from tests.transforms.draws import jit
+
+OPTIMIZERS = {
+    "adabelief": lambda: optax.adabelief(1e-3),
+    "adadelta": lambda: optax.adadelta(1e-3),
+    "adafactor": lambda: optax.adafactor(1e-3, min_dim_size_to_factor=8),
+    "adafactor-momentum": lambda: optax.adafactor(1e-3, momentum=0.9),
+    "adagrad": lambda: optax.adagrad(1e-3),
+    "adam": lambda: optax.adam(1e-3),
+    "adamax": lambda: optax.adamax(1e-3),
+    "adamw": lambda: optax.adamw(1e-3),
+    "adan": lambda: optax.adan(1e-3),
+    "amsgrad": lambda: optax.amsgrad(1e-3),
+    "fromage": lambda: optax.fromage(1e-3),
+    "lamb": lambda: optax.lamb(1e-3),
+    "lars": lambda: optax.lars(1e-3),
+    "lion": lambda: optax.lion(1e-3),
+    "nadam": lambda: optax.nadam(1e-3),
+    "noisy_sgd": lambda: optax.noisy_sgd(1e-3, key=0),
+    "noisy_sgd-typed": lambda: optax.noisy_sgd(1e-3, key=jax.random.key(0)),
+    "novograd": lambda: optax.novograd(1e-3),
+    "optimistic_gradient_descent": lambda: optax.optimistic_gradient_descent(1e-3),
+    "optimistic_adam_v2": lambda: optax.optimistic_adam_v2(1e-3),
+    "radam": lambda: optax.radam(1e-3),
+    "rmsprop": lambda: optax.rmsprop(1e-3),
+    "rprop": lambda: optax.rprop(1e-3),
+    "sgd-injected": lambda: optax.inject_hyperparams(optax.sgd)(1e-3, momentum=0.9),
+    "sgd-nesterov": lambda: optax.sgd(1e-3, momentum=0.9, nesterov=True),
+    "sm3": lambda: optax.sm3(1e-3),
+    "yogi": lambda: optax.yogi(1e-3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection(fj.Projection):
+    """Keeps the first columns or rows: inner sees no difference; it compiles fast."""
+
+    def sketch(self, key, matrix, rank, axis):
+        return jax.lax.slice_in_dim(matrix, 0, rank, axis=axis)
+
+    def unsketch(self, key, sketch, width, axis):
+        pad = [(0, 0)] * sketch.ndim
+        pad[axis] = (0, width - sketch.shape[axis])
+        return jnp.pad(sketch, pad)
+
+    def matrix(self, key, rank, width):
+        return jnp.eye(rank, width)
+
+    def gram_diagonal(self, rank, width):
+        return jnp.ones(rank)
+
+
+def signature(tree):
+    """Path, shape, dtype and weak type of each leaf."""
+    return [
+        (
+            jax.tree_util.keystr(path),
+            leaf.shape,
+            leaf.dtype,
+            getattr(leaf, "weak_type", False),  # Typed keys have none.
+        )
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_inner_in_a_scan_of_micro_steps(name, dtype):
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.ones((8, 12), dtype), "b": jnp.ones(4, dtype)}
+    tx = fj.compressed_accumulation(
+        OPTIMIZERS[name](), 3, 2, projection=Selection(), min_dim_size=8
+    )
+    state = tx.init(params)
+    before = signature((params, state))
+    gradients = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=(7, *x.shape)), dtype), params
+    )
+
+    @jit
+    def train(params, state, gradients):
+        def step(carry, gradient):
+            params, state = carry
+            updates, state = tx.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), updates
+
+        return jax.lax.scan(step, (params, state), gradients)
+
+    after, updates = train(params, state, gradients)
+    assert signature(after) == before
+    assert state.acc_grads["w"].shape == (2, 12)
+    for key, update in updates.items():
+        assert update.dtype == dtype
+        values = np.asarray(update, np.float64)
+        assert np.isfinite(values).all()
+        moved = np.array([step.any() for step in values])
+        assert moved[5], key  # rprop's first step is zero, before its signs are known.
+        assert not moved[[0, 1, 3, 4, 6]].any(), key
