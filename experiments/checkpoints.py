@@ -1,7 +1,6 @@
 """Orbax checkpoints of one training: parameters, optimizer state, number of updates."""
 
 import pathlib
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
@@ -46,17 +45,8 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
-    def __enter__(self) -> "Checkpoints":
-        """Returns itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Closes the manager."""
+    def close(self) -> None:
+        """Closes the folder."""
         self._manager.close()
 
     def latest(self) -> int | None:
@@ -98,10 +88,11 @@ class Checkpoints:
     def _check_identity(self, update: int) -> None:
         args = ocp.args.Composite(identity=ocp.args.JsonRestore())
         saved = self._manager.restore(update, args=args)["identity"]
-        for name in saved.keys() | self._identity.keys():
+        for name in sorted(saved.keys() | self._identity.keys()):
             old, new = saved.get(name), self._identity.get(name)
             if old != new:
                 raise ConfigError(
                     f"`--resume` found in {self.folder} a checkpoint made with "
-                    f"`{name}` {old}, not {new}; give {old}, or another `--output-dir`"
+                    f"{name} {old}, but this run has {name} {new}; give the same, or "
+                    "another `--output-dir`"
                 )

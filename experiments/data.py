@@ -6,7 +6,6 @@ function of the seed and i: to resume is to go on with the next number.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import io
 import pathlib
@@ -44,31 +43,44 @@ def pack(
         [np.append(np.asarray(ids, np.int32), end_of_text) for ids in documents]
         or [np.zeros(0)]
     ).astype(np.int32)
-    examples = -(-max(len(stream) - 1, 0) // context)
+    examples = -(-(len(stream) - 1) // context) if len(stream) else 0
     padded = np.full(examples * context + 1, end_of_text, np.int32)
     padded[: len(stream)] = stream
-    windows = np.lib.stride_tricks.sliding_window_view(padded, context + 1)
-    return windows[::context][:examples]
-
-
-@dataclasses.dataclass(eq=False)
-class PackedConfig(tfds.core.BuilderConfig):
-    """What `PackedSources` is made of; `name` is unique to its content."""
-
-    context: int = 128
-    source_dir: str = ""
-    tokenizer_file: str = ""
+    starts = np.arange(examples)[:, None] * context
+    return padded[starts + np.arange(context + 1)]
 
 
 class PackedSources(tfds.core.GeneratorBasedBuilder):
-    """Python sources as packed token sequences of one length."""
+    """Python sources as packed token sequences of one length.
+
+    `data_dir` has to be unique to the documents, the tokenizer and the context: what
+    lies there is taken for what would be made.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
 
+    def __init__(
+        self,
+        splits: dict[str, list[str]],
+        tokenizer: Tokenizer,
+        context: int,
+        data_dir: pathlib.Path,
+    ):
+        """Describes the data set; `download_and_prepare` then makes it.
+
+        Args:
+            splits: the documents of each split.
+            tokenizer: a byte-level BPE.
+            context: inputs in an example.
+            data_dir: where the data set is written, as array_record.
+        """
+        self._splits = splits
+        self._tokenizer = tokenizer
+        self._context = context
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
     def _info(self) -> tfds.core.DatasetInfo:
-        tokens = tfds.features.Tensor(
-            shape=(self.builder_config.context + 1,), dtype=np.int32
-        )
+        tokens = tfds.features.Tensor(shape=(self._context + 1,), dtype=np.int32)
         return tfds.core.DatasetInfo(
             builder=self,
             description="Python sources, tokenised by a byte-level BPE and packed.",
@@ -80,19 +92,18 @@ class PackedSources(tfds.core.GeneratorBasedBuilder):
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, Any]:
         del dl_manager  # nothing is downloaded, ever
-        documents = corpus.read_documents(pathlib.Path(self.builder_config.source_dir))
-        splits = corpus.split_documents(documents)
-        return {name: self._generate_examples(texts) for name, texts in splits.items()}
+        return {
+            name: self._generate_examples(documents)
+            for name, documents in self._splits.items()
+        }
 
     def _generate_examples(
         self, documents: list[str]
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        tokenizer = Tokenizer.from_file(self.builder_config.tokenizer_file)
-        encodings = tokenizer.encode_batch(documents)
         examples = pack(
-            (encoding.ids for encoding in encodings),
-            self.builder_config.context,
-            tokenizer.token_to_id(corpus.END_OF_TEXT),
+            (encoding.ids for encoding in self._tokenizer.encode_batch(documents)),
+            self._context,
+            self._tokenizer.token_to_id(corpus.END_OF_TEXT),
         )
         for index, tokens in enumerate(examples):
             yield index, {"tokens": tokens}
@@ -126,17 +137,9 @@ def load(config: Config) -> Data:
                 f"for the {split} split; give a folder with more of them"
             )
     name = _fingerprint(documents, config)
-    tokenizer, tokenizer_file = _tokenizer(splits["train"], name, config)
-    builder = PackedSources(
-        data_dir=config.data_dir,
-        file_format="array_record",
-        config=PackedConfig(
-            name=name,
-            context=config.model.context,
-            source_dir=str(root),
-            tokenizer_file=str(tokenizer_file),
-        ),
-    )
+    folder = config.data_dir / name
+    tokenizer = _tokenizer(splits["train"], folder, config.model.vocab_size)
+    builder = PackedSources(splits, tokenizer, config.model.context, folder)
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # it would speak of a download
         builder.download_and_prepare()
@@ -154,18 +157,18 @@ def _fingerprint(documents: list[str], config: Config) -> str:
 
 
 def _tokenizer(
-    documents: list[str], name: str, config: Config
-) -> tuple[Tokenizer, pathlib.Path]:
-    """Returns the tokenizer of the training documents, and the file that keeps it."""
-    file = config.data_dir / f"tokenizer-{name}.json"
+    documents: list[str], folder: pathlib.Path, vocab_size: int
+) -> Tokenizer:
+    """Returns the tokenizer of the training documents, kept in `folder`."""
+    file = folder / "tokenizer.json"
     if file.exists():
-        return Tokenizer.from_file(str(file)), file
-    tokenizer = corpus.train_tokenizer(documents, config.model.vocab_size)
-    file.parent.mkdir(parents=True, exist_ok=True)
+        return Tokenizer.from_file(str(file))
+    tokenizer = corpus.train_tokenizer(documents, vocab_size)
+    folder.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".tmp")
     tokenizer.save(str(unfinished))
     unfinished.replace(file)  # an interrupted run leaves no half of a tokenizer
-    return tokenizer, file
+    return tokenizer
 
 
 def _validation_set(

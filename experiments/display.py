@@ -30,7 +30,7 @@ class Display:
         """Builds the display; nothing is shown before `with`."""
         self.console = console
         self._progress = Progress(
-            TextColumn("{task.description:24}"),
+            TextColumn("{task.description:20}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),
@@ -85,7 +85,7 @@ class Bar:
         )
         if "validation_loss" in row and not self._display.console.is_terminal:
             self._display.say(
-                f"{self._title:24} {row['update']:>4}/{self._total}  "
+                f"{self._title:20} {row['update']:>4}/{self._total}  "
                 f"loss {row['loss']:.3f}  validation {row['validation_loss']:.3f}  "
                 f"{row['tokens_per_second']:,.0f} tokens/s"
             )

@@ -33,7 +33,7 @@ METHODS = {
     for method in (
         Method(
             name="adafactor_momentum",
-            title="Adafactor with momentum",
+            title="Adafactor + momentum",
             kind="momentum",
             field="ema",
             compressed=False,

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from experiments.records import Row, Summary
 
 # From the palette of Okabe and Ito; compressed and not also differ in line and marker.
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#BBBBBB"
 _MIB = 2**20
 _DPI = 150
 
@@ -65,11 +65,11 @@ def memory_bars(summaries: Sequence[Summary], path: pathlib.Path) -> None:
     figure = Figure(figsize=(9.6, 1.9 + 0.62 * len(summaries)), layout="constrained")
     axes = figure.subplots()
     parts = (
-        ("buffer, matrices (what FLORA compresses)", _ORANGE, None),
-        ("buffer, embeddings, biases and norms", _BLUE, "///"),
+        ("buffer of the matrices (FLORA compresses it)", _ORANGE, None),
+        ("buffer of embeddings, biases, norms", _BLUE, "///"),
         ("second moments, counters, keys", _GREY, None),
     )
-    labels = [f"{summary.title}\n({summary.kind})" for summary in summaries]
+    labels = [summary.title for summary in summaries]
     left = [0.0] * len(summaries)
     for index, (label, colour, hatch) in enumerate(parts):
         widths = [_parts(summary)[index] / _MIB for summary in summaries]
@@ -83,8 +83,10 @@ def memory_bars(summaries: Sequence[Summary], path: pathlib.Path) -> None:
             label=label,
         )
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    for row, total in enumerate(left):
-        axes.text(total, row, f" {total:.2f} MiB", va="center", fontsize=9)
+    for row, (summary, total) in enumerate(zip(summaries, left, strict=True)):
+        matrices = summary.bytes.compressible / _MIB
+        text = f" {total:.2f} MiB (matrices {matrices:.2f})"
+        axes.text(total, row, text, va="center", fontsize=9)
     _finish_bars(axes, summaries, max(left))
     figure.savefig(path, dpi=_DPI)
 
@@ -107,14 +109,13 @@ def _finish_bars(axes: Axes, summaries: Sequence[Summary], longest: float) -> No
         fontsize=8.5,
     )
     axes.invert_yaxis()
-    axes.set_xlim(0, math.ceil(max(longest, parameters) * 1.15))
+    axes.set_xlim(0, math.ceil(max(longest, parameters) * 1.4))
     axes.set_xlabel(
-        "optimizer state kept between steps (MiB); every step also forms the full "
-        "gradient"
+        "optimizer state kept between steps (MiB); every step also forms full gradients"
     )
     axes.legend(
         loc="upper center",
-        bbox_to_anchor=(0.45, -0.24),
+        bbox_to_anchor=(0.42, -0.17),
         ncols=3,
         frameon=False,
         fontsize=8.5,

@@ -3,6 +3,7 @@
 import pathlib
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -11,13 +12,20 @@ from experiments.records import Summary
 
 _COLUMNS = (
     "method",
-    "optimizer state (bytes)",
-    "momentum or accumulator",
-    "its compressible part",
-    "of full",
+    "optimizer\nstate",
+    "momentum or\naccumulator",
+    "its\nmatrices",
+    "kept",
     "s/update",
-    "train loss",
-    "valid. loss",
+    "train\nloss",
+    "valid.\nloss",
+)
+_LEGEND = (
+    "Bytes: of the whole optimizer state; of the buffer that FLORA compresses; of its "
+    "part in the compressible matrices, and how much of their full size that is. "
+    "s/update: median wall time, all micro-batches, no compilation. Losses in nats per "
+    "token: training mean over the last tenth of the updates; validation after the "
+    "last one, on a fixed set."
 )
 
 
@@ -26,12 +34,18 @@ def write(summaries: Sequence[Summary], folder: pathlib.Path, console: Console) 
     plots.loss_curves(summaries, folder / "loss_curves.png")
     plots.memory_bars(summaries, folder / "memory.png")
     (folder / "report.md").write_text(_markdown(summaries))
-    table = Table(title=_headline(summaries), title_justify="left")
-    for index, column in enumerate(_COLUMNS):
-        table.add_column(column, justify="right" if index else "left")
+    console.print(_headline(summaries), highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    for column in _COLUMNS:
+        # The names may be folded on a narrow screen, the numbers not.
+        is_name = column == _COLUMNS[0]
+        table.add_column(
+            column, justify="left" if is_name else "right", no_wrap=not is_name
+        )
     for summary in summaries:
         table.add_row(*_cells(summary))
     console.print(table)
+    console.print(_LEGEND, highlight=False)
     for line in _byte_lines(summaries):
         console.print(line, highlight=False)
 
@@ -67,21 +81,22 @@ def _byte_lines(summaries: Sequence[Summary]) -> list[str]:
         if not summary.compressed:
             continue
         verdict = (
-            "rank/width to the byte in every leaf"
+            "which is rank/width, to the byte, in every leaf"
             if state.rank_over_width
-            else "NOT rank/width in every leaf"
+            else "which is NOT rank/width in every leaf"
         )
         lines.append(
             f"{summary.title}: {state.compressible:,} of "
-            f"{state.compressible_in_full:,} bytes of {summary.kind} in compressed "
-            f"leaves, {state.kept}: {verdict}."
+            f"{state.compressible_in_full:,} bytes in matrices, "
+            f"{state.kept}, {verdict}."
         )
     return lines
 
 
 def _markdown(summaries: Sequence[Summary]) -> str:
     rule = ["---"] + ["---:"] * (len(_COLUMNS) - 1)
-    rows = [list(_COLUMNS), rule, *map(_cells, summaries)]
+    header = [column.replace("\n", " ") for column in _COLUMNS]
+    rows = [header, rule, *map(_cells, summaries)]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     checks = "\n".join(f"- {line}" for line in _byte_lines(summaries))
     rates = ", ".join(f"{s.title} {s.learning_rate:g}" for s in summaries)
@@ -89,11 +104,11 @@ def _markdown(summaries: Sequence[Summary]) -> str:
 
 {table}
 
+{_LEGEND}
+
 {checks}
 - Peak learning rates: {rates}.
-- Train loss is the mean over the last tenth of the updates, validation loss that after
-  the last one, on a fixed set; both in nats per token. Seconds are the median wall
-  time of an update, all of its micro-batches together, without compilation.
+- The trainings took turns, an update each: what else the machine did slowed all alike.
 - Each (micro-)step still forms the full gradient, {summaries[0].bytes.parameters:,}
   bytes for a moment; what is compressed lives on between the steps.
 

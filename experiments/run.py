@@ -1,5 +1,6 @@
-"""The whole job: corpus, the trainings one after another, and the report."""
+"""The whole job: corpus, the trainings in turns, and the report."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import pathlib
@@ -9,12 +10,13 @@ import time
 from typing import Any
 
 import jax
+from rich.console import Console
 
 from experiments import checkpoints, records, report
 from experiments.config import METHODS, Config, ConfigError
-from experiments.data import load
+from experiments.data import Data, load
 from experiments.display import Display, make_console
-from experiments.train import train
+from experiments.session import Session
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -41,13 +43,7 @@ def run(config: Config) -> list[records.Summary]:
         f"{config.model.context} tokens, ready in {prepared:.1f} s",
         highlight=False,
     )
-    summaries = []
-    with Display(console) as display:
-        for name in config.methods:
-            folder = config.output_dir / name
-            summary = train(name, config, dataset, folder, display)
-            if summary is not None:
-                summaries.append(summary)
+    summaries = _train(config, dataset, console)
     if len(summaries) < len(config.methods):
         console.print(
             f"Stopped after {config.stop_after} of {config.updates} updates; the same "
@@ -63,6 +59,23 @@ def run(config: Config) -> list[records.Summary]:
         highlight=False,
     )
     return summaries
+
+
+def _train(config: Config, dataset: Data, console: Console) -> list[records.Summary]:
+    """Lets the trainings take turns, an update each; returns those that finished."""
+    stop = config.updates if config.stop_after is None else config.stop_after
+    with Display(console) as display, contextlib.ExitStack() as stack:
+        sessions = []
+        for name in config.methods:
+            folder = config.output_dir / name
+            session = Session(name, config, dataset, folder, display)
+            stack.callback(session.close)
+            sessions.append(session)
+        for number in range(1, stop + 1):
+            for session in sessions:
+                session.advance(number)
+        summaries = [session.finish() for session in sessions]
+    return [summary for summary in summaries if summary is not None]
 
 
 def _prepare_folder(config: Config) -> None:

@@ -54,11 +54,12 @@ def scale_by_factored_rms(
       C ← β_t C + (1−β_t) mean_over_smaller_side(G² + ε),
       update = G · (R / mean(R))^−½ · C^−½.
 
-    The same numbers as ``optax.scale_by_factored_rms``, wherever both factor the same
-    two axes: all matrices and stacks of matrices. Two differences: the statistics keep
-    every axis of the parameter (reduced ones have size 1), so that the state can be
-    created under sharding metadata; and a leaf such as (768, 12, 64) is factored by its
-    fold, 768 x 768, where optax keeps a full second moment.
+    The same numbers as ``optax.scale_by_factored_rms`` where both factor the same two
+    axes: matrices, and stacks of fewer matrices than their smaller side. Otherwise
+    optax takes the two largest axes and this the fold of the plan: (768, 12, 64) is
+    factored as 768 x 768, where optax keeps a full second moment. And the statistics
+    keep every axis of the parameter (reduced ones have size 1), so that the state can
+    be created under sharding metadata.
 
     Memory: n + m numbers of ``dtype`` per factored leaf, the leaf's size otherwise.
 

@@ -13,7 +13,6 @@ import numpy as np
 import optax
 
 import flora_jax as fj
-from tests.common import every_fold
 
 # Three cycles of accumulation and two transfers of momentum in STEPS updates. Widths
 # are at most 4 times the rank: rho = 0.5**8 * 4, far from where init warns.
@@ -161,7 +160,7 @@ def layer(dtype=jnp.float32):
 
 
 def gradients(params, step):
-    """Normal gradients for a step, a leaf's by its path: any order, the same numbers."""
+    """Normal gradients of one step: a leaf's follow from its path, in any order."""
 
     def leaf(path, x):
         text = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -194,34 +193,28 @@ class Run:
     traces: list[None]
 
 
-def run(tx, params, steps=STEPS, options=None):
-    """Runs a transformation; see :class:`Run`."""
+def run(tx, params, steps=STEPS, donate=False, **extra_args):
+    """Runs a transformation; see :class:`Run`. Donated states are kept as copies."""
     traces = []
 
-    @jit
     def step(grads, state, params):
         traces.append(None)
-        return tx.update(grads, state, params, **(options or {}))
+        return tx.update(grads, state, params, **extra_args)
 
+    step = jit(step, donate_argnums=(1,) if donate else ())
     grads = [gradients(params, i) for i in range(steps)]
-    updates, states = [], [tx.init(params)]
+    state, updates, states = tx.init(params), [], []
     for grad in grads:
-        update, state = step(grad, states[-1], params)
+        states.append(jax.tree.map(jnp.copy, state) if donate else state)
+        update, state = step(grad, state, params)
         updates.append(update)
-        states.append(state)
-    return Run(tx, params, grads, updates, states, step, traces)
+    return Run(tx, params, grads, updates, [*states, state], step, traces)
 
 
 @functools.cache
 def run_layer(case):
     """The run of a case on the small tree: what wrappers must not change."""
-    return run(case(), layer(), options={"an_argument_that_no_optimizer_expects": 1})
-
-
-@functools.cache
-def run_folds(case):
-    """The run of a case on the tree that has every kind of fold."""
-    return run(case(), every_fold())
+    return run(case(), layer(), an_argument_that_no_optimizer_expects=1)
 
 
 def assert_identical(actual, expected):

@@ -16,8 +16,6 @@ from tests.conformance.cases import (
     layer,
     named,
     own_states,
-    run_folds,
-    run_layer,
 )
 
 # Public functions that make no transformation. Whatever else is public is in the list.
@@ -67,18 +65,20 @@ def test_the_small_setting_sketches_a_2x2_matrix():
     assert reasons == {"vector": "it has fewer than two axes", "matrix": None}
 
 
+@pytest.mark.parametrize(
+    ("make", "sketched"),
+    [(every_fold, SKETCHED), (layer, {"layer/kernel"})],
+    ids=["folds", "layer"],
+)
 @pytest.mark.parametrize("case", SKETCHING, ids=lambda case: case.name)
-def test_the_planned_leaves_are_sketched(case):
-    for run, sketched in (
-        (run_folds(case), SKETCHED),
-        (run_layer(case), {"layer/kernel"}),
-    ):
-        (own,) = [s for s in own_states(run.states[0]) if hasattr(s, "spec")]
-        (field,) = TREES[type(own)]
-        shapes = {path: leaf.shape for path, leaf in named(run.params).items()}
-        smaller = {
-            path
-            for path, leaf in named(getattr(own, field)).items()
-            if leaf.shape != shapes[path]
-        }
-        assert smaller == sketched
+def test_the_planned_leaves_are_sketched(case, make, sketched):
+    params = make()
+    (own,) = [s for s in own_states(case().init(params)) if hasattr(s, "spec")]
+    (field,) = TREES[type(own)]
+    shapes = {path: leaf.shape for path, leaf in named(params).items()}
+    smaller = {
+        path
+        for path, leaf in named(getattr(own, field)).items()
+        if leaf.shape != shapes[path]
+    }
+    assert smaller == sketched

@@ -57,16 +57,20 @@ with open(folder + "/results.pickle", "wb") as file:
 """
 
 
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
-    """Updates and last states of all cases, continued by another process."""
-    folder = tmp_path_factory.mktemp("orbax")
+def test_the_phase_is_amid_a_cycle_and_before_a_transfer():
+    assert PHASE % EVERY_K != 0
+    assert PHASE % RESAMPLE_EVERY == 0
+    assert STEPS > PHASE + RESAMPLE_EVERY
+
+
+def test_orbax_in_another_process(tmp_path):
+    # All cases at once: most of the time goes into starting the process.
     states = {case.name: run_layer(case).states[PHASE] for case in CASES}
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "states", states)
+        checkpointer.save(tmp_path / "states", states)
     root = pathlib.Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", RESUME, str(folder), str(PHASE)],
+        [sys.executable, "-c", RESUME, str(tmp_path), str(PHASE)],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
@@ -75,21 +79,13 @@ def resumed(tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return pickle.loads((folder / "results.pickle").read_bytes())
-
-
-def test_the_phase_is_amid_a_cycle_and_before_a_transfer():
-    assert PHASE % EVERY_K != 0
-    assert PHASE % RESAMPLE_EVERY == 0
-    assert STEPS > PHASE + RESAMPLE_EVERY
-
-
-@every_case
-def test_orbax_in_another_process(case, resumed):
-    reference = run_layer(case)
-    updates, leaves = resumed[case.name]
-    assert_identical(updates, jax.device_get(reference.updates[PHASE:]))
-    assert_identical(leaves, jax.tree.leaves(reference.states[-1]))
+    resumed = pickle.loads((tmp_path / "results.pickle").read_bytes())
+    uninterrupted = {
+        case.name: (run.updates[PHASE:], jax.tree.leaves(run.states[-1]))
+        for case in CASES
+        for run in [run_layer(case)]
+    }
+    assert_identical(resumed, jax.device_get(uninterrupted))
 
 
 def continue_from(case, state):

@@ -270,3 +270,24 @@ def test_paths_are_the_same_everywhere(case, kind):
     kernel, bias = ("layer/kernel", (8, 16)), ("layer/bias", (16,))
     assert at_init == [({kernel}, {kernel, bias})]
     assert recorder.seen() == ({kernel}, {kernel, bias})
+
+
+@pytest.mark.parametrize("case", SKETCHING, ids=lambda case: case.name)
+def test_a_parameter_may_be_called_value(case):
+    # As the attribute is that holds the array of an nnx.Variable.
+    recorder = Recorder(case)
+    params = {"attention": {"value": jnp.ones((8, 16))}}
+    recorder.tx.init(params)
+    expected = recorder.seen()
+
+    def init_and_update():
+        model = nnx.Dict(attention=nnx.Dict(value=nnx.Param(jnp.ones((8, 16)))))
+        optimizer = nnx.Optimizer(model, recorder.tx, wrt=nnx.Param)
+        assert recorder.seen() == expected
+        optimizer.update(model, nnx.state(model, nnx.Param))
+        assert recorder.seen() == expected
+        return nnx.state(model)
+
+    nnx.eval_shape(init_and_update)
+    (path,) = {path for path, _ in expected[0]}
+    assert path == "attention/value"

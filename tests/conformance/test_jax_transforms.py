@@ -1,6 +1,7 @@
 """What jax does to a state: scan, vmap, donation, no jit, another order of leaves."""
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from tests.conformance.cases import (
     assert_identical,
     gradients,
     jit,
+    layer,
     named,
     own_trees,
     run,
@@ -50,22 +52,24 @@ def test_without_jit(case):
 
 
 @every_case
-def test_scan_carries_the_state(case):
+def test_scan_carries_the_state_of_a_chain(case):
     reference = run_layer(case)
-    grads = stack(reference.grads)
+    # Powers of two are exact.
+    tx = optax.chain(optax.scale(-0.5), case(), optax.scale(4.0))
+    grads = stack([optax.tree.scale(-2.0, grads) for grads in reference.grads])
 
     @jit
     def scan(state, grads, params):
         def body(state, grads):
-            updates, state = reference.tx.update(grads, state, params)
+            updates, state = tx.update(grads, state, params)
             return state, updates
 
         return jax.lax.scan(body, state, grads)
 
-    state, updates = scan(reference.states[0], grads, reference.params)
-    assert_close(state, reference.states[-1], "float32")
+    state, updates = scan(tx.init(reference.params), grads, reference.params)
+    assert_close(state[1], reference.states[-1], "float32")
     for i, expected in enumerate(reference.updates):
-        assert_close(at(i, updates), expected)
+        assert_close(at(i, updates), optax.tree.scale(4.0, expected))
 
 
 @every_case
@@ -74,7 +78,7 @@ def test_vmap_over_an_ensemble(case):
     tx, step = reference.tx, reference.step
     members = [gradients(reference.params, 100 + i) for i in range(3)]
     params = stack(members)
-    state = jit(jax.vmap(tx.init))(params)
+    state = jax.vmap(tx.init)(params)
     update = jit(jax.vmap(tx.update))
     grads = [
         [gradients(m, 10 * t + i) for i, m in enumerate(members)] for t in range(STEPS)
@@ -91,41 +95,43 @@ def test_vmap_over_an_ensemble(case):
         assert_close(at(i, state), alone, "float32")
 
 
-@every_case
-def test_the_state_can_be_donated(case):
-    reference = run_layer(case)
-    step = jit(reference.tx.update, donate_argnums=1)
-    # Straight from init: no two of its arrays may share a buffer. Nor may the
-    # transformation keep one, so that another state can be made and donated.
-    for _ in range(2):
-        state = reference.tx.init(reference.params)
-        buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
-        assert len(set(buffers)) == len(buffers)
-        for grads, expected in zip(reference.grads, reference.updates, strict=True):
-            donated = state
-            updates, state = step(grads, donated, reference.params)
-            assert_close(updates, expected)
-            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
+def turned(tree):
+    """The leaves in the opposite order, and not nested; their paths are the same."""
+    # An OrderedDict is flattened as it was filled, a dict by its keys.
+    return collections.OrderedDict(reversed(list(named(tree).items())))
+
+
+@functools.cache
+def run_turned(case):
+    """A run with the leaves in another order, each state donated to the next step."""
+    return run(case(), turned(layer()), donate=True)
 
 
 @every_case
 def test_the_order_and_nesting_of_leaves_do_not_matter(case):
-    reference = run_layer(case)
-
-    def turned(tree):
-        # An OrderedDict is flattened as it was filled; dicts are by their keys.
-        return collections.OrderedDict(reversed(list(named(tree).items())))
-
-    params = turned(reference.params)
-    assert list(named(params)) == list(named(reference.params))[::-1]
-    other = run(case(), params)
-    for ours, theirs in zip(other.updates, reference.updates, strict=True):
-        assert_close(named(ours), named(theirs))
-    for ours, theirs in zip(other.states, reference.states, strict=True):
-        for (_, tree), (_, expected) in zip(
-            own_trees(ours), own_trees(theirs), strict=True
+    ours, theirs = run_turned(case), run_layer(case)
+    assert list(named(ours.params)) == list(named(theirs.params))[::-1]
+    for updates, expected in zip(ours.updates, theirs.updates, strict=True):
+        assert_close(named(updates), named(expected))
+    for state, expected in zip(ours.states, theirs.states, strict=True):
+        for (_, tree), (_, other) in zip(
+            own_trees(state), own_trees(expected), strict=True
         ):
-            assert_close(named(tree), named(expected))
+            assert_close(named(tree), named(other))
+
+
+@every_case
+def test_the_state_can_be_donated(case):
+    # Straight from init: no two of its arrays may share a buffer. Nor may the
+    # transformation keep one, so that another state can be made and donated.
+    ours = run_turned(case)
+    for _ in range(2):
+        state = ours.tx.init(ours.params)
+        buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+        assert len(set(buffers)) == len(buffers)
+        updates, new = ours.step(ours.grads[0], state, ours.params)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        assert_identical((updates, new), (ours.updates[0], ours.states[1]))
 
 
 @every_case

@@ -56,7 +56,9 @@ def test_sharding_types_of_init_and_update(case):
         updates, new = tx.update(params, state, params)
         assert types(new) == types(state)
         assert types(updates) == types(params)
-        assert types(jit(tx.update)(params, state, params)) == types((updates, new))
+        # Types are decided in tracing: nothing more to see in a compiled update.
+        traced = jax.eval_shape(tx.update, params, state, params)
+        assert types(traced) == types((updates, new))
 
 
 @every_case
@@ -107,28 +109,22 @@ def unlocal(tree):
 
 
 @every_case
-def test_replicated_under_shard_map(case):
-    # Gradients are reduced first; check_vma proves that the state stays replicated.
-    tx, reference = case(), run_layer(case)
+def test_a_replicated_state_under_shard_map(case):
+    # Gradients are reduced first. check_vma proves, in tracing, that all outputs are
+    # the same on all devices, and that branches of cond agree on what differs.
+    tx, params = case(), layer()
     batch = mesh((8,), ("batch",), jax.sharding.AxisType.Auto)
 
-    @jit
-    @functools.partial(
-        jax.shard_map, mesh=batch, in_specs=(P("batch"), P(), P()), out_specs=P()
-    )
     def step(grads, state, params):
         return tx.update(jax.lax.pmean(local(grads), "batch"), state, params)
 
-    # On the mesh from the start, or the second step would compile again.
-    replicated = jax.NamedSharding(batch, P())
-    params, ours = jax.device_put((reference.params, tx.init(layer())), replicated)
-    theirs = reference.tx.init(reference.params)
-    for i in range(EVERY_K):
-        grads = stacked(params, i)
-        updates, ours = step(grads, ours, params)
-        expected, theirs = reference.step(mean_of(grads), theirs, reference.params)
-        assert_close(updates, expected)
-    assert_close(ours, theirs, "float32")
+    specs = {"in_specs": (P("batch"), P(), P()), "out_specs": P()}
+    state = jax.eval_shape(tx.init, params)
+    updates, new = jax.eval_shape(
+        jax.shard_map(step, mesh=batch, **specs), stacked(params), state, params
+    )
+    assert types(new) == types(state)
+    assert types(updates) == types(params)
 
 
 def mean_first(inner, axis_name):

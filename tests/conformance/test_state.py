@@ -21,7 +21,7 @@ from tests.conformance.cases import (
     named,
     own_states,
     own_trees,
-    run_folds,
+    run_layer,
 )
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -76,10 +76,16 @@ def test_the_layout_of_second_moments(case):
     assert full == ones[:split] + DENSE
 
 
+def folds(case):
+    """Parameters with every kind of fold, and the case's state of them."""
+    # And a leaf whose sketched side is made of two axes.
+    params = {**every_fold(), "heads": jnp.ones((32, 4, 8))}
+    return params, case().init(params)
+
+
 @every_case
 def test_one_array_per_parameter_leaf_with_its_number_of_axes(case):
-    params = every_fold()
-    state = run_folds(case).states[-1]
+    params, state = folds(case)
     trees = own_trees(state)
     assert trees
     for name, tree in trees:
@@ -93,14 +99,13 @@ def test_one_array_per_parameter_leaf_with_its_number_of_axes(case):
 
 @every_case
 def test_nothing_is_none_or_empty(case):
-    state = run_folds(case).states[-1]
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: x is None)
+    leaves = jax.tree.leaves(folds(case)[1], is_leaf=lambda x: x is None)
     assert all(isinstance(x, jax.Array) and x.size > 0 for x in leaves)
 
 
 @every_case
 def test_counters_and_keys_outside_the_trees(case):
-    run = run_folds(case)
+    run = run_layer(case)
     for i, state in enumerate(run.states):
         for own in own_states(state):
             counts = [getattr(own, field) for field in COUNTERS[type(own)]]
@@ -121,7 +126,10 @@ def test_counters_and_keys_outside_the_trees(case):
 
 @every_case
 def test_state_keeps_its_shapes_and_dtypes(case):
-    run = run_folds(case)
+    params, state = folds(case)
+    _, new = jax.eval_shape(case().update, params, state, params)
+    assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+    run = run_layer(case)
     first = jax.tree.map(jax.typeof, run.states[0])
     for state in run.states[1:]:
         assert jax.tree.map(jax.typeof, state) == first
@@ -136,9 +144,8 @@ def test_state_keeps_its_shapes_and_dtypes(case):
 
 @every_case
 def test_map_params_hands_each_array_its_parameters_value(case):
-    params = every_fold()
+    params, state = folds(case)
     specs = {name: jax.P(name, *([None] * params[name].ndim)) for name in params}
-    tx, state = case(), run_folds(case).states[-1]
     seen = collections.Counter()
 
     def pair(array, spec):
@@ -146,7 +153,7 @@ def test_map_params_hands_each_array_its_parameters_value(case):
         return spec
 
     mapped = optax.tree.map_params(
-        tx, pair, state, specs, transform_non_params=lambda x: x
+        case(), pair, state, specs, transform_non_params=lambda x: x
     )
     for name, tree in own_trees(mapped):
         assert tree == specs, name
@@ -196,8 +203,8 @@ def test_an_empty_tree(case):
 @every_case
 def test_abstract_parameters(case):
     # What optax asks (optax/_src/sharding_test.py), and more: the same structure.
-    params = every_fold()
-    expected = jax.tree.map(jax.typeof, run_folds(case).states[0])
+    params, state = folds(case)
+    expected = jax.tree.map(jax.typeof, state)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     for tree in (params, abstract):
         state = jax.eval_shape(case().init, tree)

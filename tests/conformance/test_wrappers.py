@@ -69,24 +69,6 @@ def test_multi_transform_is_partition():
 
 
 @every_case
-def test_chain(case):
-    reference = run_layer(case)
-    chained = run(
-        optax.chain(optax.scale(-0.5), case(), optax.scale(-2.0)),
-        jax.tree.map(jnp.copy, reference.params),
-        steps=0,
-    )
-    state = chained.states[0]
-    for grads, expected in zip(reference.grads, reference.updates, strict=True):
-        updates, state = chained.step(
-            optax.tree.scale(-2.0, grads), state, chained.params
-        )
-        # Powers of two are exact.
-        assert_close(updates, optax.tree.scale(-2.0, expected))
-    assert_close(state[1], reference.states[-1], "float32")
-
-
-@every_case
 def test_apply_if_finite_leaves_the_state_alone(case):
     reference = run_layer(case)
     tx = optax.apply_if_finite(case(), max_consecutive_errors=3)

@@ -74,32 +74,43 @@ def signature(tree):
     ]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_inner_in_a_scan_of_micro_steps(name, dtype):
+def train(tx, params, dtype):
+    """Seven micro-steps in a scan: the states before and after, and the updates."""
     rng = np.random.default_rng(0)
-    params = {"w": jnp.ones((8, 12), dtype), "b": jnp.ones(4, dtype)}
-    tx = fj.compressed_accumulation(
-        OPTIMIZERS[name](), 3, 2, projection=Selection(), min_dim_size=8
-    )
-    state = tx.init(params)
-    before = signature((params, state))
     gradients = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(size=(7, *x.shape)), dtype), params
     )
+    before = params, tx.init(params)
 
     @jit
-    def train(params, state, gradients):
+    def scan(carry, gradients):
         def step(carry, gradient):
             params, state = carry
             updates, state = tx.update(gradient, state, params)
             return (optax.apply_updates(params, updates), state), updates
 
-        return jax.lax.scan(step, (params, state), gradients)
+        return jax.lax.scan(step, carry, gradients)
 
-    after, updates = train(params, state, gradients)
-    assert signature(after) == before
-    assert state.acc_grads["w"].shape == (2, 12)
+    return before, *scan(before, gradients)
+
+
+def accumulation(inner):
+    return fj.compressed_accumulation(
+        inner, 3, 2, projection=Selection(), min_dim_size=8
+    )
+
+
+def ones(dtype):
+    return {"w": jnp.ones((8, 12), dtype), "b": jnp.ones(4, dtype)}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_inner_in_a_scan_of_micro_steps(name, dtype):
+    tx = accumulation(OPTIMIZERS[name]())
+    before, after, updates = train(tx, ones(dtype), dtype)
+    assert before[1].acc_grads["w"].shape == (2, 12)
+    assert signature(after) == signature(before)
     for key, update in updates.items():
         assert update.dtype == dtype
         values = np.asarray(update, np.float64)
@@ -107,3 +118,27 @@ def test_inner_in_a_scan_of_micro_steps(name, dtype):
         moved = np.array([step.any() for step in values])
         assert moved[5], key  # rprop's first step is zero, before its signs are known.
         assert not moved[[0, 1, 3, 4, 6]].any(), key
+
+
+@pytest.mark.parametrize("name", ["adamw", "adan"])
+@pytest.mark.parametrize(
+    ("dtype", "of_gradients"),
+    [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)],
+)
+def test_gradients_of_another_dtype_than_the_parameters(name, dtype, of_gradients):
+    """Optax alone changes the state's dtype here, or that of the updates."""
+    tx = accumulation(OPTIMIZERS[name]())
+    before, after, updates = train(tx, ones(dtype), of_gradients)
+    assert signature(after) == signature(before)
+    assert {leaf.dtype for leaf in updates.values()} == {jnp.dtype(of_gradients)}
+
+
+def test_weak_types_in_the_state_of_inner():
+    inner = optax.GradientTransformation(
+        lambda params: jnp.asarray(0.5),
+        lambda updates, state, params=None: (updates, state + jnp.float32(1)),
+    )
+    assert inner.init(None).weak_type
+    before, after, _ = train(accumulation(inner), ones(jnp.float32), jnp.float32)
+    assert signature(after) == signature(before)
+    assert float(after[1].inner_opt_state) == 2.5

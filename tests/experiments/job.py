@@ -1,0 +1,28 @@
+"""A tiny job that has every part of the real one."""
+
+from experiments.config import Config, ModelConfig
+
+UPDATES = 7
+
+# Refreshes of the momentum's projection fall before and after the interruption.
+TINY = Config(
+    updates=UPDATES,
+    batch_size=4,
+    micro_batches=2,
+    rank=16,
+    momentum=0.5,
+    resample_every=3,
+    eval_every=3,
+    eval_examples=6,  # a batch and a half
+    model=ModelConfig(layers=1, width=128, heads=2, context=16, vocab_size=300),
+)
+
+SOURCE = '''"""Module number {i}."""
+
+NAME = "naïve café {i} 漢字"
+
+
+def add_{i}(x, y):
+\t"""Adds {i}."""
+    return x + y + {i}
+'''
