@@ -16,6 +16,9 @@ METHODS = (
 )
 """The four trainings, in the order in which they run and are reported."""
 
+READINGS = ("paper", "interpolated")
+"""Readings of the FLORA momentum that a Gaussian projection allows."""
+
 SMALLEST_VOCABULARY = 257
 """A byte-level vocabulary has the 256 bytes and the end-of-text token."""
 
@@ -61,13 +64,13 @@ class ModelConfig:
 class LearningRates:
     """Peak learning rates, relative to the root mean square of each parameter."""
 
-    adafactor_momentum: float = 1e-2
+    adafactor_momentum: float = 0.1
     """Adafactor with an uncompressed momentum."""
-    flora_momentum: float = 1e-2
+    flora_momentum: float = 0.1
     """FLORA: Adafactor whose momentum is a sketch."""
-    full_accumulation: float = 1e-2
+    full_accumulation: float = 0.1
     """Adafactor behind an uncompressed gradient accumulator."""
-    flora_accumulation: float = 1e-2
+    flora_accumulation: float = 0.1
     """Adafactor behind a sketched gradient accumulator."""
 
 
@@ -89,6 +92,8 @@ class Config:
     """Decay of the momentum, for the two momentum methods."""
     resample_every: int = 50
     """Updates between two projections of the FLORA momentum."""
+    reading: str = "paper"
+    """How the FLORA momentum becomes an update: paper or interpolated."""
     learning_rate: float | None = None
     """Peak learning rate of every method of this run, in place of the ones below."""
     warmup_fraction: float = 0.1
@@ -193,11 +198,15 @@ def _check_positive(config: Config) -> None:
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ConfigError(
                 f"`{flag(name)}` must be positive and finite, got {value}; "
-                "the defaults are near 0.01"
+                "the defaults are 0.1"
             )
 
 
 def _check_fractions(config: Config) -> None:
+    if config.reading not in READINGS:
+        raise ConfigError(
+            f"`--reading` must be one of {', '.join(READINGS)}, got {config.reading!r}"
+        )
     if not 0 <= config.momentum < 1:
         raise ConfigError(
             f"`--momentum` must be in [0, 1), got {config.momentum}; 0.9 is usual"

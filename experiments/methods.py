@@ -98,6 +98,7 @@ def optimizer(config: Config, name: str) -> optax.GradientTransformationExtraArg
                 rank=config.rank,
                 b1=config.momentum,
                 resample_every=config.resample_every,
+                reading=config.reading,
                 key=config.seed,
                 mask=matrices_only,
             )

@@ -65,9 +65,9 @@ def memory_bars(summaries: Sequence[Summary], path: pathlib.Path) -> None:
     figure = Figure(figsize=(9.6, 1.9 + 0.62 * len(summaries)), layout="constrained")
     axes = figure.subplots()
     parts = (
-        ("buffer of the matrices (FLORA compresses it)", _ORANGE, None),
-        ("buffer of embeddings, biases, norms", _BLUE, "///"),
-        ("second moments, counters, keys", _GREY, None),
+        ("momentum or accumulator: matrices", _ORANGE, None),
+        ("momentum or accumulator: embeddings, vectors", _BLUE, "///"),
+        ("second moments, counters", _GREY, None),
     )
     labels = [summary.title for summary in summaries]
     left = [0.0] * len(summaries)

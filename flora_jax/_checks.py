@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -87,7 +88,7 @@ def _refuse_array(name: str, value: Any) -> None:
 def check_number(
     name: str, value: Any, low: float, high: float | None, remedy: str
 ) -> None:
-    """Raises unless ``low <= value < high``; arrays (a hyperparameter) are passed on.
+    """Raises unless ``low <= value < high``; traced arrays are passed on.
 
     Args:
       name: the argument's name.
@@ -108,7 +109,9 @@ def check_number(
                 f"`{name}` must be a real number, got an array of shape {value.shape}"
                 f" and dtype {value.dtype}; {remedy}"
             )
-        return
+        if isinstance(value, jax.core.Tracer):
+            return
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise TypeError(f"`{name}` must be a real number, got {value!r}; {remedy}")
     if not (value >= low and (high is None or value < high)):
@@ -127,10 +130,25 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 def check_state_dtype(value: Any) -> jnp.dtype:
     """Returns the dtype of the state, or raises unless it is a floating one."""
-    dtype = jnp.dtype(value)
-    if not jnp.issubdtype(dtype, jnp.floating):
+    remedy = "use jnp.float32, jnp.bfloat16 or jnp.float16"
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError as error:
+        raise TypeError(f"`dtype` must be a dtype, got {value!r}; {remedy}") from error
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
         raise TypeError(
-            f"`dtype` must be a floating dtype, got dtype={dtype}; use jnp.float32 or"
-            " jnp.bfloat16"
+            f"`dtype` must be a floating dtype of 16 bits or more, got dtype={dtype};"
+            f" {remedy}"
         )
     return dtype
+
+
+def check_leaf_rule(name: str, rule: Any) -> None:
+    """Raises TypeError if a callable rule does not take (path, shape)."""
+    try:
+        inspect.signature(rule).bind("path", (1, 1))
+    except TypeError as error:
+        raise TypeError(
+            f"`{name}` must be a callable of (path, shape), got {rule!r}: {error};"
+            " unlike optax's masks it is asked for each leaf"
+        ) from error

@@ -33,6 +33,9 @@ class LeafRules:
         """Raises on bad arguments, before anything is traced."""
         if self.rank is None or (_is_scalar(self.rank) and not callable(self.rank)):
             _check_rank(self.rank)
+        for name in ("rank", "mask"):
+            if callable(getattr(self, name)):
+                _checks.check_leaf_rule(name, getattr(self, name))
         if _is_scalar(self.mask) and not callable(self.mask):
             raise TypeError(
                 "`mask` must be a callable of (path, shape) or a tree of bools, got"
@@ -59,6 +62,8 @@ class LeafRules:
           TypeError: for a leaf whose dtype is not a real floating one.
           ValueError: for a rank, mask or dimension numbers that do not fit a leaf.
         """
+        if not jax.tree.leaves(params):  # Also optax's placeholder for parameters.
+            return []
         ranks = _by_path("rank", self.rank, None)
         masks = _by_path("mask", self.mask, True)
         numbers = self.weight_dimension_numbers
@@ -88,7 +93,7 @@ class LeafRules:
             return "it has fewer than two axes"
         rows = _normalise(path, shape, numbers.reduction_axis)
         columns = _normalise(path, shape, numbers.output_axis)
-        if set(rows) & set(columns) or not rows or not columns:
+        if not rows or not columns or len({*rows, *columns}) < len(rows + columns):
             raise ValueError(
                 f"`weight_dimension_numbers` of leaf {path!r} must name disjoint,"
                 f" non-empty axes, got {numbers} for shape {shape}; name each axis once"
@@ -131,7 +136,8 @@ def plan_leaves(
 
     Trees given for ``rank``, ``mask`` and ``weight_dimension_numbers`` are looked up by
     normalised path: ``jax.tree_util.keystr(path, simple=True, separator="/")`` without
-    a trailing ``/value``, which NNX and Linen boxes add.
+    the ``/value`` that NNX Variables and Linen boxes add. They have an entry for every
+    leaf; prefixes of the parameters' structure are not enough.
 
     Args:
       params: parameters, or ShapeDtypeStructs of them.
@@ -176,8 +182,10 @@ def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def normalise_path(path: Any) -> str:
-    """A key path as text, without the trailing ``/value`` of Variables and boxes."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+    """A key path as text, without the attribute ``value`` of Variables and boxes."""
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _by_path(name: str, value: Any, default: Any) -> LeafRule:

@@ -46,7 +46,8 @@ def verify_state(tx: optax.GradientTransformation, state: Any) -> None:
     Call it after restoring a checkpoint: a state of the same shapes but of another
     seed, projection or interval would train on noise without an error. It compares
     host values and cannot be jitted. Settings that only change what is done with a
-    state (rates, decays, readings) may differ.
+    state (rates, decays, readings) may differ; those that plan leaves may not, even
+    where they would plan the same.
 
     Args:
       tx: the transformation that will use the state, in any chain or wrapper.
@@ -54,7 +55,7 @@ def verify_state(tx: optax.GradientTransformation, state: Any) -> None:
 
     Raises:
       TypeError: if a spec is no longer uint32, because the whole state was cast.
-      ValueError: if settings differ, naming both, or if a spec is missing.
+      ValueError: if settings differ, naming both, or if a spec is missing or stacked.
 
     Example:
       >>> import jax.numpy as jnp
@@ -105,10 +106,15 @@ def _specs(tree: Any) -> dict[str, np.ndarray]:
 
 
 def _differences(found: np.ndarray, expected: np.ndarray) -> list[str]:
-    if found.dtype != np.uint32 or found.shape != expected.shape:
+    if found.dtype != np.uint32:
         raise TypeError(
-            f"`state.spec` must be uint32 of shape {expected.shape}, got {found.dtype}"
-            f" of shape {found.shape}; the whole state was cast: restore it uncast"
+            f"`state.spec` must be uint32, got {found.dtype}; the whole state was cast:"
+            " restore it uncast"
+        )
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"`state.spec` must have shape {expected.shape}, got {found.shape}; pass"
+            " the states of a vmapped ensemble one by one"
         )
     if (found == expected).all():
         return []

@@ -44,12 +44,12 @@ def zeros_tree(params: Any, shapes: Sequence[Shape], dtype: Any) -> Any:
 
 def _zeros(leaf: Any, shape: Shape, dtype: Any) -> jax.Array:
     """Zeros, sharded as the leaf is on every axis that has the leaf's size."""
-    sharding = jax.typeof(leaf).sharding
-    if _explicit_axes(sharding.mesh):
-        return jnp.zeros(shape, dtype, out_sharding=_fit(sharding, leaf, shape))
     concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
     if concrete and isinstance(leaf.sharding, jax.NamedSharding):
         return jnp.zeros(shape, dtype, device=_fit(leaf.sharding, leaf, shape))
+    sharding = jax.typeof(leaf).sharding
+    if _explicit_axes(sharding.mesh):
+        return jnp.zeros(shape, dtype, out_sharding=_fit(sharding, leaf, shape))
     return jnp.zeros(shape, dtype)
 
 
@@ -73,7 +73,9 @@ def _is_variable(x: Any) -> bool:
 
 def _is_box(x: Any) -> bool:
     """Whether x is an NNX Variable or a Linen box; by their methods, without flax."""
-    return _is_variable(x) or (hasattr(x, "replace_boxed") and hasattr(x, "names"))
+    boxed = _is_variable(x) or (hasattr(x, "replace_boxed") and hasattr(x, "names"))
+    # A box that optax.masked has emptied is left to jax as any other node.
+    return boxed and len(jax.tree.leaves(x)) == 1
 
 
 def _rebox(box: Any, old: Shape, value: jax.Array) -> Any:
@@ -157,9 +159,10 @@ def run_sharded(fn: Callable[..., Any], like: Any, *args: Any) -> Any:
     Returns:
       ``fn(*args)``.
     """
-    if not _explicit_axes(jax.sharding.get_abstract_mesh()):
-        return fn(*args)
     shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
+    # Of the arrays: the mesh of the context is empty where none was set.
+    if not any(_explicit_axes(x.mesh) for x in jax.tree.leaves(shardings)):
+        return fn(*args)
     return jax.sharding.auto_axes(fn, out_sharding=shardings)(*args)
 
 

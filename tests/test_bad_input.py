@@ -53,6 +53,7 @@ def test_rank(factory, rank, error, match):
         ("max_aspect_ratio", float("nan"), ValueError, "`max_aspect_ratio` must be"),
         ("max_aspect_ratio", "16", TypeError, "must be a real number, got '16'"),
         ("mask", "wte", TypeError, "`mask` must be a callable .* got mask='wte'"),
+        ("mask", lambda params: params, TypeError, r"`mask` must be .*\(path, shape\)"),
     ],
 )
 def test_rules(factory, argument, value, error, match):
@@ -106,7 +107,9 @@ def test_all_forms_of_a_key_mean_the_same(seed):
         ({"reading": "residual"}, ValueError, "orthogonal rows, got .*Gaussian"),
         ({"projection": "gaussian"}, TypeError, "`projection` must be a flora_jax"),
         ({"projection": fj.Gaussian}, TypeError, "pass an instance such as"),
-        ({"dtype": jnp.int8}, TypeError, "`dtype` must be a floating dtype, got"),
+        ({"dtype": jnp.int8}, TypeError, "`dtype` must be a floating dtype of 16"),
+        ({"dtype": jnp.float8_e4m3fn}, TypeError, "`dtype` must be a floating dtype"),
+        ({"dtype": "foo"}, TypeError, "`dtype` must be a dtype, got 'foo'"),
     ],
 )
 @pytest.mark.parametrize("name", ["compressed_momentum", "flora"])
@@ -122,8 +125,11 @@ def test_momentum(name, arguments, error, match):
 def test_decay(decay, error):
     with pytest.raises(error, match="`decay` must"):
         fj.compressed_momentum(decay, 8)
-    with pytest.raises(error, match="`decay` must"):
+    with pytest.raises(error, match="`b1` must"):
         fj.flora(1e-3, 8, b1=decay)
+    if error is ValueError:  # A hyperparameter of inject_hyperparams is an array.
+        with pytest.raises(error, match="`decay` must"):
+            fj.compressed_momentum(jnp.float32(decay), 8)
 
 
 def test_decay_of_a_wrong_shape():
@@ -195,6 +201,10 @@ def test_leaf_dtypes_are_refused_by_name(make, dtype):
         ({"rank": lambda path, shape: 0}, "positive.*for leaf 'w'"),
         (
             {"weight_dimension_numbers": optax.contrib.MuonDimensionNumbers(0, 0)},
+            "of leaf 'w' must name disjoint",
+        ),
+        (
+            {"weight_dimension_numbers": optax.contrib.MuonDimensionNumbers((0, 0), 1)},
             "of leaf 'w' must name disjoint",
         ),
         (
@@ -295,6 +305,41 @@ def test_nan_gradient_under_apply_if_finite_leaves_the_state_unchanged():
         assert all(not u.any() for u in jax.tree.leaves(updates))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        (
+            {"clipping_threshold": 0},
+            ValueError,
+            "`clipping_threshold` must be at least",
+        ),
+        ({"clipping_threshold": "1"}, TypeError, "`clipping_threshold` must be a real"),
+        ({"weight_decay": -0.1}, ValueError, "`weight_decay` must be at least 0"),
+        ({"b1": None, "key": "x"}, TypeError, "`key` must be a seed"),
+    ],
+)
+def test_flora(arguments, error, match):
+    with pytest.raises(error, match=match):
+        fj.flora(1e-3, 8, **arguments)
+
+
+def test_inner_that_is_no_transformation():
+    with pytest.raises(TypeError, match="`inner` must be an optax .* call the factory"):
+        fj.compressed_accumulation(optax.adam, 4, 8)
+
+
+def test_step_that_is_no_integer():
+    with pytest.raises(TypeError, match="`step` must be an integer, got step=2.7"):
+        fj.compressed_accumulator(8, key=0, step=2.7)
+
+
+def test_accumulator_given_gradients_of_another_tree():
+    accumulator = fj.compressed_accumulator(8, key=0)
+    carry = accumulator.init(PARAMS)
+    with pytest.raises(ValueError, match="has leaf 'b' of shape .* has none"):
+        accumulator.update(carry, {"w": PARAMS["w"]}, 0)
+
+
 def test_skip_function_that_returns_no_bool():
     tx = fj.compressed_accumulation(
         SGD, 4, 8, should_skip_update_fn=lambda u, step, p: (jnp.zeros(2), ())
@@ -317,3 +362,9 @@ def test_unstable_resampling_warns_with_the_number_and_the_leaf():
         fj.compressed_momentum(0.99, 8, resample_every=206).init(PARAMS)
     fj.compressed_momentum(0.99, 8, resample_every=207).init(PARAMS)
     fj.compressed_momentum(0.99, 8, resample_every=None).init(PARAMS)
+
+
+def test_isometric_transfers_shrink_and_do_not_warn():
+    projection = fj.CountSketch(scale="isometric")
+    tx = fj.compressed_momentum(0.9, 8, resample_every=2, projection=projection)
+    tx.init(PARAMS)

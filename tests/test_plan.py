@@ -166,6 +166,14 @@ def test_mask_leaves_out_an_embedding_that_the_aspect_rule_lets_in():
         assert plans["w"].dense_reason is None
 
 
+def test_a_parameter_called_value_keeps_its_name():
+    tree = {"attn": {"query": jnp.zeros((256, 256)), "value": jnp.zeros((256, 256))}}
+    plans = fj.plan_leaves(tree, 32, mask=lambda path, shape: "value" not in path)
+    assert plans["attn"]["value"].path == "attn/value"
+    assert plans["attn"]["value"].dense_reason == "the mask leaves it out"
+    assert plans["attn"]["query"].dense_reason is None
+
+
 def test_plan_is_hashable_and_equal():
     assert hash(one((256, 512))) == hash(one((256, 512)))
     assert one((256, 512)) != one((256, 513))

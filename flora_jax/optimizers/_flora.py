@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flora_jax import _checks
 from flora_jax.projections import Gaussian, Projection
 from flora_jax.transforms import (
     chain_in_gradient_dtype,
@@ -45,8 +46,13 @@ def flora(
     :func:`flora_jax.compressed_momentum`, multiplication by the parameter's RMS, weight
     decay, learning rate. The momentum averages the normalised, clipped update.
 
-    Memory of one (n, m) matrix: r·max(n, m) + n + m numbers of ``dtype`` (AdamW: 2 n m;
-    Adafactor with momentum: n m + n + m).
+    At full rank it equals this chain with ``optax.scale_by_factored_rms()`` and, for
+    the paper's reading, ``optax.ema(b1, debias=False)``. That is not
+    ``optax.adafactor(momentum=b1)``, which multiplies by rate and parameter scale
+    before its average: the two differ where these change within a few steps.
+
+    Memory of one (n, m) matrix: r·max(n, m) numbers of ``dtype`` and n + m of float32
+    (AdamW: 2 n m; Adafactor with momentum: n m + n + m).
 
     Args:
       learning_rate: a float or a schedule; 1e-3 in the paper's runs from scratch.
@@ -71,7 +77,7 @@ def flora(
       weight_decay: decoupled weight decay, multiplied by the learning rate; None for
         none.
       weight_decay_mask: as ``mask`` of ``optax.add_decayed_weights``.
-      dtype: dtype of the state; arithmetic is in float32.
+      dtype: dtype of the momentum; the second moment is kept in float32.
 
     Returns:
       The gradient transformation. Updates have the dtype of the gradients.
@@ -99,31 +105,42 @@ def flora(
             epsilon=epsilon,
             min_dim_size_to_factor=min_dim_size_to_factor,
             weight_dimension_numbers=weight_dimension_numbers,
-            dtype=dtype,
         )
     ]
     if clipping_threshold is not None:
+        _checks.check_number(
+            "clipping_threshold",
+            clipping_threshold,
+            1e-30,
+            None,
+            "1.0, or None for none",
+        )
         chain.append(optax.clip_by_block_rms(clipping_threshold))
     if b1 is not None:
-        chain.append(
-            compressed_momentum(
-                b1,
-                rank,
-                resample_every=resample_every,
-                reading=reading,
-                projection=projection,
-                key=key,
-                mask=mask,
-                min_dim_size=min_dim_size,
-                max_aspect_ratio=max_aspect_ratio,
-                side=side,
-                weight_dimension_numbers=weight_dimension_numbers,
-                dtype=dtype,
-            )
+        _checks.check_number("b1", b1, 0, 1, "0.9 is the paper's")
+    momentum = (
+        compressed_momentum(  # Made in any case, so that it checks its arguments.
+            0.0 if b1 is None else b1,
+            rank,
+            resample_every=resample_every,
+            reading=reading,
+            projection=projection,
+            key=key,
+            mask=mask,
+            min_dim_size=min_dim_size,
+            max_aspect_ratio=max_aspect_ratio,
+            side=side,
+            weight_dimension_numbers=weight_dimension_numbers,
+            dtype=dtype,
         )
+    )
+    if b1 is not None:
+        chain.append(momentum)
     if multiply_by_parameter_scale:
         chain.append(optax.scale_by_param_block_rms())
     if weight_decay is not None:
+        if not callable(weight_decay):
+            _checks.check_number("weight_decay", weight_decay, 0, None, "0.1 or None")
         chain.append(optax.add_decayed_weights(weight_decay, weight_decay_mask))
     chain.append(optax.scale_by_learning_rate(learning_rate))
     needs = []

@@ -67,10 +67,10 @@ def compressed_accumulation(
 
       C ← C + (G_i Sᵀ − C)/(i+1),
 
-    and the last one gives C S, an unbiased estimate of the mean gradient, to ``inner``.
-    Other micro-steps return zeros and leave ``inner`` alone: unlike optax, it runs once
-    per cycle. The estimate is inflated, E‖C S‖² = (1 + (m+1)/r)·‖G‖² for Gaussian, so
-    that a norm clip inside ``inner`` nearly always clips; clip before accumulating.
+    and the last one gives C S, an estimate of the mean gradient (unbiased, unless the
+    projection is isometric), to ``inner``. Other micro-steps return zeros and leave
+    ``inner`` alone: unlike optax, it runs once per cycle. E‖C S‖² is 1 + (m+1)/r times
+    ‖G‖² for Gaussian: a norm clip in ``inner`` nearly always clips; clip before.
 
     Each micro-step still forms full gradients: what is saved is the accumulator.
 
@@ -127,9 +127,8 @@ def compressed_accumulation(
         )
         if every_k == 1:
             warnings.warn(
-                "compressed_accumulation with every_k=1 saves nothing and adds the"
-                " projection's noise to each gradient; use the inner transformation"
-                " alone",
+                "compressed_accumulation with every_k=1 saves nothing and adds noise to"
+                " each gradient; use the inner transformation alone",
                 stacklevel=2,
             )
     dtype = _checks.check_state_dtype(dtype)
@@ -138,6 +137,10 @@ def compressed_accumulation(
         rank, mask, min_dim_size, max_aspect_ratio, side, weight_dimension_numbers
     )
     sketcher = Sketcher(NAME, rules, projection)
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"`inner` must be an optax transformation, got {inner!r}; call the factory"
+        )
     inner = optax.with_extra_args_support(inner)
     should_skip_fn = should_skip_update_fn or _never_skip
 
@@ -160,8 +163,8 @@ def compressed_accumulation(
     ) -> tuple[Any, CompressedAccumulationState]:
         _keys.check_state_key(NAME, state.key)
         plans = rules.plan(updates)
-        skip, skip_state = should_skip_fn(updates, state.gradient_step, params)
-        _check_skip(skip)
+        answer, skip_state = should_skip_fn(updates, state.gradient_step, params)
+        skip = _check_skip(answer)
         if axis_name is not None:
             skip = jax.lax.pmax(skip.astype(jnp.int32), axis_name) > 0
         acc = _add(sketcher, plans, use_grad_mean, updates, state)
@@ -247,7 +250,9 @@ def _idle(
 
 
 def has_updated(state: Any) -> jax.Array:
-    """Whether the last update was the end of a cycle, as ``MultiSteps.has_updated``.
+    """Whether a cycle has just ended, as ``MultiSteps.has_updated``.
+
+    A skipped micro-step leaves the state, and so the answer, as they were.
 
     Args:
       state: state of :func:`compressed_accumulation`, or any state that holds one.
@@ -275,12 +280,14 @@ def _never_skip(*_: Any) -> tuple[jax.Array, tuple[()]]:
     return jnp.zeros([], jnp.bool_), ()
 
 
-def _check_skip(skip: Any) -> None:
+def _check_skip(skip: Any) -> jax.Array:
+    skip = jnp.asarray(skip)
     if (skip.dtype, skip.shape) != (jnp.bool_, ()):
         raise ValueError(
             "`should_skip_update_fn` must return a bool scalar array first, got dtype"
             f" {skip.dtype} and shape {skip.shape}; reduce it with jnp.any"
         )
+    return skip
 
 
 def _strong(x: Any) -> jax.Array:

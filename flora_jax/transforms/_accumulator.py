@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -27,14 +28,14 @@ class CompressedAccumulatorCarry:
       key: root key data, uint32 of shape (2,).
       step: number of the cycle, int32; the epoch of the projection.
       plans: static plans of the leaves, in flattening order.
-      dtypes: static dtypes of the gradient leaves.
+      like: static shapes, dtypes and shardings of the gradient leaves.
     """
 
     sketches: Any
     key: jax.Array
     step: jax.Array
     plans: tuple[LeafPlan, ...] = dataclasses.field(metadata={"static": True})
-    dtypes: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+    like: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
 
 
 def compressed_accumulator(
@@ -100,6 +101,10 @@ def compressed_accumulator(
         rank, mask, min_dim_size, max_aspect_ratio, side, weight_dimension_numbers
     )
     sketcher = Sketcher(NAME, rules, projection)
+    if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+        raise TypeError(
+            f"`step` must be an integer, got step={step}; pass the number of the cycle"
+        )
 
     def init(gradients: Any) -> Any:
         plans = rules.plan(gradients)
@@ -110,16 +115,26 @@ def compressed_accumulator(
             key=jnp.array(root),
             step=jnp.asarray(step, jnp.int32),
             plans=tuple(plans),
-            dtypes=tuple(leaf.dtype for leaf in jax.tree.leaves(gradients)),
+            like=tuple(
+                jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.typeof(x).sharding)
+                for x in jax.tree.leaves(gradients)
+            ),
         )
 
     def update(carry: Any, gradients: Any, index: Any) -> Any:
-        new = accumulate(
-            sketcher,
-            carry.plans,
-            use_mean,
+        plans = rules.plan(gradients)
+        old = _state.matching_leaves(
+            "compressed_accumulator",
+            "sketches",
+            carry.sketches,
+            plans,
+            [p.state_shape for p in plans],
+        )
+        new = _state.run_sharded(
+            functools.partial(accumulate, sketcher, plans, use_mean),
+            old,
             jax.tree.leaves(gradients),
-            jax.tree.leaves(carry.sketches),
+            old,
             carry.key,
             index,
             carry.step,
@@ -128,8 +143,14 @@ def compressed_accumulator(
 
     def finalize(carry: Any) -> Any:
         leaves = jax.tree.leaves(carry.sketches)
-        leaves = estimate(sketcher, carry.plans, leaves, carry.key, carry.step)
-        cast = [x.astype(t) for x, t in zip(leaves, carry.dtypes, strict=True)]
+        leaves = _state.run_sharded(
+            functools.partial(estimate, sketcher, carry.plans),
+            list(carry.like),
+            leaves,
+            carry.key,
+            carry.step,
+        )
+        cast = [x.astype(t.dtype) for x, t in zip(leaves, carry.like, strict=True)]
         return _state.rebuild(carry.sketches, cast)
 
     def aggregate(gradients: Any) -> Any:

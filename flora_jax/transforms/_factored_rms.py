@@ -44,7 +44,6 @@ def scale_by_factored_rms(
     epsilon: jax.typing.ArrayLike = 1e-30,
     min_dim_size_to_factor: int = 128,
     weight_dimension_numbers: Any = None,
-    dtype: Any = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
     """Divides updates by a factored estimate of their root mean square.
 
@@ -61,14 +60,14 @@ def scale_by_factored_rms(
     keep every axis of the parameter (reduced ones have size 1), so that the state can
     be created under sharding metadata.
 
-    Memory: n + m numbers of ``dtype`` per factored leaf, the leaf's size otherwise.
+    Memory: n + m float32 numbers per factored leaf, the leaf's size otherwise. There is
+    no coarser dtype: its last steps, 1−β_t, would be lost to rounding.
 
     Args:
       decay_rate: exponent of the decay schedule; 0.8 as in Adafactor.
       epsilon: added to the squared gradient; 1e-30 as in Adafactor.
       min_dim_size_to_factor: smallest side of a matrix that is factored.
       weight_dimension_numbers: which axes form the matrix, in optax's convention.
-      dtype: dtype of the statistics; arithmetic is in float32.
 
     Returns:
       The gradient transformation. Updates have the dtype of the gradients.
@@ -94,7 +93,6 @@ def scale_by_factored_rms(
     min_dim_size = _checks.check_positive_int(
         "min_dim_size_to_factor", min_dim_size_to_factor, "128 is Adafactor's"
     )
-    dtype = _checks.check_state_dtype(dtype)
     rules = LeafRules(
         # Rank 1 of a side of 1 would be dense, but so small a matrix needs no factors.
         rank=1,
@@ -106,7 +104,7 @@ def scale_by_factored_rms(
     def init_fn(params: Any) -> FactoredRmsState:
         shapes = [_statistics_shapes(plan) for plan in rules.plan(params)]
         row, column, full = (
-            _state.zeros_tree(params, [shape[i] for shape in shapes], dtype)
+            _state.zeros_tree(params, [shape[i] for shape in shapes], jnp.float32)
             for i in range(3)
         )
         return FactoredRmsState(jnp.zeros([], jnp.int32), row, column, full)

@@ -79,12 +79,12 @@ def compressed_momentum(
       debias=False)``. For a projection with S Sᵀ = (m/r) I the first term is
       (r/m)·M S. Needs orthogonal rows, so Gaussian is refused.
 
-    A transfer multiplies E‖M‖² by about m/r: with ρ = β^{2κ}·m/r the momentum's noise
+    An unbiased transfer multiplies E‖M‖² by about m/r: with ρ = β^{2κ}·m/r the noise
     grows by 1/(1−ρ), and from ρ = 1 it diverges; ``init`` warns from 0.5.
 
-    Clip by RMS before this transformation: the estimate's RMS is √(1 + (m+1)/r)
-    (Gaussian) or √(m/r) (CountSketch) times the signal's, so that a clip after it
-    shrinks the signal, and learning rates do not carry over unexamined.
+    Clip by RMS before this transformation: the unbiased estimate's RMS is
+    √(1 + (m+1)/r) (Gaussian) or √(m/r) (CountSketch) times the signal's, so that a clip
+    after it shrinks the signal, and learning rates do not carry over unexamined.
 
     Memory: r·max(n, m) numbers of ``dtype`` per sketched leaf (``side="smaller"``), the
     leaf's size for dense ones.
@@ -95,7 +95,8 @@ def compressed_momentum(
       resample_every: κ, in updates; 1000 as in the paper. None keeps one projection.
       reading: ``"paper"``, ``"interpolated"`` or ``"residual"``.
       projection: how leaves are sketched; Gaussian as in the paper.
-      key: int seed, typed threefry2x32 key, or its key data.
+      key: int seed, typed threefry2x32 key, or its key data; another one for each
+        compressed_momentum of one chain.
       mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.
       min_dim_size: smallest side of a matrix that is sketched.
       max_aspect_ratio: largest ratio of its sides.
@@ -148,7 +149,8 @@ def compressed_momentum(
 
     def init_fn(params: Any) -> CompressedMomentumState:
         plans = rules.plan(params)
-        _warn_if_unstable(plans, decay, resample_every)
+        if projection.scale == "unbiased":  # Isometric transfers shrink.
+            _warn_if_unstable(plans, decay, resample_every)
         shapes = [plan.state_shape for plan in plans]
         return CompressedMomentumState(
             count=jnp.zeros([], jnp.int32),

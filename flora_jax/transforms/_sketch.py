@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -69,15 +70,16 @@ class Sketcher:
 
     def spec(self, root: Any, **settings: Any) -> jax.Array:
         """The ``spec`` of a state that holds such sketches."""
-        rules = self.rules
+        rules, axes = self.rules, self.rules.weight_dimension_numbers
         return make_spec(
             self.name,
             root,
             projection=self.projection,
-            rank=rules.rank if isinstance(rules.rank, int) else "by leaf",
+            rank=rules.rank if isinstance(rules.rank, numbers.Integral) else "by leaf",
             side=rules.side,
             min_dim_size=rules.min_dim_size,
             max_aspect_ratio=f"{rules.max_aspect_ratio:g}",
+            weight_dimension_numbers="callable" if callable(axes) else axes,
             **settings,
         )
 

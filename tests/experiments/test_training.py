@@ -15,6 +15,9 @@ from experiments.session import identity
 from experiments.train import NonFiniteLossError
 from tests.experiments.job import UPDATES
 
+# One worker runs the tiny job for all of them (pytest-xdist, `--dist loadgroup`).
+pytestmark = pytest.mark.xdist_group("experiments")
+
 STOP = 4
 
 

@@ -7,6 +7,9 @@ import optax
 import pytest
 
 import flora_jax as fj
+from flora_jax._plan import LeafPlan
+from flora_jax._rules import LeafRules
+from flora_jax.transforms._sketch import Sketcher, accumulate_leaf
 from tests.common import assert_close
 from tests.reference import folds
 from tests.reference.accumulation import sketched_accumulation
@@ -111,6 +114,29 @@ def test_a_stack_equals_its_slices_under_one_projection(projection):
         for gradient, expected in zip(stacks[:, i], whole, strict=True):
             update, state = step(gradient, state)
             assert_close(update, expected[i])
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("mean", [True, False])
+def test_full_rank_equals_the_plain_accumulator(axis, mean):
+    """CountSketch of rank m is a signed permutation; the factories leave it dense."""
+    plan = LeafPlan(
+        "w", (3, 8, 12), (0,), (1,), (2,), axis, rank=12 if axis == -1 else 8
+    )
+    sketcher = Sketcher("identity", LeafRules(plan.rank), fj.CountSketch())
+    gradients = np.random.default_rng(3).normal(size=(4, 3, 8, 12)).astype(np.float32)
+
+    @jit
+    def accumulate(gradients):
+        acc, key = jnp.zeros(plan.state_shape), jax.random.key(0)
+        for i, gradient in enumerate(gradients):
+            acc = accumulate_leaf(sketcher, plan, key, mean, i, gradient, acc)
+        return acc, sketcher.unsketch(plan, key, acc)
+
+    acc, estimate = accumulate(gradients)
+    expected = gradients.mean(axis=0) if mean else gradients.sum(axis=0)
+    assert_close(estimate, expected)
+    assert np.abs(np.asarray(acc) - expected).max() > 0.1
 
 
 def test_the_estimate_of_a_mean_is_the_mean_of_estimates():
