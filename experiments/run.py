@@ -16,7 +16,7 @@ from experiments import checkpoints, records, report
 from experiments.config import METHODS, Config, ConfigError
 from experiments.data import Data, load
 from experiments.display import Display, make_console
-from experiments.session import Session
+from experiments.training import Training
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -65,16 +65,16 @@ def _train(config: Config, dataset: Data, console: Console) -> list[records.Summ
     """Lets the trainings take turns, an update each; returns those that finished."""
     stop = config.updates if config.stop_after is None else config.stop_after
     with Display(console) as display, contextlib.ExitStack() as stack:
-        sessions = []
+        trainings = []
         for name in config.methods:
             folder = config.output_dir / name
-            session = Session(name, config, dataset, folder, display)
-            stack.callback(session.close)
-            sessions.append(session)
+            training = Training(name, config, dataset, folder, display)
+            stack.callback(training.close)
+            trainings.append(training)
         for number in range(1, stop + 1):
-            for session in sessions:
-                session.advance(number)
-        summaries = [session.finish() for session in sessions]
+            for training in trainings:
+                training.advance(number)
+        summaries = [training.finish() for training in trainings]
     return [summary for summary in summaries if summary is not None]
 
 

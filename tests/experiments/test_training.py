@@ -11,8 +11,8 @@ import pytest
 from experiments import checkpoints, data, gpt2, methods, records
 from experiments.config import METHODS, ConfigError
 from experiments.run import run
-from experiments.session import identity
 from experiments.train import NonFiniteLossError
+from experiments.training import identity
 from tests.experiments.job import UPDATES
 
 # One worker runs the tiny job for all of them (pytest-xdist, `--dist loadgroup`).

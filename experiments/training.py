@@ -13,7 +13,7 @@ from experiments.methods import METHODS
 from experiments.train import Trainer
 
 
-class Session:
+class Training:
     """A training that goes on by one update when it is told to.
 
     So several can take turns, and what else the machine does slows all of them alike.
