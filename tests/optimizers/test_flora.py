@@ -10,7 +10,7 @@ import flora_jax as fj
 from tests.common import assert_close
 from tests.reference import folds
 from tests.reference.flora import flora as reference_flora
-from tests.transforms.draws import draw, jit
+from tests.transforms.draws import case_id, draw, jit
 
 SETTINGS = {"min_dim_size": 8, "key": 11, "resample_every": 3}
 FACTORED = {"min_dim_size_to_factor": 8}
@@ -37,6 +37,7 @@ def train(tx, gradients, params):
         (fj.CountSketch(), "interpolated", "larger", ("cut",)),
         (fj.CountSketch(), "residual", "smaller", ("wide",)),
     ],
+    ids=case_id,
 )
 def test_equals_the_paper(projection, reading, side, names):
     gradients = folds.gradients(8, names)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax import _keys
+from flora_jax import Projection, _keys
 from tests.reference.folds import RANKS, width
 
 # Unoptimised programs: these tests compile much and compute little.
@@ -24,6 +24,15 @@ def draw(projection, seed, name, path, side):
     return functools.partial(
         _matrix, projection, seed, name, path, RANKS[path], width(path, side)
     )
+
+
+def case_id(value):
+    """How a projection, a tuple of leaves or a function reads in a test's name."""
+    if isinstance(value, Projection):
+        return f"{type(value).__name__}-{value.scale}"
+    if callable(value):
+        return value.__name__
+    return "-".join(value) if isinstance(value, tuple) else None
 
 
 def run(tx, gradients, params=None):

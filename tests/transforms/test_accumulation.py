@@ -13,7 +13,7 @@ from flora_jax.transforms._sketch import Sketcher, accumulate_leaf
 from tests.common import assert_close
 from tests.reference import folds
 from tests.reference.accumulation import sketched_accumulation
-from tests.transforms.draws import draw, jit, run
+from tests.transforms.draws import case_id, draw, jit, run
 
 ALL = tuple(folds.SHAPES)
 
@@ -43,7 +43,9 @@ def accumulation(inner=None, every_k=3, rank=4, **settings):
     return fj.compressed_accumulation(inner, every_k, rank, **settings)
 
 
-@pytest.mark.parametrize(("projection", "side", "mean", "k", "steps", "names"), CASES)
+@pytest.mark.parametrize(
+    ("projection", "side", "mean", "k", "steps", "names"), CASES, ids=case_id
+)
 def test_equals_algorithm_1(projection, side, mean, k, steps, names):
     gradients = folds.gradients(steps, names)
     tx = accumulation(

@@ -10,7 +10,7 @@ import flora_jax as fj
 from tests.common import assert_close
 from tests.reference import folds
 from tests.reference.momentum import sketched_momentum
-from tests.transforms.draws import draw, run
+from tests.transforms.draws import case_id, draw, run
 
 ALL = tuple(folds.SHAPES)
 # Every shape, on its columns and on its rows, whether or not the rank divides the side.
@@ -27,12 +27,6 @@ CASES = [
     (fj.CountSketch(), "residual", "larger", ("wide", "square")),
     (fj.CountSketch(scale="isometric"), "residual", "smaller", ("wide",)),
 ]
-
-
-def name_case(value):
-    if isinstance(value, fj.Projection):
-        return f"{type(value).__name__}-{value.scale}"
-    return "-".join(value) if isinstance(value, tuple) else value
 
 
 def momentum(rank=folds.RANKS, decay=0.5, **settings):
@@ -78,9 +72,7 @@ def check_oracle(gradients, projection, reading, side, every):
         assert_close(kept, last, "float32")
 
 
-@pytest.mark.parametrize(
-    ("projection", "reading", "side", "names"), CASES, ids=name_case
-)
+@pytest.mark.parametrize(("projection", "reading", "side", "names"), CASES, ids=case_id)
 def test_equals_algorithm_2(projection, reading, side, names):
     # Eight steps: S is replaced before the steps 3 and 6.
     check_oracle(folds.gradients(8, names), projection, reading, side, 3)
