@@ -118,15 +118,17 @@ def _draw(key: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     order_key, sign_key = jax.random.split(key)
     # Sorting random words pins the permutation to the key's bits: jax.random's own may
     # change with its version, and a checkpoint must decode for ever.
-    order = jnp.argsort(jax.random.bits(order_key, (width,)), stable=True)
-    bits = jax.random.bits(sign_key, (width,)) >> 31
+    order = jnp.argsort(jax.random.bits(order_key, (width,), jnp.uint32), stable=True)
+    bits = jax.random.bits(sign_key, (width,), jnp.uint32) >> 31
     return order, 1.0 - 2.0 * bits.astype(jnp.float32)
 
 
 def _buckets(order: jax.Array, rank: int) -> jax.Array:
     """The bucket of each column, int32 of shape (width,)."""
     width = order.shape[0]
-    positions = jnp.zeros(width, jnp.int32).at[order].set(jnp.arange(width))
+    positions = (
+        jnp.zeros(width, jnp.int32).at[order].set(jnp.arange(width, dtype=jnp.int32))
+    )
     return positions % rank
 
 
