@@ -122,9 +122,7 @@ def compressed_accumulation(
       <https://arxiv.org/abs/2402.03293>`_, 2024, Algorithm 1
     """
     if not callable(every_k):
-        every_k = _checks.check_positive_int(
-            "every_k", every_k, "pass the number of micro-steps per update"
-        )
+        every_k = _checks.check_positive_int("every_k", every_k, "16 is the paper's")
         if every_k == 1:
             warnings.warn(
                 "compressed_accumulation with every_k=1 saves nothing and adds noise to"
@@ -173,10 +171,11 @@ def compressed_accumulation(
             acc = [jnp.where(skip, *pair) for pair in zip(old, acc, strict=True)]
         k = every_k(state.gradient_step) if callable(every_k) else every_k
         emit = jnp.logical_not(skip) & (state.mini_step >= k - 1)
-        run_inner = functools.partial(inner.update, params=params, **extra_args)
+        run_inner = functools.partial(inner.update, **extra_args)
         emit_fn = functools.partial(_emit, sketcher, plans, run_inner, updates, state)
+        idle_fn = functools.partial(_idle, emit_fn)
         new_updates, inner_state, acc = jax.lax.cond(
-            emit, emit_fn, functools.partial(_idle, emit_fn), acc, state.inner_opt_state
+            emit, emit_fn, idle_fn, acc, state.inner_opt_state, params
         )
         stepped = jnp.where(emit, 0, optax.safe_increment(state.mini_step))
         cycles = optax.safe_increment(state.gradient_step)
@@ -223,6 +222,7 @@ def _emit(
     state: CompressedAccumulationState,
     acc: Sequence[jax.Array],
     inner_state: Any,
+    params: Any,
 ) -> tuple[Any, Any, Any]:
     """The end of a cycle: inner's updates, its new state, and an empty accumulator."""
     leaves = _state.run_sharded(
@@ -233,7 +233,7 @@ def _emit(
         state.gradient_step,
     )
     mean = optax.tree.cast_like(_state.rebuild(updates, leaves), updates)
-    new_updates, new_inner = run_inner(mean, inner_state)
+    new_updates, new_inner = run_inner(mean, inner_state, params)
     return (
         optax.tree.cast_like(new_updates, updates),
         jax.tree.map(_cast_like, new_inner, inner_state),
@@ -242,10 +242,10 @@ def _emit(
 
 
 def _idle(
-    emit_fn: Callable[..., Any], acc: Sequence[jax.Array], inner_state: Any
+    emit_fn: Callable[..., Any], acc: Sequence[jax.Array], inner_state: Any, params: Any
 ) -> tuple[Any, Any, Any]:
     """A micro-step within a cycle: zeros of the type that the end of it gives."""
-    updates, _, _ = jax.eval_shape(emit_fn, acc, inner_state)
+    updates, _, _ = jax.eval_shape(emit_fn, acc, inner_state, params)
     return jax.tree.map(jnp.zeros_like, updates), inner_state, acc
 
 
