@@ -12,7 +12,14 @@ from flora_jax._plan import LeafPlan
 from flora_jax._rules import plan_leaves
 from flora_jax._spec import verify_state
 from flora_jax.optimizers import flora
-from flora_jax.projections import CountSketch, Gaussian, Projection
+from flora_jax.projections import (
+    SRHT,
+    CountSketch,
+    Gaussian,
+    Orthogonal,
+    Projection,
+    Rademacher,
+)
 from flora_jax.transforms import (
     CompressedAccumulationState,
     CompressedAccumulatorCarry,
@@ -26,6 +33,7 @@ from flora_jax.transforms import (
 )
 
 __all__ = [
+    "SRHT",
     "CompressedAccumulationState",
     "CompressedAccumulatorCarry",
     "CompressedMomentumState",
@@ -33,7 +41,9 @@ __all__ = [
     "FactoredRmsState",
     "Gaussian",
     "LeafPlan",
+    "Orthogonal",
     "Projection",
+    "Rademacher",
     "compressed_accumulation",
     "compressed_accumulator",
     "compressed_momentum",

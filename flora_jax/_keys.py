@@ -1,19 +1,24 @@
 """PRNG keys: one raw root key in the state, one key per leaf and epoch from it.
 
-Two rules keep every draw independent. ``fold_in`` and ``split`` are never applied to
-one and the same key (``fold_in(k, 1)`` equals ``split(k)[1]``): the chain below only
-folds, and what it returns is only split or sampled. And a key is salted with the name
+Two rules keep every draw independent. No key is both folded and sampled from: the chain
+below only folds, and what it returns is only sampled. And a key is salted with the name
 of the transformation, so that two of them with the same seed do not share projections.
 """
 
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from flora_jax import _random
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, UInt32
 
 IMPL = "threefry2x32"
 _REMEDY = (
@@ -81,20 +86,21 @@ def check_state_key(name: str, key: Any) -> None:
         )
 
 
-def leaf_key(root: jax.Array, name: str, path: str, epoch: Any) -> jax.Array:
-    """Returns the typed key of one leaf in one epoch.
+def leaf_keys(
+    root: jax.Array, name: str, paths: Sequence[str], epoch: Any
+) -> UInt32[Array, "leaves 2"]:
+    """Returns the keys of many leaves in one epoch, drawn in one operation.
 
     Args:
       root: the state's key data, uint32 of shape (2,).
       name: the transformation's name, the salt.
-      path: the leaf's normalised path; by path and not by index, so that masking a
+      paths: the leaves' normalised paths; by path and not by index, so that masking a
         leaf does not move the randomness of the others.
       epoch: how often the projection was drawn before, an int or an int32 scalar.
 
     Returns:
-      A typed scalar key, to be split or sampled from, never folded into again.
+      Key data, uint32 of shape (leaves, 2), to be sampled from, never folded again.
     """
-    key = jax.random.wrap_key_data(root, impl=IMPL)
-    for salt in (zlib.crc32(name.encode()), zlib.crc32(path.encode())):
-        key = jax.random.fold_in(key, np.uint32(salt))
-    return jax.random.fold_in(key, epoch)
+    salts = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
+    leaves = _random.fold(root, np.uint32(zlib.crc32(name.encode())), salts)
+    return _random.fold(leaves, jnp.asarray(epoch).astype(jnp.uint32), np.uint32(0))

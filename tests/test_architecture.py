@@ -10,7 +10,7 @@ import flora_jax
 ROOT = Path(flora_jax.__file__).parent
 # Lower layers first; a module may import its own layer's earlier modules and below.
 LAYERS = [
-    ["_checks", "_keys", "_plan", "_rules", "_spec", "_state"],
+    ["_checks", "_keys", "_plan", "_random", "_rules", "_spec", "_state"],
     ["projections"],
     ["transforms"],
     ["optimizers"],
@@ -68,7 +68,8 @@ STANDARD_LIBRARY = set(__import__("sys").stdlib_module_names)
 
 
 def test_public_names_are_sorted_and_exist():
-    assert flora_jax.__all__ == sorted(flora_jax.__all__)
+    order = sorted(flora_jax.__all__, key=lambda name: (not name.isupper(), name))
+    assert flora_jax.__all__ == order
     assert all(hasattr(flora_jax, name) for name in flora_jax.__all__)
 
 

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax import _checks
+from flora_jax._rules import LeafRules
 from flora_jax.projections import Gaussian, Projection
 from flora_jax.transforms import (
-    chain_in_gradient_dtype,
-    compressed_momentum,
-    scale_by_factored_rms,
+    clip_part,
+    factored_rms_part,
+    momentum_part,
+    recipe,
+    scale_by_parameter_scale,
 )
 
 
@@ -99,12 +102,9 @@ def flora(
       Hao et al., `FLORA: Low-Rank Adapters Are Secretly Gradient Compressors
       <https://arxiv.org/abs/2402.03293>`_, 2024
     """
-    chain: list[optax.GradientTransformation] = [
-        scale_by_factored_rms(
-            decay_rate,
-            epsilon=epsilon,
-            min_dim_size_to_factor=min_dim_size_to_factor,
-            weight_dimension_numbers=weight_dimension_numbers,
+    parts = [
+        factored_rms_part(
+            decay_rate, epsilon, min_dim_size_to_factor, weight_dimension_numbers
         )
     ]
     if clipping_threshold is not None:
@@ -115,29 +115,25 @@ def flora(
             None,
             "1.0, or None for none",
         )
-        chain.append(optax.clip_by_block_rms(clipping_threshold))
+        parts.append(clip_part(clipping_threshold))
     if b1 is not None:
         _checks.check_number("b1", b1, 0, 1, "0.9 is the paper's")
-    momentum = (
-        compressed_momentum(  # Made in any case, so that it checks its arguments.
-            0.0 if b1 is None else b1,
-            rank,
-            resample_every=resample_every,
-            reading=reading,
-            projection=projection,
-            key=key,
-            mask=mask,
-            min_dim_size=min_dim_size,
-            max_aspect_ratio=max_aspect_ratio,
-            side=side,
-            weight_dimension_numbers=weight_dimension_numbers,
-            dtype=dtype,
-        )
+    momentum = momentum_part(  # Made in any case, so that it checks its arguments.
+        0.0 if b1 is None else b1,
+        LeafRules(
+            rank, mask, min_dim_size, max_aspect_ratio, side, weight_dimension_numbers
+        ),
+        resample_every,
+        reading,
+        projection,
+        key,
+        dtype,
     )
     if b1 is not None:
-        chain.append(momentum)
+        parts.append(momentum)
+    chain: list[optax.GradientTransformation] = []
     if multiply_by_parameter_scale:
-        chain.append(optax.scale_by_param_block_rms())
+        chain.append(scale_by_parameter_scale())
     if weight_decay is not None:
         if not callable(weight_decay):
             _checks.check_number("weight_decay", weight_decay, 0, None, "0.1 or None")
@@ -148,6 +144,6 @@ def flora(
         needs.append("multiply_by_parameter_scale")
     if weight_decay is not None:
         needs.append("weight_decay")
-    return chain_in_gradient_dtype(
-        *chain, params_for=f"flora({', '.join(needs)})" if needs else ""
+    return recipe(
+        parts, *chain, params_for=f"flora({', '.join(needs)})" if needs else ""
     )

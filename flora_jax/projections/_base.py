@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
-from flora_jax import _checks
+from flora_jax import _checks, _keys
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, PRNGKeyArray
+    from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 SCALES = ("unbiased", "isometric")
 
@@ -22,6 +23,10 @@ class Projection(abc.ABC):
 
     Instances are static settings: frozen, hashable and deliberately not callable
     (``optax.inject_hyperparams`` takes every callable argument for a schedule).
+
+    A projection is written as two steps. :meth:`draw` turns a key into the few numbers
+    that fix S, for many leaves in one operation; :meth:`compress` and :meth:`expand`
+    apply S to one matrix.
 
     Attributes:
       scale: ``"unbiased"``: E[SᵀS] = I, so that ``unsketch(sketch(G))`` is an unbiased
@@ -35,7 +40,6 @@ class Projection(abc.ABC):
         """Raises ValueError for an unknown scale."""
         _checks.check_choice("scale", self.scale, SCALES)
 
-    @abc.abstractmethod
     def sketch(
         self,
         key: PRNGKeyArray,
@@ -46,7 +50,7 @@ class Projection(abc.ABC):
         """Sketches one side of a matrix: G Sᵀ for axis -1, S G for axis -2.
 
         Args:
-          key: typed key; the same key gives the same S on either axis.
+          key: typed key or key data; the same key gives the same S on either axis.
           matrix: shape (batch…, n, m), float32; the batch shares one S.
           rank: r, at least 1 and at most the size of the sketched side.
           axis: the side to sketch, -1 or -2.
@@ -54,8 +58,9 @@ class Projection(abc.ABC):
         Returns:
           Float32, shape (batch…, n, r) or (batch…, r, m).
         """
+        drawn = self.draw(jnp.asarray(_keys.raw_key(key)), rank, matrix.shape[axis])
+        return self.compress(drawn, matrix, rank, axis)
 
-    @abc.abstractmethod
     def unsketch(
         self,
         key: PRNGKeyArray,
@@ -74,12 +79,61 @@ class Projection(abc.ABC):
         Returns:
           Float32, shape (batch…, n, m).
         """
+        drawn = self.draw(jnp.asarray(_keys.raw_key(key)), sketch.shape[axis], width)
+        return self.expand(drawn, sketch, width, axis)
 
-    @abc.abstractmethod
     def matrix(
         self, key: PRNGKeyArray, rank: int, width: int
     ) -> Float[Array, "rank width"]:
         """S itself, for tests and teaching; optimizers never form it from here."""
+        drawn = self.draw(jnp.asarray(_keys.raw_key(key)), rank, width)
+        return self.entries(drawn, rank, width)
+
+    @abc.abstractmethod
+    def draw(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
+        """What a key decides, in a tree of small arrays; mapped over many keys.
+
+        Args:
+          key: key data, uint32 of shape (2,).
+          rank: r.
+          width: m.
+
+        Returns:
+          A tree of arrays of O(m) numbers, for :meth:`compress` and :meth:`expand`.
+        """
+
+    @abc.abstractmethod
+    def compress(
+        self,
+        drawn: Any,
+        matrix: Float[Array, "*batch n m"],
+        rank: int,
+        axis: int,
+        weights: Float[Array, "*batch m"] | None = None,
+    ) -> Float[Array, "*batch _ _"]:
+        """:meth:`sketch` with what :meth:`draw` gave in place of the key.
+
+        Args:
+          drawn: what :meth:`draw` gave.
+          matrix: shape (batch…, n, m), of any float dtype; arithmetic is in float32.
+          rank: r.
+          axis: the side to sketch, -1 or -2.
+          weights: float32, of the size of that side (and batch axes, or ones): S times
+            this diagonal matrix is applied in place of S.
+
+        Returns:
+          Float32, shape (batch…, n, r) or (batch…, r, m).
+        """
+
+    @abc.abstractmethod
+    def expand(
+        self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
+    ) -> Float[Array, "*batch n m"]:
+        """:meth:`unsketch` with what :meth:`draw` gave in place of the key."""
+
+    @abc.abstractmethod
+    def entries(self, drawn: Any, rank: int, width: int) -> Float[Array, "rank width"]:
+        """:meth:`matrix` with what :meth:`draw` gave in place of the key."""
 
     @abc.abstractmethod
     def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
@@ -94,6 +148,11 @@ class Projection(abc.ABC):
         """
 
 
-def along(vector: jax.Array, axis: int) -> jax.Array:
+def along(vector: Float[Array, "*batch m"], axis: int) -> jax.Array:
     """Reshapes a vector so that it broadcasts along an axis of a matrix."""
-    return vector if axis == -1 else vector[:, None]
+    return jnp.expand_dims(vector, -3 - axis)
+
+
+def weigh(vector: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """The vector times weights, or itself where there are none."""
+    return vector if weights is None else vector * weights

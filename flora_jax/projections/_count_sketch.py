@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.projections._base import Projection, along
+from flora_jax._random import bits, signs
+from flora_jax.projections._base import Projection, along, weigh
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, PRNGKeyArray
+    from jaxtyping import Array, Float, UInt32
 
-_UNROLL = 8  # Chunks per loop body: full unrolling of many chunks compiles for long.
+
+_UNROLL = 8  # More chunks of rows than this are added in a loop.
 
 
 @dataclasses.dataclass(frozen=True)
 class CountSketch(Projection):
     """Deals the m columns to r buckets at random, and sums each with random signs.
 
-    A random permutation deals the columns round-robin (bucket = position mod r), so
-    that bucket sizes differ by at most one. E[SᵀS] = I, and with t = m mod r
+    The columns are dealt in chunks of r, each to all r buckets in cyclic order from a
+    random first one. If r does not divide m the last chunk has t = m mod r columns, for
+    the buckets 0…t−1, and the columns are first rotated at random, so that all meet it
+    alike. Two columns share a bucket with probability 1/r, or never if they share a
+    chunk; bucket sizes differ by at most one. E[SᵀS] = I, and
 
       E‖G SᵀS − G‖² = (m/r − 1 + t(r−t)/(r m))·‖G‖².
 
@@ -31,8 +35,13 @@ class CountSketch(Projection):
     a scaled isometry with the variance of a Haar-orthogonal projection, √(r/m) being
     the cosine between G and its estimate.
 
-    Costs one signed grouped sum over G for a sketch and one gather for its inverse, no
-    r x m matrix and no matrix product; 2·m integers are drawn, nothing is stored.
+    Costs one pass over G for a sketch and one for an estimate, whatever the rank; no
+    r x m matrix and no matrix product; m + m/r random words. One more pass each if r
+    does not divide m.
+
+    Weaker than dense projections where G has few columns that matter: two of them meet
+    with probability 1/r, and then wholly, so that ‖C‖² of a few large columns varies as
+    much as for Gaussian but with heavier tails.
 
     Raises:
       ValueError: for an unknown scale.
@@ -49,58 +58,60 @@ class CountSketch(Projection):
       <https://doi.org/10.1016/S0304-3975(03)00400-6>`_, 2004
     """
 
-    def sketch(
+    def draw(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
+        """Signs and buckets of the columns (m,), offsets of the chunks, and a shift."""
+        full, tail = divmod(width, rank)
+        # The remainder prefers small numbers by less than rank / 2**32.
+        offsets = bits(key, (full,), 1) % np.uint32(rank)
+        shift = bits(key, (), 2) % np.uint32(width if tail else 1)
+        offsets, shift = offsets.astype(jnp.int32), shift.astype(jnp.int32)
+        place = (jnp.arange(width, dtype=jnp.int32) - shift) % width
+        buckets = (place + jnp.append(offsets, 0)[place // rank]) % rank
+        return signs(key, (width,), 0), buckets, offsets, shift
+
+    def compress(
         self,
-        key: PRNGKeyArray,
+        drawn: Any,
         matrix: Float[Array, "*batch n m"],
         rank: int,
         axis: int,
+        weights: Float[Array, "*batch m"] | None = None,
     ) -> Float[Array, "*batch _ _"]:
-        """G Sᵀ or S G; see :meth:`Projection.sketch`."""
+        """G Sᵀ or S G; see :meth:`Projection.compress`."""
+        flips, _, offsets, shift = drawn
+        flips = weigh(flips, weights)
         width = matrix.shape[axis]
         full, tail = divmod(width, rank)
-        order, signs = _draw(key, width)
-
-        def chunk(positions: jax.Array) -> jax.Array:
-            # One column of each bucket: gathered, signed, and added by the caller.
-            taken = jnp.take(matrix, positions, axis=axis)
-            return taken * along(signs[positions], axis)
-
-        chunks = order[: full * rank].reshape(full, rank)
-        total = jax.lax.fori_loop(
-            1,
-            full,
-            lambda i, total: total + chunk(chunks[i]),
-            chunk(chunks[0]),
-            unroll=_UNROLL,
-        )
         if tail:
-            rest = chunk(order[full * rank :])
+            matrix, flips = (
+                jnp.roll(matrix, -shift, axis),
+                jnp.roll(flips, -shift, -1),
+            )
+        if axis == -2 and full <= _UNROLL:
+            rounds = _sum_rows(matrix, flips, offsets, rank)
+        else:
+            rounds = _sum_chunks(matrix, flips, offsets, rank, axis)
+        if tail:
+            rest = _chunk(matrix, flips, full * rank, tail, axis)
             pad = [(0, 0)] * rest.ndim
             pad[axis] = (0, rank - tail)
-            total = total + jnp.pad(rest, pad)
-        return total * along(self._row_scale(rank, width), axis)
+            rounds = rounds + jnp.pad(rest, pad)
+        return rounds * along(self._row_scale(rank, width), axis)
 
-    def unsketch(
-        self,
-        key: PRNGKeyArray,
-        sketch: Float[Array, "*batch _ _"],
-        width: int,
-        axis: int,
+    def expand(
+        self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
     ) -> Float[Array, "*batch n m"]:
-        """C S or Sᵀ C; see :meth:`Projection.unsketch`."""
+        """C S or Sᵀ C; see :meth:`Projection.expand`."""
+        flips, buckets, *_ = drawn
         rank = sketch.shape[axis]
-        order, signs = _draw(key, width)
         scaled = sketch * along(self._row_scale(rank, width), axis)
-        return jnp.take(scaled, _buckets(order, rank), axis=axis) * along(signs, axis)
+        return jnp.take(scaled, buckets, axis=axis, mode="clip") * along(flips, axis)
 
-    def matrix(
-        self, key: PRNGKeyArray, rank: int, width: int
-    ) -> Float[Array, "rank width"]:
+    def entries(self, drawn: Any, rank: int, width: int) -> Float[Array, "rank width"]:
         """S, float32 of shape (rank, width)."""
-        order, signs = _draw(key, width)
-        one_hot = jax.nn.one_hot(_buckets(order, rank), rank, axis=0)
-        return one_hot * signs * self._row_scale(rank, width)[:, None]
+        flips, buckets, *_ = drawn
+        one_hot = jax.nn.one_hot(buckets, rank, axis=0)
+        return one_hot * flips * self._row_scale(rank, width)[:, None]
 
     def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
         """The bucket sizes, or ones for the isometric scale."""
@@ -112,24 +123,44 @@ class CountSketch(Projection):
         return jnp.ones(rank, jnp.float32)
 
 
-def _draw(key: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    """A random order of the columns (int32) and a random sign for each (float32)."""
-    chex.assert_rank(key, 0)
-    order_key, sign_key = jax.random.split(key)
-    # Sorting random words pins the permutation to the key's bits: jax.random's own may
-    # change with its version, and a checkpoint must decode for ever.
-    order = jnp.argsort(jax.random.bits(order_key, (width,), jnp.uint32), stable=True)
-    bits = jax.random.bits(sign_key, (width,), jnp.uint32) >> 31
-    return order, 1.0 - 2.0 * bits.astype(jnp.float32)
+def _chunk(
+    matrix: jax.Array, flips: jax.Array, start: Any, size: int, axis: int
+) -> jax.Array:
+    """Columns start…start+size with their signs, float32."""
+    columns = jax.lax.dynamic_slice_in_dim(matrix, start, size, axis)
+    signs = jax.lax.dynamic_slice_in_dim(flips, start, size, -1)
+    return columns.astype(jnp.float32) * along(signs, axis)
 
 
-def _buckets(order: jax.Array, rank: int) -> jax.Array:
-    """The bucket of each column, int32 of shape (width,)."""
-    width = order.shape[0]
-    positions = (
-        jnp.zeros(width, jnp.int32).at[order].set(jnp.arange(width, dtype=jnp.int32))
-    )
-    return positions % rank
+def _sum_chunks(
+    matrix: jax.Array, flips: jax.Array, offsets: jax.Array, rank: int, axis: int
+) -> jax.Array:
+    """The sum of all whole chunks, each turned by its offset."""
+
+    def add(i: Any, buckets: jax.Array) -> jax.Array:
+        here = jax.lax.dynamic_slice_in_dim(buckets, offsets[i], rank, axis)
+        new = here + _chunk(matrix, flips, i * rank, rank, axis)
+        return jax.lax.dynamic_update_slice_in_dim(buckets, new, offsets[i], axis)
+
+    # Two rounds of buckets, so that no chunk wraps around.
+    shape = list(matrix.shape)
+    shape[axis] = 2 * rank
+    full = offsets.shape[0]
+    buckets = jax.lax.fori_loop(0, full, add, jnp.zeros(shape, jnp.float32))
+    first, second = jnp.split(buckets, 2, axis)
+    return first + second
+
+
+def _sum_rows(
+    matrix: jax.Array, flips: jax.Array, offsets: jax.Array, rank: int
+) -> jax.Array:
+    """:func:`_sum_chunks` of rows, for few of them: gathers of whole rows, unrolled."""
+    total = jnp.zeros((), jnp.float32)
+    for i in range(offsets.shape[0]):
+        source = i * rank + (jnp.arange(rank, dtype=jnp.int32) - offsets[i]) % rank
+        rows = jnp.take(matrix, source, axis=-2, mode="clip").astype(jnp.float32)
+        total = total + rows * along(flips[..., source], -2)
+    return total
 
 
 def _bucket_sizes(rank: int, width: int) -> jax.Array:

@@ -9,19 +9,33 @@ from flora_jax.transforms._accumulator import (
     CompressedAccumulatorCarry,
     compressed_accumulator,
 )
-from flora_jax.transforms._chain import chain_in_gradient_dtype
-from flora_jax.transforms._factored_rms import FactoredRmsState, scale_by_factored_rms
-from flora_jax.transforms._momentum import CompressedMomentumState, compressed_momentum
+from flora_jax.transforms._chain import recipe
+from flora_jax.transforms._factored_rms import (
+    FactoredRmsState,
+    factored_rms_part,
+    scale_by_factored_rms,
+)
+from flora_jax.transforms._leafwise import clip_part
+from flora_jax.transforms._momentum import (
+    CompressedMomentumState,
+    compressed_momentum,
+    momentum_part,
+)
+from flora_jax.transforms._parameter_scale import scale_by_parameter_scale
 
 __all__ = [
     "CompressedAccumulationState",
     "CompressedAccumulatorCarry",
     "CompressedMomentumState",
     "FactoredRmsState",
-    "chain_in_gradient_dtype",
+    "clip_part",
     "compressed_accumulation",
     "compressed_accumulator",
     "compressed_momentum",
+    "factored_rms_part",
     "has_updated",
+    "momentum_part",
+    "recipe",
     "scale_by_factored_rms",
+    "scale_by_parameter_scale",
 ]

@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import optax
 
+from flora_jax.transforms._leafwise import Part, run_parts
 
-def chain_in_gradient_dtype(
-    *transformations: optax.GradientTransformation, params_for: str = ""
+
+def recipe(
+    parts: Sequence[Part],
+    *transformations: optax.GradientTransformation,
+    params_for: str = "",
 ) -> optax.GradientTransformationExtraArgs:
-    """Chains transformations and casts the result to the gradients' dtype.
+    """Chains parts, then transformations, and casts to the gradients' dtype.
 
     Some of optax's transformations promote their updates to the parameters' dtype;
     ``optax.apply_if_finite`` and ``optax.MultiSteps`` rely on that of the gradients.
 
     Args:
-      *transformations: applied in this order.
+      parts: applied first, in this order and as one.
+      *transformations: applied next, in this order.
       params_for: what the chain needs ``params`` for, or empty if it does not.
 
     Returns:
-      The gradient transformation; its state is that of ``optax.chain``.
+      The gradient transformation; its state is that of ``optax.chain`` of all, so that
+      a recipe and the chain that it stands for read each other's checkpoints.
 
     Raises:
       ValueError: from update, if ``params`` are needed and missing.
     """
-    inner = optax.with_extra_args_support(optax.chain(*transformations))
+    rest = optax.with_extra_args_support(optax.chain(*transformations))
+
+    def init_fn(params: Any) -> tuple[Any, ...]:
+        return (*(part.init(params) for part in parts), *cast(Any, rest.init(params)))
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, tuple[Any, ...]]:
         if params_for and params is None:
             raise ValueError(
                 f"`params` must be given for {params_for}, got params=None; call"
                 " tx.update(grads, state, params)"
             )
-        new_updates, state = inner.update(updates, state, params, **extra_args)
-        return optax.tree.cast_like(new_updates, updates), state
+        inner, outer = state[: len(parts)], state[len(parts) :]
+        new_updates, inner = run_parts(parts, updates, inner)
+        new_updates, outer = rest.update(new_updates, outer, params, **extra_args)
+        states = (*inner, *cast(Any, outer))
+        return optax.tree.cast_like(new_updates, updates), states
 
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

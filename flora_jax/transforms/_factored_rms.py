@@ -12,6 +12,7 @@ import optax
 from flora_jax import _checks, _state
 from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
+from flora_jax.transforms._leafwise import Part, ScaledLeaf, leafwise
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -88,6 +89,20 @@ def scale_by_factored_rms(
       Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
       <https://arxiv.org/abs/1804.04235>`_, 2018
     """
+    return leafwise(
+        factored_rms_part(
+            decay_rate, epsilon, min_dim_size_to_factor, weight_dimension_numbers
+        )
+    )
+
+
+def factored_rms_part(
+    decay_rate: jax.typing.ArrayLike,
+    epsilon: jax.typing.ArrayLike,
+    min_dim_size_to_factor: int,
+    weight_dimension_numbers: Any,
+) -> Part:
+    """:func:`scale_by_factored_rms` as a part of a chain."""
     _checks.check_number("decay_rate", decay_rate, 0, None, "0.8 is Adafactor's")
     _checks.check_number("epsilon", epsilon, 0, None, "1e-30 is Adafactor's")
     min_dim_size = _checks.check_positive_int(
@@ -101,7 +116,7 @@ def scale_by_factored_rms(
         weight_dimension_numbers=weight_dimension_numbers,
     )
 
-    def init_fn(params: Any) -> FactoredRmsState:
+    def init(params: Any) -> FactoredRmsState:
         shapes = [_statistics_shapes(plan) for plan in rules.plan(params)]
         row, column, full = (
             _state.zeros_tree(params, [shape[i] for shape in shapes], jnp.float32)
@@ -109,45 +124,37 @@ def scale_by_factored_rms(
         )
         return FactoredRmsState(jnp.zeros([], jnp.int32), row, column, full)
 
-    def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[Any, FactoredRmsState]:
-        del params, extra
+    def plan(updates: Any, state: Any) -> list[LeafPlan]:
         plans = rules.plan(updates)
         shapes = [_statistics_shapes(plan) for plan in plans]
-        grads = jax.tree.leaves(updates)
-        statistics = [
+        for i, field in enumerate(("v_row", "v_col", "v")):
             _state.matching_leaves(
                 _NAME, field, getattr(state, field), plans, [s[i] for s in shapes]
             )
-            for i, field in enumerate(("v_row", "v_col", "v"))
+        return plans
+
+    def step(
+        plans: list[LeafPlan],
+        leaves: list[ScaledLeaf],
+        state: Any,
+        decay_rate: Any,
+        epsilon: Any,
+    ) -> tuple[list[ScaledLeaf], FactoredRmsState]:
+        decay = 1 - (state.count + 1).astype(jnp.float32) ** -decay_rate
+        trees = (state.v_row, state.v_col, state.v)
+        results = [
+            factored_rms_step(plan, decay, epsilon, *leaf)
+            for plan, *leaf in zip(
+                plans, leaves, *map(jax.tree.leaves, trees), strict=True
+            )
         ]
-
-        def step(
-            grads: Any, statistics: Any, count: Any, decay_rate: Any, epsilon: Any
-        ) -> Any:
-            decay = 1 - (count + 1).astype(jnp.float32) ** -decay_rate
-            results = [
-                factored_rms_step(plan, decay, epsilon, *leaf)
-                for plan, *leaf in zip(plans, grads, *statistics, strict=True)
-            ]
-            return [[result[i] for result in results] for i in range(4)]
-
-        new_updates, *new_statistics = _state.run_sharded(
-            step,
-            [grads, *statistics],
-            grads,
-            statistics,
-            state.count,
-            decay_rate,
-            epsilon,
-        )
-        return _state.rebuild(updates, new_updates), FactoredRmsState(
+        scaled, *statistics = zip(*results, strict=True) if results else 4 * [()]
+        return list(scaled), FactoredRmsState(
             optax.safe_increment(state.count),
-            *map(_state.rebuild, (state.v_row, state.v_col, state.v), new_statistics),
+            *map(_state.rebuild, trees, statistics),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return Part(init, plan, step, (decay_rate, epsilon))
 
 
 def _larger_smaller(plan: LeafPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -174,30 +181,24 @@ def factored_rms_step(
     plan: LeafPlan,
     decay: jax.Array,
     epsilon: Any,
-    grad: Float[Array, "..."],
+    grad: ScaledLeaf,
     v_row: Float[Array, "..."],
     v_col: Float[Array, "..."],
     v: Float[Array, "..."],
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """One leaf's update and its new v_row, v_col and v."""
-    full = grad.astype(jnp.float32)
-    square = full * full + epsilon
-
-    def average(old: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        mean = jnp.mean(square, axis=axes, keepdims=True)
-        return decay * old.astype(jnp.float32) + (1 - decay) * mean
-
+) -> tuple[ScaledLeaf, jax.Array, jax.Array, jax.Array]:
+    """One leaf with the factors that scale it, and its new v_row, v_col and v."""
+    full = grad.value()
     if plan.dense_reason is not None:
-        new = decay * v.astype(jnp.float32) + (1 - decay) * square
-        update = full * new**-0.5
-        return update.astype(grad.dtype), v_row, v_col, new.astype(v.dtype)
+        new = decay * v + (1 - decay) * (full * full + epsilon)
+        return grad.times(jax.lax.rsqrt(new)), v_row, v_col, new
+    # XLA writes an operand of two reductions to memory, here the squares, but fuses
+    # that of one: behind a barrier it does not see that the squares are the same.
+    again = jax.lax.optimization_barrier(full)
     larger, smaller = _larger_smaller(plan)
-    row, column = average(v_row, larger), average(v_col, smaller)
+    row_mean_square = jnp.mean(full * full, axis=larger, keepdims=True)
+    column_mean_square = jnp.mean(again * again, axis=smaller, keepdims=True)
+    row = decay * v_row + (1 - decay) * (row_mean_square + epsilon)
+    column = decay * v_col + (1 - decay) * (column_mean_square + epsilon)
     row_mean = jnp.mean(row, axis=smaller, keepdims=True)
-    update = full * (row / row_mean) ** -0.5 * column**-0.5
-    return (
-        update.astype(grad.dtype),
-        row.astype(v_row.dtype),
-        column.astype(v_col.dtype),
-        v,
-    )
+    scaled = grad.times(jax.lax.rsqrt(row / row_mean), jax.lax.rsqrt(column))
+    return scaled, row, column, v

@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -17,11 +17,9 @@ from flora_jax import _checks, _keys, _state
 from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
 from flora_jax.projections import Gaussian, Projection
-from flora_jax.projections._base import along
+from flora_jax.transforms._leafwise import Part, leafwise
+from flora_jax.transforms._momentum_step import step_all
 from flora_jax.transforms._sketch import Sketcher
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float, PRNGKeyArray
 
 READINGS = ("paper", "interpolated", "residual")
 _NAME = "compressed_momentum"
@@ -129,6 +127,36 @@ def compressed_momentum(
       Hao et al., `FLORA: Low-Rank Adapters Are Secretly Gradient Compressors
       <https://arxiv.org/abs/2402.03293>`_, 2024, Algorithm 2
     """
+    return leafwise(
+        momentum_part(
+            decay,
+            LeafRules(
+                rank,
+                mask,
+                min_dim_size,
+                max_aspect_ratio,
+                side,
+                weight_dimension_numbers,
+            ),
+            resample_every,
+            reading,
+            projection,
+            key,
+            dtype,
+        )
+    )
+
+
+def momentum_part(
+    decay: jax.typing.ArrayLike,
+    rules: LeafRules,
+    resample_every: int | None,
+    reading: str,
+    projection: Projection,
+    key: Any,
+    dtype: Any,
+) -> Part:
+    """:func:`compressed_momentum` as a part of a chain."""
     _checks.check_number("decay", decay, 0, 1, "0.9 is the paper's")
     _checks.check_choice("reading", reading, READINGS)
     if resample_every is not None:
@@ -137,9 +165,6 @@ def compressed_momentum(
         )
     dtype = _checks.check_state_dtype(dtype)
     root = _keys.raw_key(key)
-    rules = LeafRules(
-        rank, mask, min_dim_size, max_aspect_ratio, side, weight_dimension_numbers
-    )
     sketcher = Sketcher(_NAME, rules, projection)
     if reading == "residual" and projection.gram_diagonal(1, 1) is None:
         raise ValueError(
@@ -147,7 +172,7 @@ def compressed_momentum(
             f" projection={projection}; use CountSketch()"
         )
 
-    def init_fn(params: Any) -> CompressedMomentumState:
+    def init(params: Any) -> CompressedMomentumState:
         plans = rules.plan(params)
         if projection.scale == "unbiased":  # Isometric transfers shrink.
             _warn_if_unstable(plans, decay, resample_every)
@@ -159,122 +184,16 @@ def compressed_momentum(
             momentum=_state.zeros_tree(params, shapes, dtype),
         )
 
-    def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[Any, CompressedMomentumState]:
-        del params, extra
+    def plan(updates: Any, state: Any) -> list[LeafPlan]:
         _keys.check_state_key(_NAME, state.key)
         plans = rules.plan(updates)
-        grads = jax.tree.leaves(updates)
-        momentum = _state.matching_leaves(
+        _state.matching_leaves(
             _NAME, "momentum", state.momentum, plans, [p.state_shape for p in plans]
         )
+        return plans
 
-        step = functools.partial(_step, sketcher, plans, reading, resample_every)
-        new_updates, new_momentum = _state.run_sharded(
-            step, (grads, momentum), grads, momentum, state.key, state.count, decay
-        )
-        return _state.rebuild(updates, new_updates), CompressedMomentumState(
-            count=optax.safe_increment(state.count),
-            key=state.key,
-            spec=state.spec,
-            momentum=_state.rebuild(state.momentum, new_momentum),
-        )
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _step(
-    sketcher: Sketcher,
-    plans: Sequence[LeafPlan],
-    reading: str,
-    resample_every: int | None,
-    grads: Sequence[jax.Array],
-    momentum: Sequence[jax.Array],
-    root: jax.Array,
-    count: jax.Array,
-    decay: Any,
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """All leaves' updates and new momentum, after a transfer where one is due."""
-    epoch = 0 if resample_every is None else count // resample_every
-    if resample_every is not None:
-        momentum = jax.lax.cond(
-            (count > 0) & (count % resample_every == 0),
-            functools.partial(_transfer_all, sketcher, plans, root, epoch),
-            list,
-            list(momentum),
-        )
-    pairs = [
-        momentum_step(
-            sketcher, plan, sketcher.key(plan, root, epoch), reading, decay, grad, leaf
-        )
-        for plan, grad, leaf in zip(plans, grads, momentum, strict=True)
-    ]
-    return [update for update, _ in pairs], [leaf for _, leaf in pairs]
-
-
-def momentum_step(
-    sketcher: Sketcher,
-    plan: LeafPlan,
-    key: PRNGKeyArray,
-    reading: str,
-    decay: Any,
-    grad: Float[Array, "..."],
-    momentum: Float[Array, "..."],
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """One leaf's update (gradient's dtype) and new momentum (state's dtype)."""
-    full = grad.astype(jnp.float32)
-    fresh = sketcher.sketch(plan, key, grad)
-    new = decay * momentum.astype(jnp.float32) + (1 - decay) * fresh
-    if reading == "residual" and plan.dense_reason is None:
-        update = full + _unsketch_normalised(sketcher, plan, key, new - fresh)
-    else:
-        update = sketcher.unsketch(plan, key, new)
-    if reading == "interpolated":
-        update = decay * update + (1 - decay) * full
-    return update.astype(grad.dtype), new.astype(momentum.dtype)
-
-
-def _unsketch_normalised(
-    sketcher: Sketcher, plan: LeafPlan, key: PRNGKeyArray, sketch: jax.Array
-) -> jax.Array:
-    """C (S Sᵀ)⁻¹ S, which is G Π where C = G Sᵀ."""
-    gram = sketcher.projection.gram_diagonal(plan.rank, plan.width)
-    assert gram is not None  # The factory refuses other projections.
-    matrix = plan.fold(sketch) / along(gram, plan.axis)
-    return sketcher.unsketch(plan, key, plan.unfold(matrix, plan.state_shape))
-
-
-def transfer(
-    sketcher: Sketcher,
-    plan: LeafPlan,
-    old_key: PRNGKeyArray,
-    new_key: PRNGKeyArray,
-    momentum: Float[Array, "..."],
-) -> Float[Array, "..."]:
-    """M S S′ᵀ, by the old key and then the new one; a dense leaf stays as it is."""
-    estimate = sketcher.unsketch(plan, old_key, momentum)
-    return sketcher.sketch(plan, new_key, estimate).astype(momentum.dtype)
-
-
-def _transfer_all(
-    sketcher: Sketcher,
-    plans: Sequence[LeafPlan],
-    root: jax.Array,
-    epoch: Any,
-    momentum: Sequence[jax.Array],
-) -> list[jax.Array]:
-    """Moves every leaf from the last epoch's projection to this one's."""
-    return [
-        transfer(
-            sketcher,
-            plan,
-            sketcher.key(plan, root, epoch - 1),
-            sketcher.key(plan, root, epoch),
-            leaf,
-        )
-        for plan, leaf in zip(plans, momentum, strict=True)
-    ]
+    step = functools.partial(step_all, sketcher, reading, resample_every)
+    return Part(init, plan, step, (decay,))
 
 
 def _warn_if_unstable(
@@ -296,5 +215,5 @@ def _warn_if_unstable(
         f" decay={float(decay):g}: at leaf {worst.path!r} (width {worst.width}, rank"
         f" {worst.rank}) rho = decay**(2*resample_every)*width/rank is {rho:.3g}, so"
         f" that the momentum {effect}; use resample_every >= {math.ceil(least)}",
-        stacklevel=3,
+        stacklevel=4,
     )

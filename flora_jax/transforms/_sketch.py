@@ -1,9 +1,11 @@
-"""One leaf to its sketch and back: a plan, a projection and a key."""
+"""One leaf to its sketch and back: a plan, a projection and what was drawn for it."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +17,10 @@ from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
 from flora_jax._spec import make_spec
 from flora_jax.projections import Projection
+from flora_jax.transforms._leafwise import ScaledLeaf
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, PRNGKeyArray
+    from jaxtyping import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,30 +45,64 @@ class Sketcher:
                 " pass an instance such as flora_jax.Gaussian()"
             )
 
-    def key(self, plan: LeafPlan, root: jax.Array, epoch: Any) -> PRNGKeyArray:
-        """The key of one leaf's projection in one epoch."""
-        return _keys.leaf_key(root, self.name, plan.path, epoch)
+    def draw(self, plans: Sequence[LeafPlan], root: jax.Array, epoch: Any) -> list[Any]:
+        """What the keys of all leaves decide in one epoch; None for dense leaves.
+
+        Leaves of equal rank and width are drawn together: the random numbers of a tree
+        of hundreds of leaves are a handful of operations.
+        """
+        drawn: list[Any] = [None] * len(plans)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, plan in enumerate(plans):
+            if plan.dense_reason is None:
+                groups.setdefault((plan.rank, plan.width), []).append(i)
+        for (rank, width), members in groups.items():
+            paths = [plans[i].path for i in members]
+            keys = _keys.leaf_keys(root, self.name, paths, epoch)
+            draw = functools.partial(self.projection.draw, rank=rank, width=width)
+            together = _written_out(jax.vmap(draw)(keys))
+            for place, i in enumerate(members):
+                drawn[i] = jax.tree.map(operator.itemgetter(place), together)
+        return drawn
 
     def sketch(
-        self, plan: LeafPlan, key: PRNGKeyArray, leaf: Float[Array, "..."]
+        self, plan: LeafPlan, drawn: Any, leaf: ScaledLeaf
     ) -> Float[Array, "..."]:
-        """Sketches a leaf: float32, in the state's shape; dense leaves pass."""
-        leaf = leaf.astype(jnp.float32)
+        """Sketches a leaf: float32, in the state's shape; dense leaves pass.
+
+        A factor that is constant along the sketched side multiplies the sketch, one
+        that varies along it alone the columns of S: neither touches the whole leaf.
+        """
         if plan.dense_reason is not None:
-            return leaf
-        matrix = plan.fold(leaf)
-        sketch = self.projection.sketch(key, matrix, plan.rank, plan.axis)
+            return leaf.value()
+        matrix, after, weights = plan.fold(leaf.leaf), [], None
+        other = -3 - plan.axis
+        for factor in leaf.factors:
+            folded = plan.fold(factor) if factor.ndim else factor[None, None]
+            if folded.shape[plan.axis] == 1 and _spans(folded, matrix, other):
+                after.append(folded)
+            elif folded.shape[other] == 1 and _spans(folded, matrix, plan.axis):
+                squeezed = folded.squeeze(other)
+                weights = squeezed if weights is None else weights * squeezed
+            else:
+                # A factor of another fold, or one of the leaf's own size.
+                full = jnp.broadcast_to(factor, plan.shape)
+                matrix = matrix.astype(jnp.float32) * plan.fold(full)
+        sketch = self.projection.compress(
+            drawn, matrix, plan.rank, plan.axis, weights=weights
+        )
+        sketch = functools.reduce(operator.mul, after, sketch)
         return plan.unfold(sketch, plan.state_shape)
 
     def unsketch(
-        self, plan: LeafPlan, key: PRNGKeyArray, sketch: Float[Array, "..."]
+        self, plan: LeafPlan, drawn: Any, sketch: Float[Array, "..."]
     ) -> Float[Array, "..."]:
         """Estimates a leaf from its sketch: float32, in the leaf's shape."""
         sketch = sketch.astype(jnp.float32)
         if plan.dense_reason is not None:
             return sketch
         matrix = plan.fold(sketch)
-        estimate = self.projection.unsketch(key, matrix, plan.width, plan.axis)
+        estimate = self.projection.expand(drawn, matrix, plan.width, plan.axis)
         return plan.unfold(estimate, plan.shape)
 
     def spec(self, root: Any, **settings: Any) -> jax.Array:
@@ -84,6 +121,22 @@ class Sketcher:
         )
 
 
+def _written_out(tree: Any) -> Any:
+    """The same arrays, in memory before anything reads them.
+
+    XLA would fuse the hash behind a sign or an index into each loop that reads one, and
+    compute it anew for every element of the gradient; on CPU it drops barriers before
+    it fuses. The result of a loop it cannot fuse: this one negates twice.
+    """
+    return jax.lax.fori_loop(
+        0, 2, lambda _, arrays: jax.tree.map(operator.neg, arrays), tree
+    )
+
+
+def _spans(factor: jax.Array, matrix: jax.Array, axis: int) -> bool:
+    return factor.shape[axis] in (1, matrix.shape[axis])
+
+
 def accumulate(
     sketcher: Sketcher,
     plans: Sequence[LeafPlan],
@@ -96,17 +149,17 @@ def accumulate(
 ) -> list[jax.Array]:
     """Adds micro-step i of a cycle to the accumulators of all leaves."""
     return [
-        accumulate_leaf(
-            sketcher, plan, sketcher.key(plan, root, cycle), use_mean, i, grad, leaf
+        accumulate_leaf(sketcher, plan, drawn, use_mean, i, grad, leaf)
+        for plan, drawn, grad, leaf in zip(
+            plans, sketcher.draw(plans, root, cycle), grads, acc, strict=True
         )
-        for plan, grad, leaf in zip(plans, grads, acc, strict=True)
     ]
 
 
 def accumulate_leaf(
     sketcher: Sketcher,
     plan: LeafPlan,
-    key: PRNGKeyArray,
+    drawn: Any,
     use_mean: bool,
     i: Any,
     grad: Float[Array, "..."],
@@ -114,7 +167,7 @@ def accumulate_leaf(
 ) -> Float[Array, "..."]:
     """One leaf's running mean or sum of sketches, after micro-step i."""
     total = acc.astype(jnp.float32)
-    fresh = sketcher.sketch(plan, key, grad)
+    fresh = sketcher.sketch(plan, drawn, ScaledLeaf(grad))
     total = total + ((fresh - total) / (i + 1) if use_mean else fresh)
     return total.astype(acc.dtype)
 
@@ -128,6 +181,8 @@ def estimate(
 ) -> list[jax.Array]:
     """What the accumulators of all leaves stand for: float32, in the leaves' shapes."""
     return [
-        sketcher.unsketch(plan, sketcher.key(plan, root, cycle), leaf)
-        for plan, leaf in zip(plans, acc, strict=True)
+        sketcher.unsketch(plan, drawn, leaf)
+        for plan, drawn, leaf in zip(
+            plans, sketcher.draw(plans, root, cycle), acc, strict=True
+        )
     ]

@@ -13,17 +13,21 @@ from tests.common import assert_close
 
 WIDTH = 12
 ISOMETRIC = fj.CountSketch(scale="isometric")
-PROJECTIONS = {
-    "Gaussian": fj.Gaussian(),
-    "CountSketch": fj.CountSketch(),
-    "isometric": ISOMETRIC,
-}
+KINDS = [fj.Gaussian, fj.Rademacher, fj.CountSketch, fj.Orthogonal, fj.SRHT]
+ISOMETRIES = [fj.CountSketch, fj.Orthogonal, fj.SRHT]
+PROJECTIONS = {kind.__name__: kind() for kind in KINDS}
+PROJECTIONS |= {f"isometric {k.__name__}": k(scale="isometric") for k in ISOMETRIES}
 # Dividing the width and not, the smallest, the largest that is below it, and itself.
 RANKS = [4, 5, 1, WIDTH - 1, WIDTH]
 CASES = [
     *((fj.CountSketch(), rank) for rank in RANKS),
-    *((fj.Gaussian(), rank) for rank in (5, 1, WIDTH - 1)),
-    *((ISOMETRIC, rank) for rank in (4, 5)),
+    *(
+        (kind(), rank)
+        for kind in KINDS
+        if kind != fj.CountSketch
+        for rank in (5, 1, 11)
+    ),
+    *((kind(scale="isometric"), rank) for kind in ISOMETRIES for rank in (4, 5)),
 ]
 each_projection = pytest.mark.parametrize(
     "projection", PROJECTIONS.values(), ids=PROJECTIONS
@@ -61,7 +65,7 @@ def test_sketches_columns_with_its_matrix(projection, rank):
     assert_close(estimate, g @ s.T @ s, "float32")
 
 
-@pytest.mark.parametrize(("projection", "rank"), CASES[1::2])
+@pytest.mark.parametrize(("projection", "rank"), CASES)
 def test_sketches_rows_with_the_same_matrix(projection, rank):
     """S G and S' S G."""
     s, g = matrix_of(projection, rank), normal(2, WIDTH, 7)
@@ -70,12 +74,16 @@ def test_sketches_rows_with_the_same_matrix(projection, rank):
     assert_close(estimate, s.T @ s @ g, "float32")
 
 
-@pytest.mark.parametrize("width", [64 + 3, 72 + 5])
-def test_count_sketch_of_many_chunks(width):
-    """More chunks than one loop body holds, a multiple of it or not, and a tail."""
-    s, g = matrix_of(fj.CountSketch(), 8, width), normal(3, width)
-    sketch, _ = there_and_back(fj.CountSketch(), jax.random.key(1), 8, g, -1)
-    assert_close(sketch, g @ s.T, "float32")
+@pytest.mark.parametrize("width", [13, 30, 64, 97])
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_any_width(width, axis):
+    """Primes, and widths that no power of two divides."""
+    for projection in (fj.CountSketch(), fj.SRHT()):
+        s, g = matrix_of(projection, 8, width), normal(width, width)
+        sketch, estimate = there_and_back(projection, jax.random.key(1), 8, g, axis)
+        expected = g @ s.T if axis == -1 else s @ g
+        assert_close(sketch, expected, "float32")
+        assert_close(estimate, expected @ s if axis == -1 else s.T @ expected)
 
 
 @each_projection
@@ -133,17 +141,46 @@ def test_rows_of_a_count_sketch_are_orthogonal(projection, rank):
         assert_close(s @ s.T, WIDTH / rank * np.eye(rank), "float32")
 
 
-def test_rows_of_gaussian_are_not():
-    assert fj.Gaussian().gram_diagonal(4, WIDTH) is None
-    gram = matrix_of(fj.Gaussian(), 4) @ matrix_of(fj.Gaussian(), 4).T
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("scale", ["unbiased", "isometric"])
+@pytest.mark.parametrize("kind", [fj.Orthogonal, fj.SRHT])
+def test_scaled_isometries(kind, scale, rank):
+    """S S' = (m/r) I, or I."""
+    projection = kind(scale=scale)
+    s, gram = matrix_of(projection, rank), projection.gram_diagonal(rank, WIDTH)
+    square = WIDTH / rank if scale == "unbiased" else 1.0
+    assert_close(s @ s.T, square * np.eye(rank), "float32")
+    assert_close(gram, np.full(rank, square), "float32")
+
+
+@pytest.mark.parametrize("kind", [fj.Gaussian, fj.Rademacher])
+def test_rows_of_independent_entries_are_not_orthogonal(kind):
+    assert kind().gram_diagonal(4, WIDTH) is None
+    gram = matrix_of(kind(), 4) @ matrix_of(kind(), 4).T
     assert np.abs(gram - np.diag(np.diag(gram))).max() > 0.1
 
 
+def test_entries_of_rademacher():
+    s = matrix_of(fj.Rademacher(), 4)
+    assert set(np.unique(s)) == {-0.5, 0.5}
+
+
+def test_haar_signs_are_random():
+    """QR alone returns columns of one sign: the mean of the diagonal would not be 0."""
+    corners = [matrix_of(fj.Orthogonal(), 1, 2, seed)[0, 0] for seed in range(12)]
+    assert min(corners) < 0 < max(corners)
+
+
 @pytest.mark.parametrize("rank", [4, 5])
-def test_isometric_estimates_are_orthogonal_projections(rank):
+@pytest.mark.parametrize("kind", ISOMETRIES)
+def test_isometric_estimates_are_orthogonal_projections(kind, rank):
     """P = P' = P P of rank r, so that they shrink."""
     _, p = there_and_back(
-        ISOMETRIC, jax.random.key(3), rank, np.eye(WIDTH, dtype=np.float32), -1
+        kind(scale="isometric"),
+        jax.random.key(3),
+        rank,
+        np.eye(WIDTH, dtype=np.float32),
+        -1,
     )
     p = np.asarray(p, np.float64)
     assert_close(p, p.T, "float32")
@@ -163,7 +200,8 @@ def test_the_same_under_jit_as_without(projection):
     g, key = normal(7, WIDTH), jax.random.key(1)
     draw = functools.partial(projection.matrix, rank=5, width=WIDTH)
     jitted, eager = jax.jit(draw)(key), draw(key)
-    if projection == fj.Gaussian():  # XLA fuses the factors of a normal: one rounding.
+    # XLA fuses the factors of an entry, which saves a rounding.
+    if not isinstance(projection, fj.CountSketch):
         assert_close(jitted, eager)
     else:
         np.testing.assert_array_equal(jitted, eager)
@@ -178,20 +216,58 @@ def test_another_key_is_another_matrix(projection):
     assert (first != second).mean() > 0.2
 
 
-def test_matrices_are_those_of_the_first_release():
+@pytest.mark.parametrize(
+    ("projection", "rank", "width", "expected"),
+    [
+        (
+            fj.CountSketch(),
+            3,
+            8,
+            [
+                [0, 0, 1, 0, -1, 0, 0, -1],
+                [1, 0, 0, 1, 0, 1, 0, 0],
+                [0, -1, 0, 0, 0, 0, 1, 0],
+            ],
+        ),
+        (
+            fj.CountSketch(),
+            4,
+            8,
+            [
+                [0, 0, 0, 1, 0, 0, 1, 0],
+                [1, 0, 0, 0, 0, 0, 0, -1],
+                [0, -1, 0, 0, -1, 0, 0, 0],
+                [0, 0, 1, 0, 0, 1, 0, 0],
+            ],
+        ),
+        (
+            fj.Gaussian(),
+            2,
+            3,
+            [[-0.0200143, 0.6928751, -0.7478721], [-0.9442098, 0.5301178, -0.8030289]],
+        ),
+        (fj.Rademacher(), 1, 6, [[1, -1, 1, 1, -1, 1]]),
+        (
+            fj.Orthogonal(),
+            2,
+            3,
+            [[-0.0267335, -0.9989473, 0.7080886], [0.616118, -0.6230383, -0.8556998]],
+        ),
+        (
+            fj.SRHT(),
+            2,
+            4,
+            [
+                [0.7071067, 0.7071067, -0.7071067, 0.7071067],
+                [0.7071067, 0.7071067, 0.7071067, -0.7071067],
+            ],
+        ),
+    ],
+)
+def test_matrices_are_those_of_the_first_release(projection, rank, width, expected):
     """A checkpoint must decode for ever: these numbers never change."""
-    key = jax.random.key(42)
-    np.testing.assert_array_equal(
-        fj.CountSketch().matrix(key, 3, 8),
-        [
-            [0, 0, 0, 0, 1, 0, 1, 1],
-            [0, -1, 1, 0, 0, 1, 0, 0],
-            [-1, 0, 0, 1, 0, 0, 0, 0],
-        ],
-    )
-    normals = [[-0.0200143848, 0.330312103, 0.209093571]]
-    normals += [[0.108573355, -0.0877044424, 0.15338783]]
-    assert_close(fj.Gaussian().matrix(key, 2, 3), np.array(normals), "float32")
+    matrix = projection.matrix(jax.random.key(42), rank, width)
+    assert_close(matrix, np.array(expected), "float32")
 
 
 @each_projection
@@ -207,9 +283,10 @@ def test_is_a_static_setting(projection):
 
 
 def test_those_that_differ_are_not_equal():
-    assert len({fj.Gaussian(), fj.CountSketch(), ISOMETRIC}) == 3
+    assert len(set(PROJECTIONS.values())) == len(PROJECTIONS)
 
 
-def test_gaussian_cannot_be_isometric():
-    with pytest.raises(ValueError, match="'isometric'.*use CountSketch"):
-        fj.Gaussian(scale="isometric")
+@pytest.mark.parametrize("kind", [fj.Gaussian, fj.Rademacher])
+def test_independent_entries_cannot_be_isometric(kind):
+    with pytest.raises(ValueError, match="'isometric'.*use Orthogonal"):
+        kind(scale="isometric")

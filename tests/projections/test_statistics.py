@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import flora_jax as fj
-from flora_jax._keys import leaf_key
+from flora_jax._keys import leaf_keys
 
 KEYS, WIDTH = 2000, 48
 NORMAL = statistics.NormalDist()
@@ -56,7 +56,8 @@ def draw(projection, rank):
     @jax.vmap
     def sample(epoch):
         # The keys that a transformation uses, one per epoch.
-        key = leaf_key(jnp.array([0, 9], jnp.uint32), "test", "h/0/kernel", epoch)
+        root = jnp.array([0, 9], jnp.uint32)
+        (key,) = leaf_keys(root, "test", ["h/0/kernel"], epoch)
         sketch = projection.sketch(key, matrix, rank, -1)
         return sketch, projection.unsketch(key, sketch, WIDTH, -1)
 
@@ -64,18 +65,27 @@ def draw(projection, rank):
 
 
 # Of ranks that divide the width and do not, the smallest, and the largest.
-CASES = [(kind, r) for kind in ("Gaussian", "CountSketch") for r in (8, 7, 1, 47)]
+KINDS = [fj.Gaussian, fj.Rademacher, fj.CountSketch, fj.Orthogonal, fj.SRHT]
+CASES = [(kind, r) for kind in KINDS for r in (8, 7, 1, 47)]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.fixture(
+    scope="module", params=CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}"
+)
 def drawn(request):
     """Rank, expected squared error, sketches and estimates."""
     kind, rank = request.param
-    if kind == "Gaussian":
-        return rank, (WIDTH + 1) / rank, *draw(fj.Gaussian(), rank)
-    tail = WIDTH % rank
-    variance = WIDTH / rank - 1 + tail * (rank - tail) / (rank * WIDTH)
-    return rank, variance, *draw(fj.CountSketch(), rank)
+    return rank, expected_variance(kind, rank), *draw(kind(), rank)
+
+
+def expected_variance(kind, rank):
+    """E‖G S'S − G‖² / ‖G‖², as each projection documents it."""
+    if kind == fj.Gaussian:
+        return (WIDTH + 1) / rank
+    if kind == fj.Rademacher:
+        return (WIDTH - 1) / rank
+    tail = WIDTH % rank if kind == fj.CountSketch else 0
+    return WIDTH / rank - 1 + tail * (rank - tail) / (rank * WIDTH)
 
 
 def largest_error(rank):
@@ -109,9 +119,10 @@ def test_variance_is_that_of_the_formula(drawn):
     assert_mean(errors, variance, 0.05 * max(variance, 0.1))
 
 
-def test_isometric_estimates_shrink_to_the_seen_part():
+@pytest.mark.parametrize("kind", [fj.CountSketch, fj.Orthogonal, fj.SRHT])
+def test_isometric_estimates_shrink_to_the_seen_part(kind):
     """E[S'S] = (r/m) I, though r does not divide m."""
-    _, estimates = draw(fj.CountSketch(scale="isometric"), 7)
+    _, estimates = draw(kind(scale="isometric"), 7)
     assert_mean(estimates[:, :WIDTH], 7 / WIDTH * np.eye(WIDTH), 0.01)
 
 
@@ -122,6 +133,8 @@ def test_isometric_estimates_shrink_to_the_seen_part():
         (fj.Gaussian(), 8, 1 / math.sqrt(1 + 513 / 8)),
         (fj.CountSketch(), 256, math.sqrt(1 / 2)),
         (fj.CountSketch(), 8, math.sqrt(1 / 64)),
+        (fj.Orthogonal(), 64, math.sqrt(1 / 8)),
+        (fj.SRHT(), 64, math.sqrt(1 / 8)),
     ],
 )
 def test_cosine_of_the_estimate(projection, rank, expected):

@@ -15,7 +15,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 @functools.cache
 def _matrix(projection, seed, name, path, rank, size, epoch):
-    key = _keys.leaf_key(jnp.array([0, seed], jnp.uint32), name, path, epoch)
+    (key,) = _keys.leaf_keys(jnp.array([0, seed], jnp.uint32), name, [path], epoch)
     return np.asarray(projection.matrix(key, rank, size), np.float64)
 
 

@@ -44,17 +44,22 @@ OPTIMIZERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Selection(fj.Projection):
-    """Keeps the first columns or rows: inner sees no difference; it compiles fast."""
+    """Keeps the first r columns or rows: a projection that compiles in no time."""
 
-    def sketch(self, key, matrix, rank, axis):
-        return jax.lax.slice_in_dim(matrix, 0, rank, axis=axis)
+    def draw(self, key, rank, width):
+        return key
 
-    def unsketch(self, key, sketch, width, axis):
+    def compress(self, drawn, matrix, rank, axis, weights=None):
+        assert weights is None
+        kept = jax.lax.slice_in_dim(matrix, 0, rank, axis=axis % matrix.ndim)
+        return kept.astype(jnp.float32)
+
+    def expand(self, drawn, sketch, width, axis):
         pad = [(0, 0)] * sketch.ndim
         pad[axis] = (0, width - sketch.shape[axis])
         return jnp.pad(sketch, pad)
 
-    def matrix(self, key, rank, width):
+    def entries(self, drawn, rank, width):
         return jnp.eye(rank, width)
 
     def gram_diagonal(self, rank, width):

@@ -12,7 +12,8 @@ import pytest
 import flora_jax as fj
 from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
-from flora_jax.transforms._momentum import momentum_step, transfer
+from flora_jax.transforms._leafwise import ScaledLeaf
+from flora_jax.transforms._momentum_step import momentum_step, transfer
 from flora_jax.transforms._sketch import Sketcher
 from tests.common import assert_close
 from tests.transforms.draws import jit, run
@@ -39,15 +40,14 @@ def test_full_rank_equals_the_uncompressed_chain(plan):
     @jit
     def step(gradient, momentum, count):
         epoch = count // 2
-        key = sketcher.key(plan, root, epoch)
-        moved = transfer(
-            sketcher, plan, sketcher.key(plan, root, epoch - 1), key, momentum
-        )
+        (drawn,) = sketcher.draw([plan], root, epoch)
+        (old,) = sketcher.draw([plan], root, epoch - 1)
+        moved = transfer(sketcher, plan, old, drawn, momentum)
         resample = (count > 0) & (count % 2 == 0)
         momentum = jnp.where(resample, moved, momentum)
         results = {
             reading: momentum_step(
-                sketcher, plan, key, reading, 0.5, gradient, momentum
+                sketcher, plan, drawn, reading, 0.5, ScaledLeaf(gradient), momentum
             )
             for reading in UNCOMPRESSED
         }

@@ -1,0 +1,97 @@
+"""Random bits that never change: the Threefry-2x32 hash, written out.
+
+A sketch in a checkpoint means nothing without its projection, which is drawn again from
+a key for years to come. The bits of ``jax.random`` depend on a global flag
+(``jax_threefry_partitionable``) and its distributions on jax's version; these depend on
+nothing. They are elementwise functions of a counter, so that sharding cannot change
+them, and a batch of keys costs one operation.
+
+Reference: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, UInt32
+
+_PARITY = np.uint32(0x1BD11BDA)
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def threefry_2x32(
+    key: tuple[jax.Array, jax.Array], x0: jax.Array, x1: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The hash of two words under a key of two words, 20 rounds.
+
+    Args:
+      key: two uint32 arrays.
+      x0: uint32, broadcastable with x1 and the key.
+      x1: uint32.
+
+    Returns:
+      Two uint32 arrays of the broadcast shape.
+    """
+    words = (*key, key[0] ^ key[1] ^ _PARITY)
+    x0, x1 = x0 + words[0], x1 + words[1]
+    for block in range(5):
+        for rotation in _ROTATIONS[block % 2]:
+            x0 = x0 + x1
+            x1 = (x1 << rotation) | (x1 >> (32 - rotation))
+            x1 = x0 ^ x1
+        x0 = x0 + words[(block + 1) % 3]
+        x1 = x1 + words[(block + 2) % 3] + np.uint32(block + 1)
+    return x0, x1
+
+
+def fold(key: UInt32[Array, "*n 2"], x0: jax.Array, x1: jax.Array) -> jax.Array:
+    """New keys from keys and two words of data each, uint32 of shape (…, 2)."""
+    return jnp.stack(threefry_2x32((key[..., 0], key[..., 1]), x0, x1), axis=-1)
+
+
+def bits(
+    key: UInt32[Array, "2"], shape: tuple[int, ...], stream: int
+) -> UInt32[Array, "..."]:
+    """Uniform uint32 words.
+
+    Args:
+      key: key data, uint32 of shape (2,).
+      shape: shape of the result, of fewer than 2**32 words.
+      stream: number of an independent stream of this key.
+
+    Returns:
+      Uint32 of the given shape.
+    """
+    # A counter per element: its place in row-major order.
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    counter = jnp.zeros(shape, jnp.uint32)
+    for axis, stride in enumerate(strides):
+        place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        counter = counter + place * np.uint32(stride)
+    x0, x1 = threefry_2x32((key[0], key[1]), counter, jnp.uint32(stream))
+    return x0 ^ x1
+
+
+def signs(
+    key: UInt32[Array, "2"], shape: tuple[int, ...], stream: int
+) -> Float[Array, "..."]:
+    """Uniform signs, float32 ±1; arguments as :func:`bits`."""
+    return 1.0 - 2.0 * (bits(key, shape, stream) >> 31).astype(jnp.float32)
+
+
+def normals(
+    key: UInt32[Array, "2"], shape: tuple[int, ...], stream: int
+) -> Float[Array, "..."]:
+    """Standard normals, float32; arguments as :func:`bits`.
+
+    The quantile function of 2**23 uniform numbers at the middles of equal intervals of
+    (0, 1): no value is infinite, and the largest is 5.3.
+    """
+    middles = (bits(key, shape, stream) >> 9).astype(jnp.float32) + 0.5
+    return math.sqrt(2) * jax.lax.erf_inv(middles * np.float32(2**-22) - 1.0)

@@ -1,0 +1,181 @@
+"""Projections that are applied by matrix products with an r x m matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax._random import normals, signs
+from flora_jax.projections._base import Projection
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, UInt32
+
+
+class DenseProjection(Projection):
+    """S is drawn as a matrix, each time that it is used."""
+
+    def draw(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
+        """The key itself: matrices of many leaves at once would be a state's size."""
+        del rank, width
+        return key
+
+    def compress(
+        self,
+        drawn: Any,
+        matrix: Float[Array, "*batch n m"],
+        rank: int,
+        axis: int,
+        weights: Float[Array, "*batch m"] | None = None,
+    ) -> Float[Array, "*batch _ _"]:
+        """G Sᵀ or S G; see :meth:`Projection.compress`."""
+        s = self.entries(drawn, rank, matrix.shape[axis])
+        if weights is not None:
+            s = s * weights[..., None, :]
+        return product(matrix.astype(jnp.float32), s.swapaxes(-1, -2), axis)
+
+    def expand(
+        self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
+    ) -> Float[Array, "*batch n m"]:
+        """C S or Sᵀ C; see :meth:`Projection.expand`."""
+        return product(sketch, self.entries(drawn, sketch.shape[axis], width), axis)
+
+
+def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:
+    """X R for axis -1, Rᵀ X for axis -2, in full float32 on every device."""
+    # Accelerators multiply float32 in bfloat16 or TF32 unless told otherwise.
+    subscripts = "...nm,...mr->...nr" if axis == -1 else "...nm,...nr->...rm"
+    return jnp.einsum(subscripts, x, right, precision=jax.lax.Precision.HIGHEST)
+
+
+def _refuse_isometric(projection: Projection) -> None:
+    if projection.scale == "isometric":
+        name = type(projection).__name__
+        raise ValueError(
+            f"`scale` of {name} cannot be 'isometric', got scale='isometric': its rows"
+            " are not orthogonal; use Orthogonal(scale='isometric')"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(DenseProjection):
+    """S_ij ~ N(0, 1/r), independent: the projection of the FLORA paper.
+
+    E[SᵀS] = I. E‖G SᵀS − G‖² = ((m+1)/r)·‖G‖², and the expected cosine between G and
+    its estimate is about 1/√(1 + (m+1)/r). S Sᵀ is not a multiple of I.
+
+    Costs r·m normals and 2·n·m·r floating-point operations for a sketch, as many for an
+    estimate, and r·m float32 numbers of temporary memory; nothing is stored.
+
+    Raises:
+      ValueError: for ``scale="isometric"``, which no Gaussian matrix has.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flora_jax as fj
+      >>> gradient = jnp.ones((4, 64))
+      >>> fj.Gaussian().sketch(jax.random.key(0), gradient, rank=8, axis=-1).shape
+      (4, 8)
+
+    References:
+      Hao et al., `FLORA: Low-Rank Adapters Are Secretly Gradient Compressors
+      <https://arxiv.org/abs/2402.03293>`_, 2024
+    """
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a scale that it cannot have."""
+        super().__post_init__()
+        _refuse_isometric(self)
+
+    def entries(self, drawn: Any, rank: int, width: int) -> Float[Array, "rank width"]:
+        """S, float32 of shape (rank, width)."""
+        return normals(drawn, (rank, width), 0) * rank**-0.5
+
+    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
+        """None: the rows of S are not orthogonal."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rademacher(DenseProjection):
+    """S_ij = ±1/√r, independent: signs in place of the paper's normals.
+
+    E[SᵀS] = I. E‖G SᵀS − G‖² = ((m−1)/r)·‖G‖²: a little less than Gaussian's, as the
+    diagonal of SᵀS is 1 without noise. S Sᵀ is not a multiple of I.
+
+    Costs r·m random signs, and products and memory as Gaussian.
+
+    Raises:
+      ValueError: for ``scale="isometric"``, which no matrix of signs has.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flora_jax as fj
+      >>> gradient = jnp.ones((4, 64))
+      >>> fj.Rademacher().sketch(jax.random.key(0), gradient, rank=8, axis=-1).shape
+      (4, 8)
+
+    References:
+      Achlioptas, `Database-friendly random projections
+      <https://doi.org/10.1016/S0022-0000(03)00025-4>`_, 2003
+    """
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a scale that it cannot have."""
+        super().__post_init__()
+        _refuse_isometric(self)
+
+    def entries(self, drawn: Any, rank: int, width: int) -> Float[Array, "rank width"]:
+        """S, float32 of shape (rank, width)."""
+        return signs(drawn, (rank, width), 0) * rank**-0.5
+
+    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
+        """None: the rows of S are not orthogonal."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Orthogonal(DenseProjection):
+    """√(m/r) times r rows of a uniformly (Haar) random orthogonal m x m matrix.
+
+    Drawn as Q·sign(diag R) of the QR decomposition of m x r normals. S Sᵀ = (m/r)·I and
+    E[SᵀS] = I, so that E‖G SᵀS − G‖² = (m/r − 1)·‖G‖², the least that an unbiased
+    projection to r rows can have, and √(r/m) is the cosine between G and its estimate.
+
+    Costs r·m normals, their decomposition (about 4·m·r² operations, serial on most
+    devices: the slowest projection here) and products as Gaussian.
+
+    Raises:
+      ValueError: for an unknown scale.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flora_jax as fj
+      >>> gradient = jnp.ones((4, 64))
+      >>> projection = fj.Orthogonal(scale="isometric")
+      >>> projection.sketch(jax.random.key(0), gradient, rank=8, axis=-1).shape
+      (4, 8)
+
+    References:
+      Mezzadri, `How to generate random matrices from the classical compact groups
+      <https://arxiv.org/abs/math-ph/0609050>`_, 2007
+    """
+
+    def entries(self, drawn: Any, rank: int, width: int) -> Float[Array, "rank width"]:
+        """S, float32 of shape (rank, width)."""
+        q, r = jnp.linalg.qr(normals(drawn, (width, rank), 0))
+        # Without the signs Q is the decomposition's convention, not Haar's measure.
+        flips = jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)
+        return (q * flips).T * isometry_scale(self, rank, width)
+
+    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
+        """m/r, or ones for the isometric scale."""
+        return jnp.full(rank, isometry_scale(self, rank, width) ** 2, jnp.float32)
+
+
+def isometry_scale(projection: Projection, rank: int, width: int) -> float:
+    """What orthonormal rows are multiplied by: √(m/r), or 1 if isometric."""
+    return 1.0 if projection.scale == "isometric" else (width / rank) ** 0.5

@@ -1,0 +1,118 @@
+"""The mathematics of a sketched momentum, leaf by leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax import _state
+from flora_jax._plan import LeafPlan
+from flora_jax.projections._base import along
+from flora_jax.transforms._leafwise import ScaledLeaf
+from flora_jax.transforms._sketch import Sketcher
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+
+def step_all(
+    sketcher: Sketcher,
+    reading: str,
+    resample_every: int | None,
+    plans: Sequence[LeafPlan],
+    leaves: Sequence[ScaledLeaf],
+    state: Any,
+    decay: Any,
+) -> tuple[list[ScaledLeaf], Any]:
+    """All leaves' updates and the new state, after a transfer where one is due."""
+    count, root, momentum = state.count, state.key, jax.tree.leaves(state.momentum)
+    epoch = 0 if resample_every is None else count // resample_every
+    drawn = sketcher.draw(plans, root, epoch)
+    if resample_every is not None:
+        due = (count > 0) & (count % resample_every == 0)
+        momentum = _transfer_where(due, sketcher, plans, momentum, drawn, root, epoch)
+    pairs = [
+        momentum_step(sketcher, plan, leaf_drawn, reading, decay, leaf, old)
+        for plan, leaf_drawn, leaf, old in zip(
+            plans, drawn, leaves, momentum, strict=True
+        )
+    ]
+    return [ScaledLeaf(update) for update, _ in pairs], state._replace(
+        count=optax.safe_increment(count),
+        momentum=_state.rebuild(state.momentum, [new for _, new in pairs]),
+    )
+
+
+def momentum_step(
+    sketcher: Sketcher,
+    plan: LeafPlan,
+    drawn: Any,
+    reading: str,
+    decay: Any,
+    grad: ScaledLeaf,
+    momentum: Float[Array, "..."],
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """One leaf's update (float32) and new momentum (state's dtype)."""
+    fresh = sketcher.sketch(plan, drawn, grad)
+    new = decay * momentum.astype(jnp.float32) + (1 - decay) * fresh
+    if reading == "residual" and plan.dense_reason is None:
+        gram = sketcher.projection.gram_diagonal(plan.rank, plan.width)
+        assert gram is not None  # The factory refuses other projections.
+        # C (S Sᵀ)⁻¹ S, which is G Π where C = G Sᵀ.
+        missing = plan.fold(new - fresh) / along(gram, plan.axis)
+        update = grad.value() + sketcher.unsketch(
+            plan, drawn, plan.unfold(missing, plan.state_shape)
+        )
+    else:
+        update = sketcher.unsketch(plan, drawn, new)
+    if reading == "interpolated":
+        update = decay * update + (1 - decay) * grad.value()
+    return update, new.astype(momentum.dtype)
+
+
+def transfer(
+    sketcher: Sketcher,
+    plan: LeafPlan,
+    old: Any,
+    new: Any,
+    momentum: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """M S S′ᵀ of a sketched leaf, by the old draw and then the new one."""
+    estimate = sketcher.unsketch(plan, old, momentum)
+    sketch = sketcher.sketch(plan, new, ScaledLeaf(estimate))
+    return sketch.astype(momentum.dtype)
+
+
+def _transfer_where(
+    due: jax.Array,
+    sketcher: Sketcher,
+    plans: Sequence[LeafPlan],
+    momentum: Sequence[jax.Array],
+    drawn: Sequence[Any],
+    root: jax.Array,
+    epoch: Any,
+) -> list[jax.Array]:
+    """Moves the sketched leaves from the last epoch's projections to ``drawn``."""
+    places = [i for i, plan in enumerate(plans) if plan.dense_reason is None]
+    sketched = [plans[i] for i in places]
+
+    def move(momentum: Any, new: Any, root: jax.Array, epoch: Any) -> list[jax.Array]:
+        old = sketcher.draw(sketched, root, epoch - 1)
+        leaves = zip(sketched, old, new, momentum, strict=True)
+        return [transfer(sketcher, *leaf) for leaf in leaves]
+
+    moved = jax.lax.cond(
+        due,
+        move,
+        lambda momentum, *_: momentum,
+        [momentum[i] for i in places],
+        [drawn[i] for i in places],
+        root,
+        epoch,
+    )
+    found = dict(zip(places, moved, strict=True))
+    return [found.get(i, leaf) for i, leaf in enumerate(momentum)]
