@@ -50,23 +50,26 @@ def threefry_2x32(
     return x0, x1
 
 
-def fold(key: UInt32[Array, "*n 2"], x0: jax.Array, x1: jax.Array) -> jax.Array:
+def fold(
+    key: UInt32[Array, "*n 2"], x0: jax.typing.ArrayLike, x1: jax.typing.ArrayLike
+) -> UInt32[Array, "*n 2"]:
     """New keys from keys and two words of data each, uint32 of shape (…, 2)."""
-    return jnp.stack(threefry_2x32((key[..., 0], key[..., 1]), x0, x1), axis=-1)
+    words = jnp.asarray(x0, jnp.uint32), jnp.asarray(x1, jnp.uint32)
+    return jnp.stack(threefry_2x32((key[..., 0], key[..., 1]), *words), axis=-1)
 
 
-def bits(
+def hashes(
     key: UInt32[Array, "2"], shape: tuple[int, ...], stream: int
-) -> UInt32[Array, "..."]:
-    """Uniform uint32 words.
+) -> tuple[jax.Array, jax.Array]:
+    """Two independent uniform uint32 words per element.
 
     Args:
       key: key data, uint32 of shape (2,).
-      shape: shape of the result, of fewer than 2**32 words.
+      shape: shape of the results, of fewer than 2**32 elements.
       stream: number of an independent stream of this key.
 
     Returns:
-      Uint32 of the given shape.
+      Two uint32 arrays of the given shape.
     """
     # A counter per element: its place in row-major order.
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
@@ -74,24 +77,38 @@ def bits(
     for axis, stride in enumerate(strides):
         place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
         counter = counter + place * np.uint32(stride)
-    x0, x1 = threefry_2x32((key[0], key[1]), counter, jnp.uint32(stream))
+    return threefry_2x32((key[0], key[1]), counter, jnp.uint32(stream))
+
+
+def bits(
+    key: UInt32[Array, "2"], shape: tuple[int, ...], stream: int
+) -> UInt32[Array, "..."]:
+    """Uniform uint32 words; arguments as :func:`hashes`."""
+    x0, x1 = hashes(key, shape, stream)
     return x0 ^ x1
 
 
 def signs(
     key: UInt32[Array, "2"], shape: tuple[int, ...], stream: int
 ) -> Float[Array, "..."]:
-    """Uniform signs, float32 ±1; arguments as :func:`bits`."""
+    """Uniform signs, float32 ±1; arguments as :func:`hashes`."""
     return 1.0 - 2.0 * (bits(key, shape, stream) >> 31).astype(jnp.float32)
 
 
 def normals(
     key: UInt32[Array, "2"], shape: tuple[int, ...], stream: int
 ) -> Float[Array, "..."]:
-    """Standard normals, float32; arguments as :func:`bits`.
+    """Standard normals, float32; arguments as :func:`hashes`.
 
-    The quantile function of 2**23 uniform numbers at the middles of equal intervals of
-    (0, 1): no value is infinite, and the largest is 5.3.
+    Box and Muller's √(−2 ln u)·sin 2πv, v in (−1/4, 1/4), which is as symmetric as a
+    whole turn. Both words of one hash, and a polynomial in place of the sine (to 1e-7),
+    so that all of it is one loop for XLA. No value is infinite; the largest is 5.9.
     """
-    middles = (bits(key, shape, stream) >> 9).astype(jnp.float32) + 0.5
-    return math.sqrt(2) * jax.lax.erf_inv(middles * np.float32(2**-22) - 1.0)
+    u, v = hashes(key, shape, stream)
+    u = ((u >> 8).astype(jnp.float32) + 0.5) * np.float32(2**-24)
+    v = ((v >> 9).astype(jnp.float32) + 0.5) * np.float32(2**-24) - np.float32(0.25)
+    x = v * np.float32(2 * math.pi)
+    square, sine = x * x, jnp.float32(0)
+    for i in (11, 9, 7, 5, 3, 1):
+        sine = sine * square + np.float32((-1) ** (i // 2) / math.factorial(i))
+    return jnp.sqrt(-2 * jnp.log(u)) * (x * sine)

@@ -131,6 +131,13 @@ class Projection(abc.ABC):
     ) -> Float[Array, "*batch n m"]:
         """:meth:`unsketch` with what :meth:`draw` gave in place of the key."""
 
+    def transfer(
+        self, old: Any, new: Any, rank: int, width: int
+    ) -> Float[Array, "rank rank"]:
+        """S S′ᵀ of two draws: it takes a sketch C = G Sᵀ to C S S′ᵀ."""
+        s = self.expand(old, jnp.eye(rank), width, -1)
+        return self.compress(new, s, rank, -1)
+
     @abc.abstractmethod
     def entries(self, drawn: Any, rank: int, width: int) -> Float[Array, "rank width"]:
         """:meth:`matrix` with what :meth:`draw` gave in place of the key."""
@@ -156,3 +163,10 @@ def along(vector: Float[Array, "*batch m"], axis: int) -> jax.Array:
 def weigh(vector: jax.Array, weights: jax.Array | None) -> jax.Array:
     """The vector times weights, or itself where there are none."""
     return vector if weights is None else vector * weights
+
+
+def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:
+    """X R for axis -1, Rᵀ X for axis -2, in full float32 on every device."""
+    # Accelerators multiply float32 in bfloat16 or TF32 unless told otherwise.
+    subscripts = "...nm,...mr->...nr" if axis == -1 else "...nm,...nr->...rm"
+    return jnp.einsum(subscripts, x, right, precision=jax.lax.Precision.HIGHEST)

@@ -87,7 +87,7 @@ class CountSketch(Projection):
                 jnp.roll(matrix, -shift, axis),
                 jnp.roll(flips, -shift, -1),
             )
-        if axis == -2 and full <= _UNROLL:
+        if axis == -2:
             rounds = _sum_rows(matrix, flips, offsets, rank)
         else:
             rounds = _sum_chunks(matrix, flips, offsets, rank, axis)
@@ -154,13 +154,17 @@ def _sum_chunks(
 def _sum_rows(
     matrix: jax.Array, flips: jax.Array, offsets: jax.Array, rank: int
 ) -> jax.Array:
-    """:func:`_sum_chunks` of rows, for few of them: gathers of whole rows, unrolled."""
-    total = jnp.zeros((), jnp.float32)
-    for i in range(offsets.shape[0]):
-        source = i * rank + (jnp.arange(rank, dtype=jnp.int32) - offsets[i]) % rank
+    """:func:`_sum_chunks` of rows: whole rows are gathered from where they lie."""
+    place = jnp.arange(rank, dtype=jnp.int32)
+
+    def add(i: Any, total: jax.Array) -> jax.Array:
+        source = i * rank + (place - offsets[i]) % rank
         rows = jnp.take(matrix, source, axis=-2, mode="clip").astype(jnp.float32)
-        total = total + rows * along(flips[..., source], -2)
-    return total
+        return total + rows * along(flips[..., source], -2)
+
+    full, shape = offsets.shape[0], (*matrix.shape[:-2], rank, matrix.shape[-1])
+    zeros = jnp.zeros(shape, jnp.float32)
+    return jax.lax.fori_loop(0, full, add, zeros, unroll=full <= _UNROLL)
 
 
 def _bucket_sizes(rank: int, width: int) -> jax.Array:

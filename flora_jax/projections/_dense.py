@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 
 from flora_jax._random import normals, signs
-from flora_jax.projections._base import Projection
+from flora_jax.projections._base import Projection, product
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt32
@@ -42,13 +41,6 @@ class DenseProjection(Projection):
     ) -> Float[Array, "*batch n m"]:
         """C S or Sᵀ C; see :meth:`Projection.expand`."""
         return product(sketch, self.entries(drawn, sketch.shape[axis], width), axis)
-
-
-def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:
-    """X R for axis -1, Rᵀ X for axis -2, in full float32 on every device."""
-    # Accelerators multiply float32 in bfloat16 or TF32 unless told otherwise.
-    subscripts = "...nm,...mr->...nr" if axis == -1 else "...nm,...nr->...rm"
-    return jnp.einsum(subscripts, x, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def _refuse_isometric(projection: Projection) -> None:

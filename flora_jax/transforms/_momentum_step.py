@@ -34,7 +34,7 @@ def step_all(
     drawn = sketcher.draw(plans, root, epoch)
     if resample_every is not None:
         due = (count > 0) & (count % resample_every == 0)
-        momentum = _transfer_where(due, sketcher, plans, momentum, drawn, root, epoch)
+        momentum = _transfer_where(due, sketcher, plans, momentum, root, epoch)
     pairs = [
         momentum_step(sketcher, plan, leaf_drawn, reading, decay, leaf, old)
         for plan, leaf_drawn, leaf, old in zip(
@@ -74,43 +74,26 @@ def momentum_step(
     return update, new.astype(momentum.dtype)
 
 
-def transfer(
-    sketcher: Sketcher,
-    plan: LeafPlan,
-    old: Any,
-    new: Any,
-    momentum: Float[Array, "..."],
-) -> Float[Array, "..."]:
-    """M S S′ᵀ of a sketched leaf, by the old draw and then the new one."""
-    estimate = sketcher.unsketch(plan, old, momentum)
-    sketch = sketcher.sketch(plan, new, ScaledLeaf(estimate))
-    return sketch.astype(momentum.dtype)
-
-
 def _transfer_where(
     due: jax.Array,
     sketcher: Sketcher,
     plans: Sequence[LeafPlan],
     momentum: Sequence[jax.Array],
-    drawn: Sequence[Any],
     root: jax.Array,
     epoch: Any,
 ) -> list[jax.Array]:
-    """Moves the sketched leaves from the last epoch's projections to ``drawn``."""
+    """Moves the sketched leaves to the projections of ``epoch``, where that is due."""
     places = [i for i, plan in enumerate(plans) if plan.dense_reason is None]
     sketched = [plans[i] for i in places]
 
-    def move(momentum: Any, new: Any, root: jax.Array, epoch: Any) -> list[jax.Array]:
-        old = sketcher.draw(sketched, root, epoch - 1)
-        leaves = zip(sketched, old, new, momentum, strict=True)
-        return [transfer(sketcher, *leaf) for leaf in leaves]
+    def move(momentum: Any, root: jax.Array, epoch: Any) -> list[jax.Array]:
+        return sketcher.transfer(sketched, root, epoch, momentum)
 
     moved = jax.lax.cond(
         due,
         move,
         lambda momentum, *_: momentum,
         [momentum[i] for i in places],
-        [drawn[i] for i in places],
         root,
         epoch,
     )

@@ -17,6 +17,7 @@ from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
 from flora_jax._spec import make_spec
 from flora_jax.projections import Projection
+from flora_jax.projections._base import product
 from flora_jax.transforms._leafwise import ScaledLeaf
 
 if TYPE_CHECKING:
@@ -52,18 +53,59 @@ class Sketcher:
         of hundreds of leaves are a handful of operations.
         """
         drawn: list[Any] = [None] * len(plans)
-        groups: dict[tuple[int, int], list[int]] = {}
-        for i, plan in enumerate(plans):
-            if plan.dense_reason is None:
-                groups.setdefault((plan.rank, plan.width), []).append(i)
-        for (rank, width), members in groups.items():
-            paths = [plans[i].path for i in members]
-            keys = _keys.leaf_keys(root, self.name, paths, epoch)
+        for (rank, width), members in _groups(plans).items():
+            keys = self._keys(plans, members, root, epoch)
             draw = functools.partial(self.projection.draw, rank=rank, width=width)
             together = _written_out(jax.vmap(draw)(keys))
             for place, i in enumerate(members):
                 drawn[i] = jax.tree.map(operator.itemgetter(place), together)
         return drawn
+
+    def transfer(
+        self,
+        plans: Sequence[LeafPlan],
+        root: jax.Array,
+        epoch: Any,
+        sketches: Sequence[jax.Array],
+    ) -> list[jax.Array]:
+        """Moves sketches, C S S′ᵀ, from the last epoch's projections to this one's.
+
+        By the r x r matrix S S′ᵀ of each leaf, in turn: no estimate of a leaf's size is
+        made, and leaves of equal rank and width share one compiled loop.
+
+        Args:
+          plans: of sketched leaves.
+          root: the state's key data.
+          epoch: the new epoch.
+          sketches: in the state's shapes.
+
+        Returns:
+          The sketches, in their dtypes.
+        """
+        moved = list(sketches)
+        for (rank, width), members in _groups(plans).items():
+
+            def matrix(keys: jax.Array, rank: int = rank, width: int = width) -> Any:
+                old, new = (self.projection.draw(key, rank, width) for key in keys)
+                return self.projection.transfer(old, new, rank, width)
+
+            epochs = (epoch - 1, epoch)
+            keys = [self._keys(plans, members, root, number) for number in epochs]
+            matrices = jax.lax.map(matrix, jnp.stack(keys, axis=1))
+            for place, i in enumerate(members):
+                plan, sketch = plans[i], sketches[i].astype(jnp.float32)
+                new = product(plan.fold(sketch), matrices[place], plan.axis)
+                moved[i] = plan.unfold(new, plan.state_shape).astype(sketches[i].dtype)
+        return moved
+
+    def _keys(
+        self,
+        plans: Sequence[LeafPlan],
+        members: Sequence[int],
+        root: jax.Array,
+        epoch: Any,
+    ) -> jax.Array:
+        return _keys.leaf_keys(root, self.name, [plans[i].path for i in members], epoch)
 
     def sketch(
         self, plan: LeafPlan, drawn: Any, leaf: ScaledLeaf
@@ -119,6 +161,15 @@ class Sketcher:
             weight_dimension_numbers="callable" if callable(axes) else axes,
             **settings,
         )
+
+
+def _groups(plans: Sequence[LeafPlan]) -> dict[tuple[int, int], list[int]]:
+    """Places of the sketched leaves, by rank and width."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, plan in enumerate(plans):
+        if plan.dense_reason is None:
+            groups.setdefault((plan.rank, plan.width), []).append(i)
+    return groups
 
 
 def _written_out(tree: Any) -> Any:

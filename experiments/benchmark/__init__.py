@@ -1,0 +1,1 @@
+"""How long an optimizer step takes, beside the peers and beside the floor."""

@@ -1,0 +1,138 @@
+"""Interleaved timings: every contender takes one step, then all of them again."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from experiments.benchmark import contenders, trees
+from experiments.benchmark.contenders import Contender
+
+_UNTIMED = 2
+Row = dict[str, Any]
+
+
+class _Runner:
+    """One contender, compiled, with its state."""
+
+    def __init__(self, contender: Contender, grads: Any, params: Any):
+        self.contender = contender
+        self.state = jax.jit(contender.init)(params)
+        started = time.perf_counter()
+        # In place of the old ones, as in a training step.
+        step = jax.jit(contender.step, donate_argnums=(1, 2))
+        self.compiled = step.lower(grads, self.state, params).compile()
+        self.compile_seconds = time.perf_counter() - started
+        self.seconds: list[float] = []
+
+    def run(self, grads: Any, params: Any, timed: bool) -> Any:
+        if self.contender.before is not None:
+            self.state = self.contender.before(self.state)
+        jax.block_until_ready((self.state, params))
+        started = time.perf_counter()
+        params, self.state = self.compiled(grads, self.state, params)
+        jax.block_until_ready((self.state, params))
+        if timed:
+            self.seconds.append(time.perf_counter() - started)
+        return params
+
+    def row(self, params: Any) -> Row:
+        return {
+            "name": self.contender.name,
+            "kind": self.contender.kind,
+            "rank": self.contender.rank,
+            "milliseconds": 1e3 * statistics.median(self.seconds),
+            "quartiles": [
+                1e3 * q for q in statistics.quantiles(self.seconds, n=4)[::2]
+            ],
+            "compile_seconds": self.compile_seconds,
+            "state_bytes": contenders.state_bytes(self.contender, params),
+            "temp_bytes": self.compiled.memory_analysis().temp_size_in_bytes,
+        }
+
+
+def time_all(
+    tree: str,
+    dtype: str,
+    ranks: Sequence[int],
+    rounds: int,
+    tell: Callable[[str], None],
+) -> list[Row]:
+    """Times every contender on one tree, in one process, in turns.
+
+    Args:
+        tree: name of the tree.
+        dtype: of parameters and gradients.
+        ranks: of our contenders.
+        rounds: timed steps of each.
+        tell: called with a line on the progress.
+
+    Returns:
+        One row per contender, with its time over Adam's and over the floor.
+    """
+    like = trees.shapes(tree, dtype)
+    params, grads = trees.random_like(like, 0), trees.random_like(like, 1)
+    floor = _floor_seconds(params, rounds)
+    stacked = tree.endswith("-stacked")
+    runners = []
+    for contender in (*contenders.peers(stacked, dtype), *contenders.ours(ranks)):
+        tell(f"{tree} {dtype}: compiling {contender.name} {contender.rank or ''}")
+        runners.append(_Runner(contender, grads, params))
+    for number in range(_UNTIMED + rounds):
+        tell(f"{tree} {dtype}: round {number + 1} of {_UNTIMED + rounds}")
+        for runner in runners:
+            params = runner.run(grads, params, number >= _UNTIMED)
+    rows = [runner.row(params) for runner in runners]
+    adam = next(row["milliseconds"] for row in rows if row["name"] == "optax.adam")
+    return [
+        {"tree": tree, "dtype": dtype}
+        | row
+        | {
+            "floor_milliseconds": 1e3 * floor,
+            "over_adam": row["milliseconds"] / adam,
+            "over_floor": row["milliseconds"] / (1e3 * floor),
+        }
+        for row in rows
+    ]
+
+
+def _floor_seconds(params: Any, rounds: int) -> float:
+    """Reading gradients and parameters and writing parameters, at a copy's bandwidth.
+
+    The copy negates the parameters in place: one pass of reading, one of writing.
+    """
+    copy = jax.jit(lambda tree: jax.tree.map(lambda x: -x, tree), donate_argnums=0)
+    tree = jax.tree.map(lambda x: x + 0, params)
+    seconds = []
+    for _ in range(_UNTIMED + rounds):
+        started = time.perf_counter()
+        tree = jax.block_until_ready(copy(tree))
+        seconds.append(time.perf_counter() - started)
+    return 1.5 * statistics.median(seconds[_UNTIMED:])
+
+
+def compile_times(tree: str, all_of: Iterable[Contender]) -> list[Row]:
+    """Times tracing and compilation on a tree of any size; nothing is allocated."""
+    params = trees.shapes(tree, "float32")
+    rows = []
+    for contender in all_of:
+        state = jax.eval_shape(contender.init, params)
+        started = time.perf_counter()
+        lowered = jax.jit(contender.step, donate_argnums=(1, 2)).lower(
+            params, state, params
+        )
+        traced = time.perf_counter()
+        compiled = lowered.compile()
+        rows.append(
+            {
+                "tree": tree,
+                "name": contender.name,
+                "rank": contender.rank,
+                "trace_seconds": traced - started,
+                "compile_seconds": time.perf_counter() - traced,
+                "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+            }
+        )
+    return rows
