@@ -159,10 +159,18 @@ def run_sharded(fn: Callable[..., Any], like: Any, *args: Any) -> Any:
     Returns:
       ``fn(*args)``.
     """
-    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
+    found = (jax.typeof(x).sharding for x in jax.tree.leaves((like, args)))
     # Of the arrays: the mesh of the context is empty where none was set.
-    if not any(_explicit_axes(x.mesh) for x in jax.tree.leaves(shardings)):
+    meshes = [x.mesh for x in found if _explicit_axes(x.mesh)]
+    if not meshes:
         return fn(*args)
+
+    def sharding(x: Any) -> jax.NamedSharding:
+        given = jax.typeof(x).sharding
+        # A number made without the mesh, such as a counter, is on all of it.
+        return given if given.mesh.axis_names else jax.NamedSharding(meshes[0], jax.P())
+
+    shardings = jax.tree.map(sharding, like)
     return jax.sharding.auto_axes(fn, out_sharding=shardings)(*args)
 
 

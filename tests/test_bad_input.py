@@ -179,7 +179,7 @@ def test_accumulator_has_no_default_key():
 def test_projection_scale():
     with pytest.raises(ValueError, match="`scale` must be one of 'unbiased'"):
         fj.CountSketch(scale="orthogonal")
-    with pytest.raises(ValueError, match="rows are not orthogonal; use CountSketch"):
+    with pytest.raises(ValueError, match="rows are not orthogonal; use Orthogonal"):
         fj.Gaussian(scale="isometric")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -146,7 +147,7 @@ def _sum_chunks(
     shape = list(matrix.shape)
     shape[axis] = 2 * rank
     full = offsets.shape[0]
-    buckets = jax.lax.fori_loop(0, full, add, jnp.zeros(shape, jnp.float32))
+    buckets = jax.lax.fori_loop(0, full, add, _zeros(matrix, shape))
     first, second = jnp.split(buckets, 2, axis)
     return first + second
 
@@ -163,8 +164,13 @@ def _sum_rows(
         return total + rows * along(flips[..., source], -2)
 
     full, shape = offsets.shape[0], (*matrix.shape[:-2], rank, matrix.shape[-1])
-    zeros = jnp.zeros(shape, jnp.float32)
+    zeros = _zeros(matrix, shape)
     return jax.lax.fori_loop(0, full, add, zeros, unroll=full <= _UNROLL)
+
+
+def _zeros(like: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Float32 zeros that vary over the same mesh axes as an array in a shard_map."""
+    return jax.lax.full_like(like, 0, jnp.float32, tuple(shape))
 
 
 def _bucket_sizes(rank: int, width: int) -> jax.Array:
