@@ -19,6 +19,9 @@ METHODS = (
 READINGS = ("paper", "interpolated")
 """Readings of the FLORA momentum that a Gaussian projection allows."""
 
+PROJECTIONS = ("Gaussian", "Rademacher", "CountSketch", "Orthogonal", "SRHT")
+"""Projections that flora_jax offers, by the names of their classes."""
+
 SMALLEST_VOCABULARY = 257
 """A byte-level vocabulary has the 256 bytes and the end-of-text token."""
 
@@ -94,6 +97,9 @@ class Config:
     """Updates between two projections of the FLORA momentum."""
     reading: str = "paper"
     """How the FLORA momentum becomes an update: paper or interpolated."""
+    projection: str = "Gaussian"
+    """How matrices are sketched: Gaussian (the paper's), Rademacher, CountSketch,
+    Orthogonal or SRHT."""
     learning_rate: float | None = None
     """Peak learning rate of every method of this run, in place of the ones below."""
     warmup_fraction: float = 0.1
@@ -206,6 +212,11 @@ def _check_fractions(config: Config) -> None:
     if config.reading not in READINGS:
         raise ConfigError(
             f"`--reading` must be one of {', '.join(READINGS)}, got {config.reading!r}"
+        )
+    if config.projection not in PROJECTIONS:
+        raise ConfigError(
+            f"`--projection` must be one of {', '.join(PROJECTIONS)}, got "
+            f"{config.projection!r}"
         )
     if not 0 <= config.momentum < 1:
         raise ConfigError(

@@ -99,6 +99,7 @@ def optimizer(config: Config, name: str) -> optax.GradientTransformationExtraArg
                 b1=config.momentum,
                 resample_every=config.resample_every,
                 reading=config.reading,
+                projection=getattr(fj, config.projection)(),
                 key=config.seed,
                 mask=matrices_only,
             )
@@ -111,6 +112,7 @@ def optimizer(config: Config, name: str) -> optax.GradientTransformationExtraArg
                 optax.adafactor(rate),
                 config.micro_batches,
                 config.rank,
+                projection=getattr(fj, config.projection)(),
                 key=config.seed,
                 mask=matrices_only,
             )

@@ -27,6 +27,9 @@ DIRECTIONS = np.stack(
         np.cos(2 * np.pi * position / 8),
         np.where(position < WIDTH // 2, 1.0, -0.5),
         np.random.default_rng(0).normal(size=WIDTH),
+        1.0 / (1 + position),
+        np.isin(position, (0, 24)),
+        position % 8 == 3,  # one column of each head
     ]
 )
 DIRECTIONS /= np.linalg.norm(DIRECTIONS, axis=1, keepdims=True)
@@ -110,6 +113,30 @@ def test_estimates_are_unbiased_along_structured_directions(drawn):
 def test_squared_norm_of_the_sketch_is_unbiased(drawn):
     rank, _, sketches, _ = drawn
     assert_mean((sketches**2).sum(axis=-1), 1.0, largest_error(rank))
+
+
+def test_distortion_of_norms(drawn):
+    """Johnson-Lindenstrauss: E(‖Sx‖² − 1)² ≤ 2/r, of unit vectors that are not random.
+
+    One column, two, one of each head, constant, ramp, periodic, power law.
+    """
+    rank, _, sketches, _ = drawn
+    distortion = ((sketches**2).sum(axis=-1).astype(np.float64) - 1) ** 2
+    error = distortion.std(axis=0, ddof=1) / math.sqrt(KEYS)
+    assert (distortion.mean(axis=0) <= 2 / rank + 5 * error + 1e-9).all()
+
+
+def test_where_a_count_sketch_is_weaker():
+    """Two columns alone meet with probability 1/r, and then cancel or double."""
+    rank, pair = 8, WIDTH + len(DIRECTIONS) - 2
+    share = {}
+    for kind in (fj.CountSketch, fj.Orthogonal):
+        sketches, _ = draw(kind(), rank)
+        squares = (sketches[:, pair] ** 2).sum(axis=-1)
+        share[kind] = (np.abs(squares - 1) > 0.99).mean()
+    error = math.sqrt(1 / rank * (1 - 1 / rank) / KEYS)
+    assert abs(share[fj.CountSketch] - 1 / rank) < 5 * error
+    assert share[fj.Orthogonal] < 0.5 / rank
 
 
 def test_variance_is_that_of_the_formula(drawn):

@@ -1,0 +1,239 @@
+"""A grid of short trainings, one JSON line each: `python -m experiments.sweep`.
+
+The grid is a file. For each method, projection and rank in it, every learning rate is
+run at the first seed, and the best of them at the other seeds. A run that stands in the
+results is not run again: interrupt it at any moment, and the same command goes on.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import optax
+import tyro
+from rich.progress import Progress
+
+from experiments import gpt2, memory, methods, records
+from experiments.checkpoints import State
+from experiments.config import Config, ConfigError, ModelConfig
+from experiments.data import Data, batches, load
+from experiments.methods import METHODS
+from experiments.run import versions
+
+Cell = dict[str, Any]
+
+
+def cells(grid: dict[str, Any]) -> list[Cell]:
+    """Returns the combinations of method, projection and rank in a grid.
+
+    Uncompressed methods have neither projection nor rank, and come once.
+    """
+    found = []
+    for method in grid["methods"]:
+        if not METHODS[method].compressed:
+            found.append({"method": method})
+            continue
+        found += [
+            {"method": method, "projection": projection, "rank": rank}
+            for projection in grid["projections"]
+            for rank in grid["ranks"]
+        ]
+    return found
+
+
+def config_of(settings: dict[str, Any]) -> Config:
+    """Returns the settings that all runs of a grid share."""
+    fields = dict(settings)
+    model = ModelConfig(**fields.pop("model", {}))
+    return Config(model=model, **fields)
+
+
+def run_id(settings: dict[str, Any]) -> str:
+    """Returns a hash of everything that decides the numbers of a run."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class Bench:
+    """The compiled step of one cell; learning rate and seed are its arguments."""
+
+    def __init__(self, cell: Cell, settings: dict[str, Any], data: Data):
+        """Compiles the step."""
+        chosen = {key: cell[key] for key in ("projection", "rank") if key in cell}
+        # At a peak of 1: updates are linear in the learning rate, which comes later.
+        self.config = dataclasses.replace(
+            config_of(settings), methods=(cell["method"],), learning_rate=1.0, **chosen
+        )
+        self.config.validate()
+        self.method = METHODS[cell["method"]]
+        self.parts = self.method.micro_batches(self.config)
+        self._data = data
+        self._tx = methods.optimizer(self.config, self.method.name)
+        state, graphdef = self.start(0)
+        self.bytes = memory.measure(self.method, self.config, *state)
+        self._loss = jax.jit(functools.partial(gpt2.next_token_loss, graphdef))
+        started = time.perf_counter()
+        tokens = batches(data, self.config.batch_size, 0)[0]
+        step = jax.jit(functools.partial(self._step, graphdef), donate_argnums=0)
+        part = tokens[: len(tokens) // self.parts]
+        self._compiled = step.lower(state, part, 0.1).compile()
+        self.compile_seconds = time.perf_counter() - started
+
+    def start(self, seed: int) -> tuple[State, Any]:
+        """Returns the state that a training starts from, and the model's graph."""
+        tx = methods.optimizer(
+            dataclasses.replace(self.config, seed=seed), self.method.name
+        )
+        graphdef, params = gpt2.create(self.config.model, seed)
+        return State(params, tx.init(params)), graphdef
+
+    def _step(
+        self, graphdef: Any, state: State, tokens: jax.Array, rate: float
+    ) -> tuple[State, jax.Array]:
+        loss_fn = functools.partial(gpt2.next_token_loss, graphdef)
+        loss, grads = jax.value_and_grad(loss_fn)(state.params, tokens)
+        updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(lambda update: rate * update, updates)
+        return State(optax.apply_updates(state.params, updates), opt_state), loss
+
+    def train(self, rate: float, seed: int) -> dict[str, Any]:
+        """Trains once; losses are None if it diverged."""
+        state, _ = self.start(seed)
+        order = batches(self._data, self.config.batch_size, seed)
+        losses, seconds = [], []
+        for number in range(self.config.updates):
+            started = time.perf_counter()
+            parts = order[number].reshape(self.parts, -1, order[number].shape[-1])
+            for tokens in parts:
+                state, loss = self._compiled(state, tokens, rate)
+            losses.append(float(loss))
+            seconds.append(time.perf_counter() - started)
+        tenth = max(1, len(losses) // 10)
+        return {
+            "train_loss": _finite(statistics.mean(losses[-tenth:])),
+            "validation_loss": _finite(self._validation_loss(state)),
+            "step_seconds": statistics.median(seconds),
+            "compile_seconds": self.compile_seconds,
+            "state_bytes": self.bytes.state,
+            "matrix_bytes": self.bytes.compressible,
+        }
+
+    def _validation_loss(self, state: State) -> float:
+        examples, size = self._data.validation, self.config.batch_size
+        chunks = [examples[i : i + size] for i in range(0, len(examples), size)]
+        total = sum(float(self._loss(state.params, c)) * len(c) for c in chunks)
+        return total / len(examples)
+
+
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
+
+
+def best_rate(rows: Sequence[records.Row]) -> float:
+    """Returns the learning rate of the lowest validation loss."""
+    finished = [row for row in rows if row["validation_loss"] is not None]
+    if not finished:
+        raise ConfigError(f"every learning rate diverged: {rows}")
+    return min(finished, key=lambda row: row["validation_loss"])["learning_rate"]
+
+
+def run_cell(
+    cell: Cell, grid: dict[str, Any], data: Data, done: dict[str, records.Row]
+) -> Iterator[records.Row]:
+    """Yields the rows of one cell, those already done included."""
+    bench: list[Bench] = []
+
+    def run(rate: float, seed: int) -> records.Row:
+        settings = grid["settings"] | cell | {"learning_rate": rate, "seed": seed}
+        name = run_id(settings | {"corpus": data.fingerprint})
+        if name in done:
+            return done[name]
+        if not bench:
+            bench.append(Bench(cell, grid["settings"], data))
+        started = time.perf_counter()
+        result = bench[0].train(rate, seed)
+        seconds = time.perf_counter() - started
+        return {"id": name} | settings | result | {"seconds": seconds} | versions()
+
+    first, *others = grid["seeds"]
+    tuned = []
+    for rate in grid["learning_rates"]:
+        tuned.append(run(rate, first))
+        yield tuned[-1]
+    for seed in others:
+        yield run(best_rate(tuned), seed)
+
+
+def sweep(
+    grid_path: pathlib.Path,
+    output: pathlib.Path,
+    data_dir: pathlib.Path,
+    corpus_dir: pathlib.Path | None = None,
+) -> None:
+    """Runs a grid and appends to its results.
+
+    Args:
+        grid_path: JSON with methods, projections, ranks, learning_rates, seeds, and the
+            settings of `python -m experiments` that all runs share.
+        output: JSON lines, one per run.
+        data_dir: where the packed corpus is kept.
+        corpus_dir: Python sources in place of the standard library.
+    """
+    grid = json.loads(grid_path.read_text())
+    rows = records.read_rows(output) if output.exists() else []
+    done = {row["id"]: row for row in rows}
+    shared = config_of(grid["settings"])
+    data = load(dataclasses.replace(shared, data_dir=data_dir, corpus_dir=corpus_dir))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Without a last line that a kill has cut off: the next would be glued to it.
+    output.write_text("".join(map(_line, rows)))
+    each = len(grid["learning_rates"]) + len(grid["seeds"]) - 1
+    with Progress() as progress:
+        bar = progress.add_task("runs", total=len(cells(grid)) * each)
+        for cell in cells(grid):
+            for row in run_cell(cell, grid, data, done):
+                if row["id"] not in done:
+                    done[row["id"]] = row
+                    with output.open("a") as file:
+                        file.write(_line(row))
+                label = " ".join(str(value) for value in cell.values())
+                progress.update(bar, advance=1, description=label)
+
+
+def _line(row: records.Row) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def main(
+    grid: pathlib.Path,
+    output: pathlib.Path,
+    data_dir: pathlib.Path = pathlib.Path("runs/data"),
+    corpus_dir: pathlib.Path | None = None,
+) -> int:
+    """Runs a grid of short trainings; finished runs are skipped.
+
+    Args:
+        grid: JSON file of the grid, for example experiments/sweeps/projections.json.
+        output: JSON-lines file of the results, appended to.
+        data_dir: where the tokenizer and the packed examples are kept.
+        corpus_dir: folder of Python sources in place of the standard library.
+    """
+    try:
+        sweep(grid, output, data_dir, corpus_dir)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main, prog="python -m experiments.sweep"))
