@@ -46,6 +46,8 @@ def main() -> None:
         description=_DESCRIPTION,
     )
     console = Console()
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    path = config.output_dir / "benchmark.json"
     result: dict[str, Any] = {"machine": machine(), "steps": []}
     with console.status("") as status:
         for i, (tree, dtype) in enumerate(
@@ -55,12 +57,11 @@ def main() -> None:
             result["steps"] += measure.time_all(
                 tree, dtype, ranks, config.rounds, status.update
             )
+            path.write_text(json.dumps(result, indent=1) + "\n")
         status.update(f"compile times on {config.compile_tree}")
         result["compile"] = measure.compile_times(
             config.compile_tree, contenders.compiled_only()
         )
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    path = config.output_dir / "benchmark.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     plot.draw(result, config.output_dir / "benchmark.png")
     _print(result, console)

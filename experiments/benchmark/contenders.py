@@ -23,7 +23,11 @@ PROJECTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A step to time: `step(grads, state, params)` returns new params and state."""
+    """A step to time: `step(params, state, grads)` returns new params and state.
+
+    In this order: JAX gives a donated argument to the first result of its shape, and
+    would otherwise put the new parameters where the old moments are, with a copy.
+    """
 
     name: str
     kind: str
@@ -38,7 +42,7 @@ class Contender:
 def _optimizer(
     name: str, tx: optax.GradientTransformation, kind: str = "optimizer", **rest: Any
 ) -> Contender:
-    def step(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -48,7 +52,7 @@ def _optimizer(
 def _accumulator(projection: fj.Projection, rank: int) -> Contender:
     accumulator = fj.compressed_accumulator(rank, key=0, projection=projection)
 
-    def step(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         return params, accumulator.update(state, grads, 1)
 
     name = f"compressed_accumulator({_name(projection)})"

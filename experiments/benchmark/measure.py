@@ -22,8 +22,8 @@ class _Runner:
         self.state = jax.jit(contender.init)(params)
         started = time.perf_counter()
         # In place of the old ones, as in a training step.
-        step = jax.jit(contender.step, donate_argnums=(1, 2))
-        self.compiled = step.lower(grads, self.state, params).compile()
+        step = jax.jit(contender.step, donate_argnums=(0, 1))
+        self.compiled = step.lower(params, self.state, grads).compile()
         self.compile_seconds = time.perf_counter() - started
         self.seconds: list[float] = []
 
@@ -32,7 +32,7 @@ class _Runner:
             self.state = self.contender.before(self.state)
         jax.block_until_ready((self.state, params))
         started = time.perf_counter()
-        params, self.state = self.compiled(grads, self.state, params)
+        params, self.state = self.compiled(params, self.state, grads)
         jax.block_until_ready((self.state, params))
         if timed:
             self.seconds.append(time.perf_counter() - started)
@@ -120,7 +120,7 @@ def compile_times(tree: str, all_of: Iterable[Contender]) -> list[Row]:
     for contender in all_of:
         state = jax.eval_shape(contender.init, params)
         started = time.perf_counter()
-        lowered = jax.jit(contender.step, donate_argnums=(1, 2)).lower(
+        lowered = jax.jit(contender.step, donate_argnums=(0, 1)).lower(
             params, state, params
         )
         traced = time.perf_counter()
