@@ -1,34 +1,43 @@
-"""The benchmark's picture: time of a step against the bytes of the state."""
+"""The benchmark's picture: what one step of each optimizer takes."""
 
 import pathlib
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 # From the palette of Okabe and Ito.
 _COLOURS = {"optax": "#0072B2", "CountSketch": "#D55E00", "Gaussian": "#009E73"}
 _OTHER = "#999999"
+_TICKS = (1, 3, 10, 30, 100, 300, 1000, 3000)
 
 
 def draw(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws one panel of bars per tree and type: milliseconds of a step."""
+    """Draws a panel of bars per tree and type: milliseconds of a step."""
     panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["steps"]:
         panels.setdefault((row["tree"], row["dtype"]), []).append(row)
-    most = max(len(rows) for rows in panels.values())
-    figure = Figure(
-        figsize=(6.2 * len(panels), 0.27 * most + 1.6), layout="constrained"
-    )
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    sizes = [len(rows) + 3 for rows in panels.values()]
+    figure = Figure(figsize=(9, 0.2 * sum(sizes) + 0.8), layout="constrained")
+    axes = figure.subplots(
+        len(panels), sharex=True, squeeze=False, height_ratios=sizes
+    )[:, 0]
     for panel, ((tree, dtype), rows) in zip(axes, panels.items(), strict=True):
         _bars(panel, rows)
         panel.set_title(f"{tree}, {dtype}", fontsize=10)
+    axes[-1].set_xlabel("milliseconds of one step (logarithmic)")
+    machine = result["machine"]
     figure.suptitle(
-        f"One step on {result['machine'].get('processor', '')} "
-        f"({result['machine']['device']}, {result['machine']['cores']} cores): medians "
-        "and quartiles; the line is the floor",
+        f"{machine.get('processor', machine['device'])}, {machine['cores']} cores:"
+        " medians and quartiles; the dotted line is the floor",
         fontsize=10,
+    )
+    kinds = [*_COLOURS.items(), ("other projections", _OTHER)]
+    axes[0].legend(
+        handles=[Patch(color=colour, label=name) for name, colour in kinds],
+        fontsize=8,
+        loc="lower right",
     )
     figure.savefig(path, dpi=130)
 
@@ -36,7 +45,7 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
 def _bars(axes: Axes, rows: list[dict[str, Any]]) -> None:
     rows = sorted(rows, key=lambda row: (row["kind"], row["milliseconds"]))
     labels = [
-        f"{row['name']}" + (f" r={row['rank']}" if row["rank"] else "") + _suffix(row)
+        row["name"] + (f" r={row['rank']}" if row["rank"] else "") + _suffix(row)
         for row in rows
     ]
     places = range(len(rows))
@@ -47,9 +56,12 @@ def _bars(axes: Axes, rows: list[dict[str, Any]]) -> None:
     ]
     axes.barh(places, times, color=[_colour(row["name"]) for row in rows], xerr=spread)
     axes.set_yticks(places, labels, fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xscale("log")
-    axes.set_xlabel("milliseconds (logarithmic)")
+    axes.set_xlim(0.7 * rows[0]["floor_milliseconds"], 1.6 * max(times))
+    inside = [tick for tick in _TICKS if tick < 1.6 * max(times)]
+    axes.set_xticks(inside, [str(tick) for tick in inside])
+    axes.minorticks_off()
     axes.axvline(rows[0]["floor_milliseconds"], color="black", linestyle=":")
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
