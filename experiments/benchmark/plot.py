@@ -37,7 +37,7 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
     axes[0].legend(
         handles=[Patch(color=colour, label=name) for name, colour in kinds],
         fontsize=8,
-        loc="lower right",
+        loc="upper right",
     )
     figure.savefig(path, dpi=130)
 
@@ -58,8 +58,9 @@ def _bars(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_yticks(places, labels, fontsize=7)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xscale("log")
-    axes.set_xlim(0.7 * rows[0]["floor_milliseconds"], 1.6 * max(times))
-    inside = [tick for tick in _TICKS if tick < 1.6 * max(times)]
+    low, high = 0.5 * min([rows[0]["floor_milliseconds"], *times]), 1.6 * max(times)
+    inside = [tick for tick in _TICKS if low <= tick <= high]
+    axes.set_xlim(low, high)
     axes.set_xticks(inside, [str(tick) for tick in inside])
     axes.minorticks_off()
     axes.axvline(rows[0]["floor_milliseconds"], color="black", linestyle=":")
