@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-FORMAT = 1
+FORMAT = 2
 _WORDS = 64
 _HEADER = 4  # Format, checksum of the whole text, and the two words of the root key.
 _TEXT_BYTES = 4 * (_WORDS - _HEADER)
