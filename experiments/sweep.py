@@ -58,7 +58,7 @@ def config_of(settings: dict[str, Any]) -> Config:
 
 
 def run_id(settings: dict[str, Any]) -> str:
-    """Returns a hash of everything that decides the numbers of a run."""
+    """Returns a hash of a run's settings; versions stand in its row."""
     text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -113,9 +113,11 @@ class Bench:
         for number in range(self.config.updates):
             started = time.perf_counter()
             parts = order[number].reshape(self.parts, -1, order[number].shape[-1])
+            total = 0.0
             for tokens in parts:
                 state, loss = self._compiled(state, tokens, rate)
-            losses.append(float(loss))
+                total += float(loss)
+            losses.append(total / self.parts)
             seconds.append(time.perf_counter() - started)
         tenth = max(1, len(losses) // 10)
         return {
@@ -141,8 +143,6 @@ def _finite(loss: float) -> float | None:
 def best_rate(rows: Sequence[records.Row]) -> float:
     """Returns the learning rate of the lowest validation loss."""
     finished = [row for row in rows if row["validation_loss"] is not None]
-    if not finished:
-        raise ConfigError(f"every learning rate diverged: {rows}")
     return min(finished, key=lambda row: row["validation_loss"])["learning_rate"]
 
 
@@ -160,7 +160,7 @@ def run_cell(
         if not bench:
             bench.append(Bench(cell, grid["settings"], data))
         started = time.perf_counter()
-        result = bench[0].train(rate, seed)
+        result = bench[0].train(float(rate), seed)
         seconds = time.perf_counter() - started
         return {"id": name} | settings | result | {"seconds": seconds} | versions()
 
@@ -169,6 +169,8 @@ def run_cell(
     for rate in grid["learning_rates"]:
         tuned.append(run(rate, first))
         yield tuned[-1]
+    if all(row["validation_loss"] is None for row in tuned):
+        return  # Every rate diverged: the rows say so, and the other cells go on.
     for seed in others:
         yield run(best_rate(tuned), seed)
 
@@ -195,7 +197,9 @@ def sweep(
     data = load(dataclasses.replace(shared, data_dir=data_dir, corpus_dir=corpus_dir))
     output.parent.mkdir(parents=True, exist_ok=True)
     # Without a last line that a kill has cut off: the next would be glued to it.
-    output.write_text("".join(map(_line, rows)))
+    whole = output.with_suffix(".tmp")
+    whole.write_text("".join(map(_line, rows)))
+    whole.replace(output)
     each = len(grid["learning_rates"]) + len(grid["seeds"]) - 1
     with Progress() as progress:
         bar = progress.add_task("runs", total=len(cells(grid)) * each)

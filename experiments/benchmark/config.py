@@ -9,7 +9,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-    """What is measured; the defaults are what the README reports."""
+    """What is measured."""
 
     trees: tuple[str, ...] = TREES
     """Parameter trees: gpt2 (124M), gpt2-stacked (its layers in one array per weight),

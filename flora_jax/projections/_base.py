@@ -99,7 +99,8 @@ class Projection(abc.ABC):
           width: m.
 
         Returns:
-          A tree of arrays of O(m) numbers, for :meth:`compress` and :meth:`expand`.
+          A tree of numeric arrays, O(m) numbers, for :meth:`compress` and
+          :meth:`expand`.
         """
 
     @abc.abstractmethod
@@ -135,7 +136,7 @@ class Projection(abc.ABC):
         self, old: Any, new: Any, rank: int, width: int
     ) -> Float[Array, "rank rank"]:
         """S S′ᵀ of two draws: it takes a sketch C = G Sᵀ to C S S′ᵀ."""
-        s = self.expand(old, jnp.eye(rank), width, -1)
+        s = self.expand(old, jnp.eye(rank, dtype=jnp.float32), width, -1)
         return self.compress(new, s, rank, -1)
 
     @abc.abstractmethod

@@ -37,8 +37,8 @@ class CountSketch(Projection):
     the cosine between G and its estimate.
 
     Costs one pass over G for a sketch and one for an estimate, whatever the rank; no
-    r x m matrix and no matrix product; m + m/r random words. One more pass each if r
-    does not divide m.
+    r x m matrix and no matrix product; m + m/r random words. A sketch costs one more
+    pass, a copy of G, if r does not divide m.
 
     Weaker than dense projections where few columns of G matter: two of them meet with
     probability 1/r, and then cancel or double, where a product would mix them. The
@@ -113,7 +113,7 @@ class CountSketch(Projection):
     def entries(self, drawn: Any, rank: int, width: int) -> Float[Array, "rank width"]:
         """S, float32 of shape (rank, width)."""
         flips, buckets, *_ = drawn
-        one_hot = jax.nn.one_hot(buckets, rank, axis=0)
+        one_hot = jax.nn.one_hot(buckets, rank, axis=0, dtype=jnp.float32)
         return one_hot * flips * self._row_scale(rank, width)[:, None]
 
     def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:

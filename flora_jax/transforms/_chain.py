@@ -35,7 +35,10 @@ def recipe(
     rest = optax.with_extra_args_support(optax.chain(*transformations))
 
     def init_fn(params: Any) -> tuple[Any, ...]:
-        return (*(part.init(params) for part in parts), *cast(Any, rest.init(params)))
+        states = []
+        for part in parts:  # No comprehension: its frame would shift warnings.
+            states.append(part.init(params))
+        return (*states, *cast(Any, rest.init(params)))
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any

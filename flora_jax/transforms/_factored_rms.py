@@ -190,7 +190,7 @@ def factored_rms_step(
     full = grad.value()
     if plan.dense_reason is not None:
         new = decay * v + (1 - decay) * (full * full + epsilon)
-        return grad.times(jax.lax.rsqrt(new)), v_row, v_col, new
+        return grad.times(jax.lax.rsqrt(new)), v_row, v_col, new.astype(v.dtype)
     # XLA writes an operand of two reductions to memory, here the squares, but fuses
     # that of one: behind a barrier it does not see that the squares are the same.
     again = jax.lax.optimization_barrier(full)
@@ -201,4 +201,4 @@ def factored_rms_step(
     column = decay * v_col + (1 - decay) * (column_mean_square + epsilon)
     row_mean = jnp.mean(row, axis=smaller, keepdims=True)
     scaled = grad.times(jax.lax.rsqrt(row / row_mean), jax.lax.rsqrt(column))
-    return scaled, row, column, v
+    return scaled, row.astype(v_row.dtype), column.astype(v_col.dtype), v

@@ -14,9 +14,9 @@ _LEAST = 1e-3  # Adafactor's epsilon_2: parameters that start at zero must leave
 def scale_by_parameter_scale() -> optax.GradientTransformation:
     """Multiplies each leaf's update by the RMS of its parameter, 1e-3 at least.
 
-    The numbers of ``optax.scale_by_param_block_rms``. That one guards a derivative that
-    no optimizer takes by a ``where`` over the whole parameter, which XLA writes to
-    memory before it squares it: half the time of a FLORA step.
+    The numbers of ``optax.scale_by_param_block_rms``. That one guards the derivative at
+    zero by a ``where`` over the whole parameter, which XLA writes to memory before it
+    squares it: half the time of a FLORA step. Here the bound on the square guards it.
 
     Returns:
       The gradient transformation, without state; ``update`` needs ``params``.
@@ -30,5 +30,5 @@ def scale_by_parameter_scale() -> optax.GradientTransformation:
 
 def _scale(update: jax.Array, parameter: jax.Array) -> jax.Array:
     full = parameter.astype(jnp.float32)
-    rms = jnp.sqrt(jnp.mean(full * full))
-    return (update * jnp.maximum(rms, _LEAST)).astype(update.dtype)
+    rms = jnp.sqrt(jnp.maximum(jnp.mean(full * full), _LEAST**2))
+    return (update * rms).astype(update.dtype)
