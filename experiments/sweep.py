@@ -28,6 +28,7 @@ from experiments.config import Config, ConfigError, ModelConfig
 from experiments.data import Data, batches, load
 from experiments.methods import METHODS
 from experiments.run import versions
+from experiments.train import mean_loss, training_step
 
 Cell = dict[str, Any]
 
@@ -77,7 +78,6 @@ class Bench:
         self.method = METHODS[cell["method"]]
         self.parts = self.method.micro_batches(self.config)
         self._data = data
-        self._tx = methods.optimizer(self.config, self.method.name)
         state, graphdef = self.start(0)
         self.bytes = memory.measure(self.method, self.config, *state)
         self._loss = jax.jit(functools.partial(gpt2.next_token_loss, graphdef))
@@ -90,20 +90,22 @@ class Bench:
 
     def start(self, seed: int) -> tuple[State, Any]:
         """Returns the state that a training starts from, and the model's graph."""
-        tx = methods.optimizer(
-            dataclasses.replace(self.config, seed=seed), self.method.name
-        )
-        graphdef, params = gpt2.create(self.config.model, seed)
+        config = dataclasses.replace(self.config, seed=seed)
+        tx = self._optimizer(config, 1.0)
+        graphdef, params = gpt2.create(config.model, seed)
         return State(params, tx.init(params)), graphdef
+
+    def _optimizer(
+        self, config: Config, rate: jax.typing.ArrayLike
+    ) -> optax.GradientTransformation:
+        tx = methods.optimizer(config, self.method.name)
+        return optax.chain(tx, optax.scale(rate))
 
     def _step(
         self, graphdef: Any, state: State, tokens: jax.Array, rate: float
     ) -> tuple[State, jax.Array]:
-        loss_fn = functools.partial(gpt2.next_token_loss, graphdef)
-        loss, grads = jax.value_and_grad(loss_fn)(state.params, tokens)
-        updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
-        updates = jax.tree.map(lambda update: rate * update, updates)
-        return State(optax.apply_updates(state.params, updates), opt_state), loss
+        tx = self._optimizer(self.config, rate)
+        return training_step(graphdef, tx, state, tokens)
 
     def train(self, rate: float, seed: int) -> dict[str, Any]:
         """Trains once; losses are None if it diverged."""
@@ -122,18 +124,19 @@ class Bench:
         tenth = max(1, len(losses) // 10)
         return {
             "train_loss": _finite(statistics.mean(losses[-tenth:])),
-            "validation_loss": _finite(self._validation_loss(state)),
+            "validation_loss": _finite(
+                mean_loss(
+                    self._loss,
+                    state.params,
+                    self._data.validation,
+                    self.config.batch_size,
+                )
+            ),
             "step_seconds": statistics.median(seconds),
             "compile_seconds": self.compile_seconds,
             "state_bytes": self.bytes.state,
             "matrix_bytes": self.bytes.compressible,
         }
-
-    def _validation_loss(self, state: State) -> float:
-        examples, size = self._data.validation, self.config.batch_size
-        chunks = [examples[i : i + size] for i in range(0, len(examples), size)]
-        total = sum(float(self._loss(state.params, c)) * len(c) for c in chunks)
-        return total / len(examples)
 
 
 def _finite(loss: float) -> float | None:

@@ -3,6 +3,7 @@
 import functools
 import math
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -35,6 +36,20 @@ def training_step(
     loss, grads = jax.value_and_grad(loss_fn)(state.params, tokens)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     return State(optax.apply_updates(state.params, updates), opt_state), loss
+
+
+def mean_loss(
+    loss: Callable[[gpt2.Params, np.ndarray], jax.Array],
+    params: gpt2.Params,
+    examples: np.ndarray,
+    size: int,
+) -> float:
+    """Mean of a loss over examples, `size` of them at a time."""
+    total = 0.0
+    for start in range(0, len(examples), size):
+        chunk = examples[start : start + size]
+        total += float(loss(params, chunk)) * len(chunk)
+    return total / len(examples)
 
 
 class Trainer:
@@ -108,13 +123,8 @@ class Trainer:
 
     def validation_loss(self, state: State) -> float:
         """Mean cross-entropy on the fixed validation set, in nats per token."""
-        examples = self._validation
         size = self.config.batch_size
-        total = 0.0
-        for start in range(0, len(examples), size):
-            chunk = examples[start : start + size]
-            total += float(self._loss(state.params, chunk)) * len(chunk)
-        return total / len(examples)
+        return mean_loss(self._loss, state.params, self._validation, size)
 
     def _check_finite(self, row: records.Row) -> None:
         if not math.isfinite(row["loss"]):

@@ -4,8 +4,8 @@ A sketch in a checkpoint means nothing without its projection, which is drawn ag
 a key for years to come. The bits of ``jax.random`` depend on a global flag
 (``jax_threefry_partitionable``) and its distributions on jax's version; these depend on
 nothing; normals made from them vary in the last place with a device's logarithm. They
-are elementwise functions of a counter, so that sharding cannot change
-them, and a batch of keys costs one operation.
+are elementwise functions of a counter, so that sharding cannot change them, and a batch
+of keys costs one operation.
 
 Reference: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
 """

@@ -6,6 +6,7 @@ import abc
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -156,6 +157,18 @@ class Projection(abc.ABC):
         """
 
 
+class ScaledIsometry(Projection):
+    """S is √(m/r) times orthonormal rows: S Sᵀ = (m/r)·I, or I if isometric."""
+
+    def row_norm(self, rank: int, width: int) -> float:
+        """What the orthonormal rows are multiplied by: √(m/r), or 1 if isometric."""
+        return 1.0 if self.scale == "isometric" else (width / rank) ** 0.5
+
+    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
+        """m/r, or ones for the isometric scale."""
+        return jnp.full(rank, self.row_norm(rank, width) ** 2, jnp.float32)
+
+
 def along(vector: Float[Array, "*batch m"], axis: int) -> jax.Array:
     """Reshapes a vector so that it broadcasts along an axis of a matrix."""
     return jnp.expand_dims(vector, -3 - axis)
@@ -168,6 +181,7 @@ def weigh(vector: jax.Array, weights: jax.Array | None) -> jax.Array:
 
 def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:
     """X R for axis -1, Rᵀ X for axis -2, in full float32 on every device."""
+    chex.assert_axis_dimension(x, axis, right.shape[-2])
     # Accelerators multiply float32 in bfloat16 or TF32 unless told otherwise.
     subscripts = "...nm,...mr->...nr" if axis == -1 else "...nm,...nr->...rm"
     return jnp.einsum(subscripts, x, right, precision=jax.lax.Precision.HIGHEST)

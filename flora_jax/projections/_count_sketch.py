@@ -89,15 +89,15 @@ class CountSketch(Projection):
                 jnp.roll(flips, -shift, -1),
             )
         if axis == -2:
-            rounds = _sum_rows(matrix, flips, offsets, rank)
+            total = _sum_rows(matrix, flips, offsets, rank)
         else:
-            rounds = _sum_chunks(matrix, flips, offsets, rank, axis)
+            total = _sum_chunks(matrix, flips, offsets, rank, axis)
         if tail:
             rest = _chunk(matrix, flips, full * rank, tail, axis)
             pad = [(0, 0)] * rest.ndim
             pad[axis] = (0, rank - tail)
-            rounds = rounds + jnp.pad(rest, pad)
-        return rounds * along(self._row_scale(rank, width), axis)
+            total = total + jnp.pad(rest, pad)
+        return total * along(self._row_scale(rank, width), axis)
 
     def expand(
         self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
@@ -131,8 +131,8 @@ def _chunk(
 ) -> jax.Array:
     """Columns start…start+size with their signs, float32."""
     columns = jax.lax.dynamic_slice_in_dim(matrix, start, size, axis)
-    signs = jax.lax.dynamic_slice_in_dim(flips, start, size, -1)
-    return columns.astype(jnp.float32) * along(signs, axis)
+    own_flips = jax.lax.dynamic_slice_in_dim(flips, start, size, -1)
+    return columns.astype(jnp.float32) * along(own_flips, axis)
 
 
 def _sum_chunks(

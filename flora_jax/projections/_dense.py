@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from flora_jax._random import normals, signs
-from flora_jax.projections._base import Projection, product
+from flora_jax.projections._base import Projection, ScaledIsometry, product
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt32
@@ -43,17 +43,26 @@ class DenseProjection(Projection):
         return product(sketch, self.entries(drawn, sketch.shape[axis], width), axis)
 
 
-def _refuse_isometric(projection: Projection) -> None:
-    if projection.scale == "isometric":
-        name = type(projection).__name__
-        raise ValueError(
-            f"`scale` of {name} cannot be 'isometric', got scale='isometric': its rows"
-            " are not orthogonal; use Orthogonal(scale='isometric')"
-        )
+class IndependentEntries(DenseProjection):
+    """S has independent entries, so that its rows are not orthogonal."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a scale that it cannot have."""
+        super().__post_init__()
+        if self.scale == "isometric":
+            raise ValueError(
+                f"`scale` of {type(self).__name__} cannot be 'isometric', got"
+                " scale='isometric': its rows are not orthogonal; use"
+                " Orthogonal(scale='isometric')"
+            )
+
+    def gram_diagonal(self, rank: int, width: int) -> None:
+        """None: the rows of S are not orthogonal."""
+        del rank, width
 
 
 @dataclasses.dataclass(frozen=True)
-class Gaussian(DenseProjection):
+class Gaussian(IndependentEntries):
     """S_ij ~ N(0, 1/r), independent: the projection of the FLORA paper.
 
     E[SᵀS] = I. E‖G SᵀS − G‖² = ((m+1)/r)·‖G‖², and the expected cosine between G and
@@ -77,22 +86,13 @@ class Gaussian(DenseProjection):
       <https://arxiv.org/abs/2402.03293>`_, 2024
     """
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for a scale that it cannot have."""
-        super().__post_init__()
-        _refuse_isometric(self)
-
     def entries(self, drawn: Any, rank: int, width: int) -> Float[Array, "rank width"]:
         """S, float32 of shape (rank, width)."""
         return normals(drawn, (rank, width), 0) * rank**-0.5
 
-    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
-        """None: the rows of S are not orthogonal."""
-        return None
-
 
 @dataclasses.dataclass(frozen=True)
-class Rademacher(DenseProjection):
+class Rademacher(IndependentEntries):
     """S_ij = ±1/√r, independent: signs in place of the paper's normals.
 
     E[SᵀS] = I. E‖G SᵀS − G‖² = ((m−1)/r)·‖G‖²: a little less than Gaussian's, as the
@@ -115,22 +115,13 @@ class Rademacher(DenseProjection):
       <https://doi.org/10.1016/S0022-0000(03)00025-4>`_, 2003
     """
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for a scale that it cannot have."""
-        super().__post_init__()
-        _refuse_isometric(self)
-
     def entries(self, drawn: Any, rank: int, width: int) -> Float[Array, "rank width"]:
         """S, float32 of shape (rank, width)."""
         return signs(drawn, (rank, width), 0) * rank**-0.5
 
-    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
-        """None: the rows of S are not orthogonal."""
-        return None
-
 
 @dataclasses.dataclass(frozen=True)
-class Orthogonal(DenseProjection):
+class Orthogonal(ScaledIsometry, DenseProjection):
     """√(m/r) times r rows of a uniformly (Haar) random orthogonal m x m matrix.
 
     Drawn as Q·sign(diag R) of the QR decomposition of m x r normals. S Sᵀ = (m/r)·I and
@@ -161,13 +152,4 @@ class Orthogonal(DenseProjection):
         q, r = jnp.linalg.qr(normals(drawn, (width, rank), 0))
         # Without the signs Q is the decomposition's convention, not Haar's measure.
         flips = jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)
-        return (q * flips).T * isometry_scale(self, rank, width)
-
-    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
-        """m/r, or ones for the isometric scale."""
-        return jnp.full(rank, isometry_scale(self, rank, width) ** 2, jnp.float32)
-
-
-def isometry_scale(projection: Projection, rank: int, width: int) -> float:
-    """What orthonormal rows are multiplied by: √(m/r), or 1 if isometric."""
-    return 1.0 if projection.scale == "isometric" else (width / rank) ** 0.5
+        return (q * flips).T * self.row_norm(rank, width)

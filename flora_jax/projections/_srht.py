@@ -11,15 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax._random import bits, signs
-from flora_jax.projections._base import Projection, along, weigh
-from flora_jax.projections._dense import isometry_scale
+from flora_jax.projections._base import ScaledIsometry, along, weigh
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt32
 
 
 @dataclasses.dataclass(frozen=True)
-class SRHT(Projection):
+class SRHT(ScaledIsometry):
     """√(m/r)·R H D: random signs, a fixed orthogonal transform, r of its m rows.
 
     D flips each column at random, R picks r rows without replacement, and H = H_a ⊗ H_b
@@ -67,14 +66,14 @@ class SRHT(Projection):
         flipped = matrix.astype(jnp.float32) * along(weigh(flips, weights), axis)
         mixed = _transform(flipped, axis, inverse=False)
         kept = jnp.take(mixed, rows, axis=axis, mode="clip")
-        return kept * isometry_scale(self, rank, width)
+        return kept * self.row_norm(rank, width)
 
     def expand(
         self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
     ) -> Float[Array, "*batch n m"]:
         """C S or Sᵀ C; see :meth:`Projection.expand`."""
         flips, rows = drawn
-        scaled = sketch * isometry_scale(self, sketch.shape[axis], width)
+        scaled = sketch * self.row_norm(sketch.shape[axis], width)
         shape = list(sketch.shape)
         shape[axis] = width
         index = (..., rows) if axis == -1 else (..., rows, slice(None))
@@ -85,11 +84,7 @@ class SRHT(Projection):
         """S, float32 of shape (rank, width)."""
         flips, rows = drawn
         transform = np.kron(*map(_cosines, _factors(width)))
-        return jnp.asarray(transform)[rows] * flips * isometry_scale(self, rank, width)
-
-    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
-        """m/r, or ones for the isometric scale."""
-        return jnp.full(rank, isometry_scale(self, rank, width) ** 2, jnp.float32)
+        return jnp.asarray(transform)[rows] * flips * self.row_norm(rank, width)
 
 
 def _transform(x: jax.Array, axis: int, *, inverse: bool) -> jax.Array:
