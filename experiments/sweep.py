@@ -2,7 +2,8 @@
 
 The grid is a file. For each method, projection and rank in it, every learning rate is
 run at the first seed, and the best of them at the other seeds. A run that stands in the
-results is not run again: interrupt it at any moment, and the same command goes on.
+results is not run again: interrupt it at any moment, and the same command goes on. At
+the end a table and a picture are written beside the results.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ import optax
 import tyro
 from rich.progress import Progress
 
-from experiments import gpt2, memory, methods, records
+from experiments import gpt2, memory, methods, records, sweep_report
 from experiments.checkpoints import State
 from experiments.config import Config, ConfigError, ModelConfig
 from experiments.data import Data, batches, load
@@ -143,12 +144,6 @@ def _finite(loss: float) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def best_rate(rows: Sequence[records.Row]) -> float:
-    """Returns the learning rate of the lowest validation loss."""
-    finished = [row for row in rows if row["validation_loss"] is not None]
-    return min(finished, key=lambda row: row["validation_loss"])["learning_rate"]
-
-
 def run_cell(
     cell: Cell, grid: dict[str, Any], data: Data, done: dict[str, records.Row]
 ) -> Iterator[records.Row]:
@@ -175,7 +170,7 @@ def run_cell(
     if all(row["validation_loss"] is None for row in tuned):
         return  # Every rate diverged: the rows say so, and the other cells go on.
     for seed in others:
-        yield run(best_rate(tuned), seed)
+        yield run(sweep_report.best_rate(tuned), seed)
 
 
 def sweep(
@@ -189,7 +184,7 @@ def sweep(
     Args:
         grid_path: JSON with methods, projections, ranks, learning_rates, seeds, and the
             settings of `python -m experiments` that all runs share.
-        output: JSON lines, one per run.
+        output: JSON lines, one per run; a table and a picture go beside it.
         data_dir: where the packed corpus is kept.
         corpus_dir: Python sources in place of the standard library.
     """
@@ -214,6 +209,9 @@ def sweep(
                         file.write(_line(row))
                 label = " ".join(str(value) for value in cell.values())
                 progress.update(bar, advance=1, description=label)
+    found = sweep_report.summarise(list(done.values()))
+    output.with_suffix(".md").write_text(sweep_report.table(found))
+    sweep_report.draw(found, output.with_suffix(".png"))
 
 
 def _line(row: records.Row) -> str:
@@ -230,7 +228,8 @@ def main(
 
     Args:
         grid: JSON file of the grid, for example experiments/sweeps/projections.json.
-        output: JSON-lines file of the results, appended to.
+        output: JSON-lines file of the results, appended to; a table (.md) and a picture
+            (.png) are written beside it.
         data_dir: where the tokenizer and the packed examples are kept.
         corpus_dir: folder of Python sources in place of the standard library.
     """

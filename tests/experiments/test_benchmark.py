@@ -5,6 +5,7 @@ import pytest
 
 import flora_jax as fj
 from experiments.benchmark import contenders, measure, plot, trees
+from experiments.benchmark.__main__ import main
 from experiments.config import ModelConfig
 
 
@@ -57,3 +58,18 @@ def test_compile_times_allocate_nothing(small):
     (row,) = measure.compile_times("gpt2", [adafactor])
     assert row["compile_seconds"] > 0
     assert row["temp_bytes"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--rounds 1", "`--rounds` must be at least 2, for a median and quartiles, g"),
+        ("--ranks 16 0", "`--ranks` must be at least 1, got (16, 0)"),
+        ("--other-ranks -1", "`--other-ranks` must be at least 1, got (-1,)"),
+    ],
+)
+def test_bad_settings_are_one_line(arguments, message, capsys):
+    assert main(arguments.split()) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {message}")
+    assert errors.count("\n") == 1

@@ -47,6 +47,7 @@ def test_help_names_every_setting(capsys):
         ("--eval-every 0", "`--eval-every` must be at least 1, got 0"),
         ("--momentum 1", "`--momentum` must be in [0, 1), got 1.0; 0.9 is usual"),
         ("--reading nesterov", "`--reading` must be one of paper, interpolated, got"),
+        ("--projection gauss", "`--projection` must be one of Gaussian, Rademacher, "),
         ("--warmup-fraction 1", "`--warmup-fraction` must be in [0, 1), got 1.0; 0.1 "),
         ("--seed -1", "`--seed` must not be negative, got -1"),
         ("--learning-rate nan", "`--learning-rate` must be positive and finite, got n"),

@@ -1,0 +1,133 @@
+"""What a grid of short trainings found: its table and its picture."""
+
+import dataclasses
+import math
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.methods import METHODS
+from experiments.records import Row
+
+# From the palette of Okabe and Ito; the marks differ in shape too.
+_STYLES = (
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#56B4E9", "v"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One combination of method, projection and rank, at its best learning rate."""
+
+    method: str
+    projection: str | None
+    rank: int | None
+    learning_rate: float
+    losses: tuple[float, ...]
+    """Validation losses of the seeds, in nats per token."""
+    step_seconds: float
+    """Median over the runs of the median wall time of an update."""
+
+    @property
+    def mean(self) -> float:
+        """Mean validation loss."""
+        return statistics.fmean(self.losses)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean; zero for a single seed."""
+        if len(self.losses) < 2:
+            return 0.0
+        return statistics.stdev(self.losses) / math.sqrt(len(self.losses))
+
+
+def best_rate(rows: Sequence[Row]) -> float:
+    """Returns the learning rate of the lowest validation loss."""
+    finished = [row for row in rows if row["validation_loss"] is not None]
+    return min(finished, key=lambda row: row["validation_loss"])["learning_rate"]
+
+
+def summarise(rows: Sequence[Row]) -> list[Cell]:
+    """Returns each cell at its best rate; cells that always diverged are left out."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = (row["method"], row.get("projection"), row.get("rank"))
+        groups.setdefault(key, []).append(row)
+    cells = []
+    for key, group in groups.items():
+        if all(row["validation_loss"] is None for row in group):
+            continue
+        rate = best_rate([row for row in group if row["seed"] == group[0]["seed"]])
+        chosen = [row for row in group if row["learning_rate"] == rate]
+        losses = [row["validation_loss"] for row in chosen]
+        if None in losses:  # A seed diverged where the first did not.
+            losses = [math.inf]
+        seconds = statistics.median(row["step_seconds"] for row in group)
+        cells.append(Cell(*key, rate, tuple(losses), seconds))
+    return cells
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Returns the cells as a Markdown table."""
+    lines = [
+        "| method | projection | rank | learning rate | validation loss | ms/update |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for cell in cells:
+        lines.append(
+            f"| {METHODS[cell.method].title} | {cell.projection or ''} "
+            f"| {cell.rank or ''} | {cell.learning_rate:g} "
+            f"| {cell.mean:.3f} ± {cell.error:.3f} | {1000 * cell.step_seconds:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:
+    """Draws a panel per compressed method: loss over rank, the full one as a line."""
+    cells = [cell for cell in cells if math.isfinite(cell.mean)]
+    if not cells:
+        return  # Everything diverged; the table says so.
+    kinds = list(dict.fromkeys(METHODS[cell.method].kind for cell in cells))
+    figure = Figure(figsize=(4.8 * len(kinds) + 0.4, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, kind in zip(panels, kinds, strict=True):
+        _panel(axes, [cell for cell in cells if METHODS[cell.method].kind == kind])
+        axes.set_title(f"The {kind}", fontsize=11)
+        axes.set_xlabel("rank")
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel("validation loss (nats per token)")
+    figure.suptitle("Mean and standard error over seeds", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _panel(axes: Axes, cells: Sequence[Cell]) -> None:
+    for cell in cells:
+        if cell.rank is None:
+            axes.axhline(cell.mean, color="black", linestyle="--", label="full")
+            low, high = cell.mean - cell.error, cell.mean + cell.error
+            axes.axhspan(low, high, color="black", alpha=0.1)
+    ranks = sorted({cell.rank for cell in cells if cell.rank is not None})
+    names = list(dict.fromkeys(cell.projection for cell in cells if cell.projection))
+    for i, (name, (colour, mark)) in enumerate(zip(names, _STYLES, strict=False)):
+        mine = [cell for cell in cells if cell.projection == name]
+        axes.errorbar(
+            [ranks.index(cell.rank) + 0.12 * (i - len(names) / 2) for cell in mine],
+            [cell.mean for cell in mine],
+            [cell.error for cell in mine],
+            color=colour,
+            marker=mark,
+            linestyle="none",
+            capsize=3,
+            label=name,
+        )
+    axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
+    axes.set_xlim(-0.6, max(len(ranks), 1) - 0.4)
