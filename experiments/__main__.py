@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config.validate()
         # Only now the heavy imports: a refused command line answers at once.
+        from experiments.loop import NonFiniteLossError
         from experiments.run import run
-        from experiments.train import NonFiniteLossError
     except ConfigError as error:
         return _complain(error, 2)
     try:

@@ -97,8 +97,8 @@ class Config:
     """Updates between two projections of the FLORA momentum."""
     reading: str = "paper"
     """How the FLORA momentum becomes an update: paper or interpolated."""
-    projection: str = "Gaussian"
-    """How matrices are sketched: Gaussian (the paper's), Rademacher, CountSketch,
+    projection: str = "CountSketch"
+    """How matrices are sketched: CountSketch, Gaussian (the paper's), Rademacher,
     Orthogonal or SRHT."""
     learning_rate: float | None = None
     """Peak learning rate of every method of this run, in place of the ones below."""
@@ -165,6 +165,14 @@ def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def check_projection(name: str) -> None:
+    """Raises ConfigError if there is no projection of that name."""
+    if name not in PROJECTIONS:
+        raise ConfigError(
+            f"`--projection` must be one of {', '.join(PROJECTIONS)}, got {name!r}"
+        )
+
+
 def _check_methods(methods: tuple[str, ...]) -> None:
     known = ", ".join(METHODS)
     if not methods:
@@ -213,11 +221,7 @@ def _check_fractions(config: Config) -> None:
         raise ConfigError(
             f"`--reading` must be one of {', '.join(READINGS)}, got {config.reading!r}"
         )
-    if config.projection not in PROJECTIONS:
-        raise ConfigError(
-            f"`--projection` must be one of {', '.join(PROJECTIONS)}, got "
-            f"{config.projection!r}"
-        )
+    check_projection(config.projection)
     if not 0 <= config.momentum < 1:
         raise ConfigError(
             f"`--momentum` must be in [0, 1), got {config.momentum}; 0.9 is usual"

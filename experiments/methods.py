@@ -1,13 +1,10 @@
-"""The four trainings: an optimizer and its compressed twin, twice.
-
-What FLORA replaces is one line in each pair; compare the branches of `optimizer`.
-"""
+"""The four trainings of the main job: an optimizer and its compressed twin, twice."""
 
 import dataclasses
 
 import optax
 
-import flora_jax as fj
+from experiments import optimizers
 from experiments.config import Config
 
 
@@ -63,57 +60,25 @@ METHODS = {
 }
 
 
-def matrices_only(path: str, shape: tuple[int, ...]) -> bool:
-    """Says which parameters may be compressed: all but the embeddings.
-
-    The gradient of an embedding is sparse by rows, unlike a matrix product's. Here
-    the aspect rule alone would let the (4096, 256) token embedding in.
-    """
-    del shape
-    return not path.startswith(("wte/", "wpe/"))
-
-
 def schedule(config: Config, method: str) -> optax.Schedule:
     """Linear warm-up to the peak, then a cosine down to a tenth of it."""
     peak = config.peak_learning_rate(method)
-    warmup = round(config.warmup_fraction * config.updates)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=peak / (warmup + 1),  # at 0 the first update would be lost
-        peak_value=peak,
-        warmup_steps=warmup,
-        decay_steps=max(config.updates, warmup + 1),
-        end_value=peak / 10,
-    )
+    return optimizers.schedule(peak, config.updates, config.warmup_fraction, end=0.1)
 
 
 def optimizer(config: Config, name: str) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer of the training called `name`."""
-    rate = schedule(config, name)
-    match name:
-        case "adafactor_momentum":
-            return optax.adafactor(rate, momentum=config.momentum)
-        case "flora_momentum":
-            return fj.flora(
-                rate,
-                rank=config.rank,
-                b1=config.momentum,
-                resample_every=config.resample_every,
-                reading=config.reading,
-                projection=getattr(fj, config.projection)(),
-                key=config.seed,
-                mask=matrices_only,
-            )
-        case "full_accumulation":
-            return optax.MultiSteps(
-                optax.adafactor(rate), config.micro_batches
-            ).gradient_transformation()
-        case "flora_accumulation":
-            return fj.compressed_accumulation(
-                optax.adafactor(rate),
-                config.micro_batches,
-                config.rank,
-                projection=getattr(fj, config.projection)(),
-                key=config.seed,
-                mask=matrices_only,
-            )
-    raise ValueError(f"`name` must be one of {', '.join(METHODS)}, got {name!r}")
+    method = METHODS[name]
+    kept = "flora" if method.compressed else "full"
+    recipe = optimizers.Recipe(
+        accumulation=kept if method.kind == "accumulator" else "none",
+        momentum=kept if method.kind == "momentum" else "none",
+        micro_batches=config.micro_batches,
+        b1=config.momentum,
+        rank=config.rank,
+        resample_every=config.resample_every,
+        reading=config.reading,
+        projection=config.projection,
+        seed=config.seed,
+    )
+    return optimizers.make(recipe, schedule(config, name))

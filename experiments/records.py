@@ -6,7 +6,7 @@ import pathlib
 import statistics
 from typing import Any
 
-from experiments.memory import StateBytes
+from experiments.state_bytes import StateBytes
 
 Row = dict[str, Any]
 

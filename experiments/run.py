@@ -16,7 +16,7 @@ from experiments import checkpoints, records, report
 from experiments.config import METHODS, Config, ConfigError
 from experiments.data import Data, load
 from experiments.display import Display, make_console
-from experiments.training import Training
+from experiments.training import MethodTraining
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -68,12 +68,12 @@ def _train(config: Config, dataset: Data, console: Console) -> list[records.Summ
         trainings = []
         for name in config.methods:
             folder = config.output_dir / name
-            training = Training(name, config, dataset, folder, display)
-            stack.callback(training.close)
+            training = MethodTraining(name, config, dataset, folder, display)
+            stack.callback(training.loop.close)
             trainings.append(training)
         for number in range(1, stop + 1):
             for training in trainings:
-                training.advance(number)
+                training.loop.advance(number)
         summaries = [training.finish() for training in trainings]
     return [summary for summary in summaries if summary is not None]
 

@@ -7,7 +7,6 @@ the end a table and a picture are written beside the results.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -23,13 +22,13 @@ import optax
 import tyro
 from rich.progress import Progress
 
-from experiments import gpt2, memory, methods, records, sweep_report
+from experiments import gpt2, loop, methods, records, state_bytes, sweep_report
 from experiments.checkpoints import State
 from experiments.config import Config, ConfigError, ModelConfig
 from experiments.data import Data, batches, load
 from experiments.methods import METHODS
 from experiments.run import versions
-from experiments.train import mean_loss, training_step
+from experiments.training import problem
 
 Cell = dict[str, Any]
 
@@ -80,11 +79,11 @@ class Bench:
         self.parts = self.method.micro_batches(self.config)
         self._data = data
         state, graphdef = self.start(0)
-        self.bytes = memory.measure(self.method, self.config, *state)
-        self._loss = jax.jit(functools.partial(gpt2.next_token_loss, graphdef))
+        self.bytes = state_bytes.measure(self.method, self.config, *state)
+        self._problem = problem(self.config, data, graphdef)
         started = time.perf_counter()
-        tokens = batches(data, self.config.batch_size, 0)[0]
-        step = jax.jit(functools.partial(self._step, graphdef), donate_argnums=0)
+        tokens = self._problem.batches[0]
+        step = jax.jit(self._step, donate_argnums=0)
         part = tokens[: len(tokens) // self.parts]
         self._compiled = step.lower(state, part, 0.1).compile()
         self.compile_seconds = time.perf_counter() - started
@@ -103,10 +102,11 @@ class Bench:
         return optax.chain(tx, optax.scale(rate))
 
     def _step(
-        self, graphdef: Any, state: State, tokens: jax.Array, rate: float
+        self, state: State, tokens: jax.Array, rate: float
     ) -> tuple[State, jax.Array]:
         tx = self._optimizer(self.config, rate)
-        return training_step(graphdef, tx, state, tokens)
+        key = jax.random.key(0)  # There is no dropout here.
+        return loop.training_step(self._problem.loss, tx, state, {}, tokens, key)
 
     def train(self, rate: float, seed: int) -> dict[str, Any]:
         """Trains once; losses are None if it diverged."""
@@ -126,12 +126,7 @@ class Bench:
         return {
             "train_loss": _finite(statistics.mean(losses[-tenth:])),
             "validation_loss": _finite(
-                mean_loss(
-                    self._loss,
-                    state.params,
-                    self._data.validation,
-                    self.config.batch_size,
-                )
+                self._problem.evaluate(state.params)["validation_loss"]
             ),
             "step_seconds": statistics.median(seconds),
             "compile_seconds": self.compile_seconds,

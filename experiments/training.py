@@ -1,23 +1,22 @@
-"""One training from its start, or its last checkpoint, to its summary."""
+"""One of the four trainings of the main job, from its start to its summary."""
 
+import functools
 import pathlib
 from typing import Any
 
+import jax
+
 import flora_jax as fj
-from experiments import gpt2, memory, methods, records
-from experiments.checkpoints import Checkpoints, State
-from experiments.config import Config
-from experiments.data import Data
+from experiments import gpt2, loop, methods, records, state_bytes
+from experiments.checkpoints import State
+from experiments.config import Config, flag
+from experiments.data import Data, batches
 from experiments.display import Display
 from experiments.methods import METHODS
-from experiments.train import Trainer
 
 
-class Training:
-    """A training that goes on by one update when it is told to.
-
-    So several can take turns, and what else the machine does slows all of them alike.
-    """
+class MethodTraining:
+    """The training of one method, and what its summary says."""
 
     def __init__(
         self,
@@ -40,72 +39,39 @@ class Training:
             ConfigError: the checkpoint to resume from was made with other settings, or
                 nothing would be compressed.
         """
-        method = METHODS[name]
+        self._config, self._folder, self.method = config, folder, METHODS[name]
         tx = methods.optimizer(config, name)
         graphdef, params = gpt2.create(config.model, config.seed)
-        self._state = State(params, tx.init(params))
-        self._bytes = memory.measure(method, config, *self._state)
-        self._config = config
-        self._folder = folder
-        self._kept = Checkpoints(
-            folder / "checkpoints", identity(config, name, dataset)
+        state = State(params, tx.init(params))
+        self._bytes = state_bytes.measure(self.method, config, *state)
+        self.loop = loop.Training(
+            self.method.title,
+            problem(config, dataset, graphdef),
+            state,
+            tx,
+            methods.schedule(config, name),
+            _pace(config, self.method),
+            folder,
+            identity(config, name, dataset),
+            display,
+            rate_flag=flag(f"learning_rates.{name}"),
+            resume=config.resume,
         )
-        self._trainer = Trainer(method, config, dataset, graphdef, tx)
-        self._done = self._restore(tx)
-        self._metrics = records.MetricsFile(
-            folder / "metrics.jsonl", keep_until=self._done
-        )
-        self._bar = display.add(method.title, config.updates, max(self._done, 0))
-        self._trainer.compile(self._state)
-        if self._done < 0:
-            self._done = 0
-            loss = self._trainer.validation_loss(self._state)
-            self._metrics.append({"update": 0, "tokens": 0, "validation_loss": loss})
-
-    def _restore(self, tx: Any) -> int:
-        """Returns the number of updates done, -1 for a new training."""
-        if not self._config.resume or self._kept.latest() is None:
-            return -1
-        done, self._state = self._kept.restore(self._state)
-        if self._trainer.method.compressed:
-            fj.verify_state(tx, self._state.opt_state)
-        return done
-
-    def advance(self, number: int) -> None:
-        """Does update `number`, counted from 1, unless a checkpoint holds it already.
-
-        Raises:
-            NonFiniteLossError: the loss is infinite or no number.
-        """
-        if number <= self._done:
-            return
-        config = self._config
-        self._state, row = self._trainer.update(self._state, number)
-        if number % config.eval_every == 0 or number == config.updates:
-            row["validation_loss"] = self._trainer.validation_loss(self._state)
-        self._metrics.append(row)  # before the checkpoint, which vouches for it
-        last = number in (config.updates, config.stop_after)
-        if number % config.checkpoint_every == 0 or last:
-            self._kept.save(number, self._state)
-        self._done = number
-        self._bar.show(row)
-
-    def close(self) -> None:
-        """Closes the checkpoints."""
-        self._kept.close()
+        if self.method.compressed:
+            fj.verify_state(tx, self.loop.state.opt_state)
 
     def finish(self) -> records.Summary | None:
         """Writes and returns the summary; None if there are updates to come."""
-        if self._done < self._config.updates:
+        if self.loop.done < self._config.updates:
             return None
         summary = self._summarize()
         records.write_json(self._folder / "summary.json", summary.as_json())
         return summary
 
     def _summarize(self) -> records.Summary:
-        trainer, config, rows = self._trainer, self._config, self._metrics.rows
-        method = trainer.method
+        config, rows, method = self._config, self.loop.metrics.rows, self.method
         step_seconds = records.median_seconds(rows)
+        tokens = self.loop.problem.tokens
         return records.Summary(
             method=method.name,
             title=method.title,
@@ -113,17 +79,53 @@ class Training:
             compressed=method.compressed,
             learning_rate=config.peak_learning_rate(method.name),
             updates=config.updates,
-            micro_batches=trainer.parts,
-            tokens_per_update=trainer.tokens_per_update,
+            micro_batches=method.micro_batches(config),
+            tokens_per_update=tokens,
             train_loss=records.final_train_loss(rows),
             validation_loss=records.last_validation_loss(rows),
             step_seconds=step_seconds,
-            tokens_per_second=trainer.tokens_per_update / step_seconds,
-            compile_seconds=trainer.compile_seconds,
-            step_peak_bytes=trainer.peak_bytes,
+            tokens_per_second=tokens / step_seconds,
+            compile_seconds=self.loop.compile_seconds,
+            step_peak_bytes=self.loop.peak_bytes,
             bytes=self._bytes,
             metrics=tuple(rows),
         )
+
+
+def problem(config: Config, dataset: Data, graphdef: Any) -> loop.Problem:
+    """Returns next-token prediction on the packed corpus."""
+
+    def loss(params: Any, frozen: Any, tokens: jax.Array, key: jax.Array) -> jax.Array:
+        del frozen, key  # All parameters are trained, and there is no dropout.
+        return gpt2.next_token_loss(graphdef, params, tokens)
+
+    evaluate = jax.jit(functools.partial(gpt2.next_token_loss, graphdef))
+
+    def validation_loss(params: Any) -> dict[str, float]:
+        total, examples = 0.0, dataset.validation
+        for start in range(0, len(examples), config.batch_size):
+            chunk = examples[start : start + config.batch_size]
+            total += float(evaluate(params, chunk)) * len(chunk)
+        return {"validation_loss": total / len(examples)}
+
+    return loop.Problem(
+        loss=loss,
+        frozen={},
+        batches=batches(dataset, config.batch_size, config.seed),
+        tokens=config.batch_size * config.model.context,
+        evaluate=validation_loss,
+    )
+
+
+def _pace(config: Config, method: methods.Method) -> loop.Pace:
+    return loop.Pace(
+        updates=config.updates,
+        micro_batches=method.micro_batches(config),
+        eval_every=config.eval_every,
+        checkpoint_every=config.checkpoint_every,
+        stop_after=config.stop_after,
+        seed=config.seed,
+    )
 
 
 def identity(config: Config, name: str, dataset: Data) -> dict[str, Any]:

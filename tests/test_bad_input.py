@@ -104,7 +104,11 @@ def test_all_forms_of_a_key_mean_the_same(seed):
         ({"resample_every": 0}, ValueError, "`resample_every` must be positive, got"),
         ({"resample_every": 2.5}, TypeError, "`resample_every` must be an int"),
         ({"reading": "nesterov"}, ValueError, "`reading` must be one of 'paper'"),
-        ({"reading": "residual"}, ValueError, "orthogonal rows, got .*Gaussian"),
+        (
+            {"reading": "residual", "projection": fj.Gaussian()},
+            ValueError,
+            "orthogonal rows, got .*Gaussian",
+        ),
         ({"projection": "gaussian"}, TypeError, "`projection` must be a flora_jax"),
         ({"projection": fj.Gaussian}, TypeError, "pass an instance such as"),
         ({"dtype": jnp.int8}, TypeError, "`dtype` must be a floating dtype of 16"),

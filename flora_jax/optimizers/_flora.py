@@ -10,7 +10,7 @@ import optax
 
 from flora_jax import _checks
 from flora_jax._rules import LeafRules
-from flora_jax.projections import Gaussian, Projection
+from flora_jax.projections import CountSketch, Projection
 from flora_jax.transforms import (
     clip_part,
     factored_rms_part,
@@ -27,7 +27,7 @@ def flora(
     *,
     resample_every: int | None = 1000,
     reading: str = "paper",
-    projection: Projection = Gaussian(),  # noqa: B008 (frozen)
+    projection: Projection = CountSketch(),  # noqa: B008 (frozen)
     key: Any = 0,
     mask: Any = None,
     min_dim_size: int = 128,
@@ -64,7 +64,7 @@ def flora(
       resample_every: updates between two projections; 1000 as in the paper.
       reading: how the momentum becomes an update; see
         :func:`flora_jax.compressed_momentum`.
-      projection: how leaves are sketched; Gaussian as in the paper.
+      projection: how leaves are sketched; ``Gaussian()`` is the paper's.
       key: int seed, typed threefry2x32 key, or its key data.
       mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.
       min_dim_size: smallest side of a matrix that is sketched.

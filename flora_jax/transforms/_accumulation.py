@@ -14,7 +14,7 @@ import optax
 from flora_jax import _checks, _keys, _state
 from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
-from flora_jax.projections import Gaussian, Projection
+from flora_jax.projections import CountSketch, Projection
 from flora_jax.transforms._sketch import Sketcher, accumulate, estimate
 
 # compressed_accumulator shares it: same key and cycle, same projections.
@@ -51,7 +51,7 @@ def compressed_accumulation(
     use_grad_mean: bool = True,
     should_skip_update_fn: Callable[..., tuple[Any, Any]] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
-    projection: Projection = Gaussian(),  # noqa: B008 (frozen)
+    projection: Projection = CountSketch(),  # noqa: B008 (frozen)
     key: Any = 0,
     mask: Any = None,
     min_dim_size: int = 128,
@@ -69,8 +69,8 @@ def compressed_accumulation(
 
     and the last one gives C S, an estimate of the mean gradient (unbiased, unless the
     projection is isometric), to ``inner``. Other micro-steps return zeros and leave
-    ``inner`` alone: unlike optax, it runs once per cycle. E‖C S‖² is 1 + (m+1)/r times
-    ‖G‖² for Gaussian: a norm clip in ``inner`` nearly always clips; clip before.
+    ``inner`` alone: unlike optax, it runs once per cycle. E‖C S‖² is m/r times ‖G‖²
+    (Gaussian: 1 + (m+1)/r): a norm clip in ``inner`` nearly always clips; clip before.
 
     Each micro-step still forms full gradients: what is saved is the accumulator.
 
@@ -90,7 +90,7 @@ def compressed_accumulation(
         that returns a bool scalar and a tree to keep in ``skip_state``; a skipped
         micro-step changes nothing else. For example ``optax.skip_not_finite``.
       axis_name: mesh axes over which a device-local skip is agreed on.
-      projection: how leaves are sketched; Gaussian as in the paper.
+      projection: how leaves are sketched; ``Gaussian()`` is the paper's.
       key: int seed, typed threefry2x32 key, or its key data.
       mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.
       min_dim_size: smallest side of a matrix that is sketched.

@@ -13,7 +13,7 @@ import optax
 from flora_jax import _checks, _keys, _state
 from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
-from flora_jax.projections import Gaussian, Projection
+from flora_jax.projections import CountSketch, Projection
 from flora_jax.transforms._accumulation import NAME
 from flora_jax.transforms._sketch import Sketcher, accumulate, estimate
 
@@ -44,7 +44,7 @@ def compressed_accumulator(
     key: Any,
     step: jax.typing.ArrayLike = 0,
     use_mean: bool = True,
-    projection: Projection = Gaussian(),  # noqa: B008 (frozen)
+    projection: Projection = CountSketch(),  # noqa: B008 (frozen)
     mask: Any = None,
     min_dim_size: int = 128,
     max_aspect_ratio: float = 16,
@@ -65,7 +65,7 @@ def compressed_accumulator(
         no default: one key and step for ever would be one projection for ever.
       step: number of the cycle, for example the training step; possibly traced.
       use_mean: accumulate the mean over micro-batches, or their sum if False.
-      projection: how leaves are sketched; Gaussian as in the paper.
+      projection: how leaves are sketched; ``Gaussian()`` is the paper's.
       mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.
       min_dim_size: smallest side of a matrix that is sketched.
       max_aspect_ratio: largest ratio of its sides.

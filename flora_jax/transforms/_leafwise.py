@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 
+def widened(leaf: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The leaf in float32, not shared with whatever else reads it in float32.
+
+    XLA would widen a bfloat16 leaf once and write it to memory for all of its readers;
+    behind a barrier each of them widens what it reads as it goes.
+    """
+    if leaf.dtype != jnp.float32:
+        leaf = jax.lax.optimization_barrier(leaf)
+    return leaf.astype(jnp.float32)
+
+
 class ScaledLeaf(NamedTuple):
     """A leaf times factors that are not multiplied out.
 
@@ -39,7 +50,7 @@ class ScaledLeaf(NamedTuple):
 
     def value(self) -> Float[Array, "..."]:
         """The product, float32."""
-        full = self.leaf.astype(jnp.float32)
+        full = widened(self.leaf)
         # From the leaf on: the factors alone may overflow where it is zero.
         return functools.reduce(operator.mul, self.factors, full)
 

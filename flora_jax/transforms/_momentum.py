@@ -16,7 +16,7 @@ import optax
 from flora_jax import _checks, _keys, _state
 from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
-from flora_jax.projections import Gaussian, Projection
+from flora_jax.projections import CountSketch, Projection
 from flora_jax.transforms._leafwise import Part, leafwise
 from flora_jax.transforms._momentum_step import step_all
 from flora_jax.transforms._sketch import Sketcher
@@ -48,7 +48,7 @@ def compressed_momentum(
     *,
     resample_every: int | None = 1000,
     reading: str = "paper",
-    projection: Projection = Gaussian(),  # noqa: B008 (frozen)
+    projection: Projection = CountSketch(),  # noqa: B008 (frozen)
     key: Any = 0,
     mask: Any = None,
     min_dim_size: int = 128,
@@ -92,7 +92,7 @@ def compressed_momentum(
       rank: sketch size r; an int, a callable of (path, shape), or a tree of ints.
       resample_every: κ, in updates; 1000 as in the paper. None keeps one projection.
       reading: ``"paper"``, ``"interpolated"`` or ``"residual"``.
-      projection: how leaves are sketched; Gaussian as in the paper.
+      projection: how leaves are sketched; ``Gaussian()`` is the paper's.
       key: int seed, typed threefry2x32 key, or its key data; another one for each
         compressed_momentum of one chain.
       mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flora_jax.transforms._leafwise import widened
+
 _LEAST = 1e-3  # Adafactor's epsilon_2: parameters that start at zero must leave it.
 
 
@@ -29,6 +31,6 @@ def scale_by_parameter_scale() -> optax.GradientTransformation:
 
 
 def _scale(update: jax.Array, parameter: jax.Array) -> jax.Array:
-    full = parameter.astype(jnp.float32)
+    full = widened(parameter)
     rms = jnp.sqrt(jnp.maximum(jnp.mean(full * full), _LEAST**2))
     return (update * rms).astype(update.dtype)

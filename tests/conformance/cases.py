@@ -117,7 +117,7 @@ CASES = (
         lambda size, rate: optax.adafactor(rate, min_dim_size_to_factor=size),
     ),
     _accumulation("adam", fj.CountSketch(), lambda size, rate: optax.adam(rate)),
-    _flora("momentum", DECAY),
+    _flora("momentum", DECAY, projection=fj.Gaussian()),
     _flora("no-momentum", None),
     _flora("weight-decay", DECAY, weight_decay=0.01, projection=fj.CountSketch()),
     Case("factored-rms", fj.scale_by_factored_rms, {}),

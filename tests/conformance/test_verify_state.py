@@ -83,7 +83,7 @@ def test_the_state_of_an_nnx_optimizer(case, seed):
 def other_settings():
     """(case, argument, another value of it, what the message says of both)."""
     for case in SKETCHING:
-        ours = case.options.get("projection", fj.Gaussian())
+        ours = case.options["projection"]
         gaussian = isinstance(ours, fj.Gaussian)
         other = fj.CountSketch() if gaussian else fj.CountSketch(scale="isometric")
         yield case, "projection", other, f"{other} in the state, {ours} in tx"

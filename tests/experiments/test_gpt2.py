@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import gpt2, memory
+from experiments import gpt2, state_bytes
 from experiments.config import Config, ModelConfig
 from tests.experiments.job import TINY
 
@@ -71,7 +71,7 @@ def test_parameter_count():
 
 def test_default_job_is_no_toy():
     config = Config()
-    plans = memory.leaf_plans(config, abstract_params(config.model))
+    plans = state_bytes.leaf_plans(config, abstract_params(config.model))
     compressed = [plan for plan in plans if plan.dense_reason is None]
     share = sum(np.prod(plan.shape) for plan in compressed)
     assert share / gpt2.parameter_count(config.model) >= 0.7

@@ -179,7 +179,7 @@ def test_without_sketches_equals_adafactor_as_far_as_it_goes(momentum):
     assert_close(flat_updates, expected)
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_the_papers_but_for_the_projection():
     """And leaves below 128 stay dense."""
     params = {"w": jnp.ones((128, 512)), "small": jnp.ones((127, 512))}
     tx = fj.flora(0.1, 64)
@@ -189,7 +189,7 @@ def test_defaults_are_the_papers():
         0.9,
         resample_every=1000,
         reading="paper",
-        projection=fj.Gaussian(),
+        projection=fj.CountSketch(),
         side="smaller",
         min_dim_size=128,
         min_dim_size_to_factor=128,

@@ -10,7 +10,8 @@ import optax
 import flora_jax as fj
 from experiments.config import Config, ConfigError
 from experiments.gpt2 import Params
-from experiments.methods import Method, matrices_only
+from experiments.methods import Method
+from experiments.optimizers import matrices_only
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,47 @@
+"""Where arrays lie: batches split over all devices, the rest on each of them."""
+
+import functools
+import resource
+import sys
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+@functools.cache
+def mesh() -> jax.sharding.Mesh:
+    """Returns all devices of all hosts along one axis, "data"."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated(tree: Any) -> Any:
+    """Puts a copy of every array on each device."""
+    return jax.device_put(tree, NamedSharding(mesh(), PartitionSpec()))
+
+
+def split(batch: Any) -> Any:
+    """Spreads a batch over the devices, along its first axis.
+
+    A batch that they cannot share evenly goes to each of them whole: nothing is gained
+    then, but a small job runs on a large machine.
+
+    Args:
+        batch: NumPy arrays, (examples of this host, ...).
+    """
+    size = len(jax.tree.leaves(batch)[0])
+    even = size % jax.local_device_count() == 0
+    sharding = NamedSharding(mesh(), PartitionSpec("data" if even else None))
+    return jax.tree.map(
+        functools.partial(jax.make_array_from_process_local_data, sharding), batch
+    )
+
+
+def peak_bytes() -> int:
+    """Most memory in use so far: the first accelerator's, or else this process's."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    # Kibibytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
