@@ -73,8 +73,8 @@ def leaf_plans(config: Config, params: Params) -> list[fj.LeafPlan]:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Returns the bytes of all arrays of a tree."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Returns the bytes of all arrays, or shapes of arrays, of a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def measure(

@@ -37,8 +37,7 @@ class CountSketch(Projection):
     the cosine between G and its estimate.
 
     Costs one pass over G for a sketch and one for an estimate, whatever the rank; no
-    r x m matrix and no matrix product; m + m/r random words. A sketch costs one more
-    pass, a copy of G, if r does not divide m.
+    r x m matrix and no matrix product; m + m/r random words.
 
     Weaker than dense projections where few columns of G matter: two of them meet with
     probability 1/r, and then cancel or double, where a product would mix them. The
@@ -83,17 +82,13 @@ class CountSketch(Projection):
         flips = weigh(flips, weights)
         width = matrix.shape[axis]
         full, tail = divmod(width, rank)
-        if tail:
-            matrix, flips = (
-                jnp.roll(matrix, -shift, axis),
-                jnp.roll(flips, -shift, -1),
-            )
+        turned = shift if tail else None
         if axis == -2:
-            total = _sum_rows(matrix, flips, offsets, rank)
+            total = _sum_rows(matrix, flips, offsets, turned, rank)
         else:
-            total = _sum_chunks(matrix, flips, offsets, rank, axis)
+            total = _sum_columns(matrix, flips, offsets, turned, rank)
         if tail:
-            rest = _chunk(matrix, flips, full * rank, tail, axis)
+            rest = _wrapped(matrix, flips, shift + full * rank, tail, axis)
             pad = [(0, 0)] * rest.ndim
             pad[axis] = (0, rank - tail)
             total = total + jnp.pad(rest, pad)
@@ -126,39 +121,55 @@ class CountSketch(Projection):
         return jnp.ones(rank, jnp.float32)
 
 
-def _chunk(
+def _wrapped(
     matrix: jax.Array, flips: jax.Array, start: Any, size: int, axis: int
 ) -> jax.Array:
-    """Columns start…start+size with their signs, float32."""
-    columns = jax.lax.dynamic_slice_in_dim(matrix, start, size, axis)
-    own_flips = jax.lax.dynamic_slice_in_dim(flips, start, size, -1)
-    return columns.astype(jnp.float32) * along(own_flips, axis)
+    """Columns start…start+size with their signs, float32; the first follow the last."""
+    source = (start + jnp.arange(size, dtype=jnp.int32)) % matrix.shape[axis]
+    columns = jnp.take(matrix, source, axis=axis, mode="clip")
+    return columns.astype(jnp.float32) * along(flips[..., source], axis)
 
 
-def _sum_chunks(
-    matrix: jax.Array, flips: jax.Array, offsets: jax.Array, rank: int, axis: int
+def _sum_columns(
+    matrix: jax.Array, flips: jax.Array, offsets: jax.Array, shift: Any, rank: int
 ) -> jax.Array:
-    """The sum of all whole chunks, each turned by its offset."""
+    """The sum of all whole chunks, each turned by its offset.
 
-    def add(i: Any, buckets: jax.Array) -> jax.Array:
-        here = jax.lax.dynamic_slice_in_dim(buckets, offsets[i], rank, axis)
-        new = here + _chunk(matrix, flips, i * rank, rank, axis)
-        return jax.lax.dynamic_update_slice_in_dim(buckets, new, offsets[i], axis)
+    With a shift the chunks begin there. One of them may then wrap around the matrix: it
+    is gathered, where the others are slices.
+    """
+    full, width = offsets.shape[0], matrix.shape[-1]
+    seam = None if shift is None else jnp.minimum((width - shift) // rank, full - 1)
+
+    def add(i: Any, buckets: jax.Array, chunk: jax.Array) -> jax.Array:
+        here = jax.lax.dynamic_slice_in_dim(buckets, offsets[i], rank, -1)
+        return jax.lax.dynamic_update_slice_in_dim(
+            buckets, here + chunk, offsets[i], -1
+        )
+
+    def add_slice(i: Any, buckets: jax.Array) -> jax.Array:
+        i = i if seam is None else i + (i >= seam)
+        start = i * rank if shift is None else (i * rank + shift) % width
+        columns = jax.lax.dynamic_slice_in_dim(matrix, start, rank, -1)
+        own_flips = jax.lax.dynamic_slice_in_dim(flips, start, rank, -1)
+        return add(i, buckets, columns.astype(jnp.float32) * along(own_flips, -1))
 
     # Two rounds of buckets, so that no chunk wraps around. XLA on CPU compiles the body
     # to one kernel that adds a chunk to the buckets in place, and no copy of either.
-    shape = list(matrix.shape)
-    shape[axis] = 2 * rank
-    full = offsets.shape[0]
-    buckets = jax.lax.fori_loop(0, full, add, _zeros(matrix, shape))
-    first, second = jnp.split(buckets, 2, axis)
+    buckets = _zeros(matrix, (*matrix.shape[:-1], 2 * rank))
+    slices = full if seam is None else full - 1
+    buckets = jax.lax.fori_loop(0, slices, add_slice, buckets)
+    if seam is not None:
+        chunk = _wrapped(matrix, flips, seam * rank + shift, rank, -1)
+        buckets = add(seam, buckets, chunk)
+    first, second = jnp.split(buckets, 2, -1)
     return first + second
 
 
 def _sum_rows(
-    matrix: jax.Array, flips: jax.Array, offsets: jax.Array, rank: int
+    matrix: jax.Array, flips: jax.Array, offsets: jax.Array, shift: Any, rank: int
 ) -> jax.Array:
-    """:func:`_sum_chunks` of rows: whole rows are gathered from where they lie.
+    """:func:`_sum_columns` of rows: whole rows are gathered from where they lie.
 
     XLA on CPU compiles a chunk to one kernel, the row's number outside of its
     inner loop, that gathers, signs and adds; few chunks become one kernel together.
@@ -167,6 +178,7 @@ def _sum_rows(
 
     def add(i: Any, total: jax.Array) -> jax.Array:
         source = i * rank + (place - offsets[i]) % rank
+        source = source if shift is None else (source + shift) % matrix.shape[-2]
         rows = jnp.take(matrix, source, axis=-2, mode="clip").astype(jnp.float32)
         return total + rows * along(flips[..., source], -2)
 

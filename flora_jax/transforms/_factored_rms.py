@@ -193,9 +193,7 @@ def factored_rms_step(
         return grad.times(jax.lax.rsqrt(new)), v_row, v_col, new.astype(v.dtype)
     # XLA writes an operand of two reductions to memory, here the squares, but fuses
     # that of one: behind a barrier it does not see that the squares are the same.
-    again = ScaledLeaf(
-        jax.lax.optimization_barrier(grad.leaf), grad.factors
-    ).value()
+    again = ScaledLeaf(jax.lax.optimization_barrier(grad.leaf), grad.factors).value()
     larger, smaller = _larger_smaller(plan)
     row_mean_square = jnp.mean(full * full, axis=larger, keepdims=True)
     column_mean_square = jnp.mean(again * again, axis=smaller, keepdims=True)

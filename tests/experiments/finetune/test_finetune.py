@@ -1,0 +1,276 @@
+"""Tiny fine-tunings: all methods on both offline data sets, and a kill."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from experiments import records
+from experiments.config import ConfigError
+from experiments.finetune.__main__ import main
+from experiments.finetune.config import Config
+from experiments.finetune.methods import METHODS
+from experiments.finetune.prepare import prepare
+from experiments.finetune.published import PRESETS
+from experiments.finetune.run import run
+from experiments.models import create, save
+
+# One worker runs them all, and makes data and programs once.
+pytestmark = pytest.mark.xdist_group("finetune")
+
+UPDATES = 6
+TINY = Config(
+    dataset="phrases",
+    methods=tuple(METHODS),
+    ranks=(8,),
+    updates=UPDATES,
+    batch_size=16,
+    micro_batches=2,
+    vocab_size=400,
+    source_length=12,
+    target_length=12,
+    eval_every=4,
+    eval_examples=20,
+    decode_examples=12,
+    checkpoint_every=2,
+    samples=2,
+    dropout=0.1,
+)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "methods", "metrics"),
+    [
+        ("phrases", "t5-tiny", tuple(METHODS), {"exact_match", "bleu", "chrf"}),
+        (
+            "docstrings",
+            "gpt2-tiny",
+            ("full_accumulation", "flora_accumulation", "lora_accumulation"),
+            {"rouge1", "rouge2", "rougeL"},
+        ),
+    ],
+)
+def test_methods_train_and_are_evaluated(
+    dataset, model, methods, metrics, data_dir, tmp_path, capsys
+):
+    config = dataclasses.replace(
+        TINY,
+        dataset=dataset,
+        model=model,
+        methods=methods,
+        data_dir=data_dir,
+        output_dir=tmp_path,
+    )
+    rows = run(config)
+    shown = capsys.readouterr().out
+    assert [row["method"] for row in rows] == list(methods)
+    for row in rows:
+        assert metrics <= row.keys()
+        assert all(0 <= row[name] <= 100 for name in metrics)
+        name = row["method"] + ("-r8" if row["rank"] else "")
+        lines = records.read_rows(tmp_path / name / "metrics.jsonl")
+        assert [line["update"] for line in lines] == list(range(UPDATES + 1))
+        assert lines[-1]["validation_loss"] < lines[0]["validation_loss"]
+        assert lines[-1]["peak_bytes"] > 2**20
+        events = list((tmp_path / name / "tensorboard").glob("events.*"))
+        assert events[0].stat().st_size > 100
+        samples = (tmp_path / name / "samples.txt").read_text()
+        assert samples.count("prediction: ") == 2
+        # Long lines are folded on the screen.
+        assert samples.splitlines()[0][:60] in shown
+    sizes = {row["method"]: row for row in rows}
+    full, flora = sizes["full_accumulation"], sizes["flora_accumulation"]
+    assert flora["state_bytes"] < full["state_bytes"]
+    lora = sizes["lora_accumulation"]
+    assert lora["trained_bytes"] < 0.3 * full["trained_bytes"]
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows
+    assert (tmp_path / "report.md").read_text().count("\n") == 2 + len(methods)
+
+
+def test_same_command_goes_on(data_dir, tmp_path):
+    config = dataclasses.replace(
+        TINY, methods=("flora_momentum",), data_dir=data_dir, output_dir=tmp_path
+    )
+    assert run(dataclasses.replace(config, stop_after=3)) == []
+    (row,) = run(config)
+    assert run(config) == [row]  # nothing is left to do
+    with pytest.raises(ConfigError, match="made with --seed 0, but this run has --see"):
+        run(dataclasses.replace(config, seed=1))
+    (other,) = run(dataclasses.replace(config, seed=1, overwrite=True))
+    assert other["validation_loss"] != row["validation_loss"]
+
+
+def test_from_a_checkpoint(data_dir, tmp_path):
+    """Loads what transformers would, and refuses a vocabulary that does not fit."""
+    config = dataclasses.replace(TINY, data_dir=data_dir, output_dir=tmp_path / "out")
+    prepared = prepare(config)
+    save(prepared.params, prepared.model, tmp_path)
+    missing = dataclasses.replace(config, checkpoint=tmp_path)
+    with pytest.raises(ConfigError, match=r"has no spiece.model; fetch it .* or give"):
+        prepare(missing)
+    (tmp_path / "spiece.model").write_bytes(prepared.vocabulary.proto)
+    loaded = prepare(missing)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, prepared.params)
+    assert loaded.model == prepared.model
+
+    small = dataclasses.replace(prepared.model, vocab_size=prepared.vocabulary.size - 1)
+    save(create(small, 0)[1], small, tmp_path)
+    with pytest.raises(ConfigError, match="tokens and the checkpoint only"):
+        prepare(missing)
+
+
+FLAGS = (
+    "phrases --methods flora_accumulation --ranks 8 --updates 8 --batch-size 16 "
+    "--micro-batches 2 --vocab-size 400 --source-length 12 --target-length 12 "
+    "--eval-every 4 --eval-examples 20 --decode-examples 12 --checkpoint-every 1 "
+    "--dropout 0.1"
+)
+ROOT = pathlib.Path(__file__).parents[3]
+
+
+def command(data_dir, folder):
+    arguments = [*FLAGS.split(), "--data-dir", data_dir, "--output-dir", folder]
+    return [sys.executable, "-m", "experiments.finetune", *map(str, arguments)]
+
+
+def one_device():
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+
+def last_state(folder):
+    path = (folder / "flora_accumulation-r8" / "checkpoints").absolute()
+    with ocp.CheckpointManager(path) as manager:
+        step = manager.latest_step()
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return step, manager.restore(step, args=args)["state"]
+
+
+def test_a_killed_run_ends_with_the_same_bits(data_dir, tmp_path):
+    """SIGKILL twice, at whatever it is doing; one device and eight agree too."""
+    prepare(dataclasses.replace(TINY, data_dir=data_dir))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(
+        command(data_dir, whole), env=one_device(), cwd=ROOT, check=True, timeout=300
+    )
+    for rows in (3, 6):
+        _run_and_kill(command(data_dir, killed), killed, rows)
+    assert last_state(killed)[0] < 8
+    subprocess.run(
+        command(data_dir, killed), env=one_device(), cwd=ROOT, check=True, timeout=300
+    )
+    expected = last_state(whole)
+    assert expected[0] == 8
+    jax.tree.map(np.testing.assert_array_equal, last_state(killed), expected)
+
+    assert jax.device_count() == 8
+    many = tmp_path / "many"
+    assert main(command(data_dir, many)[3:]) == 0
+    # Sums in another order; Adafactor makes much of what is nearly zero, so that single
+    # parameters may differ more than the losses do.
+    assert losses(many) == pytest.approx(losses(whole), rel=1e-3)
+
+
+def losses(folder):
+    rows = records.read_rows(folder / "flora_accumulation-r8" / "metrics.jsonl")
+    return [row.get("loss", row.get("validation_loss")) for row in rows]
+
+
+def _run_and_kill(arguments, folder, rows):
+    """Starts a training and kills it once it has logged so many rows."""
+    metrics = folder / "flora_accumulation-r8" / "metrics.jsonl"
+    process = subprocess.Popen(
+        arguments, env=one_device(), cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or metrics.read_text().count("\n") < rows:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--updates 0", "`--updates` must be at least 1, got 0"),
+        ("--ranks 8 0", "`--ranks` must be at least 1, got 0"),
+        ("--ranks 8 8", "`--ranks` must name at least one, each once, got '8 8'"),
+        ("--samples -1", "`--samples` must not be negative, got -1"),
+        ("--stop-after 0", "`--stop-after` must be between 1 and `--updates` (300)"),
+        (
+            "--learning-rate inf",
+            "`--learning-rate` must be positive and finite, got in",
+        ),
+        ("--lora-alpha 0", "`--lora-alpha` must be positive and finite, got 0.0"),
+        ("--dropout 1", "`--dropout` must be in [0, 1), got 1.0"),
+        ("--projection gauss", "`--projection` must be one of Gaussian, Rademacher"),
+        (
+            "--micro-batches 5",
+            "`--micro-batches` must divide `--batch-size` (32) for full_accumulation",
+        ),
+        (
+            "--optimizer adam --methods flora_momentum",
+            "`--methods` got flora_momentum, but `--optimizer adam` has a momentum of",
+        ),
+    ],
+)
+def test_bad_settings_are_one_line(arguments, message, capsys):
+    assert main(["docstrings", *arguments.split()]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {message}")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"batch_size": 4},
+            "must be a multiple of 16 for 2 micro-batches on 8 devices",
+        ),
+        (
+            {"model": "gpt2-tiny", "source_length": 250},
+            "together must be at most 256, the model's context, got 262",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit(changes, message, data_dir, tmp_path):
+    methods = ("full_accumulation",)
+    config = dataclasses.replace(
+        TINY, methods=methods, data_dir=data_dir, output_dir=tmp_path, **changes
+    )
+    with pytest.raises(ConfigError, match=message):
+        run(config)
+
+
+def test_divergence_names_the_rate_to_lower(data_dir, tmp_path, capsys):
+    arguments = command(data_dir, tmp_path)[3:]
+    rate = ["--learning-rate", "1e30", "--warmup-fraction", "0"]
+    assert main([*arguments, *rate]) == 1
+    assert "lower `--learning-rate`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_make_sense(name):
+    PRESETS[name][1].validate()
+
+
+def test_a_missing_data_set_says_what_to_do(tmp_path, capsys):
+    arguments = ["xsum-t5-small", "--data-dir", str(tmp_path)]
+    assert main([*arguments, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "xsum" in capsys.readouterr().err.lower()

@@ -1,0 +1,82 @@
+"""The memory command: known sizes of state, and what a step's account consists of."""
+
+import re
+
+import jax
+import pytest
+
+import flora_jax as fj
+from experiments.memory import __main__ as command
+from experiments.memory import measure
+from experiments.memory.config import Config
+from experiments.models import PUBLISHED, T5Config
+from experiments.state_bytes import tree_bytes
+
+GIB = 2**30
+# float32 accumulators under the paper's rules: matrices of an aspect up to 16.
+KNOWN = {
+    "t5-3b": {None: 10.62, 16: 0.287, 64: 0.779, 256: 2.75, 512: 5.37},
+    "gpt2-xl": {None: 5.80, 16: 0.355, 64: 0.520, 256: 1.18, 512: 2.06},
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_accumulators_have_the_known_sizes(name):
+    _, params, _ = measure._parameters(PUBLISHED[name], "flora", 16)
+    found = {None: tree_bytes(params) / GIB}
+    for rank in (16, 64, 256, 512):
+        accumulator = fj.compressed_accumulator(rank, key=0)
+        found[rank] = tree_bytes(jax.eval_shape(accumulator.init, params)) / GIB
+    assert found == pytest.approx(KNOWN[name], rel=0.01)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(PUBLISHED, "t5-small", T5Config(layers=1, decoder_layers=1))
+
+
+def test_rows(tiny, tmp_path, capsys):
+    arguments = "--model t5-small --rank 16 --source-length 16 --target-length 8"
+    assert command.main([*arguments.split(), "--output-dir", str(tmp_path)]) == 0
+    table = (tmp_path / "memory.md").read_text()
+    assert table in capsys.readouterr().out
+    assert table.count("\n") == 2 + 4
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
+
+
+def test_the_account_adds_up(tiny):
+    config = Config(source_length=16, target_length=8, scan=False, remat=False)
+    rows = {
+        method: measure.measure(config, "t5-small", method, rank)
+        for method, rank in (("adam", None), ("flora", 16), ("lora", 16))
+    }
+    for row in rows.values():
+        kept = row.parameters + row.optimizer + row.accumulator
+        assert row.accumulate_step >= kept + row.accumulate_temporaries
+        # Tokens in, loss out, and a pointer for each array: next to nothing else.
+        assert row.accumulate_step < kept + row.accumulate_temporaries + 2000
+        assert row.apply_step >= kept + row.apply_temporaries
+        assert row.apply_step < kept + row.apply_temporaries + 2000
+    assert rows["adam"].accumulator == rows["adam"].parameters
+    assert rows["adam"].optimizer == pytest.approx(
+        2 * rows["adam"].parameters, rel=0.01
+    )
+    assert rows["flora"].accumulator < 0.8 * rows["adam"].accumulator
+    assert rows["lora"].trained == rows["lora"].accumulator
+    assert rows["lora"].trained < 0.2 * rows["lora"].parameters
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model t5-11b", "`--model` must be of gpt2, .* got 't5-11b'"),
+        ("--rank 16,x", "`--rank` must be positive whole numbers .* got '16,x'"),
+        ("--rank 0", "`--rank` must be positive whole numbers"),
+        ("--batch-size 0", "`--batch-size` must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_one_line(arguments, message, capsys):
+    assert command.main(arguments.split()) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert re.match("error: " + message, errors)
