@@ -8,7 +8,7 @@ import optax
 import orbax.checkpoint as ocp
 
 from experiments.config import ConfigError
-from experiments.gpt2 import Params
+from experiments.models.build import Params
 
 
 class State(NamedTuple):
@@ -92,7 +92,7 @@ class Checkpoints:
             old, new = saved.get(name), self._identity.get(name)
             if old != new:
                 raise ConfigError(
-                    f"`--resume` found in {self.folder} a checkpoint made with "
-                    f"{name} {old}, but this run has {name} {new}; give the same, or "
-                    "another `--output-dir`"
+                    f"{self.folder} holds a checkpoint made with {name} {old}, but "
+                    f"this run has {name} {new}; give the same, another "
+                    "`--output-dir`, or `--overwrite` to start again"
                 )

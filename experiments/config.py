@@ -8,6 +8,8 @@ import math
 import pathlib
 from typing import Any
 
+from experiments.models.config import GPT2Config, validate
+
 METHODS = (
     "adafactor_momentum",
     "flora_momentum",
@@ -45,22 +47,6 @@ _NOT_PART_OF_A_RUN = frozenset(
 
 class ConfigError(ValueError):
     """A setting that makes no sense; the message names it and says what does."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The size of the GPT-2."""
-
-    layers: int = 4
-    """Number of transformer blocks."""
-    width: int = 256
-    """Size of the residual stream; a multiple of the number of heads."""
-    heads: int = 4
-    """Attention heads in each block."""
-    context: int = 128
-    """Tokens that the model sees at once; also the length of a packed example."""
-    vocab_size: int = 4096
-    """Tokens in the byte-level BPE that is trained on the corpus."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +110,7 @@ class Config:
     """Delete the trainings that lie in the output directory and start again."""
     stop_after: int | None = None
     """Interrupt each training after this update, with a checkpoint to resume from."""
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    model: GPT2Config = dataclasses.field(default_factory=GPT2Config)
     learning_rates: LearningRates = dataclasses.field(default_factory=LearningRates)
 
     def validate(self) -> None:
@@ -258,16 +244,8 @@ def _check_pairs(config: Config) -> None:
         )
 
 
-def _check_model(model: ModelConfig, rank: int) -> None:
-    for name in ("layers", "width", "heads", "context"):
-        value = getattr(model, name)
-        if value < 1:
-            raise ConfigError(f"`--model.{name}` must be at least 1, got {value}")
-    if model.width % model.heads:
-        raise ConfigError(
-            f"`--model.heads` must divide `--model.width`, got {model.heads} and "
-            f"{model.width}; {math.gcd(model.width, model.heads)} heads would"
-        )
+def _check_model(model: GPT2Config, rank: int) -> None:
+    validate(model)
     if model.vocab_size < SMALLEST_VOCABULARY:
         raise ConfigError(
             f"`--model.vocab-size` must be at least {SMALLEST_VOCABULARY} (the bytes "

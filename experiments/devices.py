@@ -15,9 +15,14 @@ def mesh() -> jax.sharding.Mesh:
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
+def on_all() -> NamedSharding:
+    """Returns the sharding of what lies on each device whole."""
+    return NamedSharding(mesh(), PartitionSpec())
+
+
 def replicated(tree: Any) -> Any:
     """Puts a copy of every array on each device."""
-    return jax.device_put(tree, NamedSharding(mesh(), PartitionSpec()))
+    return jax.device_put(tree, on_all())
 
 
 def split(batch: Any) -> Any:
@@ -30,7 +35,7 @@ def split(batch: Any) -> Any:
         batch: NumPy arrays, (examples of this host, ...).
     """
     size = len(jax.tree.leaves(batch)[0])
-    even = size % jax.local_device_count() == 0
+    even = size % mesh().local_mesh.size == 0
     sharding = NamedSharding(mesh(), PartitionSpec("data" if even else None))
     return jax.tree.map(
         functools.partial(jax.make_array_from_process_local_data, sharding), batch

@@ -24,7 +24,7 @@ def make_console() -> Console:
 
 
 class Display:
-    """Shows how the trainings get on: loss, tokens per second, time left."""
+    """Shows how the trainings get on: loss, speed, memory, time left."""
 
     def __init__(self, console: Console):
         """Builds the display; nothing is shown before `with`."""
@@ -35,6 +35,7 @@ class Display:
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),
             TextColumn("{task.fields[speed]} tokens/s"),
+            TextColumn("{task.fields[memory]} GiB"),
             TimeRemainingColumn(),
             console=console,
             refresh_per_second=4,
@@ -57,7 +58,12 @@ class Display:
     def add(self, title: str, total: int, done: int) -> "Bar":
         """Adds the bar of one training."""
         task = self._progress.add_task(
-            title, total=total, completed=done, loss="  -  ", speed="    -"
+            title,
+            total=total,
+            completed=done,
+            loss="  -  ",
+            speed="    -",
+            memory="  -",
         )
         return Bar(self, self._progress, task, title, total)
 
@@ -82,10 +88,12 @@ class Bar:
             completed=row["update"],
             loss=f"{row['loss']:.3f}",
             speed=f"{row['tokens_per_second']:6,.0f}",
+            memory=f"{row['step_bytes'] / 2**30:.2f}",
         )
         if "validation_loss" in row and not self._display.console.is_terminal:
             self._display.say(
                 f"{self._title:20} {row['update']:>4}/{self._total}  "
                 f"loss {row['loss']:.3f}  validation {row['validation_loss']:.3f}  "
-                f"{row['tokens_per_second']:,.0f} tokens/s"
+                f"{row['tokens_per_second']:,.0f} tokens/s  "
+                f"step {row['step_bytes'] / 2**30:.2f} GiB"
             )

@@ -10,6 +10,7 @@ import functools
 import math
 import pathlib
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ from tensorboardX import SummaryWriter
 from experiments import devices, records
 from experiments.checkpoints import Checkpoints, State
 from experiments.display import Display
+from experiments.state_bytes import step_bytes
+
+_DROPOUT = zlib.crc32(b"dropout")
 
 Batch = Any
 Loss = Callable[[Any, Any, Batch, jax.Array], jax.Array]
@@ -40,9 +44,9 @@ class Problem(NamedTuple):
     batches: Sequence[Batch]
     """Item i is the batch of update i + 1: NumPy arrays, (examples, ...)."""
     tokens: int
-    """Tokens in a batch."""
-    evaluate: Callable[[Any], dict[str, float]]
-    """Metrics of parameters; "validation_loss" among them."""
+    """Tokens in a batch, padding included."""
+    evaluate: Callable[[Any, Any], dict[str, float]]
+    """Metrics of params and frozen; "validation_loss" among them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +127,7 @@ class Training:
         self._step = functools.partial(training_step, problem.loss, tx)
         self._kept = Checkpoints(folder / "checkpoints", identity)
         self.state, self.done = devices.replicated(state), 0
-        self._frozen = devices.replicated(problem.frozen)
+        self.frozen = devices.replicated(problem.frozen)
         fresh = not resume or self._kept.latest() is None
         if not fresh:
             self.done, self.state = self._kept.restore(self.state)
@@ -136,14 +140,15 @@ class Training:
         self._bar = display.add(title, pace.updates, self.done)
         self._compile()
         if fresh:
-            self._log({"update": 0, "tokens": 0} | problem.evaluate(self.state.params))
+            self._log({"update": 0, "tokens": 0} | self._evaluate())
 
     def _compile(self) -> None:
         started = time.perf_counter()
-        step = jax.jit(self._step, donate_argnums=0)
+        step = jax.jit(self._step, donate_argnums=0, out_shardings=devices.on_all())
         part = self._parts(1)[0]
-        lowered = step.lower(self.state, self._frozen, part, self._key(1, 0))
+        lowered = step.lower(self.state, self.frozen, part, self._key(1, 0))
         self._compiled = lowered.compile()
+        self.step_bytes = step_bytes(self._compiled)
         self.compile_seconds = time.perf_counter() - started
 
     def _parts(self, number: int) -> list[Batch]:
@@ -157,22 +162,10 @@ class Training:
 
     def _key(self, number: int, part: int) -> jax.Array:
         """The dropout key of one micro-batch."""
+        # Salted: models draw their parameters from the bare key of the same seed.
+        root = jax.random.fold_in(jax.random.key(self.pace.seed), _DROPOUT)
         draw = np.uint32(number * self.pace.micro_batches + part)
-        return jax.random.fold_in(jax.random.key(self.pace.seed), draw)
-
-    @property
-    def peak_bytes(self) -> int:
-        """The compiler's account of the memory of one step.
-
-        The peak that it reports leaves out temporaries on CPU, hence the sum.
-        """
-        stats = self._compiled.memory_analysis()
-        return (
-            stats.argument_size_in_bytes
-            + stats.output_size_in_bytes
-            + stats.temp_size_in_bytes
-            - stats.alias_size_in_bytes
-        )
+        return jax.random.fold_in(root, draw)
 
     def advance(self, number: int) -> None:
         """Does update `number`, counted from 1, unless a checkpoint holds it already.
@@ -185,7 +178,8 @@ class Training:
         pace = self.pace
         row = self._update(number)
         if number % pace.eval_every == 0 or number == pace.updates:
-            row |= self.problem.evaluate(self.state.params)
+            row |= self._evaluate()
+            self._check_finite(row, row["validation_loss"])
         self._log(row)  # before the checkpoint, which vouches for it
         last = number in (pace.updates, pace.stop_after)
         if number % pace.checkpoint_every == 0 or last:
@@ -193,13 +187,16 @@ class Training:
         self.done = number
         self._bar.show(row)
 
+    def _evaluate(self) -> dict[str, float]:
+        return self.problem.evaluate(self.state.params, self.frozen)
+
     def _update(self, number: int) -> records.Row:
-        parts = self._parts(number)
         losses = []
         started = time.perf_counter()
+        parts = self._parts(number)
         for i, batch in enumerate(parts):
             key = self._key(number, i)
-            self.state, loss = self._compiled(self.state, self._frozen, batch, key)
+            self.state, loss = self._compiled(self.state, self.frozen, batch, key)
             losses.append(loss)
         jax.block_until_ready(self.state)
         seconds = time.perf_counter() - started
@@ -210,14 +207,18 @@ class Training:
             "learning_rate": float(self._schedule(number - 1)),
             "seconds": seconds,
             "tokens_per_second": self.problem.tokens / seconds,
-            "peak_bytes": devices.peak_bytes(),
+            "step_bytes": self.step_bytes,
+            "process_peak_bytes": devices.peak_bytes(),
         }
-        if not math.isfinite(row["loss"]):
+        self._check_finite(row, row["loss"])
+        return row
+
+    def _check_finite(self, row: records.Row, loss: float) -> None:
+        if not math.isfinite(loss):
             raise NonFiniteLossError(
-                f"{self.title}: the loss is {row['loss']} at update {number}, learning "
+                f"{self.title}: the loss is {loss} at update {row['update']}, learning "
                 f"rate {row['learning_rate']:.3g}; lower `{self._rate_flag}`"
             )
-        return row
 
     def _log(self, row: records.Row) -> None:
         self.metrics.append(row)

@@ -5,13 +5,14 @@ random and B (r, m) zero: the model starts as it was. Scanned layers, whose kern
 (layers, n, m), get adapters with the same first axis.
 """
 
-from typing import Any
+import zlib
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
-Params = dict[str, Any]
+from experiments.models.build import Params
+
 _ADAPTERS = ("lora_a", "lora_b")
 _HEAD = "lm_head"
 
@@ -54,13 +55,13 @@ def add(
         ".../base/kernel".
     """
     model = nnx.merge(graphdef, params)
-    root = jax.random.key(seed)
-    number = 0
-    for _, parent in list(nnx.iter_modules(model)):
+    # Salted: the model's own parameters come from the bare key of the same seed.
+    root = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"lora"))
+    for path, parent in list(nnx.iter_modules(model)):
         for name, child in list(vars(parent).items()):
             if isinstance(child, nnx.Linear) and name != _HEAD:
-                number += 1
-                key = jax.random.fold_in(root, number)
+                salt = zlib.crc32("/".join(map(str, (*path, name))).encode())
+                key = jax.random.fold_in(root, salt)
                 setattr(parent, name, LoRALinear(child, rank, alpha / rank, key))
     graphdef, state = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(state)

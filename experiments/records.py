@@ -25,7 +25,9 @@ class MetricsFile:
         rows = read_rows(path) if path.exists() else []
         self.rows = [row for row in rows if row["update"] <= keep_until]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(map(_line, self.rows)))
+        whole = path.with_suffix(".tmp")
+        whole.write_text("".join(map(_line, self.rows)))
+        whole.replace(path)  # a kill leaves the old rows or the new ones
 
     def append(self, row: Row) -> None:
         """Adds a row, on disk at once."""

@@ -9,8 +9,8 @@ import optax
 
 import flora_jax as fj
 from experiments.config import Config, ConfigError
-from experiments.gpt2 import Params
 from experiments.methods import Method
+from experiments.models.build import Params
 from experiments.optimizers import matrices_only
 
 
@@ -75,6 +75,20 @@ def leaf_plans(config: Config, params: Params) -> list[fj.LeafPlan]:
 def tree_bytes(tree: Any) -> int:
     """Returns the bytes of all arrays, or shapes of arrays, of a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def step_bytes(compiled: jax.stages.Compiled) -> int:
+    """The compiler's account of a step: all that is in memory while it runs.
+
+    The peak that it reports leaves out temporaries on CPU, hence the sum.
+    """
+    stats = compiled.memory_analysis()
+    return (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        + stats.temp_size_in_bytes
+        - stats.alias_size_in_bytes
+    )
 
 
 def measure(

@@ -22,11 +22,12 @@ import optax
 import tyro
 from rich.progress import Progress
 
-from experiments import gpt2, loop, methods, records, state_bytes, sweep_report
+from experiments import loop, methods, records, state_bytes, sweep_report
 from experiments.checkpoints import State
-from experiments.config import Config, ConfigError, ModelConfig
+from experiments.config import Config, ConfigError
 from experiments.data import Data, batches, load
 from experiments.methods import METHODS
+from experiments.models import GPT2Config, create
 from experiments.run import versions
 from experiments.training import problem
 
@@ -54,7 +55,7 @@ def cells(grid: dict[str, Any]) -> list[Cell]:
 def config_of(settings: dict[str, Any]) -> Config:
     """Returns the settings that all runs of a grid share."""
     fields = dict(settings)
-    model = ModelConfig(**fields.pop("model", {}))
+    model = GPT2Config(**fields.pop("model", {}))
     return Config(model=model, **fields)
 
 
@@ -92,7 +93,7 @@ class Bench:
         """Returns the state that a training starts from, and the model's graph."""
         config = dataclasses.replace(self.config, seed=seed)
         tx = self._optimizer(config, 1.0)
-        graphdef, params = gpt2.create(config.model, seed)
+        graphdef, params = create(config.model, seed)
         return State(params, tx.init(params)), graphdef
 
     def _optimizer(
@@ -126,7 +127,7 @@ class Bench:
         return {
             "train_loss": _finite(statistics.mean(losses[-tenth:])),
             "validation_loss": _finite(
-                self._problem.evaluate(state.params)["validation_loss"]
+                self._problem.evaluate(state.params, {})["validation_loss"]
             ),
             "step_seconds": statistics.median(seconds),
             "compile_seconds": self.compile_seconds,

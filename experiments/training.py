@@ -7,12 +7,13 @@ from typing import Any
 import jax
 
 import flora_jax as fj
-from experiments import gpt2, loop, methods, records, state_bytes
+from experiments import loop, methods, records, state_bytes
 from experiments.checkpoints import State
 from experiments.config import Config, flag
 from experiments.data import Data, batches
 from experiments.display import Display
 from experiments.methods import METHODS
+from experiments.models import create, mean_loss
 
 
 class MethodTraining:
@@ -41,7 +42,7 @@ class MethodTraining:
         """
         self._config, self._folder, self.method = config, folder, METHODS[name]
         tx = methods.optimizer(config, name)
-        graphdef, params = gpt2.create(config.model, config.seed)
+        graphdef, params = create(config.model, config.seed)
         state = State(params, tx.init(params))
         self._bytes = state_bytes.measure(self.method, config, *state)
         self.loop = loop.Training(
@@ -86,7 +87,7 @@ class MethodTraining:
             step_seconds=step_seconds,
             tokens_per_second=tokens / step_seconds,
             compile_seconds=self.loop.compile_seconds,
-            step_peak_bytes=self.loop.peak_bytes,
+            step_peak_bytes=self.loop.step_bytes,
             bytes=self._bytes,
             metrics=tuple(rows),
         )
@@ -96,16 +97,18 @@ def problem(config: Config, dataset: Data, graphdef: Any) -> loop.Problem:
     """Returns next-token prediction on the packed corpus."""
 
     def loss(params: Any, frozen: Any, tokens: jax.Array, key: jax.Array) -> jax.Array:
-        del frozen, key  # All parameters are trained, and there is no dropout.
-        return gpt2.next_token_loss(graphdef, params, tokens)
+        del frozen  # All parameters are trained.
+        key = key if config.model.dropout else None
+        return mean_loss(graphdef, params, {"tokens": tokens}, key)
 
-    evaluate = jax.jit(functools.partial(gpt2.next_token_loss, graphdef))
+    evaluate = jax.jit(functools.partial(mean_loss, graphdef))
 
-    def validation_loss(params: Any) -> dict[str, float]:
+    def validation_loss(params: Any, frozen: Any) -> dict[str, float]:
+        del frozen
         total, examples = 0.0, dataset.validation
         for start in range(0, len(examples), config.batch_size):
             chunk = examples[start : start + config.batch_size]
-            total += float(evaluate(params, chunk)) * len(chunk)
+            total += float(evaluate(params, {"tokens": chunk})) * len(chunk)
         return {"validation_loss": total / len(examples)}
 
     return loop.Problem(

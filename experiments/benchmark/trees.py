@@ -1,19 +1,15 @@
 """Trees of parameters with GPT-2's shapes, made without a model's initialisation."""
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import gpt2
-from experiments.config import ModelConfig
-from experiments.gpt2 import Params
+from experiments.models import PUBLISHED, create
+from experiments.models.build import Params
 
-_SIZES = {
-    "gpt2": ModelConfig(12, 768, 12, 1024, 50257),
-    "gpt2-xl": ModelConfig(48, 1600, 25, 1024, 50257),
-}
+_SIZES = {name: PUBLISHED[name] for name in ("gpt2", "gpt2-xl")}
 
 
 def shapes(name: str, dtype: str) -> Params:
@@ -29,24 +25,11 @@ def shapes(name: str, dtype: str) -> Params:
     size = name.removesuffix("-stacked")
     if size not in _SIZES:
         raise ValueError(f"`trees` must be of {', '.join(_SIZES)}, got {name!r}")
-    create = functools.partial(gpt2.create, _SIZES[size], 0)
-    params = jax.eval_shape(lambda: create()[1])
-    if name != size:
-        params = _stack(params)
+    config = dataclasses.replace(_SIZES[size], scan=name != size)
+    params = jax.eval_shape(lambda: create(config, 0)[1])
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), params
     )
-
-
-def _stack(params: Params) -> Params:
-    layers = list(params["h"].values())
-    stacked = jax.tree.map(
-        lambda *leaves: jax.ShapeDtypeStruct(
-            (len(leaves), *leaves[0].shape), leaves[0].dtype
-        ),
-        *layers,
-    )
-    return params | {"h": stacked}
 
 
 def random_like(tree: Params, seed: int) -> Params:

@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
+import requests
 import tensorflow_datasets as tfds
 from tensorflow_datasets.summarization import xsum  # registers it
 
@@ -180,9 +181,15 @@ def _prepare(
     manual_dir: pathlib.Path | None,
 ) -> None:
     config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
-    builder.download_and_prepare(
-        download_dir=data_dir / "downloads", download_config=config
-    )
+    try:
+        builder.download_and_prepare(
+            download_dir=data_dir / "downloads", download_config=config
+        )
+    except requests.exceptions.RequestException as error:
+        raise ConfigError(
+            f"`--download` could not fetch {builder.name} ({error}); try again with a "
+            f"network, or copy a prepared {builder.data_path} from where there is one"
+        ) from error
 
 
 def _pairs(

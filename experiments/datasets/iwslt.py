@@ -65,8 +65,8 @@ def _xml_files(stem: pathlib.Path) -> list[pathlib.Path]:
 
 def _training_lines(path: pathlib.Path) -> list[str]:
     # Splits at "\n" alone: some lines contain the separator U+2028.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    lines = [line.strip() for line in lines[:-1] if not _TAGGED.match(line)]
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    lines = [line.strip() for line in lines if not _TAGGED.match(line)]
     return [html.unescape(line) for line in lines]
 
 

@@ -33,6 +33,10 @@ class Vocabulary(Protocol):
         """Returns the ids of each text, without `eos`."""
         ...
 
+    def save(self, folder: pathlib.Path) -> None:
+        """Writes the file that the model's name for it goes by into `folder`."""
+        ...
+
     def decode(self, rows: Iterable[Sequence[int]]) -> list[str]:
         """Returns the text of each row up to its first `eos`.
 
@@ -47,7 +51,7 @@ class SentencePiece:
 
     def __init__(self, proto: bytes):
         """Reads a serialised model, the content of a spiece.model."""
-        self.proto = proto
+        self._proto = proto
         self._model = spm.SentencePieceProcessor(model_proto=proto)
         self.size: int = self._model.vocab_size()
         self.pad: int = self._model.pad_id()
@@ -57,6 +61,10 @@ class SentencePiece:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Vocabulary`."""
         return self._model.encode(list(texts))
+
+    def save(self, folder: pathlib.Path) -> None:
+        """See `Vocabulary`: spiece.model."""
+        (folder / "spiece.model").write_bytes(self._proto)
 
     def decode(self, rows: Iterable[Sequence[int]]) -> list[str]:
         """See `Vocabulary`."""
@@ -80,6 +88,10 @@ class BytePair:
         """See `Vocabulary`."""
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def save(self, folder: pathlib.Path) -> None:
+        """See `Vocabulary`: tokenizer.json."""
+        self._tokenizer.save(str(folder / "tokenizer.json"))
 
     def decode(self, rows: Iterable[Sequence[int]]) -> list[str]:
         """See `Vocabulary`."""
@@ -117,8 +129,8 @@ def sentencepiece(texts: Iterable[str], size: int) -> SentencePiece:
         )
     except RuntimeError as error:
         raise ConfigError(
-            f"`size` {size} makes no SentencePiece vocabulary of these texts: {error}; "
-            "give more tokens, or more text"
+            f"`--vocab-size` {size} makes no SentencePiece vocabulary of these texts; "
+            f"give more tokens, or more text ({error})"
         ) from error
     return SentencePiece(model.getvalue())
 
@@ -131,13 +143,16 @@ def load_sentencepiece(file: pathlib.Path) -> SentencePiece:
     """
     remedy = "give the spiece.model of a T5"
     if not file.is_file():
-        raise ConfigError(f"there is no file {file}; {remedy}")
+        raise ConfigError(f"`--tokenizer` {file} is no file; {remedy}")
     try:
         vocabulary = SentencePiece(file.read_bytes())
     except RuntimeError as error:
         raise ConfigError(f"{file} is no SentencePiece model; {remedy}") from error
-    if min(vocabulary.pad, vocabulary.eos) < 0:
-        raise ConfigError(f"{file} lacks a token for padding or for the end; {remedy}")
+    if vocabulary.pad != 0 or vocabulary.eos < 0:
+        raise ConfigError(
+            f"{file} has pad id {vocabulary.pad} and end {vocabulary.eos}, but T5 pads "
+            f"with 0 and has an end; {remedy}"
+        )
     return vocabulary
 
 
@@ -154,7 +169,8 @@ def byte_pair(texts: Iterable[str], size: int) -> BytePair:
     """
     if size < 257:
         raise ConfigError(
-            f"`size` must be at least 257 (the bytes and the end of text), got {size}"
+            "`--vocab-size` must be at least 257 (the bytes and the end of text), got "
+            f"{size}"
         )
     return BytePair(corpus.train_tokenizer(texts, size))
 

@@ -15,8 +15,10 @@ ModelName = Literal[
     "gpt2-tiny",
     "t5-small",
     "t5-base",
+    "t5-large",
     "t5-3b",
     "t5-v1_1-small",
+    "t5-v1_1-base",
     "gpt2",
     "gpt2-medium",
     "gpt2-large",
@@ -45,6 +47,8 @@ _NOT_PART_OF_A_RUN = frozenset(
         "overwrite",
         "stop_after",
         "samples",
+        "beams",
+        "decode_examples",
     }
 )
 
@@ -64,7 +68,8 @@ class Config:
     """Folder of a Hugging Face checkpoint (config.json, model.safetensors) to start
     from, in place of --model."""
     tokenizer: pathlib.Path | None = None
-    """Tokenizer file: spiece.model for T5, tokenizer.json for GPT-2. Without one, a
+    """Tokenizer file: spiece.model for T5, tokenizer.json (or a folder with vocab.json
+    and merges.txt) for GPT-2. Without one, and without a --checkpoint that has one, a
     tokenizer is trained on the training set."""
     vocab_size: int = 2048
     """Tokens in a tokenizer that is trained."""
@@ -108,8 +113,9 @@ class Config:
     """How matrices are sketched; Gaussian is the paper's."""
     lora_alpha: float | None = None
     """Adapters are scaled by alpha/rank; the rank if not given."""
-    lora_tune_rest: bool = False
-    """Train biases, norms and embeddings beside the adapters."""
+    lora_tune_rest: bool = True
+    """Train biases, norms and embeddings beside the adapters; False freezes them, which
+    leaves a model from random numbers with random embeddings."""
     dropout: float = 0.0
     """Dropout rate."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -121,9 +127,9 @@ class Config:
     eval_every: int = 100
     """Updates between two validation losses."""
     eval_examples: int = 256
-    """Pairs of the validation set that are used."""
+    """Pairs of the validation set that are used, spread over it."""
     decode_examples: int = 256
-    """Pairs of the test set that are decoded at the end."""
+    """Pairs of the test set that are decoded at the end, spread over it."""
     beams: int = 1
     """Beams of the decoding; 1 is greedy."""
     samples: int = 3
@@ -133,14 +139,15 @@ class Config:
     seed: int = 0
     """Seed of parameters, adapters, data order, dropout and projections."""
     output_dir: pathlib.Path = pathlib.Path("runs/finetune")
-    """Where metrics, checkpoints and results go. The same command goes on from the last
-    checkpoint that it finds there."""
+    """Where metrics, checkpoints, trained models and results go. The same command goes
+    on from the last checkpoint that it finds there."""
     data_dir: pathlib.Path = pathlib.Path("runs/data")
-    """Where data sets and trained tokenizers are kept."""
+    """Where data sets are kept."""
     download: bool = False
     """Allow the data set to be downloaded."""
     overwrite: bool = False
-    """Delete what lies in the output directory and start again."""
+    """Delete the trainings of these methods and ranks that lie in the output directory,
+    and start again."""
     stop_after: int | None = None
     """Stop each training after this update, with a checkpoint to go on from."""
 
@@ -184,6 +191,12 @@ def _check_counts(config: Config) -> None:
         value = getattr(config, name)
         if value < 1:
             raise ConfigError(f"`{flag(name)}` must be at least 1, got {value}")
+    for name in ("source_length", "target_length"):
+        value = getattr(config, name)
+        if value < 2:
+            raise ConfigError(
+                f"`{flag(name)}` must be at least 2 (a token and the end), got {value}"
+            )
     for rank in config.ranks:
         if rank < 1:
             raise ConfigError(f"`--ranks` must be at least 1, got {rank}")

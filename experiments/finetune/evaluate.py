@@ -2,11 +2,9 @@
 
 from typing import Any, NamedTuple
 
-from experiments import lora
 from experiments.datasets import batches, metrics
 from experiments.finetune.config import Config
-from experiments.finetune.methods import METHODS
-from experiments.finetune.prepare import Prepared
+from experiments.finetune.prepare import Prepared, spread
 from experiments.models import T5Config, decode
 
 
@@ -21,28 +19,19 @@ class Sample(NamedTuple):
 def evaluate(
     config: Config,
     prepared: Prepared,
-    name: str,
-    rank: int | None,
-    trained: Any,
-    frozen: Any,
+    params: Any,
 ) -> tuple[dict[str, float], list[Sample]]:
     """Decodes part of the test set.
 
     Args:
         config: the settings.
         prepared: data and model.
-        name: the method; adapters are merged into the matrices first.
-        rank: of the adapters.
-        trained: the trained parameters.
-        frozen: those that were not trained.
+        params: of the model without adapters.
 
     Returns:
         The data set's metrics in percent, and the first outputs.
     """
-    params = lora.join(trained, frozen)
-    if METHODS[name].adapters:
-        params = lora.merge(params, rank, config.alpha(rank))
-    pairs = prepared.splits["test"][: config.decode_examples]
+    pairs = spread(prepared.splits["test"], config.decode_examples)
     predictions = _decode(config, prepared, params, pairs)
     scores = metrics.score(
         prepared.dataset.metrics, predictions, [pair.target for pair in pairs]

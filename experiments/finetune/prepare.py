@@ -1,20 +1,28 @@
 """From the settings to a model, a vocabulary and the pairs to train on."""
 
 import dataclasses
+import functools
+import hashlib
+import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from flax import nnx
 
 from experiments.config import ConfigError
+from experiments.datasets import batches
 from experiments.datasets import vocabulary as vocabularies
-from experiments.datasets.pairs import Splits
+from experiments.datasets.pairs import Pair, Splits
 from experiments.datasets.registry import DATASETS, Dataset
 from experiments.finetune.config import Config
 from experiments.models import (
     PUBLISHED,
     GPT2Config,
     T5Config,
+    abstract,
     create,
     hugging_face,
 )
@@ -31,6 +39,11 @@ class Prepared(NamedTuple):
     model: GPT2Config | T5Config
     graphdef: nnx.GraphDef
     params: dict[str, Any]
+    """On the host: each method takes a copy to the devices and gives it up."""
+    train: list[batches.Example]
+    validation: list[batches.Example]
+    fingerprint: str
+    """Identifies vocabulary and examples."""
 
 
 def prepare(config: Config) -> Prepared:
@@ -46,10 +59,45 @@ def prepare(config: Config) -> Prepared:
     _check_fit(config, model, vocabulary)
     if config.checkpoint is None:
         model = dataclasses.replace(model, vocab_size=vocabulary.size)
-    graphdef, params = create(model, config.seed)
-    if config.checkpoint is not None:
+        graphdef, params = create(model, config.seed)
+    else:
+        graphdef, _ = abstract(lambda: create(model, config.seed))
         params = hugging_face.load(config.checkpoint, model)
-    return Prepared(dataset, splits, vocabulary, model, graphdef, params)
+    make = functools.partial(
+        batches.encoder_decoder
+        if isinstance(model, T5Config)
+        else batches.decoder_only,
+        vocabulary=vocabulary,
+        prefix=dataset.prefix,
+        source_length=config.source_length,
+        target_length=config.target_length,
+    )
+    held_out = spread(splits["validation"], config.eval_examples)
+    return Prepared(
+        dataset,
+        splits,
+        vocabulary,
+        model,
+        graphdef,
+        params=jax.device_get(params),
+        train=make(splits["train"]),
+        validation=make(held_out),
+        fingerprint=_fingerprint(vocabulary, splits["train"], held_out),
+    )
+
+
+def spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    """Returns `count` pairs from all over a split, or all if there are fewer."""
+    count = min(count, len(pairs))
+    places = np.linspace(0, len(pairs) - 1, count).astype(int)
+    return [pairs[i] for i in places]
+
+
+def _fingerprint(vocabulary: vocabularies.Vocabulary, *parts: Sequence[Pair]) -> str:
+    digest = hashlib.sha256(vocabulary.fingerprint.encode())
+    for pairs in parts:
+        digest.update(json.dumps(pairs).encode())
+    return digest.hexdigest()[:12]
 
 
 def _sizes(config: Config) -> GPT2Config | T5Config:
@@ -84,11 +132,12 @@ def _vocabulary(
 def _tokenizer_of(
     checkpoint: pathlib.Path, model: GPT2Config | T5Config
 ) -> pathlib.Path:
-    name = "spiece.model" if isinstance(model, T5Config) else "tokenizer.json"
-    file = checkpoint / name
+    if isinstance(model, GPT2Config):
+        return checkpoint  # in one of two forms
+    file = checkpoint / "spiece.model"
     if not file.exists():
         raise ConfigError(
-            f"`--checkpoint` {checkpoint} has no {name}; fetch it from where the "
+            f"`--checkpoint` {checkpoint} has no spiece.model; fetch it from where the "
             "checkpoint came from, or give --tokenizer"
         )
     return file
@@ -99,8 +148,9 @@ def _check_fit(
 ) -> None:
     if config.checkpoint is not None and vocabulary.size > model.vocab_size:
         raise ConfigError(
-            f"`--tokenizer` has {vocabulary.size} tokens and the checkpoint only "
-            f"{model.vocab_size}; give the tokenizer that belongs to it"
+            f"the tokenizer has {vocabulary.size} tokens and `--checkpoint` "
+            f"{config.checkpoint} only {model.vocab_size}; give the one that belongs "
+            "to it as --tokenizer"
         )
     length = config.source_length + config.target_length
     if isinstance(model, GPT2Config) and length > model.context:

@@ -4,29 +4,18 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from experiments import loop, lora
+from experiments import devices, loop, lora
 from experiments.checkpoints import State
-from experiments.config import ConfigError
 from experiments.datasets import batches
 from experiments.finetune import methods
 from experiments.finetune.config import Config
 from experiments.finetune.methods import METHODS
 from experiments.finetune.prepare import Prepared
-from experiments.models import T5Config, mean_loss, token_losses
-
-
-def examples(config: Config, prepared: Prepared, split: str) -> Any:
-    """Returns the tokenised examples of a split, at fixed lengths."""
-    is_t5 = isinstance(prepared.model, T5Config)
-    make = batches.encoder_decoder if is_t5 else batches.decoder_only
-    return make(
-        prepared.splits[split],
-        prepared.vocabulary,
-        prefix=prepared.dataset.prefix,
-        source_length=config.source_length,
-        target_length=config.target_length,
-    )
+from experiments.models import token_losses
+from experiments.models.t5 import PAD as T5_PAD
 
 
 def build(
@@ -42,40 +31,43 @@ def build(
 
     def loss(params: Any, frozen: Any, batch: Any, key: jax.Array) -> jax.Array:
         key = key if config.dropout else None
-        return mean_loss(graphdef, lora.join(params, frozen), batch, key)
+        losses, weights = token_losses(graphdef, lora.join(params, frozen), batch, key)
+        return (losses * weights).sum() / batch["share"].sum()
 
     hosts = jax.process_count()
-    _check_devices(config, METHODS[name].micro_batches(config))
+    examples = batches.batched(
+        prepared.train,
+        config.batch_size // hosts,
+        seed=config.seed,
+        shard=(jax.process_index(), hosts),
+    )
     problem = loop.Problem(
         loss=loss,
         frozen=frozen,
-        batches=batches.batched(
-            examples(config, prepared, "train"),
-            config.batch_size // hosts,
-            seed=config.seed,
-            shard=(jax.process_index(), hosts),
-        ),
+        batches=examples.map(_with_share),
         tokens=config.batch_size * (config.source_length + config.target_length),
-        evaluate=_evaluation(config, prepared, graphdef, frozen),
+        evaluate=_evaluation(config, prepared, graphdef),
     )
     tx = methods.optimizer(config, name, rank)
-    # A copy: the step donates its state, and the next method starts from here too.
-    trained = jax.tree.map(lambda x: x.copy(), trained)
+    # A copy on the device: the step donates its state.
+    trained = jax.tree.map(lambda x: jnp.array(x, copy=True), trained)
     return problem, State(trained, tx.init(trained)), tx
 
 
-def _check_devices(config: Config, parts: int) -> None:
-    count = jax.device_count()
-    if config.batch_size % (parts * count):
-        raise ConfigError(
-            f"`--batch-size` must be a multiple of {parts * count} for {parts} "
-            f"micro-batches on {count} devices, got {config.batch_size}"
-        )
+def _with_share(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Adds each row's share of the batch's tokens to predict.
+
+    Dividing by it, the mean over micro-batches is the mean over the batch, however the
+    tokens are spread over them: accumulation has the objective of no accumulation.
+    """
+    weights = batch["weights"] if "weights" in batch else batch["target"] != T5_PAD
+    rows = len(weights)
+    return batch | {"share": np.full(rows, weights.sum() / rows, np.float32)}
 
 
-def _evaluation(config: Config, prepared: Prepared, graphdef: Any, frozen: Any) -> Any:
-    """Returns a function of trained parameters: loss and perplexity per token."""
-    held_out = examples(config, prepared, "validation")[: config.eval_examples]
+def _evaluation(config: Config, prepared: Prepared, graphdef: Any) -> Any:
+    """Returns a function of parameters: loss and perplexity per token."""
+    held_out = prepared.validation
     chunks = batches.in_order(held_out, min(config.batch_size, len(held_out)))
 
     @jax.jit
@@ -83,10 +75,10 @@ def _evaluation(config: Config, prepared: Prepared, graphdef: Any, frozen: Any) 
         losses, weights = token_losses(graphdef, lora.join(params, frozen), batch)
         return (losses * weights).sum(axis=1), weights.sum(axis=1)
 
-    def evaluate(params: Any) -> dict[str, float]:
+    def evaluate(params: Any, frozen: Any) -> dict[str, float]:
         total = count = 0.0
         for batch, real in chunks:
-            losses, weights = sums(params, frozen, batch)
+            losses, weights = sums(params, frozen, devices.split(batch))
             total += float(losses[:real].sum())
             count += float(weights[:real].sum())
         mean = total / count

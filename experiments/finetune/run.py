@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import json
+import math
 import pathlib
 import shutil
 
@@ -11,14 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 import flora_jax as fj
-from experiments import devices, loop, records
-from experiments.config import flag
+from experiments import devices, loop, lora, records
+from experiments.config import ConfigError, flag
 from experiments.display import Display, make_console
 from experiments.finetune import methods, problem
 from experiments.finetune.config import Config
 from experiments.finetune.evaluate import Sample, evaluate
 from experiments.finetune.methods import METHODS
 from experiments.finetune.prepare import Prepared, prepare
+from experiments.models import save
+from experiments.optimizers import matrices_only
 from experiments.run import versions
 from experiments.state_bytes import tree_bytes
 
@@ -34,19 +38,43 @@ def run(config: Config) -> list[records.Row]:
         NonFiniteLossError: a training diverged.
     """
     console = make_console()
-    if config.overwrite and config.output_dir.exists():
-        shutil.rmtree(config.output_dir)
     with console.status("Preparing data, vocabulary and model"):
         prepared = prepare(config)
     _describe(config, prepared, console)
-    rows = []
-    for name in config.methods:
-        for rank in config.ranks if METHODS[name].ranked else (None,):
-            row = _train(config, prepared, name, rank, console)
-            if row is not None:
-                rows.append(row)
-    _report(config, rows, console)
-    return rows
+    wanted = [
+        (name, rank)
+        for name in config.methods
+        for rank in (config.ranks if METHODS[name].ranked else (None,))
+    ]
+    for name, rank in wanted:  # all of them before the first hours are spent
+        _check_rank(prepared, name, rank)
+    for name, rank in wanted:
+        folder = _folder(config, name, rank)
+        if config.overwrite and folder.exists():
+            shutil.rmtree(folder)
+    rows = [_train(config, prepared, name, rank, console) for name, rank in wanted]
+    _report(config, console)
+    return [row for row in rows if row is not None]
+
+
+def _folder(config: Config, name: str, rank: int | None) -> pathlib.Path:
+    return config.output_dir / (name if rank is None else f"{name}-r{rank}")
+
+
+def _check_rank(prepared: Prepared, name: str, rank: int | None) -> None:
+    """Refuses a sketch of nothing: it would be the uncompressed method."""
+    if "flora" not in name:
+        return
+    plans = jax.tree.leaves(
+        fj.plan_leaves(prepared.params, rank, mask=matrices_only),
+        is_leaf=lambda node: isinstance(node, fj.LeafPlan),
+    )
+    if all(plan.dense_reason is not None for plan in plans):
+        widest = max(plans, key=lambda plan: math.prod(plan.shape))
+        raise ConfigError(
+            f"`--ranks` {rank} compresses no matrix of this model ({widest.path}: "
+            f"{widest.dense_reason}); give a lower rank or a larger --model"
+        )
 
 
 def _describe(config: Config, prepared: Prepared, console: Console) -> None:
@@ -66,16 +94,13 @@ def _train(
 ) -> records.Row | None:
     """One training and its evaluation; None if it has updates to come."""
     method = METHODS[name]
-    label = name if rank is None else f"{name}-r{rank}"
     title = method.title if rank is None else f"{method.title}, r={rank}"
-    folder = config.output_dir / label
+    folder = _folder(config, name, rank)
     task, state, tx = problem.build(config, prepared, name, rank)
     sizes = {"trained_bytes": tree_bytes(state.params)} | {
         "state_bytes": tree_bytes(state.opt_state)
     }
-    identity = config.identity(name, rank) | {
-        "the vocabulary": prepared.vocabulary.fingerprint
-    }
+    identity = config.identity(name, rank) | {"the data": prepared.fingerprint}
     with Display(console) as display, contextlib.ExitStack() as stack:
         training = loop.Training(
             title,
@@ -98,17 +123,20 @@ def _train(
     if training.done < config.updates:
         console.print(f"{title}: stopped after update {training.done}")
         return None
+    params = lora.join(training.state.params, training.frozen)
+    if method.adapters:
+        params = lora.merge(params, rank, config.alpha(rank))
+    save(params, prepared.model, folder / "model")
+    prepared.vocabulary.save(folder / "model")
     rows = training.metrics.rows
-    scores, samples = evaluate(
-        config, prepared, name, rank, training.state.params, task.frozen
-    )
+    scores, samples = evaluate(config, prepared, params)
     row = {
         "method": name,
         "title": title,
         "rank": rank,
         "learning_rate": config.rate(name),
         **sizes,
-        "step_peak_bytes": training.peak_bytes,
+        "step_peak_bytes": training.step_bytes,
         "step_seconds": records.median_seconds(rows),
         "validation_loss": records.last_validation_loss(rows),
         "perplexity": rows[-1]["perplexity"],
@@ -140,8 +168,13 @@ def _show_samples(samples: list[Sample], path: pathlib.Path, console: Console) -
     console.print(text, highlight=False, markup=False)
 
 
-def _report(config: Config, rows: list[records.Row], console: Console) -> None:
-    """Prints the table; writes it as Markdown and the rows as JSON."""
+def _report(config: Config, console: Console) -> None:
+    """Prints the table of all finished trainings; writes it, and the rows as JSON."""
+    files = config.output_dir.glob("*/result.json")
+    rows = sorted(
+        (json.loads(file.read_text()) for file in files),
+        key=lambda row: (list(METHODS).index(row["method"]), row["rank"] or 0),
+    )
     if not rows:
         return
     metrics = [name for name in rows[0] if name not in _NOT_METRICS]

@@ -71,11 +71,11 @@ def _run(config: Config) -> None:
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     records.write_json(folder / "memory.json", content)
-    text = report.table(rows)
+    text = report.table(config, rows)
     (folder / "memory.md").write_text(text)
     report.draw(rows, folder / "memory.png")
     print(text, end="")
-    print(f"In GiB. Table, picture and data are in {folder}")
+    print(f"Table, picture and data are in {folder}")
 
 
 if __name__ == "__main__":

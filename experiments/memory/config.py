@@ -4,8 +4,8 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-from experiments.config import ConfigError, flag
-from experiments.models.config import PUBLISHED
+from experiments.config import ConfigError, check_projection, flag
+from experiments.models.config import PUBLISHED, GPT2Config
 
 MethodName = Literal["naive", "flora", "lora", "adam"]
 RANKED = ("flora", "lora")
@@ -51,11 +51,30 @@ class Config:
                 raise ConfigError(
                     f"`--model` must be of {', '.join(PUBLISHED)}, got {name!r}"
                 )
+        for name in ("model", "method"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise ConfigError(
+                    f"`--{name}` must name at least one, each once, got "
+                    f"{' '.join(values)!r}"
+                )
+        check_projection(self.projection)
         for name in ("batch_size", "source_length", "target_length"):
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"`{flag(name)}` must be at least 1, got {value}")
+        self._check_context()
         self.ranks()
+
+    def _check_context(self) -> None:
+        length = self.source_length + self.target_length
+        for name in self.model:
+            size = PUBLISHED[name]
+            if isinstance(size, GPT2Config) and length > size.context:
+                raise ConfigError(
+                    f"`--source-length` and `--target-length` together must be at most "
+                    f"{size.context}, the context of {name}, got {length}"
+                )
 
     def ranks(self) -> tuple[int, ...]:
         """Returns the ranks as numbers.

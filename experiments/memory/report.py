@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.memory.config import Config
 from experiments.memory.measure import Row
 
 _GIB = 2**30
@@ -40,9 +41,15 @@ def label(row: Row) -> str:
     return title if row.rank is None else f"{title}, rank {row.rank}"
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Returns a Markdown table, in GiB."""
+def table(config: Config, rows: Sequence[Row]) -> str:
+    """Returns a Markdown table, in GiB, under what it was measured with."""
+    layers = "scanned" if config.scan else "unrolled"
+    activations = "computed again" if config.remat else "kept"
     lines = [
+        f"GiB; {config.dtype} computation, float32 parameters and state; micro-batches "
+        f"of {config.batch_size} with {config.source_length} + {config.target_length} "
+        f"tokens; layers {layers}, activations {activations}.",
+        "",
         f"| {' | '.join(_COLUMNS)} |",
         "| --- | --- |" + " ---: |" * (len(_COLUMNS) - 2),
     ]

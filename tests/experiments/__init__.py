@@ -2,12 +2,18 @@
 
 PACKAGES = (
     "array_record",
+    "babel",
     "flax",
     "grain",
     "importlib_resources",
     "matplotlib",
     "orbax",
     "rich",
+    "rouge_score",
+    "sacrebleu",
+    "safetensors",
+    "sentencepiece",
+    "tensorboardX",
     "tensorflow_datasets",
     "tokenizers",
     "tyro",

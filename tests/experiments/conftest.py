@@ -13,7 +13,11 @@ from tests.experiments import PACKAGES
 if any(importlib.util.find_spec(package) is None for package in PACKAGES):
     # test_extra.py stays, and says what is missing.
     here = pathlib.Path(__file__).parent
-    collect_ignore = [f.name for f in here.glob("*.py") if f.name != "test_extra.py"]
+    collect_ignore = [
+        str(file.relative_to(here))
+        for file in here.rglob("*.py")
+        if file.name != "test_extra.py"
+    ]
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -31,6 +35,17 @@ def _executables(tmp_path_factory):
         compilation_cache.reset_cache()  # it reads the settings only once
         if settings is options:
             yield
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_device():
+    """Not all eight: they share the cores, and would all do the same work."""
+    from experiments import devices
+
+    one = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "mesh", lambda: one)
+        yield
 
 
 @pytest.fixture(scope="package")

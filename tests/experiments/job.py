@@ -1,6 +1,7 @@
 """A tiny job that has every part of the real one."""
 
-from experiments.config import Config, ModelConfig
+from experiments.config import Config
+from experiments.models import GPT2Config
 
 UPDATES = 7
 
@@ -14,7 +15,7 @@ TINY = Config(
     resample_every=3,
     eval_every=3,
     eval_examples=6,  # a batch and a half
-    model=ModelConfig(layers=1, width=128, heads=2, context=16, vocab_size=300),
+    model=GPT2Config(layers=1, width=128, heads=2, context=16, vocab_size=300),
 )
 
 SOURCE = '''"""Module number {i}."""

@@ -6,12 +6,12 @@ import pytest
 import flora_jax as fj
 from experiments.benchmark import contenders, measure, plot, trees
 from experiments.benchmark.__main__ import main
-from experiments.config import ModelConfig
+from experiments.models import GPT2Config
 
 
 @pytest.fixture
 def small(monkeypatch):
-    size = ModelConfig(layers=2, width=128, heads=2, context=256, vocab_size=512)
+    size = GPT2Config(layers=2, width=128, heads=2, context=256, vocab_size=512)
     monkeypatch.setitem(trees._SIZES, "gpt2", size)
     monkeypatch.setattr(
         contenders, "PROJECTIONS", (fj.CountSketch(), fj.CountSketch("isometric"))

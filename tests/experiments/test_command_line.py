@@ -120,10 +120,11 @@ def test_progress_shows_loss_and_speed(terminal):
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=110)
     row = {"update": 3, "loss": 5.4321, "tokens_per_second": 6789.0}
+    row["step_bytes"] = 1.5 * 2**30
     with Display(console) as display:
         bar = display.add("FLORA momentum", total=5, done=2)
         bar.show(row)
         bar.show(row | {"validation_loss": 5.6})
-    for part in ("FLORA momentum", "3/5", "loss 5.432", "6,789 tokens/s"):
+    for part in ("FLORA momentum", "3/5", "loss 5.432", "6,789 tokens/s", "1.50 GiB"):
         assert part in output.getvalue()
     assert ("validation 5.600" in output.getvalue()) != terminal

@@ -172,7 +172,7 @@ def test_tensorflow_is_not_imported(tiny, dataset):
     code = (
         "import pathlib, sys\n"
         "from experiments import config, data, run\n"
-        "model = config.ModelConfig(context=16, vocab_size=300)\n"
+        "model = config.GPT2Config(context=16, vocab_size=300)\n"
         "data.load(config.Config(corpus_dir=pathlib.Path(sys.argv[1]),\n"
         "    data_dir=pathlib.Path(sys.argv[2]), eval_examples=6, model=model))\n"
         "sys.exit('tensorflow' in sys.modules)\n"

@@ -87,6 +87,20 @@ def test_every_matrix_but_the_head_has_an_adapter(name, count):
     assert sum(leaf.shape == shape for leaf in flat.values()) >= count // 2
 
 
+def test_adapters_are_drawn_apart_from_the_model():
+    """Same seed: no kernel or embedding comes from the key of a matrix A."""
+    graphdef, params = create(GPT2, 0)
+    _, full = lora.add(graphdef, params, 32, 32.0, 0)  # A has a kernel's shape
+    flat = traverse_util.flatten_dict(full)
+    drawn = [np.ravel(x) for path, x in flat.items() if path[-1] == "lora_a"]
+    others = [np.ravel(x) for path, x in flat.items() if path[-1] != "lora_a"]
+    for i, a in enumerate(drawn):
+        for b in (*others, *drawn[:i]):
+            size = min(a.size, b.size)
+            if b[:size].std() > 0 and size > 500:
+                assert abs(np.corrcoef(a[:size], b[:size])[0, 1]) < 5 / size**0.5
+
+
 @pytest.mark.parametrize("tune_rest", [False, True])
 def test_divide_and_join(tune_rest):
     *_, full = with_adapters(MODELS["t5-gated-scan"])

@@ -40,7 +40,7 @@ def test_rows(tiny, tmp_path, capsys):
     assert command.main([*arguments.split(), "--output-dir", str(tmp_path)]) == 0
     table = (tmp_path / "memory.md").read_text()
     assert table in capsys.readouterr().out
-    assert table.count("\n") == 2 + 4
+    assert table.count("\n") == 2 + 2 + 4
     assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 
@@ -72,6 +72,12 @@ def test_the_account_adds_up(tiny):
         ("--model t5-11b", "`--model` must be of gpt2, .* got 't5-11b'"),
         ("--rank 16,x", "`--rank` must be positive whole numbers .* got '16,x'"),
         ("--rank 0", "`--rank` must be positive whole numbers"),
+        ("--model gpt2 gpt2", "`--model` must name at least one, each once, got 'gpt2"),
+        ("--projection foo", "`--projection` must be one of Gaussian, .* got 'foo'"),
+        (
+            "--model gpt2 --source-length 1000",
+            "`--source-length` and `--target-length` together must be at most 1024",
+        ),
         ("--batch-size 0", "`--batch-size` must be at least 1, got 0"),
     ],
 )

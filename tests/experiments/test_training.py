@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import checkpoints, data, gpt2, methods, records
-from experiments.config import METHODS, ConfigError
+from experiments import checkpoints, data, methods, records, state_bytes
+from experiments.config import METHODS, Config, ConfigError
 from experiments.loop import NonFiniteLossError
+from experiments.models import create
 from experiments.run import run
 from experiments.training import identity
 from tests.experiments.job import UPDATES
@@ -43,13 +44,13 @@ def read_rows(config, name):
 
 
 def without_times(rows):
-    times = ("seconds", "tokens_per_second", "peak_bytes")
+    times = ("seconds", "tokens_per_second", "process_peak_bytes")
     return [{k: v for k, v in row.items() if k not in times} for row in rows]
 
 
 def read_state(config, name):
     dataset = data.load(config)
-    params = gpt2.create(config.model, config.seed)[1]
+    params = create(config.model, config.seed)[1]
     tx = methods.optimizer(config, name)
     folder = config.output_dir / name / "checkpoints"
     kept = checkpoints.Checkpoints(folder, identity(config, name, dataset))
@@ -109,7 +110,7 @@ def test_compressed_buffers_have_rank_over_width(finished):
     config, summaries = finished
     # 12 W^2 in the one block, all of width 128 and rank 16.
     full = 4 * 12 * 128**2
-    parameters = 4 * gpt2.parameter_count(config.model)
+    parameters = 4 * sum(x.size for x in jax.tree.leaves(create(config.model, 0)[1]))
     for summary in summaries:
         kept = full // 8 if summary.compressed else full
         assert summary.bytes.compressible_in_full == full
@@ -118,6 +119,20 @@ def test_compressed_buffers_have_rank_over_width(finished):
         assert summary.bytes.buffer == parameters - full + kept
         assert summary.bytes.parameters == parameters
         assert 0 < summary.bytes.rest < 0.1 * parameters
+
+
+def test_default_job_is_no_toy():
+    config = Config()
+    params = jax.eval_shape(lambda: create(config.model, 0)[1])
+    plans = state_bytes.leaf_plans(config, params)
+    compressed = [plan for plan in plans if plan.dense_reason is None]
+    share = sum(np.prod(plan.shape) for plan in compressed)
+    assert share / sum(x.size for x in jax.tree.leaves(params)) >= 0.7
+    assert config.model.width >= 256
+    assert config.model.layers >= 4
+    assert config.updates >= 200
+    assert {plan.width / plan.rank for plan in compressed} == {8}
+    assert not any(plan.path.startswith(("wte", "wpe")) for plan in compressed)
 
 
 def test_report_files(finished):

@@ -103,17 +103,19 @@ def test_little_text_yields_fewer_tokens():
 
 
 def test_size_is_too_small_for_the_characters():
-    with pytest.raises(ConfigError, match="`size` 5 makes no SentencePiece vocabulary"):
+    with pytest.raises(
+        ConfigError, match="`--vocab-size` 5 makes no SentencePiece voc"
+    ):
         vocabulary.sentencepiece(TEXTS, 5)
 
 
 def test_no_text():
-    with pytest.raises(ConfigError, match="makes no SentencePiece .*, or more text"):
+    with pytest.raises(ConfigError, match="makes no SentencePiece .* or more text"):
         vocabulary.sentencepiece([], 50)
 
 
 def test_size_is_too_small_for_the_bytes():
-    with pytest.raises(ConfigError, match="`size` must be at least 257 .* got 256"):
+    with pytest.raises(ConfigError, match="`--vocab-size` must be at .* got 256"):
         vocabulary.byte_pair(TEXTS, 256)
 
 
@@ -126,7 +128,7 @@ def test_load_spiece_model(tmp_path, pieces):
 
 
 def test_no_spiece_model(tmp_path):
-    with pytest.raises(ConfigError, match=r"there is no file .*; give the spiece\.mod"):
+    with pytest.raises(ConfigError, match=r"`--tokenizer` .* is no file; give the"):
         vocabulary.load_sentencepiece(tmp_path / "spiece.model")
     file = tmp_path / "wrong.model"
     file.write_bytes(b"no model")
@@ -138,7 +140,7 @@ def test_no_spiece_model(tmp_path):
         vocab_size=36,
         minloglevel=2,
     )
-    with pytest.raises(ConfigError, match="unpadded.model lacks a token for padding"):
+    with pytest.raises(ConfigError, match="unpadded.model has pad id -1 and end"):
         vocabulary.load_sentencepiece(tmp_path / "unpadded.model")
 
 

@@ -1,0 +1,224 @@
+"""What GPT-2 and T5 share: linear maps, attention, dropout, a stack of blocks, caches.
+
+In the shapes below B is the batch, T the positions that ask, S the positions that are
+read, W the width of the model, H the heads and D the width of a head.
+
+Dropout keys are arguments, and None stands for no dropout: a model has no state beside
+its parameters.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.models.config import Config
+
+Key = jax.Array | None
+
+MASKED = float(np.finfo(np.float32).min)
+"""Score of a position that must not be read; finite, so that no row becomes NaN."""
+
+# The places in the parameter tree where blocks are stacked or numbered.
+_STACKS = ("h", "block")
+
+
+def linear(
+    n_in: int, n_out: int, std: float, config: Config, rngs: nnx.Rngs, **options: Any
+) -> nnx.Linear:
+    """Returns a linear map with normal weights, float32 whatever it computes in."""
+    init = nnx.initializers.normal(std)
+    return nnx.Linear(
+        n_in, n_out, kernel_init=init, dtype=config.dtype, rngs=rngs, **options
+    )
+
+
+def embed(
+    count: int, width: int, std: float, config: Config, rngs: nnx.Rngs
+) -> nnx.Embed:
+    """Returns a table (count, width) of normal numbers."""
+    init = nnx.initializers.normal(std)
+    return nnx.Embed(count, width, embedding_init=init, dtype=config.dtype, rngs=rngs)
+
+
+def logits_of(x: jax.Array, table: nnx.Embed) -> jax.Array:
+    """Maps (B, T, W) to float32 logits (B, T, V) by an embedding table (V, W)."""
+    weights = table.embedding[...].astype(x.dtype)
+    return jnp.einsum("btw,vw->btv", x, weights, preferred_element_type=jnp.float32)
+
+
+def split_key(key: Key, count: int) -> Sequence[Key]:
+    """Splits a dropout key; no key gives no keys."""
+    return (None,) * count if key is None else jax.random.split(key, count)
+
+
+def dropout(x: jax.Array, rate: float, key: Key) -> jax.Array:
+    """Zeroes each number with probability `rate` and scales the others up."""
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array,
+    rate: float = 0.0,
+    key: Key = None,
+) -> jax.Array:
+    """Attention: softmax(q k + bias) v, without a scale.
+
+    Scores and softmax are float32 also under bfloat16, whose 8 bits are too few for a
+    sum over many positions.
+
+    Args:
+        q: queries (B, T, H, D), scaled by the caller where the model does.
+        k: keys (B, S, H, D).
+        v: values (B, S, H, D).
+        bias: float32, of a shape that broadcasts to (B, H, T, S); `MASKED` hides.
+        rate: dropout of the attention weights.
+        key: its key.
+
+    Returns:
+        (B, T, H * D), the heads side by side.
+    """
+    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
+    weights = dropout(jax.nn.softmax(scores + bias), rate, key)
+    out = jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
+    return out.reshape(*out.shape[:2], -1)
+
+
+class KeysValues(NamedTuple):
+    """Keys and values (B, S, H, D) of one layer; (layers, B, S, H, D) of a stack."""
+
+    k: jax.Array
+    v: jax.Array
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], dtype: str) -> "KeysValues":
+        """Returns an empty cache."""
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def write(self, new: "KeysValues", index: jax.Array) -> "KeysValues":
+        """Returns a copy in which `new` stands from position `index` on."""
+        return jax.tree.map(
+            lambda old, part: jax.lax.dynamic_update_slice_in_dim(
+                old, part.astype(old.dtype), index, axis=1
+            ),
+            self,
+            new,
+        )
+
+
+class DecodeState(NamedTuple):
+    """What decoding keeps between two tokens."""
+
+    cache: KeysValues
+    """Keys and values so far, (layers, B, L, H, D); a beam has its own."""
+    cross: KeysValues | None
+    """Those of the encoded source, (layers, B, S, H, D); None without an encoder."""
+    mask: jax.Array
+    """Which positions may be read: bool, (B, L), or (B, S) where there is a source."""
+    index: jax.Array
+    """The position that is written next: int32, a scalar."""
+
+
+def build(make: Callable[[], nnx.Module], layers: int, scan: bool) -> nnx.Module:
+    """Builds the blocks of a stack.
+
+    Args:
+        make: draws one block.
+        layers: how many.
+        scan: stack them into one block whose parameters have a leading layer axis.
+
+    Returns:
+        A list of blocks, or the stacked one. The numbers are the same.
+    """
+    blocks = [make() for _ in range(layers)]
+    if not scan:
+        return nnx.List(blocks)
+    states = [nnx.state(block) for block in blocks]
+    return nnx.merge(
+        nnx.graphdef(blocks[0]), jax.tree.map(lambda *x: jnp.stack(x), *states)
+    )
+
+
+def run(
+    blocks: nnx.Module,
+    apply: Callable[..., tuple[jax.Array, Any]],
+    x: jax.Array,
+    per_layer: Any = (),
+    remat: bool = False,
+) -> tuple[jax.Array, Any]:
+    """Runs a stack that `build` made.
+
+    Args:
+        blocks: the stack.
+        apply: `x, out = apply(block, x, *per_layer)` with this layer's part.
+        x: the input of the first block.
+        per_layer: a tuple of trees whose leaves have a leading layer axis.
+        remat: keep only the inputs of each block for the backward pass.
+
+    Returns:
+        The output of the last block, and the `out` of all, stacked.
+    """
+    listed = isinstance(blocks, nnx.List)
+    graphdef = None if listed else nnx.graphdef(blocks)
+
+    def body(x, layer):
+        graph, state, parts = layer
+        return apply(nnx.merge(graph or graphdef, state), x, *parts)
+
+    if not listed:
+        # A loop cannot be merged with its recomputation: no barrier is needed.
+        step = jax.checkpoint(body, prevent_cse=False) if remat else body
+        return jax.lax.scan(step, x, (None, nnx.state(blocks), per_layer))
+    step = jax.checkpoint(body) if remat else body
+    outs = []
+    for i, block in enumerate(blocks):
+        parts = jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)
+        x, out = step(x, (*nnx.split(block), parts))
+        outs.append(out)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+
+
+def stack(params: dict[str, Any], numpy: Any = jnp) -> dict[str, Any]:
+    """Turns the parameters of numbered blocks into those of stacked ones.
+
+    Args:
+        params: the parameters of a model without `scan`.
+        numpy: `numpy` or `jax.numpy`, whose `stack` is used.
+
+    Returns:
+        The parameters of the same model with `scan`.
+    """
+
+    def convert(name, tree):
+        if not isinstance(tree, dict):
+            return tree
+        if name in _STACKS:
+            layers = [tree[i] for i in range(len(tree))]
+            return jax.tree.map(lambda *leaves: numpy.stack(leaves), *layers)
+        return {key: convert(key, part) for key, part in tree.items()}
+
+    return convert("", params)
+
+
+def unstack(params: dict[str, Any]) -> dict[str, Any]:
+    """Undoes `stack`."""
+
+    def convert(name, tree):
+        if not isinstance(tree, dict):
+            return tree
+        if name in _STACKS:
+            layers = len(jax.tree.leaves(tree)[0])
+            parts = range(layers)
+            return {i: jax.tree.map(lambda x, i=i: x[i], tree) for i in parts}
+        return {key: convert(key, part) for key, part in tree.items()}
+
+    return convert("", params)

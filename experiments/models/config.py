@@ -1,0 +1,163 @@
+"""Sizes of the models: the settings, what is refused, and the published sizes.
+
+Nothing here imports jax: `--help` and a refused command line answer at once.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+Compute = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """The size of the GPT-2, and how it is computed."""
+
+    layers: int = 4
+    """Number of transformer blocks."""
+    width: int = 256
+    """Size of the residual stream; a multiple of the number of heads."""
+    heads: int = 4
+    """Attention heads in each block."""
+    context: int = 128
+    """Tokens that the model sees at once; also the length of a packed example."""
+    vocab_size: int = 4096
+    """Tokens in the vocabulary."""
+    dropout: float = 0.0
+    """Probability with which training drops a number; 0 drops nothing."""
+    dtype: Compute = "float32"
+    """Type of the computation; the parameters stay float32."""
+    remat: bool = False
+    """Recompute each block in the backward pass, which saves its activations."""
+    scan: bool = False
+    """Stack the parameters of the blocks and loop over them: compiles faster."""
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """The size of the T5, and how it is computed."""
+
+    layers: int = 2
+    """Number of transformer blocks of the encoder."""
+    decoder_layers: int = 2
+    """Number of transformer blocks of the decoder."""
+    width: int = 128
+    """Size of the residual stream (`d_model`)."""
+    head_width: int = 32
+    """Size of one head's queries, keys and values (`d_kv`)."""
+    hidden: int = 512
+    """Size of the inner layer of the feed-forward parts (`d_ff`)."""
+    heads: int = 4
+    """Attention heads in each block."""
+    vocab_size: int = 4096
+    """Tokens in the vocabulary; token 0 pads and also starts the decoder."""
+    gated: bool = False
+    """Feed-forward parts with a gated GELU (v1.1) in place of a ReLU (v1.0)."""
+    tied: bool = True
+    """The embedding is also the head (v1.0); v1.1 has a head of its own."""
+    buckets: int = 32
+    """Buckets of relative positions, each with one bias per head; even, at least 4."""
+    max_distance: int = 128
+    """Distance from which on all relative positions share the last bucket."""
+    dropout: float = 0.0
+    """Probability with which training drops a number; 0 drops nothing."""
+    dtype: Compute = "float32"
+    """Type of the computation; the parameters stay float32."""
+    remat: bool = False
+    """Recompute each block in the backward pass, which saves its activations."""
+    scan: bool = False
+    """Stack the parameters of the blocks and loop over them: compiles faster."""
+
+
+Config = GPT2Config | T5Config
+
+
+def validate(config: Config) -> None:
+    """Refuses sizes that make no sense.
+
+    Args:
+        config: the settings of either model.
+
+    Raises:
+        ConfigError: naming the argument, its value, and what to give instead.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if type(field.default) is int and value < 1:
+            _refuse(field.name, f"must be at least 1, got {value}")
+    if not 0 <= config.dropout < 1:
+        _refuse("dropout", f"must be in [0, 1), got {config.dropout}; 0.1 is usual")
+    if config.dtype not in ("float32", "bfloat16"):
+        _refuse("dtype", f"must be float32 or bfloat16, got {config.dtype!r}")
+    if isinstance(config, GPT2Config):
+        _check_heads(config)
+    else:
+        _check_buckets(config)
+
+
+def _check_heads(config: GPT2Config) -> None:
+    if config.width % config.heads:
+        _refuse(
+            "heads",
+            f"must divide `--model.width`, got {config.heads} and {config.width}; "
+            f"{math.gcd(config.width, config.heads)} heads would",
+        )
+
+
+def _check_buckets(config: T5Config) -> None:
+    # The encoder halves them for the two directions, and half of those are exact.
+    if config.buckets < 4 or config.buckets % 2:
+        _refuse(
+            "buckets", f"must be even and at least 4, got {config.buckets}; T5 has 32"
+        )
+    exact = config.buckets // 2  # of the decoder, which has the larger number
+    if config.max_distance <= exact:
+        _refuse(
+            "max_distance",
+            f"must be above half of `--model.buckets` ({exact}), got "
+            f"{config.max_distance}; T5 has 128 for 32 buckets",
+        )
+
+
+def _refuse(field: str, message: str) -> None:
+    # Imported here, so that `experiments.config` may import this module at its top.
+    from experiments.config import ConfigError
+
+    raise ConfigError(f"`--model.{field.replace('_', '-')}` {message}")
+
+
+def _gpt2(layers: int, width: int, heads: int) -> GPT2Config:
+    return GPT2Config(layers, width, heads, 1024, 50257, dropout=0.1)
+
+
+def _t5(
+    layers: int, width: int, head_width: int, hidden: int, heads: int, v1_1: bool
+) -> T5Config:
+    return T5Config(
+        layers,
+        layers,
+        width,
+        head_width,
+        hidden,
+        heads,
+        vocab_size=32128,
+        gated=v1_1,
+        tied=not v1_1,
+        dropout=0.1,
+    )
+
+
+PUBLISHED: dict[str, Config] = {
+    "gpt2": _gpt2(12, 768, 12),
+    "gpt2-medium": _gpt2(24, 1024, 16),
+    "gpt2-large": _gpt2(36, 1280, 20),
+    "gpt2-xl": _gpt2(48, 1600, 25),
+    "t5-small": _t5(6, 512, 64, 2048, 8, v1_1=False),
+    "t5-base": _t5(12, 768, 64, 3072, 12, v1_1=False),
+    "t5-large": _t5(24, 1024, 64, 4096, 16, v1_1=False),
+    "t5-3b": _t5(24, 1024, 128, 16384, 32, v1_1=False),
+    "t5-v1_1-small": _t5(8, 512, 64, 1024, 6, v1_1=True),
+    "t5-v1_1-base": _t5(12, 768, 64, 2048, 12, v1_1=True),
+}
+"""The published models by their names, with the dropout they were trained with."""

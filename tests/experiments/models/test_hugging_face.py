@@ -1,0 +1,185 @@
+"""Checkpoints: names, what is refused, and back again."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import models
+from experiments.config import ConfigError
+from experiments.models import PUBLISHED
+from tests.experiments.models.tiny import CONFIGS, GPT2, T5, randomised
+
+hugging_face = pytest.importorskip("experiments.models.hugging_face")
+every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+# As `GPT2Model` of the transformers library lists them, for one block.
+GPT2_SMALL = {
+    "wte.weight": (50257, 768),
+    "wpe.weight": (1024, 768),
+    "h.0.ln_1.weight": (768,),
+    "h.0.ln_1.bias": (768,),
+    "h.0.attn.c_attn.weight": (768, 2304),
+    "h.0.attn.c_attn.bias": (2304,),
+    "h.0.attn.c_proj.weight": (768, 768),
+    "h.0.attn.c_proj.bias": (768,),
+    "h.0.ln_2.weight": (768,),
+    "h.0.ln_2.bias": (768,),
+    "h.0.mlp.c_fc.weight": (768, 3072),
+    "h.0.mlp.c_fc.bias": (3072,),
+    "h.0.mlp.c_proj.weight": (3072, 768),
+    "h.0.mlp.c_proj.bias": (768,),
+    "ln_f.weight": (768,),
+    "ln_f.bias": (768,),
+}
+
+
+def test_gpt2_names_and_shapes():
+    config = PUBLISHED["gpt2"]
+    params = jax.eval_shape(lambda: models.create(config, 0)[1])
+    found = {
+        hugging_face._name(path, config)[0]: leaf.shape
+        for path, leaf in hugging_face._by_path(params).items()
+    }
+    first = {
+        name: shape
+        for name, shape in found.items()
+        if not name.startswith("h.") or name.startswith("h.0.")
+    }
+    assert first == GPT2_SMALL
+    assert len(found) == 4 + 12 * 12
+
+
+def tensors_of(config, seed=0):
+    params = randomised(models.create(config, 0)[1], seed)
+    return params, hugging_face.to_tensors(params, config)
+
+
+@every_model
+@pytest.mark.parametrize("scan", [False, True])
+def test_saved_and_loaded(config, scan, tmp_path):
+    config = dataclasses.replace(config, scan=scan, dropout=0.25)
+    params = randomised(models.create(config, 0)[1])
+    models.save(params, config, tmp_path / "new")
+    read = models.read_config(tmp_path / "new")
+    assert read == dataclasses.replace(config, scan=False)
+    loaded = models.load(tmp_path / "new", config)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype("float32")}
+
+
+def test_old_files_of_gpt2():
+    params, tensors = tensors_of(GPT2)
+    old = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+    old["transformer.h.0.attn.bias"] = np.ones((1, 1, 24, 24))
+    old["transformer.h.0.attn.masked_bias"] = np.float32(-1e4)
+    old["lm_head.weight"] = tensors["wte.weight"]
+    loaded = hugging_face.from_tensors(old, GPT2)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_old_files_of_t5():
+    params, tensors = tensors_of(T5)
+    for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
+        tensors[f"{name}.weight"] = tensors["shared.weight"]
+    name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    tensors[name] = np.ones((8, 3))
+    loaded = hugging_face.from_tensors(tensors, T5)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+@every_model
+def test_refused_checkpoints(config):
+    _, tensors = tensors_of(config)
+    name = sorted(tensors)[0]
+    fewer = {key: tensor for key, tensor in tensors.items() if key != name}
+    with pytest.raises(ConfigError, match=f"checkpoint has no {name}"):
+        hugging_face.from_tensors(fewer, config)
+    more = dict.fromkeys("abcd", np.ones(1))
+    with pytest.raises(ConfigError, match="checkpoint has a, b, c and 1 more, which"):
+        hugging_face.from_tensors(tensors | more, config)
+    with pytest.raises(ConfigError, match=rf"{name} has shape \(3, 2\), but"):
+        hugging_face.from_tensors(tensors | {name: np.ones((3, 2))}, config)
+
+
+def test_an_untied_head_is_not_dropped():
+    _, tensors = tensors_of(T5)
+    tensors["lm_head.weight"] = tensors["shared.weight"] + 1
+    with pytest.raises(ConfigError, match="lm_head.weight differs from shared.weight"):
+        hugging_face.from_tensors(tensors, T5)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"folder with config\.json, got"):
+        models.read_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"folder with model\.safetensors, got"):
+        models.load(tmp_path, GPT2)
+    index = {"weight_map": {"wte.weight": "model-1-of-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"folder with model-1-of-1\.safetensors"):
+        models.load(tmp_path, GPT2)
+
+
+def written(tmp_path, **entries):
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    return tmp_path
+
+
+GPT2_JSON = {
+    "model_type": "gpt2",
+    "n_layer": 12,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_positions": 1024,
+    "vocab_size": 50257,
+    "n_ctx": 1024,
+}
+T5_JSON = {
+    "model_type": "t5",
+    "num_layers": 6,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_heads": 8,
+    "vocab_size": 32128,
+}
+
+
+def test_published_files(tmp_path):
+    assert models.read_config(written(tmp_path, **GPT2_JSON)) == PUBLISHED["gpt2"]
+    assert models.read_config(written(tmp_path, **T5_JSON)) == PUBLISHED["t5-small"]
+    gated = T5_JSON | {
+        "num_layers": 8,
+        "num_decoder_layers": 8,
+        "d_ff": 1024,
+        "num_heads": 6,
+        "feed_forward_proj": "gated-gelu",
+    }
+    for entries in ({"tie_word_embeddings": False}, {"scale_decoder_outputs": False}):
+        config = models.read_config(written(tmp_path, **gated, **entries))
+        assert config == PUBLISHED["t5-v1_1-small"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"model_type": "bert"}, "`model_type` .* must be gpt2 or t5, got 'bert'"),
+        (GPT2_JSON | {"n_inner": 7}, r"`n_inner` .* 4 n_embd \(3072\), got 7"),
+        (GPT2_JSON | {"n_head": None}, "`n_head` is missing in config.json"),
+        (
+            GPT2_JSON | {"activation_function": "relu"},
+            "`activation_function` .* must be 'gelu_new', got 'relu'",
+        ),
+        (T5_JSON | {"layer_norm_epsilon": 1e-5}, "`layer_norm_epsilon` .* got 1e-05"),
+        (
+            T5_JSON | {"feed_forward_proj": "gated-silu"},
+            "`feed_forward_proj` .* relu, gated-gelu, got 'gated-silu'",
+        ),
+        (GPT2_JSON | {"n_head": 11}, "`--model.heads` must divide"),
+    ],
+)
+def test_refused_settings(entries, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        models.read_config(written(tmp_path, **entries))

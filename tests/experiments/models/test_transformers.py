@@ -1,0 +1,154 @@
+"""Models and checkpoints agree with the transformers library, where it is there."""
+
+import dataclasses
+import importlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import models
+from experiments.models import blocks
+from tests.experiments.models import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # theirs are not ours to mend
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+pytorch = importlib.import_module("tests.experiments.models.pytorch")
+
+# Larger than the fixtures: rows longer than T5's exact buckets, more heads.
+CONFIGS = {
+    "gpt2": dataclasses.replace(tiny.GPT2, layers=3, width=48, heads=4, vocab_size=90),
+    "t5": dataclasses.replace(tiny.T5, width=48, heads=6, vocab_size=90),
+    "t5_gated": dataclasses.replace(tiny.T5_GATED, hidden=80, vocab_size=90),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def case(request, tmp_path_factory):
+    """Their model, our settings, and the parameters read from their checkpoint."""
+    model = pytorch.build(CONFIGS[request.param], seed=5)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    config = models.read_config(folder)
+    expected = dataclasses.replace(CONFIGS[request.param], dropout=0.1)
+    assert config == expected
+    return model, config, models.load(folder, config)
+
+
+def logits_of(config, params):
+    model = nnx.merge(models.create(config, 0)[0], params)
+    if isinstance(config, models.GPT2Config):
+        return jax.jit(lambda batch: model(*batch.values()))(
+            tiny.prompts_of(config, seed=3)
+        )
+    batch = tiny.batch_of(config, seed=3)
+    return jax.jit(lambda batch: model.training(batch)[0])(batch)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_logits(case, scan):
+    theirs, config, params = case
+    if scan:
+        config, params = dataclasses.replace(config, scan=True), blocks.stack(params)
+    expected, mask = pytorch.logits_of(theirs, config)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(
+        np.asarray(logits_of(config, params))[mask], expected[mask], rtol=0, atol=1e-4
+    )
+
+
+def test_greedy_decoding(case):
+    theirs, config, params = case
+    graphdef = models.create(config, 0)[0]
+    eos = pytorch.end_of(theirs, config)
+    tokens = models.greedy(
+        graphdef,
+        params,
+        tiny.prompts_of(config),
+        length=pytorch.LENGTH,
+        eos=eos,
+        pad=0,
+    )
+    np.testing.assert_array_equal(tokens, pytorch.decode(theirs, config, eos))
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.0])
+def test_beam_decoding(case, length_penalty):
+    theirs, config, params = case
+    graphdef = models.create(config, 0)[0]
+    eos = pytorch.end_of(theirs, config)
+    tokens = models.beam(
+        graphdef,
+        params,
+        tiny.prompts_of(config),
+        length=pytorch.LENGTH,
+        eos=eos,
+        pad=0,
+        beams=pytorch.BEAMS,
+        length_penalty=length_penalty,
+    )
+    expected = pytorch.decode(theirs, config, eos, pytorch.BEAMS, length_penalty)
+    np.testing.assert_array_equal(tokens, expected)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_transformers_reads_what_is_saved(case, tmp_path, scan):
+    theirs, config, params = case
+    config = dataclasses.replace(config, scan=scan)
+    params = tiny.randomised(models.create(config, 0)[1], seed=7)
+    models.save(params, config, tmp_path)
+    read, info = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    expected, mask = pytorch.logits_of(read.eval(), config)
+    logits = logits_of(config, params)
+    np.testing.assert_allclose(
+        np.asarray(logits)[mask], expected[mask], rtol=0, atol=1e-4
+    )
+
+
+def test_t5_buckets():
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    from experiments.models.t5_layers import bucket_of
+
+    offsets = np.arange(-300, 301)
+    for both_directions in (True, False):
+        for buckets, max_distance in ((32, 128), (8, 10), (16, 100)):
+            expected = T5Attention._relative_position_bucket(
+                torch.from_numpy(offsets), both_directions, buckets, max_distance
+            )
+            found = bucket_of(
+                offsets,
+                both_directions=both_directions,
+                buckets=buckets,
+                max_distance=max_distance,
+            )
+            np.testing.assert_array_equal(found, expected.numpy())
+
+
+def test_bare_gpt2_without_the_prefix(tmp_path):
+    theirs = pytorch.build(tiny.GPT2, seed=1).transformer
+    theirs.save_pretrained(tmp_path)
+    params = models.load(tmp_path, models.read_config(tmp_path))
+    expected = theirs.state_dict()["h.1.mlp.c_fc.weight"].numpy()
+    np.testing.assert_array_equal(params["h"][1]["mlp"]["c_fc"]["kernel"], expected)
+
+
+def test_sharded_checkpoints(case, tmp_path):
+    theirs, config, params = case
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    jax.tree.map(np.testing.assert_array_equal, models.load(tmp_path, config), params)
+
+
+def test_half_precision_checkpoints_become_float32(tmp_path):
+    theirs = pytorch.build(tiny.GPT2, seed=1).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    params = models.load(tmp_path, tiny.GPT2)
+    expected = theirs.transformer.wte.weight.detach().float().numpy()
+    assert params["wte"]["embedding"].dtype == np.float32
+    np.testing.assert_array_equal(params["wte"]["embedding"], expected)
