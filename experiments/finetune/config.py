@@ -85,7 +85,7 @@ class Config:
     """Ranks of FLORA's sketches and LoRA's adapters; a training for each."""
     optimizer: Literal["adafactor", "adam", "sgd"] = "adafactor"
     """The base optimizer."""
-    learning_rate: float = 0.05
+    learning_rate: float = 0.02
     """Peak learning rate; with adafactor relative to each parameter's size."""
     lora_learning_rate: float | None = None
     """Peak learning rate of the LoRA methods; three times the other if not given."""
@@ -93,7 +93,7 @@ class Config:
     """After a linear warm-up: a cosine to a tenth of the peak, or constant."""
     warmup_fraction: float = 0.1
     """Part of the updates that warms up."""
-    updates: int = 300
+    updates: int = 600
     """Parameter updates of each training."""
     batch_size: int = 32
     """Pairs that one update sees, on all devices and hosts together."""
@@ -124,7 +124,7 @@ class Config:
     """Compute activations of each block again in the backward pass."""
     scan: bool = False
     """Stack the layers and scan over them: compiles faster."""
-    eval_every: int = 100
+    eval_every: int = 150
     """Updates between two validation losses."""
     eval_examples: int = 256
     """Pairs of the validation set that are used, spread over it."""
@@ -134,7 +134,7 @@ class Config:
     """Beams of the decoding; 1 is greedy."""
     samples: int = 3
     """Decoded outputs that are shown."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = 200
     """Updates between two checkpoints; the last update always makes one."""
     seed: int = 0
     """Seed of parameters, adapters, data order, dropout and projections."""

@@ -1,6 +1,7 @@
 """Tiny fine-tunings: all methods on both offline data sets, and a kill."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import pytest
 
 from experiments import records
 from experiments.config import ConfigError
+from experiments.datasets.registry import DATASETS
 from experiments.finetune import prepare as prepare_module
 from experiments.finetune import problem
 from experiments.finetune.__main__ import main
@@ -50,11 +52,25 @@ TINY = Config(
 )
 
 
+@functools.cache
+def few_pairs(name, data_dir):
+    """The beginnings of a data set's splits, loaded once."""
+    splits = DATASETS[name].load(data_dir)
+    return {split: pairs[:800] for split, pairs in splits.items()}
+
+
 @pytest.fixture(autouse=True)
-def _one_layer(monkeypatch):
-    """Compiles faster."""
+def _small(monkeypatch):
+    """One layer, and few pairs."""
     size = T5Config(layers=1, decoder_layers=1)
     monkeypatch.setitem(prepare_module._TINY, "t5-tiny", size)
+    small = {
+        name: dataclasses.replace(
+            dataset, load=lambda folder, download, name=name: few_pairs(name, folder)
+        )
+        for name, dataset in DATASETS.items()
+    }
+    monkeypatch.setattr(prepare_module, "DATASETS", small)
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +185,13 @@ def command(data_dir, folder):
     return [sys.executable, "-m", "experiments.finetune", *map(str, arguments)]
 
 
-def one_device():
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+def one_device(programs):
+    """The environment of a process of its own, which finds compiled programs."""
+    settings = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return settings | {
+        "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 def last_state(folder):
@@ -183,17 +204,13 @@ def last_state(folder):
 
 def test_a_killed_run_ends_with_the_same_bits(data_dir, tmp_path, monkeypatch):
     """SIGKILL twice, at whatever it is doing; one device and eight agree too."""
-    prepare(dataclasses.replace(TINY, data_dir=data_dir))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(
-        command(data_dir, whole), env=one_device(), cwd=ROOT, check=True, timeout=300
-    )
+    settings = {"env": one_device(tmp_path / "programs"), "cwd": ROOT}
+    subprocess.run(command(data_dir, whole), **settings, check=True, timeout=300)
     for rows in (3, 6):
-        _run_and_kill(command(data_dir, killed), killed, rows)
+        _run_and_kill(command(data_dir, killed), killed, rows, settings)
     assert last_state(killed)[0] < 8
-    subprocess.run(
-        command(data_dir, killed), env=one_device(), cwd=ROOT, check=True, timeout=300
-    )
+    subprocess.run(command(data_dir, killed), **settings, check=True, timeout=300)
     expected = last_state(whole)
     assert expected[0] == 8
     jax.tree.map(np.testing.assert_array_equal, last_state(killed), expected)
@@ -214,12 +231,10 @@ def losses(folder):
     return [row.get("loss", row.get("validation_loss")) for row in rows]
 
 
-def _run_and_kill(arguments, folder, rows):
+def _run_and_kill(arguments, folder, rows, settings):
     """Starts a training and kills it once it has logged so many rows."""
     metrics = folder / "flora_accumulation-r8" / "metrics.jsonl"
-    process = subprocess.Popen(
-        arguments, env=one_device(), cwd=ROOT, stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(arguments, **settings, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not metrics.exists() or metrics.read_text().count("\n") < rows:
         assert process.poll() is None, "it ended before it could be killed"
@@ -236,7 +251,7 @@ def _run_and_kill(arguments, folder, rows):
         ("--ranks 8 0", "`--ranks` must be at least 1, got 0"),
         ("--ranks 8 8", "`--ranks` must name at least one, each once, got '8 8'"),
         ("--samples -1", "`--samples` must not be negative, got -1"),
-        ("--stop-after 0", "`--stop-after` must be between 1 and `--updates` (300)"),
+        ("--stop-after 0", "`--stop-after` must be between 1 and `--updates` (600)"),
         (
             "--learning-rate inf",
             "`--learning-rate` must be positive and finite, got in",
