@@ -139,7 +139,9 @@ def _sum_columns(
     is gathered, where the others are slices.
     """
     full, width = offsets.shape[0], matrix.shape[-1]
-    seam = None if shift is None else jnp.minimum((width - shift) // rank, full - 1)
+    seam: Any = None
+    if shift is not None:
+        seam = jnp.minimum((width - shift) // rank, full - 1)
 
     def add(i: Any, buckets: jax.Array, chunk: jax.Array) -> jax.Array:
         here = jax.lax.dynamic_slice_in_dim(buckets, offsets[i], rank, -1)
@@ -148,7 +150,7 @@ def _sum_columns(
         )
 
     def add_slice(i: Any, buckets: jax.Array) -> jax.Array:
-        i = i if seam is None else i + (i >= seam)
+        i = i if shift is None else i + (i >= seam)
         start = i * rank if shift is None else (i * rank + shift) % width
         columns = jax.lax.dynamic_slice_in_dim(matrix, start, rank, -1)
         own_flips = jax.lax.dynamic_slice_in_dim(flips, start, rank, -1)
@@ -157,9 +159,9 @@ def _sum_columns(
     # Two rounds of buckets, so that no chunk wraps around. XLA on CPU compiles the body
     # to one kernel that adds a chunk to the buckets in place, and no copy of either.
     buckets = _zeros(matrix, (*matrix.shape[:-1], 2 * rank))
-    slices = full if seam is None else full - 1
+    slices = full if shift is None else full - 1
     buckets = jax.lax.fori_loop(0, slices, add_slice, buckets)
-    if seam is not None:
+    if shift is not None:
         chunk = _wrapped(matrix, flips, seam * rank + shift, rank, -1)
         buckets = add(seam, buckets, chunk)
     first, second = jnp.split(buckets, 2, -1)
