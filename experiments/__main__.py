@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import tyro
 
-from experiments.config import Config, ConfigError
+from experiments.command import execute
+from experiments.config import Config
 
 _DESCRIPTION = """\
 Trains a small GPT-2 from scratch on the sources of Python's standard library, four
@@ -31,29 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    try:
-        config.validate()
-        # Only now the heavy imports: a refused command line answers at once.
-        from experiments.loop import NonFiniteLossError
-        from experiments.run import run
-    except ConfigError as error:
-        return _complain(error, 2)
-    try:
-        run(config)
-    except ConfigError as error:
-        return _complain(error, 2)
-    except NonFiniteLossError as error:
-        return _complain(error, 1)
-    except KeyboardInterrupt:
-        return _complain(
-            "interrupted; --resume continues from the last checkpoint", 130
-        )
-    return 0
-
-
-def _complain(error: object, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return status
+    return execute(
+        config,
+        "experiments.run",
+        "interrupted; --resume continues from the last checkpoint",
+    )
 
 
 if __name__ == "__main__":

@@ -49,6 +49,10 @@ class ConfigError(ValueError):
     """A setting that makes no sense; the message names it and says what does."""
 
 
+class NonFiniteLossError(RuntimeError):
+    """The training diverged; the message says where and what to lower."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LearningRates:
     """Peak learning rates, relative to the root mean square of each parameter."""

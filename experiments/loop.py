@@ -21,6 +21,7 @@ from tensorboardX import SummaryWriter
 
 from experiments import devices, records
 from experiments.checkpoints import Checkpoints, State
+from experiments.config import NonFiniteLossError
 from experiments.display import Display
 from experiments.state_bytes import step_bytes
 
@@ -29,10 +30,6 @@ _DROPOUT = zlib.crc32(b"dropout")
 Batch = Any
 Loss = Callable[[Any, Any, Batch, jax.Array], jax.Array]
 """loss(params, frozen, batch, key): nats per token, a scalar."""
-
-
-class NonFiniteLossError(RuntimeError):
-    """The training diverged; the message says where and what to lower."""
 
 
 class Problem(NamedTuple):

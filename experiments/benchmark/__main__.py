@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import tyro
 
 from experiments.benchmark.config import BenchmarkConfig
-from experiments.config import ConfigError
+from experiments.command import execute
 
 _DESCRIPTION = """\
 Times one optimizer step on trees of GPT-2's shapes: optax's optimizers and ours, in one
@@ -28,16 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=_DESCRIPTION,
         args=arguments,
     )
-    try:
-        config.validate()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    # Only now the heavy imports: a refused command line answers at once.
-    from experiments.benchmark.run import run
-
-    run(config)
-    return 0
+    return execute(config, "experiments.benchmark.run")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from experiments.config import ConfigError
+from experiments.command import execute
 from experiments.finetune.published import PRESETS
 
 _DESCRIPTION = """\
@@ -32,29 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    try:
-        config.validate()
-        # Only now the heavy imports: a refused command line answers at once.
-        from experiments.finetune.run import run
-        from experiments.loop import NonFiniteLossError
-    except ConfigError as error:
-        return _complain(error, 2)
-    try:
-        run(config)
-    except ConfigError as error:
-        return _complain(error, 2)
-    except NonFiniteLossError as error:
-        return _complain(error, 1)
-    except KeyboardInterrupt:
-        return _complain(
-            "interrupted; the same command goes on from the last checkpoint", 130
-        )
-    return 0
-
-
-def _complain(error: object, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return status
+    return execute(
+        config,
+        "experiments.finetune.run",
+        "interrupted; the same command goes on from the last checkpoint",
+    )
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import checkpoints, data, methods, records, state_bytes
-from experiments.config import METHODS, Config, ConfigError
-from experiments.loop import NonFiniteLossError
+from experiments.config import METHODS, Config, ConfigError, NonFiniteLossError
 from experiments.models import create
 from experiments.run import run
 from experiments.training import identity
