@@ -5,11 +5,9 @@ Loading imports what a data set needs; naming and describing it imports nothing.
 
 import pathlib
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from experiments.datasets.pairs import Splits
-
-Kind = Literal["summarisation", "translation"]
 
 # The words with which T5 was trained.
 _SUMMARIZE = "summarize: "
@@ -38,7 +36,6 @@ class Dataset:
     """One data set, by the name under which it is asked for."""
 
     name: str
-    kind: Kind
     description: str
     prefix: str
     """Text that stands before each source and tells the model its task."""
@@ -94,7 +91,6 @@ def _table(*datasets: Dataset) -> dict[str, Dataset]:
 DATASETS: dict[str, Dataset] = _table(
     Dataset(
         "docstrings",
-        "summarisation",
         "A smoke-scale task, not XSum: the first lines of docstrings of the standard "
         "library and of installed packages, from the rest of them.",
         _SUMMARIZE,
@@ -103,7 +99,6 @@ DATASETS: dict[str, Dataset] = _table(
     ),
     Dataset(
         "phrases",
-        "translation",
         "A smoke-scale task, not IWSLT: names, dates, amounts and lists as Unicode's "
         "CLDR writes them in German and in English.",
         _TRANSLATE,
@@ -112,7 +107,6 @@ DATASETS: dict[str, Dataset] = _table(
     ),
     Dataset(
         "xsum",
-        "summarisation",
         "BBC articles and their one-sentence summaries (Narayan et al., 2018), fetched "
         "by hand.",
         _SUMMARIZE,
@@ -121,7 +115,6 @@ DATASETS: dict[str, Dataset] = _table(
     ),
     Dataset(
         "billsum",
-        "summarisation",
         "Bills of the US Congress and their summaries (Kornilova and Eidelman, 2019), "
         "downloaded.",
         _SUMMARIZE,
@@ -130,7 +123,6 @@ DATASETS: dict[str, Dataset] = _table(
     ),
     Dataset(
         "iwslt2017",
-        "translation",
         "German and English subtitles of TED talks (Cettolo et al., 2017), fetched by "
         "hand.",
         _TRANSLATE,
@@ -139,7 +131,6 @@ DATASETS: dict[str, Dataset] = _table(
     ),
     Dataset(
         "opus",
-        "translation",
         "German and English texts of free software (Tiedemann, 2012), downloaded.",
         _TRANSLATE,
         ("bleu", "chrf"),

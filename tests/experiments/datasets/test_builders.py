@@ -8,6 +8,7 @@ import tarfile
 from unittest import mock
 
 import pytest
+import requests
 import tensorflow_datasets as tfds
 
 from experiments.config import ConfigError
@@ -153,6 +154,16 @@ def test_nothing_is_downloaded_unasked(tmp_path, name):
     load = getattr(builders, f"load_{name}")
     with pytest.raises(ConfigError, match=f"has no {name}.*; give `--download` to fet"):
         load(tmp_path, download=False)
+
+
+def test_no_network(tmp_path):
+    error = requests.exceptions.ConnectionError("no route")
+    billsum = tfds.builder_cls("billsum")
+    with (
+        mock.patch.object(billsum, "download_and_prepare", side_effect=error),
+        pytest.raises(ConfigError, match=r"`--download` could not fetch billsum"),
+    ):
+        builders.load_billsum(tmp_path, download=True)
 
 
 def test_mocked_data_source(tmp_path):
