@@ -23,6 +23,7 @@ _STATIC = frozenset(
         "min_dim_size_to_factor",
         "projection",
         "rank",
+        "refresh_every",
         "resample_every",
         "should_skip_update_fn",
         "weight_decay_mask",

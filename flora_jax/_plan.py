@@ -64,13 +64,38 @@ class LeafPlan:
 
         It has as many axes as the leaf, so that it inherits the leaf's sharding.
         """
+        return self.resized(self.rank, None, self.shape)
+
+    def resized(
+        self, sketched: int | None, other: int | None, dense: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """Shape of an array of state that has other sides than the leaf's matrix.
+
+        A new size stands on the side's largest axis; its other axes are 1.
+
+        Args:
+          sketched: size of the sketched side, or None to keep its axes.
+          other: size of the other side, or None to keep its axes.
+          dense: what to return for a dense leaf.
+
+        Returns:
+          A shape with as many axes as the leaf.
+        """
         if self.dense_reason is not None:
-            return self.shape
-        largest = max(self.sketched_axes, key=lambda i: self.shape[i])
-        return tuple(
-            self.rank if i == largest else 1 if i in self.sketched_axes else n
-            for i, n in enumerate(self.shape)
-        )
+            return dense
+        shape = list(self.shape)
+        axes = self.row_axes if self.axis == -1 else self.column_axes
+        for group, size in ((self.sketched_axes, sketched), (axes, other)):
+            if size is not None:
+                largest = max(group, key=lambda i: self.shape[i])
+                for i in group:
+                    shape[i] = size if i == largest else 1
+        return tuple(shape)
+
+    @property
+    def ones(self) -> tuple[int, ...]:
+        """The shape of an array that a leaf does not use."""
+        return (1,) * len(self.shape)
 
     def _order(self) -> Axes:
         return self.batch_axes + self.row_axes + self.column_axes

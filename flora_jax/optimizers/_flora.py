@@ -10,6 +10,7 @@ import optax
 
 from flora_jax import _checks
 from flora_jax._rules import LeafRules
+from flora_jax.optimizers._adamw import decay_and_rate
 from flora_jax.projections import CountSketch, Projection
 from flora_jax.transforms import (
     clip_part,
@@ -134,11 +135,7 @@ def flora(
     chain: list[optax.GradientTransformation] = []
     if multiply_by_parameter_scale:
         chain.append(scale_by_parameter_scale())
-    if weight_decay is not None:
-        if not callable(weight_decay):
-            _checks.check_number("weight_decay", weight_decay, 0, None, "0.1 or None")
-        chain.append(optax.add_decayed_weights(weight_decay, weight_decay_mask))
-    chain.append(optax.scale_by_learning_rate(learning_rate))
+    chain += decay_and_rate(weight_decay, weight_decay_mask, learning_rate)
     needs = []
     if multiply_by_parameter_scale:
         needs.append("multiply_by_parameter_scale")

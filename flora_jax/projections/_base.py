@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import chex
 import jax
@@ -20,17 +20,16 @@ SCALES = ("unbiased", "isometric")
 
 @dataclasses.dataclass(frozen=True)
 class Projection(abc.ABC):
-    """A random matrix S (rank x width), regenerated from a key and never stored.
+    """A matrix S (rank x width) that takes one side of a gradient to its sketch.
 
     Instances are static settings: frozen, hashable and deliberately not callable
-    (``optax.inject_hyperparams`` takes every callable argument for a schedule).
-
-    A projection is written as two steps. :meth:`draw` turns a key into the few numbers
-    that fix S, for many leaves in one operation; :meth:`compress` and :meth:`expand`
-    apply S to one matrix.
+    (``optax.inject_hyperparams`` takes every callable argument for a schedule). Where S
+    comes from is a subclass's matter: :class:`ObliviousProjection` regenerates it from
+    a key, :class:`AdaptiveProjection` reads it from what it chose and stored. Either
+    gives ``drawn``, a tree of arrays that fixes S, and the methods here apply it.
 
     Attributes:
-      scale: ``"unbiased"``: E[SᵀS] = I, so that ``unsketch(sketch(G))`` is an unbiased
+      scale: ``"unbiased"``: E[SᵀS] = I, so that ``expand(compress(G))`` is an unbiased
         estimate of G. ``"isometric"``: S Sᵀ = I, so that it is the orthogonal
         projection of G, which shrinks it.
     """
@@ -40,6 +39,79 @@ class Projection(abc.ABC):
     def __post_init__(self) -> None:
         """Raises ValueError for an unknown scale."""
         _checks.check_choice("scale", self.scale, SCALES)
+
+    @abc.abstractmethod
+    def compress(
+        self,
+        drawn: Any,
+        matrix: Float[Array, "*batch n m"],
+        rank: int,
+        axis: int,
+        weights: Float[Array, "*batch m"] | None = None,
+    ) -> Float[Array, "*batch _ _"]:
+        """Sketches one side of a matrix: G Sᵀ for axis -1, S G for axis -2.
+
+        Args:
+          drawn: what fixes S.
+          matrix: shape (batch…, n, m), of any float dtype; arithmetic is in float32.
+          rank: r.
+          axis: the side to sketch, -1 or -2.
+          weights: float32, of the size of that side (and batch axes, or ones): S times
+            this diagonal matrix is applied in place of S.
+
+        Returns:
+          Float32, shape (batch…, n, r) or (batch…, r, m).
+        """
+
+    @abc.abstractmethod
+    def expand(
+        self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
+    ) -> Float[Array, "*batch n m"]:
+        """The adjoint of :meth:`compress`: C S for axis -1, Sᵀ C for axis -2.
+
+        Args:
+          drawn: what fixes S.
+          sketch: shape (batch…, n, r) or (batch…, r, m), float32.
+          width: size of the sketched side before sketching.
+          axis: the sketched side, -1 or -2.
+
+        Returns:
+          Float32, shape (batch…, n, m).
+        """
+
+    def transfer(
+        self, old: Any, new: Any, rank: int, width: int
+    ) -> Float[Array, "*batch rank rank"]:
+        """S S′ᵀ of two draws: it takes a sketch C = G Sᵀ to C S S′ᵀ."""
+        s = self.expand(old, jnp.eye(rank, dtype=jnp.float32), width, -1)
+        return self.compress(new, s, rank, -1)
+
+    @abc.abstractmethod
+    def entries(
+        self, drawn: Any, rank: int, width: int
+    ) -> Float[Array, "*batch rank width"]:
+        """S itself."""
+
+    @abc.abstractmethod
+    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
+        """The diagonal of S Sᵀ where that matrix is diagonal for every key, else None.
+
+        Args:
+          rank: r.
+          width: m.
+
+        Returns:
+          Float32, shape (r,), or None if the rows of S are not orthogonal.
+        """
+
+
+class ObliviousProjection(Projection):
+    """A random S, regenerated from a key and never stored.
+
+    It is written as two steps. :meth:`draw` turns a key into the few numbers that fix
+    S, for many leaves in one operation; :meth:`Projection.compress` and
+    :meth:`Projection.expand` apply S to one matrix.
+    """
 
     def sketch(
         self,
@@ -104,7 +176,60 @@ class Projection(abc.ABC):
           :meth:`expand`.
         """
 
+
+class AdaptiveProjection(Projection):
+    """An orthonormal S that is chosen from a gradient, and kept in the state.
+
+    Each matrix of a stacked leaf has its own. What is kept is an array with the folded
+    gradient's axes: one of its sides, or both, have other sizes.
+
+    Attributes:
+      dtype: of what is kept.
+    """
+
+    dtype: ClassVar[Any] = jnp.float32
+
     @abc.abstractmethod
+    def stored_sizes(self, rank: int) -> tuple[int | None, int]:
+        """Sizes of the sketched and the other side of what is kept; None: as it is."""
+
+    @abc.abstractmethod
+    def directions(self, sketched: int, other: int) -> int:
+        """How many rows S can have for a matrix with sides of these sizes."""
+
+    @abc.abstractmethod
+    def choose(
+        self,
+        key: UInt32[Array, "2"],
+        matrix: Float[Array, "*batch n m"],
+        rank: int,
+        axis: int,
+    ) -> Array:
+        """What is kept of the basis that suits a matrix.
+
+        Args:
+          key: key data, uint32 of shape (2,), for choices that are random.
+          matrix: shape (batch…, n, m), float32.
+          rank: r.
+          axis: the sketched side, -1 or -2.
+
+        Returns:
+          Shape (batch…, n, m) with the sides that :meth:`stored_sizes` names changed.
+        """
+
+    @abc.abstractmethod
+    def read(self, stored: Array, axis: int) -> Any:
+        """From what :meth:`choose` gave to what :meth:`compress` takes."""
+
+    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"]:
+        """Ones: the rows of S are orthonormal."""
+        del width
+        return jnp.ones(rank, jnp.float32)
+
+
+class MatrixProjection(Projection):
+    """S is formed as a matrix and applied by products."""
+
     def compress(
         self,
         drawn: Any,
@@ -113,51 +238,20 @@ class Projection(abc.ABC):
         axis: int,
         weights: Float[Array, "*batch m"] | None = None,
     ) -> Float[Array, "*batch _ _"]:
-        """:meth:`sketch` with what :meth:`draw` gave in place of the key.
+        """G Sᵀ or S G; see :meth:`Projection.compress`."""
+        s = self.entries(drawn, rank, matrix.shape[axis])
+        if weights is not None:
+            s = s * weights[..., None, :]
+        return product(matrix.astype(jnp.float32), s.swapaxes(-1, -2), axis)
 
-        Args:
-          drawn: what :meth:`draw` gave.
-          matrix: shape (batch…, n, m), of any float dtype; arithmetic is in float32.
-          rank: r.
-          axis: the side to sketch, -1 or -2.
-          weights: float32, of the size of that side (and batch axes, or ones): S times
-            this diagonal matrix is applied in place of S.
-
-        Returns:
-          Float32, shape (batch…, n, r) or (batch…, r, m).
-        """
-
-    @abc.abstractmethod
     def expand(
         self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
     ) -> Float[Array, "*batch n m"]:
-        """:meth:`unsketch` with what :meth:`draw` gave in place of the key."""
-
-    def transfer(
-        self, old: Any, new: Any, rank: int, width: int
-    ) -> Float[Array, "rank rank"]:
-        """S S′ᵀ of two draws: it takes a sketch C = G Sᵀ to C S S′ᵀ."""
-        s = self.expand(old, jnp.eye(rank, dtype=jnp.float32), width, -1)
-        return self.compress(new, s, rank, -1)
-
-    @abc.abstractmethod
-    def entries(self, drawn: Any, rank: int, width: int) -> Float[Array, "rank width"]:
-        """:meth:`matrix` with what :meth:`draw` gave in place of the key."""
-
-    @abc.abstractmethod
-    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
-        """The diagonal of S Sᵀ where that matrix is diagonal for every key, else None.
-
-        Args:
-          rank: r.
-          width: m.
-
-        Returns:
-          Float32, shape (r,), or None if the rows of S are not orthogonal.
-        """
+        """C S or Sᵀ C; see :meth:`Projection.expand`."""
+        return product(sketch, self.entries(drawn, sketch.shape[axis], width), axis)
 
 
-class ScaledIsometry(Projection):
+class ScaledIsometry(ObliviousProjection):
     """S is √(m/r) times orthonormal rows: S Sᵀ = (m/r)·I, or I if isometric."""
 
     def row_norm(self, rank: int, width: int) -> float:

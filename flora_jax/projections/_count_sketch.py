@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax._random import bits, signs
-from flora_jax.projections._base import Projection, along, weigh
+from flora_jax.projections._base import ObliviousProjection, along, weigh
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt32
@@ -21,7 +21,7 @@ _UNROLL = 8  # More chunks of rows than this are added in a loop.
 
 
 @dataclasses.dataclass(frozen=True)
-class CountSketch(Projection):
+class CountSketch(ObliviousProjection):
     """Deals the m columns to r buckets at random, and sums each with random signs.
 
     The columns are dealt in chunks of r, each to all r buckets in cyclic order from a

@@ -8,39 +8,23 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from flora_jax._random import normals, signs
-from flora_jax.projections._base import Projection, ScaledIsometry, product
+from flora_jax.projections._base import (
+    MatrixProjection,
+    ObliviousProjection,
+    ScaledIsometry,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt32
 
 
-class DenseProjection(Projection):
+class DenseProjection(MatrixProjection, ObliviousProjection):
     """S is drawn as a matrix, each time that it is used."""
 
     def draw(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
         """The key itself: matrices of many leaves at once would be a state's size."""
         del rank, width
         return key
-
-    def compress(
-        self,
-        drawn: Any,
-        matrix: Float[Array, "*batch n m"],
-        rank: int,
-        axis: int,
-        weights: Float[Array, "*batch m"] | None = None,
-    ) -> Float[Array, "*batch _ _"]:
-        """G Sᵀ or S G; see :meth:`Projection.compress`."""
-        s = self.entries(drawn, rank, matrix.shape[axis])
-        if weights is not None:
-            s = s * weights[..., None, :]
-        return product(matrix.astype(jnp.float32), s.swapaxes(-1, -2), axis)
-
-    def expand(
-        self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
-    ) -> Float[Array, "*batch n m"]:
-        """C S or Sᵀ C; see :meth:`Projection.expand`."""
-        return product(sketch, self.entries(drawn, sketch.shape[axis], width), axis)
 
 
 class IndependentEntries(DenseProjection):

@@ -49,7 +49,9 @@ def recipe(
                 " tx.update(grads, state, params)"
             )
         inner, outer = state[: len(parts)], state[len(parts) :]
-        new_updates, inner = run_parts(parts, updates, inner)
+        new_updates = updates
+        if parts:
+            new_updates, inner = run_parts(parts, updates, inner)
         new_updates, outer = rest.update(new_updates, outer, params, **extra_args)
         states = (*inner, *cast(Any, outer))
         return optax.tree.cast_like(new_updates, updates), states

@@ -13,7 +13,7 @@ from flora_jax import _state
 from flora_jax._plan import LeafPlan
 from flora_jax.projections._base import along
 from flora_jax.transforms._leafwise import ScaledLeaf
-from flora_jax.transforms._sketch import Sketcher
+from flora_jax.transforms._sketch import Sketcher, moved_sketch
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -87,7 +87,11 @@ def _transfer_where(
     sketched = [plans[i] for i in places]
 
     def move(momentum: Any, root: jax.Array, epoch: Any) -> list[jax.Array]:
-        return sketcher.transfer(sketched, root, epoch, momentum)
+        matrices = sketcher.transfers(sketched, root, epoch)
+        return [
+            moved_sketch(plan, matrix, old).astype(old.dtype)
+            for plan, matrix, old in zip(sketched, matrices, momentum, strict=True)
+        ]
 
     moved = jax.lax.cond(
         due,

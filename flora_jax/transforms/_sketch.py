@@ -7,16 +7,17 @@ import functools
 import numbers
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flora_jax import _keys
 from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
 from flora_jax._spec import make_spec
-from flora_jax.projections import Projection
+from flora_jax.projections import ObliviousProjection, Projection
 from flora_jax.projections._base import product
 from flora_jax.transforms._leafwise import ScaledLeaf
 
@@ -36,14 +37,18 @@ class Sketcher:
 
     name: str
     rules: LeafRules
-    projection: Projection
+    projection: Any
+
+    accepts: ClassVar[type] = ObliviousProjection
 
     def __post_init__(self) -> None:
-        """Raises TypeError if the projection is none."""
-        if not isinstance(self.projection, Projection):
+        """Raises TypeError if the projection is none, or not of the kind needed."""
+        if not isinstance(self.projection, self.accepts):
+            kind = "" if self.accepts is Projection else " that a key regenerates"
             raise TypeError(
-                f"`projection` must be a flora_jax projection, got {self.projection!r};"
-                " pass an instance such as flora_jax.Gaussian()"
+                f"`projection` must be a flora_jax projection{kind}, got"
+                f" {self.projection!r}; pass an instance such as"
+                " flora_jax.CountSketch()"
             )
 
     def draw(self, plans: Sequence[LeafPlan], root: jax.Array, epoch: Any) -> list[Any]:
@@ -51,38 +56,41 @@ class Sketcher:
 
         Leaves of equal rank and width are drawn together: the random numbers of a tree
         of hundreds of leaves are a handful of operations.
+
+        Args:
+          plans: of the leaves.
+          root: the state's key data.
+          epoch: the epoch, or an array of one for each leaf.
+
+        Returns:
+          One tree per leaf.
         """
         drawn: list[Any] = [None] * len(plans)
         for (rank, width), members in _groups(plans).items():
-            keys = self._keys(plans, members, root, epoch)
+            keys = self.keys(plans, members, root, epoch)
             draw = functools.partial(self.projection.draw, rank=rank, width=width)
             together = _written_out(jax.vmap(draw)(keys))
             for place, i in enumerate(members):
                 drawn[i] = jax.tree.map(operator.itemgetter(place), together)
         return drawn
 
-    def transfer(
-        self,
-        plans: Sequence[LeafPlan],
-        root: jax.Array,
-        epoch: Any,
-        sketches: Sequence[jax.Array],
+    def transfers(
+        self, plans: Sequence[LeafPlan], root: jax.Array, epoch: Any
     ) -> list[jax.Array]:
-        """Moves sketches, C S S′ᵀ, from the last epoch's projections to this one's.
+        """The matrices S S′ᵀ from the last epoch's projections to this one's.
 
-        By the r x r matrix S S′ᵀ of each leaf, in turn: no estimate of a leaf's size is
-        made, and leaves of equal rank and width share one compiled loop.
+        Each leaf in turn: no matrix of a leaf's size is made, and leaves of equal rank
+        and width share one compiled loop.
 
         Args:
           plans: of sketched leaves.
           root: the state's key data.
-          epoch: the new epoch.
-          sketches: in the state's shapes.
+          epoch: the new epoch, or an array of one for each leaf.
 
         Returns:
-          The sketches, in their dtypes.
+          One r x r matrix per leaf, float32.
         """
-        moved = list(sketches)
+        matrices: list[Any] = [None] * len(plans)
         for (rank, width), members in _groups(plans).items():
 
             def matrix(keys: jax.Array, rank: int = rank, width: int = width) -> Any:
@@ -90,21 +98,22 @@ class Sketcher:
                 return self.projection.transfer(old, new, rank, width)
 
             epochs = (epoch - 1, epoch)
-            keys = [self._keys(plans, members, root, number) for number in epochs]
-            matrices = jax.lax.map(matrix, jnp.stack(keys, axis=1))
+            keys = [self.keys(plans, members, root, number) for number in epochs]
+            together = jax.lax.map(matrix, jnp.stack(keys, axis=1))
             for place, i in enumerate(members):
-                plan, sketch = plans[i], sketches[i].astype(jnp.float32)
-                new = product(plan.fold(sketch), matrices[place], plan.axis)
-                moved[i] = plan.unfold(new, plan.state_shape).astype(sketches[i].dtype)
-        return moved
+                matrices[i] = together[place]
+        return matrices
 
-    def _keys(
+    def keys(
         self,
         plans: Sequence[LeafPlan],
         members: Sequence[int],
         root: jax.Array,
         epoch: Any,
     ) -> jax.Array:
+        """Key data of some of the leaves, uint32 of shape (members, 2)."""
+        if jnp.ndim(epoch):
+            epoch = jnp.asarray(epoch)[np.asarray(members)]
         return _keys.leaf_keys(root, self.name, [plans[i].path for i in members], epoch)
 
     def sketch(
@@ -161,6 +170,14 @@ class Sketcher:
             weight_dimension_numbers="callable" if callable(axes) else axes,
             **settings,
         )
+
+
+def moved_sketch(
+    plan: LeafPlan, matrix: Float[Array, "*batch r r"], sketch: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """C S S′ᵀ for a sketch C in the state's shape; float32."""
+    new = product(plan.fold(sketch.astype(jnp.float32)), matrix, plan.axis)
+    return plan.unfold(new, plan.state_shape)
 
 
 def _groups(plans: Sequence[LeafPlan]) -> dict[tuple[int, int], list[int]]:

@@ -1,0 +1,48 @@
+"""Where a state keeps its moments: by the names that optax gives their fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+# What a tree holds decides how it is moved to another basis, and how it is coded.
+FIRST, SECOND, SUM = "first", "second", "sum"
+KINDS = {
+    "mu": FIRST,
+    "ema": FIRST,
+    "momentum": FIRST,
+    "nu": SECOND,
+    "trace": SUM,
+    "acc_grads": SUM,
+    "error": SUM,
+}
+
+
+def map_moments(fn: Callable[..., Any], state: Any, *others: Any) -> Any:
+    """Replaces the parameter-shaped trees of moments inside a state.
+
+    Args:
+      fn: called with the field's name and that tree of each state; returns a tree.
+      state: any optimizer state: NamedTuples, tuples, lists and dicts of them.
+      *others: states of the same structure around the moments.
+
+    Returns:
+      The state with those trees replaced; nothing else is changed.
+    """
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        fields = {}
+        for name in cast(Any, state)._fields:
+            values = [getattr(x, name) for x in (state, *others)]
+            fields[name] = (
+                fn(name, *values) if name in KINDS else map_moments(fn, *values)
+            )
+        return type(state)(**fields)
+    if isinstance(state, tuple | list):
+        return type(state)(
+            map_moments(fn, *values) for values in zip(state, *others, strict=True)
+        )
+    if isinstance(state, dict):
+        return {
+            key: map_moments(fn, *(x[key] for x in (state, *others))) for key in state
+        }
+    return state

@@ -1,0 +1,57 @@
+"""What the settings of a subspace exclude."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flora_jax import _checks
+from flora_jax.transforms._subspace_basis import Subspace
+from flora_jax.transforms._subspace_step import NORMS, RESIDUALS
+from flora_jax.transforms._transport import TRANSPORTS
+
+
+def check_subspace(
+    subspace: Subspace,
+    residual: str,
+    norms: str,
+    limiter: Any,
+    scale: Any,
+    betas: Any,
+    error_feedback: bool,
+) -> None:
+    """Raises on settings that are out of range, or that exclude each other."""
+    _checks.check_choice("transport", subspace.transport, TRANSPORTS)
+    _checks.check_choice("residual", residual, RESIDUALS)
+    _checks.check_choice("norms", norms, NORMS)
+    _checks.check_number("scale", scale, 0, None, "0.25 is GaLore's")
+    for beta in betas or ():
+        _checks.check_number("betas", beta, 0, 1, "(0.9, 0.999) are Adam's")
+    projection = subspace.projection
+    if limiter is not None:
+        _checks.check_number("limiter", limiter, 1e-30, None, "1.01, or None for none")
+        if residual in ("dropped", "plain"):
+            raise ValueError(
+                f"`limiter` limits a scaled residual, got limiter={limiter} with"
+                f" residual={residual!r}; use None, or residual='fira'"
+            )
+    if error_feedback and residual != "dropped":
+        raise ValueError(
+            "`error_feedback` keeps what the update leaves out, got"
+            f" residual={residual!r}, which leaves out nothing; use 'dropped'"
+        )
+    wants = {
+        "residual": residual not in ("dropped", "apollo") and residual,
+        "transport": subspace.transport not in ("keep", "reset") and subspace.transport,
+        "error_feedback": error_feedback,
+    }
+    for name, value in wants.items():
+        if value and projection.scale != "isometric":
+            raise ValueError(
+                f"`{name}` {value!r} needs a projection with orthonormal rows, got"
+                f" {projection}; use CountSketch(scale='isometric')"
+            )
+    if subspace.transport == "ldadam" and betas is None:
+        raise ValueError(
+            "`betas` must be given for transport='ldadam', got betas=None; pass the"
+            " decays of `inner`, such as (0.9, 0.999)"
+        )

@@ -1,0 +1,161 @@
+"""One update inside a subspace: all leaves into it, and out of it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax import _state
+from flora_jax._plan import LeafPlan
+from flora_jax.transforms._leafwise import ScaledLeaf
+from flora_jax.transforms._moments import map_moments
+from flora_jax.transforms._subspace_basis import Subspace
+from flora_jax.transforms._transport import moments_of, with_moments
+
+
+def enter_subspace(
+    subspace: Subspace,
+    plans: Sequence[LeafPlan],
+    updates: Any,
+    state: Any,
+    betas: Any,
+) -> tuple[list[jax.Array], list[jax.Array], Any]:
+    """The sketches, the stored bases, and inner's state, all in this step's basis."""
+    shapes = [plan.state_shape for plan in plans]
+    _match(subspace.name, plans, state, shapes)
+    kinds, moments = [], []
+    if subspace.transport != "keep":
+        kinds, moments = moments_of(state.inner, plans, subspace.transport)
+    stored, error = jax.tree.leaves(state.basis), jax.tree.leaves(state.error)
+    like = jax.tree.leaves(_state.zeros_tree(updates, shapes, jnp.float32))
+
+    def enter(
+        grads: Any, error: Any, stored: Any, moments: Any, root: Any, i: Any, betas: Any
+    ) -> Any:
+        grads = _corrected(plans, grads, error)
+        stored, moments = subspace.refresh(
+            plans, kinds, grads, stored, moments, root, i, betas
+        )
+        drawn = subspace.bases(plans, root, i, stored)
+        sketches = [
+            subspace.sketch(plan, basis, ScaledLeaf(grad))
+            for plan, basis, grad in zip(plans, drawn, grads, strict=True)
+        ]
+        return sketches, stored, moments
+
+    sketches, stored, moments = _state.run_sharded(
+        enter,
+        (like, stored, moments),
+        jax.tree.leaves(updates),
+        error,
+        stored,
+        moments,
+        state.key,
+        state.count,
+        betas,
+    )
+    inner = with_moments(state.inner, moments) if moments else state.inner
+    return sketches, stored, inner
+
+
+def leave_subspace(
+    step: Callable[..., Any],
+    subspace: Subspace,
+    plans: Sequence[LeafPlan],
+    updates: Any,
+    state: Any,
+    found: tuple[list[jax.Array], list[jax.Array], list[jax.Array]],
+    settings: tuple[Any, Any, Any],
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+    """The updates in the gradients' dtypes, the limiter's norms and the new error."""
+
+    def leave(
+        grads: Any, found: Any, limits: Any, error: Any, root: Any, i: Any, numbers: Any
+    ) -> Any:
+        stored, sketches, directions = found
+        scale, limiter, betas = numbers
+        whole = _corrected(plans, grads, error)
+        drawn = subspace.bases(plans, root, i, stored)
+        correction = _correction(betas, i)
+        pairs = [
+            step(*leaf, limit, scale, limiter, correction)
+            for *leaf, limit in zip(
+                plans,
+                drawn,
+                whole,
+                sketches,
+                directions,
+                limits or [None] * len(plans),
+                strict=True,
+            )
+        ]
+        if error:
+            error = [
+                old if plan.dense_reason else grad - subspace.unsketch(plan, basis, r)
+                for plan, basis, grad, r, old in zip(
+                    plans, drawn, whole, sketches, error, strict=True
+                )
+            ]
+        cast = [
+            update.astype(grad.dtype)
+            for (update, _), grad in zip(pairs, grads, strict=True)
+        ]
+        return cast, [limit for _, limit in pairs] if limits else [], error
+
+    grads = jax.tree.leaves(updates)
+    limits, error = jax.tree.leaves(state.limiter), jax.tree.leaves(state.error)
+    return _state.run_sharded(
+        leave,
+        (grads, limits, error),
+        grads,
+        found,
+        limits,
+        error,
+        state.key,
+        state.count,
+        settings,
+    )
+
+
+def _corrected(
+    plans: Sequence[LeafPlan], grads: Sequence[jax.Array], error: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """The gradients with what earlier sketches have left out."""
+    if not error:
+        return list(grads)
+    return [
+        grad if plan.dense_reason else grad.astype(jnp.float32) + left
+        for plan, grad, left in zip(plans, grads, error, strict=True)
+    ]
+
+
+def _correction(betas: tuple[Any, Any] | None, count: Any) -> Any:
+    """√(1−β2^t)/(1−β1^t), by which debiasing multiplies Adam's direction, at step t."""
+    if betas is None:
+        return 1.0
+    one, two = (1 - jnp.asarray(beta, jnp.float32) ** (count + 1) for beta in betas)
+    return jnp.sqrt(two) / one
+
+
+def per_matrix(plans: Sequence[LeafPlan]) -> list[tuple[int, ...]]:
+    return [plan.resized(1, 1, plan.ones) for plan in plans]
+
+
+def _match(
+    name: str, plans: Sequence[LeafPlan], state: Any, shapes: Sequence[Any]
+) -> None:
+    """Raises unless the state's trees are those of these gradients."""
+
+    def check(field: str, tree: Any) -> Any:
+        nodes = jax.tree.leaves(tree, is_leaf=lambda x: x == optax.MaskedNode())
+        if optax.MaskedNode() not in nodes:
+            _state.matching_leaves(name, f"inner.{field}", tree, plans, shapes)
+        return tree
+
+    map_moments(check, state.inner)
+    if state.limiter:
+        _state.matching_leaves(name, "limiter", state.limiter, plans, per_matrix(plans))
