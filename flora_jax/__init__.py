@@ -11,29 +11,47 @@ from flora_jax._checks import static_args
 from flora_jax._plan import LeafPlan
 from flora_jax._rules import plan_leaves
 from flora_jax._spec import verify_state
-from flora_jax.optimizers import flora
+from flora_jax.memory import ranks_for_budget
+from flora_jax.optimizers import (
+    apollo,
+    apollo_mini,
+    dct_adamw,
+    fira,
+    flora,
+    flora_adamw,
+    galore,
+)
 from flora_jax.projections import (
     SRHT,
+    AdaptiveProjection,
     CountSketch,
     Gaussian,
+    ObliviousProjection,
     Orthogonal,
     Projection,
     Rademacher,
+    TopDCT,
+    TopSVD,
 )
 from flora_jax.transforms import (
     CompressedAccumulationState,
     CompressedAccumulatorCarry,
     CompressedMomentumState,
     FactoredRmsState,
+    QuantizedState,
+    SubspaceState,
     compressed_accumulation,
     compressed_accumulator,
     compressed_momentum,
     has_updated,
+    quantize_state,
     scale_by_factored_rms,
+    scale_in_subspace,
 )
 
 __all__ = [
     "SRHT",
+    "AdaptiveProjection",
     "CompressedAccumulationState",
     "CompressedAccumulatorCarry",
     "CompressedMomentumState",
@@ -41,16 +59,30 @@ __all__ = [
     "FactoredRmsState",
     "Gaussian",
     "LeafPlan",
+    "ObliviousProjection",
     "Orthogonal",
     "Projection",
+    "QuantizedState",
     "Rademacher",
+    "SubspaceState",
+    "TopDCT",
+    "TopSVD",
+    "apollo",
+    "apollo_mini",
     "compressed_accumulation",
     "compressed_accumulator",
     "compressed_momentum",
+    "dct_adamw",
+    "fira",
     "flora",
+    "flora_adamw",
+    "galore",
     "has_updated",
     "plan_leaves",
+    "quantize_state",
+    "ranks_for_budget",
     "scale_by_factored_rms",
+    "scale_in_subspace",
     "static_args",
     "verify_state",
 ]

@@ -14,6 +14,7 @@ import numpy as np
 
 _STATIC = frozenset(
     {
+        "block",
         "dtype",
         "every_k",
         "key",
@@ -21,6 +22,7 @@ _STATIC = frozenset(
         "max_aspect_ratio",
         "min_dim_size",
         "min_dim_size_to_factor",
+        "min_size",
         "projection",
         "rank",
         "refresh_every",

@@ -12,8 +12,10 @@ ROOT = Path(flora_jax.__file__).parent
 LAYERS = [
     ["_checks", "_keys", "_plan", "_random", "_rules", "_spec", "_state"],
     ["projections"],
+    ["quantization"],
     ["transforms"],
     ["optimizers"],
+    ["memory"],
     ["__init__"],
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

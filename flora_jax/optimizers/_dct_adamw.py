@@ -61,8 +61,8 @@ def dct_adamw(
       weight_decay: decoupled weight decay in the full space, multiplied by the learning
         rate; None for none.
       weight_decay_mask: as ``mask`` of ``optax.add_decayed_weights``.
-      state_dtype: ``"int8"``, ``"float8"`` or ``"bfloat16"`` for both moments, as by
-        :func:`flora_jax.quantize_state`; None for float32.
+      state_dtype: ``"int8"``, ``"float8_e4m3fn"`` or ``"bfloat16"`` for both moments,
+        as by :func:`flora_jax.quantize_state`; None for float32.
       stagger: replace the bases of different leaves at different steps.
       key: int seed, typed threefry2x32 key, or its key data.
       mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.

@@ -22,12 +22,16 @@ from flora_jax.transforms._momentum import (
     momentum_part,
 )
 from flora_jax.transforms._parameter_scale import scale_by_parameter_scale
+from flora_jax.transforms._quantize_state import QuantizedState, quantize_state
+from flora_jax.transforms._subspace import SubspaceState, scale_in_subspace
 
 __all__ = [
     "CompressedAccumulationState",
     "CompressedAccumulatorCarry",
     "CompressedMomentumState",
     "FactoredRmsState",
+    "QuantizedState",
+    "SubspaceState",
     "clip_part",
     "compressed_accumulation",
     "compressed_accumulator",
@@ -35,7 +39,9 @@ __all__ = [
     "factored_rms_part",
     "has_updated",
     "momentum_part",
+    "quantize_state",
     "recipe",
     "scale_by_factored_rms",
     "scale_by_parameter_scale",
+    "scale_in_subspace",
 ]

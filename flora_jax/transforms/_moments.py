@@ -42,7 +42,8 @@ def map_moments(fn: Callable[..., Any], state: Any, *others: Any) -> Any:
             map_moments(fn, *values) for values in zip(state, *others, strict=True)
         )
     if isinstance(state, dict):
-        return {
-            key: map_moments(fn, *(x[key] for x in (state, *others))) for key in state
-        }
+        new = state.copy()  # Of the same kind: an OrderedDict has an order of its own.
+        for key in state:
+            new[key] = map_moments(fn, *(x[key] for x in (state, *others)))
+        return new
     return state

@@ -208,7 +208,7 @@ def scale_in_subspace(
             subspace, plans, updates, state, betas
         )
         directions, inner_state = inner.update(
-            _state.rebuild(updates, sketches), inner_state, None, **extra_args
+            sketches, inner_state, None, **extra_args
         )
         new_updates, limits, error = leave_subspace(
             functools.partial(bring_back, subspace, residual, norms),
@@ -216,7 +216,7 @@ def scale_in_subspace(
             plans,
             updates,
             state,
-            (basis, sketches, jax.tree.leaves(directions)),
+            (basis, jax.tree.leaves(sketches), jax.tree.leaves(directions)),
             settings,
         )
         return _state.rebuild(updates, new_updates), SubspaceState(

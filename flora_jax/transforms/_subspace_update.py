@@ -23,15 +23,17 @@ def enter_subspace(
     updates: Any,
     state: Any,
     betas: Any,
-) -> tuple[list[jax.Array], list[jax.Array], Any]:
-    """The sketches, the stored bases, and inner's state, all in this step's basis."""
+) -> tuple[Any, list[jax.Array], Any]:
+    """Tree of sketches, stored bases, and inner's state, all in this step's basis."""
     shapes = [plan.state_shape for plan in plans]
     _match(subspace.name, plans, state, shapes)
     kinds, moments = [], []
     if subspace.transport != "keep":
         kinds, moments = moments_of(state.inner, plans, subspace.transport)
     stored, error = jax.tree.leaves(state.basis), jax.tree.leaves(state.error)
-    like = jax.tree.leaves(_state.zeros_tree(updates, shapes, jnp.float32))
+    # In the boxes that init gave to inner: a sketch has other axis names than its leaf.
+    boxes = _state.zeros_tree(updates, shapes, jnp.float32)
+    like = jax.tree.leaves(boxes)
 
     def enter(
         grads: Any, error: Any, stored: Any, moments: Any, root: Any, i: Any, betas: Any
@@ -59,7 +61,7 @@ def enter_subspace(
         betas,
     )
     inner = with_moments(state.inner, moments) if moments else state.inner
-    return sketches, stored, inner
+    return _state.rebuild(boxes, sketches), stored, inner
 
 
 def leave_subspace(
@@ -141,6 +143,10 @@ def _correction(betas: tuple[Any, Any] | None, count: Any) -> Any:
     return jnp.sqrt(two) / one
 
 
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
 def per_matrix(plans: Sequence[LeafPlan]) -> list[tuple[int, ...]]:
     return [plan.resized(1, 1, plan.ones) for plan in plans]
 
@@ -151,8 +157,8 @@ def _match(
     """Raises unless the state's trees are those of these gradients."""
 
     def check(field: str, tree: Any) -> Any:
-        nodes = jax.tree.leaves(tree, is_leaf=lambda x: x == optax.MaskedNode())
-        if optax.MaskedNode() not in nodes:
+        nodes = jax.tree.leaves(tree, is_leaf=_is_masked)
+        if not any(map(_is_masked, nodes)):
             _state.matching_leaves(name, f"inner.{field}", tree, plans, shapes)
         return tree
 

@@ -43,7 +43,7 @@ OPTIMIZERS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection(fj.Projection):
+class Selection(fj.ObliviousProjection):
     """Keeps the first r columns or rows: a projection that compiles in no time."""
 
     def draw(self, key, rank, width):

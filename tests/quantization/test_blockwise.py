@@ -1,0 +1,247 @@
+"""Block-wise codes: error bounds, exactness, fixed points, unbiased rounding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flora_jax import _random
+from flora_jax.quantization import CODES, code_dtype, decode, encode, scale_shape
+
+BLOCK = 8
+SCALED = [(code, signed) for code in CODES[:2] for signed in (True, False)]
+EVERY = [(code, signed) for code in CODES for signed in (True, False)]
+every_code = pytest.mark.parametrize(("code", "signed"), EVERY)
+scaled_codes = pytest.mark.parametrize(("code", "signed"), SCALED)
+SHAPE = (5, 3, 27)  # Four blocks along the last axis, the last of them short.
+
+
+@functools.cache
+def compiled(code, signed, block=BLOCK):
+    """Jitted encode with and without random bits, and decode."""
+    first = jax.jit(lambda x: encode(x, code, block, signed))
+    random = jax.jit(lambda x, bits: encode(x, code, block, signed, bits))
+    return first, random, jax.jit(lambda q, s: decode(q, s, code, block, signed))
+
+
+def there_and_back(x, code, signed, bits=None):
+    first, random, back = compiled(code, signed)
+    codes, scales = first(x) if bits is None else random(x, bits)
+    return back(codes, scales)
+
+
+def numbers(signed, shape=SHAPE, decades=6, seed=0):
+    """Magnitudes over many decades; second moments over twice as many."""
+    rng = np.random.default_rng(seed)
+    x = 10 ** rng.uniform(-decades if signed else -2 * decades, 0, shape)
+    x = x * rng.choice([-1, 1], shape) if signed else x
+    return jnp.asarray(x * rng.uniform(1e-3, 1e3), jnp.float32)
+
+
+def tops(x):
+    """Each entry's largest neighbour in its block along the last axis, float64."""
+    x = np.abs(np.asarray(x, np.float64))
+    starts = np.arange(0, x.shape[-1], BLOCK)
+    return np.maximum.reduceat(x, starts, -1).repeat(BLOCK, -1)[..., : x.shape[-1]]
+
+
+def values(code, signed):
+    """All magnitudes that a code can stand for at scale 1, from its definition."""
+    if code == "int8":
+        return (np.arange(128) / 127) ** 2 if signed else (np.arange(256) / 255) ** 4
+    every = np.arange(127, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float64)
+    return every / 448 if signed else (every / 448) ** 2
+
+
+@scaled_codes
+@pytest.mark.parametrize("shape", [SHAPE, (27, 4), (3, 16, 2)])
+def test_equals_the_nearest_value_of_a_table(code, signed, shape):
+    # Blocks along the last axis for the table; the library finds the longest itself.
+    axis = shape.index(max(shape))
+    x = numbers(signed, shape)
+    moved = np.moveaxis(np.asarray(x, np.float64), axis, -1)
+    s, table = tops(moved), values(code, signed)
+    root = (lambda y: y) if signed else np.sqrt
+    distances = np.abs(root(np.abs(moved) / s)[..., None] - root(table))
+    if not signed:
+        distances[..., 0] = np.inf  # A positive second moment is not made 0.
+    expected = np.sign(moved) * s * table[distances.argmin(-1)]
+    actual = np.moveaxis(np.asarray(there_and_back(x, code, signed)), axis, -1)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def bound(x, code, signed, stochastic):
+    """The docstring's bounds, of |x' - x|, or of the roots if unsigned."""
+    s, size = tops(x), np.abs(np.asarray(x, np.float64))
+    if not signed:
+        s, size = np.sqrt(s), np.sqrt(size)
+    once, more = (2, 4) if stochastic else (1, 1)
+    if code == "bfloat16":
+        size = np.abs(np.asarray(x, np.float64))
+        return once * size * 2.0**-8
+    if code == "int8":
+        second = s / (4 * 127**2) if signed else s / 255**2
+        return once * np.sqrt(s * size) / (127 if signed else 255) + more * second
+    finest = s / (448 * 2**10) if signed else s / (448 * 2**9)
+    return once * np.maximum(size / 16, finest)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@every_code
+def test_errors_are_below_the_bounds(code, signed, stochastic):
+    x = numbers(signed, (20, 3, 27))
+    words = _random.bits(jnp.array([1, 2], jnp.uint32), x.shape, 0)
+    bits = words if stochastic else None
+    actual = np.asarray(there_and_back(x, code, signed, bits), np.float64)
+    expected, limit = np.asarray(x, np.float64), bound(x, code, signed, stochastic)
+    if not signed and code != "bfloat16":
+        actual, expected = np.sqrt(actual), np.sqrt(expected)
+    slack = 1e-6 * np.abs(expected) + 1e-30
+    assert np.all(np.abs(actual - expected) <= limit + slack)
+    # The bound is near: it is not so loose that an error of twice the size passes.
+    ratio = (np.abs(actual - expected) / limit).max()
+    assert ratio > 0.6
+
+
+@every_code
+def test_zeros_stay_zero_and_positive_second_moments_positive(code, signed):
+    x = numbers(signed).at[:, 0].set(0.0).at[:, 1, ::2].set(0.0)
+    back = np.asarray(there_and_back(x, code, signed))
+    assert np.all(back[np.asarray(x) == 0] == 0)
+    if not signed:
+        small = x.at[0, 2, :3].set(jnp.array([1e-37, 1e-30, 1e30]))
+        back = np.asarray(there_and_back(small, code, signed))
+        assert np.all(back[np.asarray(small) > 0] > 0)
+        tiny = jnp.full(SHAPE, 1e-37)  # Less than any scale.
+        assert np.all(np.asarray(there_and_back(tiny, code, signed)) > 0)
+        bits = jnp.full(SHAPE, 2**32 - 1, jnp.uint32)
+        assert np.all(np.asarray(there_and_back(small, code, signed, bits)) >= 0)
+
+
+@scaled_codes
+def test_the_largest_entry_of_a_block_is_exact(code, signed):
+    x = np.asarray(numbers(signed))
+    back = np.asarray(there_and_back(jnp.asarray(x), code, signed))
+    largest = np.abs(x) == tops(x)
+    assert largest.sum() == 5 * 3 * 4
+    assert np.array_equal(back[largest], x[largest])
+
+
+@pytest.mark.parametrize("threshold", [None, 0, 2**32 - 1])
+@every_code
+def test_what_was_decoded_is_a_fixed_point(code, signed, threshold):
+    """For every code, at scales of all sizes, and under any random bits."""
+    first, random, back = compiled(code, signed, 256)
+    dtype = code_dtype(code, signed)
+    if code == "int8":
+        q = np.arange(-127 if signed else 0, 128 if signed else 256)
+    elif code == "bfloat16":
+        q = np.asarray(numbers(signed, (256,)))
+    else:
+        q = np.arange(127, dtype=np.uint8).view(dtype).astype(np.float32)
+    codes = jnp.asarray(np.broadcast_to(q, (200, q.size)), dtype)
+    codes = jnp.pad(codes, [(0, 0), (0, 256 - q.size)])
+    scales = jnp.geomspace(1e-25, 1e37, 200)[:, None]
+    if code == "bfloat16":
+        scales = jnp.zeros((1, 1))
+    x = back(codes, scales)
+    bits = None if threshold is None else jnp.full(x.shape, threshold, jnp.uint32)
+    again = first(x) if bits is None else random(x, bits)
+    assert np.array_equal(again[0], codes)
+    assert np.array_equal(again[1], scales)
+
+
+@every_code
+def test_random_rounding_is_unbiased(code, signed):
+    """Within five standard errors, for each of a block's numbers; zero stays."""
+    draws = 20_000
+    x = numbers(signed, (8,), decades=3).at[0].set(0.0)
+    words = _random.bits(jnp.array([3, 4], jnp.uint32), (draws, 8), 0)
+
+    def once(bits):
+        return decode(*encode(x, code, 8, signed, bits), code, 8, signed)
+
+    back = np.asarray(jax.jit(jax.vmap(once))(words), np.float64)
+    mean, error = back.mean(0), back.std(0) / np.sqrt(draws)
+    expected = np.asarray(x, np.float64)
+    assert np.all(np.abs(mean - expected) <= 5 * error + 1e-6 * np.abs(expected))
+    assert (back.std(0) > 0).sum() >= 6  # All but zero and the largest.
+
+
+@scaled_codes
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_makes_its_block_nan(code, signed, bad):
+    x = np.asarray(numbers(signed)).copy()
+    x[0, 0, 9] = bad
+    back = np.asarray(there_and_back(jnp.asarray(x), code, signed))
+    expected = np.zeros(SHAPE, bool)
+    expected[0, 0, 8:16] = True
+    assert np.array_equal(np.isnan(back), expected)
+    assert np.isfinite(back[~expected]).all()
+
+
+@pytest.mark.parametrize("code", CODES[:2])
+def test_a_negative_second_moment_makes_its_block_nan(code):
+    x = numbers(False).at[1, 2, 26].set(-1.0)
+    back = np.asarray(there_and_back(x, code, False))
+    assert np.isnan(back[1, 2, 24:]).all()
+    assert np.isnan(back).sum() == 3
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_bfloat16_keeps_what_is_not_finite(stochastic):
+    x = numbers(True).at[0, 0, :3].set(jnp.array([jnp.nan, jnp.inf, -jnp.inf]))
+    bits = jnp.full(SHAPE, 2**32 - 1, jnp.uint32) if stochastic else None
+    back = np.asarray(there_and_back(x, "bfloat16", True, bits))
+    assert np.isnan(back[0, 0, 0])
+    assert back[0, 0, 1] == np.inf
+    assert back[0, 0, 2] == -np.inf
+    assert np.isfinite(back).sum() == back.size - 3
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@every_code
+def test_narrow_numbers_keep_their_dtype(code, signed, dtype):
+    x = numbers(signed, decades=1).astype(dtype)
+    first, _, back = compiled(code, signed)
+    codes, scales = first(x)
+    assert scales.dtype == dtype
+    again = back(codes, scales)
+    assert again.dtype == dtype
+    assert np.array_equal(first(again)[0], codes)
+    assert np.array_equal(first(again)[1], scales)
+
+
+def test_shapes_of_scales():
+    assert scale_shape((12, 4, 3072), "int8", 256) == (12, 4, 12)
+    assert scale_shape((768, 1, 64), "int8", 256) == (3, 1, 64)
+    assert scale_shape((300, 300), "float8_e4m3fn", 256) == (2, 300)
+    assert scale_shape((100, 64), "int8", 256) == (1, 64)
+    assert scale_shape((100, 64), "bfloat16", 256) == (1, 1)
+    codes, scales = encode(jnp.ones((100, 64)), "int8", 256, True)
+    assert (codes.shape, codes.dtype) == ((100, 64), jnp.int8)
+    assert (scales.shape, scales.dtype) == ((1, 64), jnp.float32)
+
+
+def test_blocks_that_divide_a_shard_need_no_communication():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.device_put(
+        numbers(True, (2, 64)), jax.NamedSharding(mesh, jax.P(None, "x"))
+    )
+
+    def run(x):
+        codes, scales = encode(x, "int8", BLOCK, True)
+        return codes, scales, decode(codes, scales, "int8", BLOCK, True)
+
+    program = jax.jit(run).lower(x).compile()
+    text = program.as_text()
+    assert not any(
+        name in text for name in ("all-gather", "all-to-all", "collective-permute")
+    )
+    assert all(s.spec == jax.P(None, "x") for s in program.output_shardings)
+    codes, scales, _ = program(x)
+    whole = encode(jnp.asarray(np.asarray(x)), "int8", BLOCK, True)
+    assert np.array_equal(codes, whole[0])
+    assert np.array_equal(scales, whole[1])
