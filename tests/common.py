@@ -6,6 +6,7 @@ import numpy as np
 
 # Relative to the largest entry of what is expected: a few dozen roundings of the dtype.
 _TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "bfloat16": 3e-2, "float16": 4e-3}
+_TOLERANCE |= dict.fromkeys(["int32", "int8", "uint8"], 0.0)
 
 
 def assert_close(actual, expected, dtype=None):

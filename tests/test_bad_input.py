@@ -17,6 +17,10 @@ FACTORIES = {
     "compressed_accumulation": functools.partial(fj.compressed_accumulation, SGD, 4),
     "compressed_accumulator": functools.partial(fj.compressed_accumulator, key=0),
     "flora": functools.partial(fj.flora, 1e-3),
+    "scale_in_subspace": functools.partial(
+        fj.scale_in_subspace, optax.scale_by_adam(), fj.TopSVD()
+    ),
+    "fira": functools.partial(fj.fira, 1e-3),
     "plan_leaves": functools.partial(fj.plan_leaves, PARAMS),
 }
 
@@ -61,9 +65,13 @@ def test_rules(factory, argument, value, error, match):
         factory(rank=8, **{argument: value})
 
 
-@pytest.mark.parametrize(
-    "name", ["compressed_momentum", "compressed_accumulation", "flora"]
+KEYED = pytest.mark.parametrize(
+    "name",
+    ["compressed_momentum", "compressed_accumulation", "flora", "scale_in_subspace"],
 )
+
+
+@KEYED
 @pytest.mark.parametrize(
     ("key", "error", "match"),
     [
@@ -235,6 +243,7 @@ TRANSFORMATIONS = {
     "compressed_accumulation": lambda: fj.compressed_accumulation(SGD, 4, 8),
     "scale_by_factored_rms": fj.scale_by_factored_rms,
     "flora": lambda: fj.flora(1e-3, 8),
+    "scale_in_subspace": lambda: fj.apollo(1e-3, 8),
 }
 
 
@@ -268,9 +277,7 @@ def test_params_are_not_asked_for_where_they_are_not_needed():
     assert updates["w"].shape == (256, 512)
 
 
-@pytest.mark.parametrize(
-    "name", ["compressed_momentum", "compressed_accumulation", "flora"]
-)
+@KEYED
 def test_state_whose_key_was_cast(name):
     tx = TRANSFORMATIONS[name]()
     state = optax.tree.cast(tx.init(PARAMS), jnp.bfloat16)
@@ -284,6 +291,7 @@ def test_state_whose_key_was_cast(name):
         functools.partial(fj.flora, learning_rate=1e-3, rank=8),
         functools.partial(fj.compressed_momentum, decay=0.9, rank=8),
         functools.partial(fj.compressed_accumulation, inner=SGD, every_k=4, rank=8),
+        functools.partial(fj.apollo, learning_rate=1e-3, rank=8),
     ],
 )
 def test_inject_hyperparams_without_static_args_names_the_remedy(factory):
@@ -298,10 +306,10 @@ def test_inject_hyperparams_without_static_args_names_the_remedy(factory):
 def test_nan_gradient_under_apply_if_finite_leaves_the_state_unchanged():
     for name in TRANSFORMATIONS:
         tx = optax.apply_if_finite(TRANSFORMATIONS[name](), 10)
-        state = tx.init(PARAMS)
-        _, state = tx.update(PARAMS, state, PARAMS)
+        step, state = jax.jit(tx.update), tx.init(PARAMS)
+        _, state = step(PARAMS, state, PARAMS)
         bad = {**PARAMS, "w": PARAMS["w"].at[3, 4].set(jnp.nan)}
-        updates, after = tx.update(bad, state, PARAMS)
+        updates, after = step(bad, state, PARAMS)
         assert int(after.total_notfinite) == 1
         jax.tree.map(
             np.testing.assert_array_equal, after.inner_state, state.inner_state

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from flora_jax import _checks
 from flora_jax.optimizers._adamw import adamw_in_subspace
 from flora_jax.projections import Gaussian, Projection
 
@@ -92,6 +93,8 @@ def apollo(
       Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance
       <https://arxiv.org/abs/2412.05270>`_, 2024
     """
+    # Before the root, which makes a complex number of a negative one.
+    _checks.check_number("scale", scale, 0, None, "1 is the paper's")
     return adamw_in_subspace(
         "apollo",
         learning_rate,

@@ -23,17 +23,13 @@ def check_subspace(
     _checks.check_choice("transport", subspace.transport, TRANSPORTS)
     _checks.check_choice("residual", residual, RESIDUALS)
     _checks.check_choice("norms", norms, NORMS)
-    _checks.check_number("scale", scale, 0, None, "0.25 is GaLore's")
-    for beta in betas or ():
-        _checks.check_number("betas", beta, 0, 1, "(0.9, 0.999) are Adam's")
+    _check_numbers(limiter, scale, betas)
     projection = subspace.projection
-    if limiter is not None:
-        _checks.check_number("limiter", limiter, 1e-30, None, "1.01, or None for none")
-        if residual in ("dropped", "plain"):
-            raise ValueError(
-                f"`limiter` limits a scaled residual, got limiter={limiter} with"
-                f" residual={residual!r}; use None, or residual='fira'"
-            )
+    if limiter is not None and residual in ("dropped", "plain"):
+        raise ValueError(
+            f"`limiter` limits a scaled residual, got limiter={limiter} with"
+            f" residual={residual!r}; use None, or residual='fira'"
+        )
     if error_feedback and residual != "dropped":
         raise ValueError(
             "`error_feedback` keeps what the update leaves out, got"
@@ -55,3 +51,16 @@ def check_subspace(
             "`betas` must be given for transport='ldadam', got betas=None; pass the"
             " decays of `inner`, such as (0.9, 0.999)"
         )
+
+
+def _check_numbers(limiter: Any, scale: Any, betas: Any) -> None:
+    _checks.check_number("scale", scale, 0, None, "0.25 is GaLore's")
+    if betas is not None and not (isinstance(betas, tuple) and len(betas) == 2):
+        raise TypeError(
+            f"`betas` must be a pair of decays, got betas={betas!r}; pass (0.9, 0.999),"
+            " or None for an `inner` that does not debias"
+        )
+    for beta in betas or ():
+        _checks.check_number("betas", beta, 0, 1, "(0.9, 0.999) are Adam's")
+    if limiter is not None:
+        _checks.check_number("limiter", limiter, 1e-30, None, "1.01, or None for none")

@@ -163,5 +163,5 @@ def _match(
         return tree
 
     map_moments(check, state.inner)
-    if state.limiter:
+    if jax.tree.leaves(state.limiter):
         _state.matching_leaves(name, "limiter", state.limiter, plans, per_matrix(plans))

@@ -14,8 +14,9 @@ import optax
 
 import flora_jax as fj
 
-# Three cycles of accumulation and two transfers of momentum in STEPS updates. Widths
-# are at most 4 times the rank: rho = 0.5**8 * 4, far from where init warns.
+# Three cycles of accumulation, and two transfers of momentum or changes of a subspace
+# in STEPS updates. Widths are at most 4 times the rank: rho = 0.5**8 * 4, far from
+# where init warns.
 DECAY, EVERY_K, RESAMPLE_EVERY, STEPS = 0.5, 3, 4, 9
 
 # Each factory takes the arguments of a setting that it knows.
@@ -57,28 +58,43 @@ class Case:
       name: the test's id.
       factory: the function of flora_jax.
       options: its arguments, beside those of a setting.
-      inner: makes the ``inner`` argument from a size to factor and a learning rate.
+      inner: makes the ``inner`` argument from a setting and a learning rate.
     """
 
     name: str
     factory: Callable[..., Any]
     options: Mapping[str, Any]
-    inner: Callable[[int, Any], optax.GradientTransformation] | None = None
+    inner: Callable[[Mapping, Any], optax.GradientTransformation] | None = None
 
     def takes(self, name):
         """Whether the factory has an argument of that name."""
         return name in inspect.signature(self.factory).parameters
 
+    def option(self, name):
+        """The value of an argument, given or by default."""
+        default = inspect.signature(self.factory).parameters[name].default
+        return self.options.get(name, default)
+
     @property
     def sketches(self):
-        """Whether some of the state is a sketch."""
+        """Whether some of the state is a sketch, by the factory's own arguments."""
         return self.takes("rank") and self.options.get("b1", DECAY) is not None
+
+    @property
+    def keys(self):
+        """The number of states that have a root key."""
+        return 2 if self.factory is fj.quantize_state else int(self.sketches)
+
+    @property
+    def accumulates(self):
+        """Whether ``inner`` is given parameters, and only every EVERY_K-th step."""
+        return self.takes("every_k")
 
     def arguments(self, setting=FOLDS, **overrides):
         """The factory's arguments in a setting."""
         arguments = {k: v for k, v in setting.items() if self.takes(k)}
         if self.inner is not None:
-            arguments["inner"] = self.inner(setting["min_dim_size_to_factor"], 0.1)
+            arguments["inner"] = self.inner(setting, 0.1)
         return {**self.options, **arguments, **overrides}
 
     def __call__(self, setting=FOLDS, **overrides):
@@ -106,6 +122,19 @@ def _flora(name, b1, **options):
     return Case(f"flora-{name}", fj.flora, {"learning_rate": 0.1, "b1": b1, **options})
 
 
+def _adamw(factory, **options):
+    # Decays whose powers are far from 1: optax debiases in float32, where 1 - b2**t
+    # has few digits otherwise, and other ones where b2 is an array.
+    settings = {"learning_rate": 0.1, "b1": DECAY, "b2": 0.9}
+    options = {**settings, "refresh_every": RESAMPLE_EVERY, **options}
+    return Case(factory.__name__.replace("_", "-"), factory, options)
+
+
+def _fira(setting, rate):
+    rank, size = setting["rank"], setting["min_dim_size"]
+    return _adamw(fj.fira)({"rank": rank, "min_dim_size": size}, learning_rate=rate)
+
+
 CASES = (
     _momentum("paper-gaussian", "paper", fj.Gaussian()),
     _momentum("paper-countsketch", "paper", fj.CountSketch()),
@@ -114,51 +143,37 @@ CASES = (
     _accumulation(
         "adafactor",
         fj.Gaussian(),
-        lambda size, rate: optax.adafactor(rate, min_dim_size_to_factor=size),
+        lambda setting, rate: optax.adafactor(
+            rate, min_dim_size_to_factor=setting["min_dim_size_to_factor"]
+        ),
     ),
-    _accumulation("adam", fj.CountSketch(), lambda size, rate: optax.adam(rate)),
+    _accumulation("adam", fj.CountSketch(), lambda setting, rate: optax.adam(rate)),
     _flora("momentum", DECAY, projection=fj.Gaussian()),
     _flora("no-momentum", None),
     _flora("weight-decay", DECAY, weight_decay=0.01, projection=fj.CountSketch()),
     Case("factored-rms", fj.scale_by_factored_rms, {}),
+    _adamw(fj.galore),
+    _adamw(fj.fira, weight_decay=0.01),
+    _adamw(fj.apollo),
+    _adamw(fj.apollo_mini),
+    _adamw(fj.dct_adamw, error_feedback=True),
+    _adamw(fj.flora_adamw, stagger=True),
+    Case(
+        "subspace",
+        fj.scale_in_subspace,
+        {
+            "projection": fj.TopSVD(method="randomized"),
+            "refresh_every": RESAMPLE_EVERY,
+            "transport": "ldadam",
+            "residual": "plain",
+            "betas": (DECAY, 0.9),
+        },
+        lambda setting, rate: optax.scale_by_adam(DECAY, 0.9),
+    ),
+    # Leaves are far below the size from which on moments are coded by default.
+    Case("quantized", fj.quantize_state, {"min_size": 1, "block": 4}, _fira),
 )
 SKETCHING = tuple(case for case in CASES if case.sketches)
-
-# The parameter-shaped trees of each state, and the counters beside them.
-TREES = {
-    fj.CompressedMomentumState: ("momentum",),
-    fj.CompressedAccumulationState: ("acc_grads",),
-    fj.FactoredRmsState: ("v_row", "v_col", "v"),
-}
-COUNTERS = {
-    fj.CompressedMomentumState: ("count",),
-    fj.CompressedAccumulationState: ("mini_step", "gradient_step"),
-    fj.FactoredRmsState: ("count",),
-}
-
-
-def own_states(state):
-    """All states of this package inside a state."""
-
-    def is_own(x):
-        return type(x) in TREES
-
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_own) if is_own(x)]
-    nested = [
-        own_states(x.inner_opt_state)
-        for x in found
-        if isinstance(x, fj.CompressedAccumulationState)
-    ]
-    return found + [x for states in nested for x in states]
-
-
-def own_trees(state):
-    """(name, tree) of each parameter-shaped tree of this package inside a state."""
-    return [
-        (f"{type(own).__name__}.{field}", getattr(own, field))
-        for own in own_states(state)
-        for field in TREES[type(own)]
-    ]
 
 
 def named(tree):

@@ -16,14 +16,13 @@ import pytest
 import flora_jax as fj
 from tests.conformance.cases import (
     CASES,
-    COUNTERS,
     EVERY_K,
     RESAMPLE_EVERY,
     STEPS,
     assert_identical,
-    own_states,
     run_layer,
 )
+from tests.conformance.states import COUNTERS, own_states
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

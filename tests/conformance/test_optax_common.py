@@ -48,7 +48,7 @@ def low_precision(case):
 
     optax.adam keeps its second moment in the gradients' dtype, where it underflows.
     """
-    return {} if case.inner is None else {"inner": optax.sgd(0.1)}
+    return {"inner": optax.sgd(0.1)} if case.accumulates else {}
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """The rules about state: one array per parameter leaf, of fixed shape and dtype."""
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,21 +9,21 @@ import numpy as np
 import optax
 import pytest
 
+import flora_jax as fj
 from tests.common import every_fold
 from tests.conformance.cases import (
     CASES,
-    COUNTERS,
     EVERY_K,
     FOLDS,
     SKETCHING,
     STEPS,
     assert_identical,
+    jit,
     layer,
     named,
-    own_states,
-    own_trees,
     run_layer,
 )
+from tests.conformance.states import COUNTERS, SKETCHES, own_states, own_trees
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -38,14 +39,20 @@ LAYOUT = {
     (3, 3, 8, 16): ((3, 3, 4, 16), (3, 3, 8, 1), (3, 3, 1, 16)),
 }
 DENSE = [(16,), (), (16, 4)]
+# Of the same leaves: singular vectors, numbers of cosines, and one number per matrix.
+BASES = {
+    (2, 12, 24): ((2, 12, 4), (2, 4, 1), (2, 1, 1)),
+    (32, 4, 8): ((4, 4, 8), (1, 1, 4), (1, 1, 1)),
+    (32, 16): ((4, 16), (1, 4), (1, 1)),
+    (16, 24): ((16, 4), (4, 1), (1, 1)),
+    (16, 16): ((4, 16), (1, 4), (1, 1)),
+    (16, 4, 8): ((16, 1, 4), (4, 1, 1), (1, 1, 1)),
+    (3, 3, 8, 16): ((3, 3, 8, 4), (3, 3, 4, 1), (3, 3, 1, 1)),
+}
 
 
 def sketch_trees(state):
-    return [
-        tree
-        for name, tree in own_trees(state)
-        if not name.startswith("FactoredRmsState")
-    ]
+    return [tree for name, tree in own_trees(state) if name.endswith(SKETCHES)]
 
 
 def shapes_of(tree):
@@ -55,8 +62,38 @@ def shapes_of(tree):
 @pytest.mark.parametrize("case", SKETCHING, ids=lambda case: case.name)
 def test_the_layout_of_sketches(case):
     params = [jnp.zeros(shape) for shape in [*LAYOUT, *DENSE]]
-    (tree,) = sketch_trees(jax.eval_shape(case().init, params))
-    assert shapes_of(tree) == [row[0] for row in LAYOUT.values()] + DENSE
+    trees = sketch_trees(jax.eval_shape(case().init, params))
+    assert trees
+    for tree in trees:
+        assert shapes_of(tree) == [row[0] for row in LAYOUT.values()] + DENSE
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.takes("refresh_every")], ids=lambda case: case.name
+)
+def test_the_layout_of_a_subspace(case):
+    params = [jnp.zeros(shape) for shape in [*LAYOUT, *DENSE]]
+    trees = dict(own_trees(jax.eval_shape(case().init, params)))
+    ones = [(1,) * len(shape) for shape in DENSE]
+    vectors, numbers, single = (
+        [row[i] for row in BASES.values()] + ones for i in range(3)
+    )
+    projection = case.option("projection")
+    expected = {"error": list(LAYOUT) + ones, "limiter": single}
+    if isinstance(projection, fj.AdaptiveProjection):
+        cosines = isinstance(projection, fj.TopDCT)
+        expected["basis"] = numbers if cosines else vectors
+    found = {
+        field: shapes_of(trees[f"SubspaceState.{field}"])
+        for field in ("basis", "limiter", "error")
+        if f"SubspaceState.{field}" in trees
+    }
+    wanted = {"basis"} & expected.keys()
+    if case.takes("limiter") and case.option("limiter") is not None:
+        wanted.add("limiter")
+    if case.takes("error_feedback") and case.option("error_feedback"):
+        wanted.add("error")
+    assert found == {field: expected[field] for field in wanted}
 
 
 @pytest.mark.parametrize(
@@ -76,11 +113,13 @@ def test_the_layout_of_second_moments(case):
     assert full == ones[:split] + DENSE
 
 
+@functools.cache
 def folds(case):
     """Parameters with every kind of fold, and the case's state of them."""
     # And a leaf whose sketched side is made of two axes.
     params = {**every_fold(), "heads": jnp.ones((32, 4, 8))}
-    return params, case().init(params)
+    # Operation by operation, codes of so many shapes would compile for long.
+    return params, jit(case().init)(params)
 
 
 @every_case
@@ -116,7 +155,7 @@ def test_counters_and_keys_outside_the_trees(case):
     keyed = [
         [s for s in own_states(state) if hasattr(s, "key")] for state in run.states
     ]
-    assert [len(states) for states in keyed] == [int(case.sketches)] * (STEPS + 1)
+    assert [len(states) for states in keyed] == [case.keys] * (STEPS + 1)
     for states in keyed:
         for own, first in zip(states, keyed[0], strict=True):
             assert (own.key.dtype, own.key.shape) == (jnp.uint32, (2,))
@@ -176,10 +215,17 @@ def test_state_dtype_is_the_arguments_and_not_the_parameters(case, dtype):
         for name, tree in own_trees(jax.eval_shape(tx.init, params)):
             # Second moments stay in float32: a coarser dtype would lose their steps.
             wanted = "float32" if name.startswith("FactoredRms") else sketches
+            if name.endswith("basis") and case.factory is fj.dct_adamw:
+                wanted = "int32"
+            if case.factory is fj.quantize_state and name.endswith(SKETCHES):
+                # Codes, and the bias as it is.
+                code = "uint8" if name.endswith("nu") else "int8"
+                kernel = tree["layer"].pop("kernel")
+                assert kernel.dtype.name == code, name
             assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {wanted}, name
 
     check(case(), layer(dtype), "float32")
-    if case.takes("dtype"):
+    if case.takes("dtype") and case.factory is not fj.quantize_state:
         check(case(dtype=dtype), layer(), dtype)
 
 
@@ -201,7 +247,7 @@ def test_an_empty_tree(case):
         updates, state = tx.update({}, state, {})
         assert updates == {}
     counts = [getattr(own, COUNTERS[type(own)][-1]).item() for own in own_states(state)]
-    assert set(counts) == {1 if case.takes("every_k") else EVERY_K}
+    assert set(counts) == {1 if case.accumulates else EVERY_K}
 
 
 @every_case
@@ -211,12 +257,18 @@ def test_abstract_parameters(case):
     expected = jax.tree.map(jax.typeof, state)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     for tree in (params, abstract):
-        state = jax.eval_shape(case().init, tree)
-        assert jax.tree.map(jax.typeof, state) == expected
-    state = case().init(abstract)
+        types = jax.eval_shape(case().init, tree)
+        assert jax.tree.map(jax.typeof, types) == expected
+    make = functools.partial(case().init, abstract)
+    # Coding zeros operation by operation would compile for long.
+    quantized = case.factory is fj.quantize_state
+    concrete, state = state, jit(make)() if quantized else make()
     for name, tree in own_trees(state):
         assert jax.tree.structure(tree) == jax.tree.structure(params), name
-        assert not any(np.any(leaf) for leaf in named(tree).values()), name
+        # A scale of zeros is what the code wants it to be.
+        if not name.endswith("scales"):
+            assert not any(np.any(leaf) for leaf in named(tree).values()), name
+    assert_identical(state, concrete)
     assert jax.tree.map(jax.typeof, state) == expected
 
 

@@ -80,20 +80,30 @@ def test_the_state_of_an_nnx_optimizer(case, seed):
             verify()
 
 
+# Projections whose states have the same arrays. Others are isometric already.
+OTHER = {
+    fj.Gaussian(): fj.CountSketch(),
+    fj.CountSketch(scale="isometric"): fj.Orthogonal(scale="isometric"),
+    fj.TopSVD(): fj.TopSVD(method="randomized"),
+    fj.TopSVD(method="randomized"): fj.TopSVD(),
+    fj.TopDCT(): fj.TopDCT(norm="l2"),
+}
+
+
 def other_settings():
     """(case, argument, another value of it, what the message says of both)."""
     for case in SKETCHING:
-        ours = case.options["projection"]
-        gaussian = isinstance(ours, fj.Gaussian)
-        other = fj.CountSketch() if gaussian else fj.CountSketch(scale="isometric")
+        ours = case.option("projection")
+        other = OTHER.get(ours, fj.CountSketch(scale="isometric"))
         yield case, "projection", other, f"{other} in the state, {ours} in tx"
         yield case, "key", 7, r"[0, 7] in the state, [0, 0] in tx"
         yield case, "rank", 3, "3 in the state, 4 in tx"
         yield case, "side", "right", "right in the state, smaller in tx"
-        if case.takes("resample_every"):
-            other = RESAMPLE_EVERY + 1
-            message = f"{other} in the state, {RESAMPLE_EVERY} in tx"
-            yield case, "resample_every", other, message
+        for name in ("resample_every", "refresh_every"):
+            if case.takes(name):
+                other = RESAMPLE_EVERY + 1
+                message = f"{other} in the state, {RESAMPLE_EVERY} in tx"
+                yield case, name, other, message
         if case.takes("use_grad_mean"):
             yield case, "use_grad_mean", False, "False in the state, True in tx"
 

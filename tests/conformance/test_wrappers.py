@@ -12,11 +12,10 @@ from tests.conformance.cases import (
     assert_identical,
     jit,
     named,
-    own_states,
-    own_trees,
     run,
     run_layer,
 )
+from tests.conformance.states import own_states, own_trees
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 KERNEL, BIAS = "layer/kernel", "layer/bias"

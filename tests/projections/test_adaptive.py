@@ -1,0 +1,221 @@
+"""Bases that are chosen from a gradient, against numpy's decompositions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flora_jax as fj
+from tests.common import assert_close
+from tests.conformance.cases import jit
+from tests.reference.dct import dct_by_fft, dct_matrix, top_rows
+
+KEY = np.uint32([3, 4])
+PROJECTIONS = [
+    fj.TopSVD(),
+    fj.TopSVD(method="randomized"),
+    fj.TopDCT(),
+    fj.TopDCT(norm="l2"),
+]
+BOTH = pytest.mark.parametrize("axis", [-1, -2])
+each = pytest.mark.parametrize("projection", PROJECTIONS, ids=repr)
+
+
+def falling(*shape, rate=0.7, seed=0):
+    """Matrices whose singular values fall by a constant ratio."""
+    x = np.random.default_rng(seed).normal(size=shape)
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    return np.float32((u * rate ** np.arange(s.shape[-1])) @ vt)
+
+
+@functools.partial(jit, static_argnums=(0, 2, 3))
+def chosen(projection, matrix, rank, axis):
+    """What is stored, S, the sketch and the estimate of a matrix."""
+    stored = projection.choose(KEY, matrix, rank, axis)
+    drawn = projection.read(stored, axis)
+    width = matrix.shape[axis]
+    sketch = projection.compress(drawn, matrix, rank, axis)
+    return (
+        stored,
+        projection.entries(drawn, rank, width),
+        sketch,
+        projection.expand(drawn, sketch, width, axis),
+    )
+
+
+@BOTH
+@each
+def test_its_methods_apply_its_matrix(projection, axis):
+    g = falling(2, 12, 9)
+    stored, s, sketch, estimate = chosen(projection, g, 4, axis)
+    width = g.shape[axis]
+    assert s.shape == (2, 4, width)
+    assert_close(s @ s.swapaxes(-1, -2), np.broadcast_to(np.eye(4), (2, 4, 4)))
+    s = np.asarray(s, np.float64)
+    across = s.swapaxes(-1, -2)
+    expected = g @ across if axis == -1 else s @ g
+    assert_close(sketch, expected, "float32")
+    expected = expected @ s if axis == -1 else across @ expected
+    assert_close(estimate, expected, "float32")
+    # One side, or both, of the folded matrix have other sizes.
+    sketched, other = projection.stored_sizes(4)
+    shape = {axis: sketched or width, -3 - axis: other}
+    assert stored.shape == (2, shape[-2], shape[-1])
+    assert stored.dtype == projection.dtype
+
+
+@BOTH
+def test_exact_singular_vectors_are_numpys(axis):
+    g = falling(2, 12, 9)
+    _, s, _, estimate = chosen(fj.TopSVD(), g, 4, axis)
+    u, values, vt = np.linalg.svd(g.astype(np.float64), full_matrices=False)
+    expected = vt[:, :4] if axis == -1 else u[..., :4].swapaxes(-1, -2)
+    signs = np.sign((s * expected).sum(-1, keepdims=True))
+    assert_close(s, signs * expected, "float32")
+    best = (u[..., :4] * values[:, None, :4]) @ vt[:, :4]
+    assert_close(estimate, best, "float32")
+
+
+@BOTH
+def test_randomized_singular_vectors_hold_nearly_as_much(axis):
+    g = falling(2, 80, 60, rate=0.9)
+    _, s, sketch, _ = chosen(fj.TopSVD(method="randomized"), g, 8, axis)
+    values = np.linalg.svd(g, compute_uv=False)
+    best = (values[:, :8] ** 2).sum(-1)
+    held = np.square(sketch, dtype=np.float64).sum((-1, -2))
+    # The eight columns more than asked for bring it this near.
+    assert (held > 0.999 * best).all()
+    assert (held < (1 + 1e-5) * best).all()
+    # One iteration fewer holds less: they are not without effect.
+    _, _, fewer, _ = chosen(fj.TopSVD(method="randomized", iterations=1), g, 8, axis)
+    assert (np.square(fewer, dtype=np.float64).sum((-1, -2)) < held).all()
+
+
+@BOTH
+def test_randomized_singular_vectors_of_few_columns_are_exact(axis):
+    g = falling(12, 9)
+    _, _, sketch, estimate = chosen(fj.TopSVD(method="randomized"), g, 4, axis)
+    _, _, exact, best = chosen(fj.TopSVD(), g, 4, axis)
+    assert_close(np.abs(sketch), np.abs(exact))
+    assert_close(estimate, best)
+
+
+def test_randomized_choices_follow_the_key():
+    projection, g = fj.TopSVD(method="randomized"), falling(80, 60, rate=0.99)
+    choose = jit(lambda key: projection.choose(key, g, 4, -1))
+    one, same, other = (
+        np.asarray(choose(np.uint32(k))) for k in ([1, 2], [1, 2], [1, 3])
+    )
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 1e-3
+
+
+@BOTH
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_selected_cosines_are_those_of_the_largest_norm(norm, axis):
+    rng = np.random.default_rng(1)
+    g = np.float32(rng.normal(size=(3, 24, 16)))
+    stored, s, _, _ = chosen(fj.TopDCT(norm=norm), g, 5, axis)
+    width = g.shape[axis]
+    rows = np.asarray(stored).reshape(3, 5)
+    expected = np.stack([top_rows(x if axis == -2 else x.T, 5, norm) for x in g])
+    np.testing.assert_array_equal(rows, expected)
+    assert (np.diff(rows) > 0).all()
+    assert_close(s, dct_matrix(width)[rows], "float32")
+    # The other norm selects others of these: the choice is tested.
+    others = [
+        top_rows(x if axis == -2 else x.T, 5, {"l1": "l2", "l2": "l1"}[norm]) for x in g
+    ]
+    assert (rows != np.stack(others)).any()
+
+
+def test_the_cosine_transform_is_the_fast_one():
+    x = np.random.default_rng(2).normal(size=(24, 3))
+    assert_close(dct_matrix(24) @ x, dct_by_fft(x))
+
+
+@pytest.mark.parametrize("width", [4096, 5000])
+def test_cosines_of_large_angles(width):
+    rows = np.array([0, 1, width // 3, width - 2, width - 1], np.int32)
+    s = jit(lambda rows: fj.TopDCT().entries(rows, len(rows), width))(rows)
+    expected = dct_matrix(width)[rows]
+    # Angles reach half as many turns as the width: float32 would lose digits of them.
+    assert_close(s, expected, "float32")
+
+
+@each
+def test_transfers_between_bases(projection):
+    old, new = falling(12, 9), falling(12, 9, seed=1)
+    stored, s, _, _ = chosen(projection, old, 4, -1)
+    other, t, _, _ = chosen(projection, new, 4, -1)
+    read = [projection.read(x, -1) for x in (stored, other)]
+    c = jit(lambda *read: projection.transfer(*read, 4, 9))(*read)
+    s, t = np.asarray(s, np.float64), np.asarray(t, np.float64)
+    np.testing.assert_allclose(c, s @ t.T, rtol=0, atol=2e-6)
+    if isinstance(projection, fj.TopDCT):
+        assert set(np.unique(c)) <= {0.0, 1.0}
+        assert np.asarray(c).sum() == np.intersect1d(stored, other).size
+
+
+@each
+def test_directions(projection):
+    expected = 30 if isinstance(projection, fj.TopDCT) else 20
+    assert projection.directions(30, 20) == expected
+    assert projection.directions(20, 30) == 20
+    np.testing.assert_array_equal(projection.gram_diagonal(4, 20), np.ones(4))
+
+
+@each
+def test_they_are_static(projection):
+    assert not callable(projection)
+    assert hash(projection) == hash(type(projection)(**vars(projection)))
+    with pytest.raises(AttributeError):
+        projection.scale = "unbiased"
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (
+            lambda: fj.TopSVD("unbiased"),
+            ValueError,
+            "`scale` must be one of 'isometric'",
+        ),
+        (
+            lambda: fj.TopDCT("unbiased"),
+            ValueError,
+            "`scale` must be one of 'isometric'",
+        ),
+        (lambda: fj.TopSVD(method="qr"), ValueError, "`method` must be one of 'exact'"),
+        (lambda: fj.TopDCT(norm="l3"), ValueError, "`norm` must be one of 'l1', 'l2'"),
+        (lambda: fj.TopSVD(iterations=0), ValueError, "`iterations` must be positive"),
+        (lambda: fj.TopSVD(iterations=1.0), TypeError, "`iterations` must be an int"),
+    ],
+)
+def test_bad_settings(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_widths_whose_angles_do_not_fit_in_32_bits():
+    rows = jax.ShapeDtypeStruct((4,), jnp.int32)
+
+    def entries(width):
+        return jax.eval_shape(lambda rows: fj.TopDCT().entries(rows, 4, width), rows)
+
+    assert entries(46340).shape == (4, 46340)
+    with pytest.raises(
+        ValueError, match="takes sides up to 46340, got a side of 46341"
+    ):
+        entries(46341)
+
+
+def test_the_largest_angle_that_fits():
+    # i (2j+1) of the last row and column, below 2**32.
+    last = 46339
+    s = fj.TopDCT().entries(jnp.array([last], jnp.int32), 1, last + 1)[0, -1]
+    turns = (last * (2 * last + 1)) % (4 * (last + 1))
+    expected = (2 / (last + 1)) ** 0.5 * np.cos(turns * np.pi / (2 * (last + 1)))
+    np.testing.assert_allclose(s, expected, rtol=0, atol=1e-8)

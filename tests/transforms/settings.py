@@ -1,0 +1,113 @@
+"""One choice of the arguments of scale_in_subspace, and what its oracle gives."""
+
+import dataclasses
+
+import numpy as np
+import optax
+
+import flora_jax as fj
+from tests.reference import apollo, fira, folds, galore
+from tests.reference.subspace import subspace_adam
+from tests.transforms.bases import basis_of
+
+ALL = tuple(folds.SHAPES)
+B1, B2, EPS, SEED, EVERY, STEPS = 0.8, 0.9, 1e-3, 11, 4, 10
+COUNTSKETCH = fj.CountSketch(scale="isometric")
+UNLIMITED = 1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Arguments of scale_in_subspace, and the leaves it is given."""
+
+    projection: fj.Projection
+    names: tuple = ALL
+    every: int | None = EVERY
+    side: str = "smaller"
+    transport: str = "keep"
+    residual: str = "dropped"
+    norms: str = "channel"
+    limiter: float | None = None
+    scale: float = 1.0
+    betas: tuple | None = (B1, B2)
+    stagger: bool = False
+
+    def __str__(self):
+        parts = type(self.projection).__name__, self.transport, self.residual
+        return "-".join([*parts, self.norms, self.side, *self.names])
+
+    def make(self, **changes):
+        rest = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("projection", "names", "every")
+        }
+        return fj.scale_in_subspace(
+            optax.scale_by_adam(B1, B2, EPS),
+            self.projection,
+            {name: folds.RANKS[name] for name in self.names},
+            self.every,
+            key=SEED,
+            min_dim_size=8,
+            **{**rest, **changes},
+        )
+
+    def direction(self):
+        """What the oracle makes of Adam's output."""
+        whole, gamma = self.norms == "tensor", self.limiter or UNLIMITED
+        made = {
+            "dropped": galore.direction(self.scale),
+            "plain": lambda g, s, r, n, c, previous: (
+                self.scale * s.T @ n + (g - s.T @ r),
+                previous,
+            ),
+            "fira": fira.direction(self.scale, whole, "paper", gamma),
+            "fira_code": fira.direction(self.scale, whole, "code", gamma),
+            # APOLLO's own scale stands under a root.
+            "apollo": apollo.direction(self.scale**2, whole, gamma),
+        }[self.residual]
+        if self.betas is not None:
+            return made
+        return lambda g, s, r, n, c, previous: made(g, s, r, n, 1.0, previous)
+
+    def offset(self, name):
+        """By how many steps a leaf is ahead of the first."""
+        order = sorted(self.names)
+        return order.index(name) * self.every // len(order) if self.stagger else 0
+
+    def expected(self, name, gradients):
+        """The oracle's updates of one leaf."""
+        left = folds.left(name, self.side)
+        basis = basis_of(
+            self.projection, SEED, name, self.side, self.every, self.offset(name)
+        )
+        return subspace_adam(
+            folds.fold(name, np.zeros(folds.SHAPES[name][0])),
+            [folds.fold(name, g[name]) for g in gradients],
+            basis,
+            self.direction(),
+            lambda t: -1.0,
+            B1,
+            B2,
+            EPS,
+            left=left,
+            transport=self.transport,
+        )
+
+
+def gradients_of(names, steps=STEPS):
+    """Of uneven sizes, so that the limiter has something to do.
+
+    Their singular values are apart: float32 mixes the vectors of near ones.
+    """
+    sizes = [1.0, 0.3, 4.0, 1.0, 2.0]
+
+    def leaf(name, x, t):
+        u, s, vt = np.linalg.svd(folds.fold(name, x), full_matrices=False)
+        matrix = (u * (4 * sizes[t % 5] * 0.8 ** np.arange(s.shape[-1]))) @ vt
+        return np.float32(matrix.reshape(x.shape))
+
+    return [
+        {name: leaf(name, x, t) for name, x in g.items()}
+        for t, g in enumerate(folds.gradients(steps, names))
+    ]

@@ -1,0 +1,246 @@
+"""Adam inside a subspace against the oracle, under every option."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flora_jax as fj
+from tests.common import assert_close
+from tests.conformance.cases import jit
+from tests.reference import dct, folds
+from tests.transforms.bases import stepped
+from tests.transforms.settings import (
+    ALL,
+    B1,
+    B2,
+    COUNTSKETCH,
+    EPS,
+    EVERY,
+    Setting,
+    gradients_of,
+)
+
+SETTINGS = [
+    Setting(fj.TopSVD(), scale=0.25),
+    Setting(
+        fj.TopSVD(),
+        ("tall", "cut"),
+        side="larger",
+        transport="ldadam",
+        residual="fira",
+        norms="tensor",
+        limiter=1.01,
+    ),
+    Setting(
+        fj.TopSVD(),
+        ("tall", "stack"),
+        side="left",
+        transport="squared",
+        residual="plain",
+        scale=0.5,
+    ),
+    Setting(
+        fj.TopSVD(method="randomized"),
+        ("tall", "wide", "stack"),
+        residual="fira_code",
+        norms="tensor",
+        scale=0.5,
+        limiter=1.01,
+    ),
+    Setting(
+        fj.TopDCT(norm="l2"),
+        ("wide", "square", "cut"),
+        side="larger",
+        transport="reset",
+        residual="fira",
+    ),
+    Setting(fj.TopDCT(), ("tall", "stack"), transport="ldadam", every=2),
+    Setting(
+        COUNTSKETCH,
+        ("cut", "stack"),
+        transport="rms",
+        residual="fira",
+        limiter=1.01,
+        scale=0.5,
+    ),
+    Setting(
+        fj.Orthogonal(scale="isometric"),
+        ("wide", "cut"),
+        side="right",
+        transport="ldadam",
+        residual="fira_code",
+        scale=0.5,
+        limiter=1.2,
+    ),
+    Setting(
+        COUNTSKETCH,
+        ("stack", "square"),
+        transport="squared",
+        residual="apollo",
+        norms="tensor",
+        scale=2.0,
+        limiter=1.01,
+        betas=None,
+    ),
+    Setting(
+        fj.Gaussian(),
+        ("tall", "stack"),
+        side="larger",
+        transport="reset",
+        residual="apollo",
+        limiter=1.05,
+    ),
+    Setting(fj.Gaussian(), ("wide", "square"), every=None),
+    Setting(fj.TopSVD(), ("tall", "wide", "square"), transport="squared", stagger=True),
+    Setting(
+        COUNTSKETCH,
+        ("tall", "wide"),
+        transport="squared",
+        residual="plain",
+        stagger=True,
+    ),
+]
+
+
+def check_oracle(setting, gradients):
+    updates, state = stepped(setting.make(), gradients)
+    assert int(state.count) == len(gradients)
+    for name in setting.names:
+        expected = setting.expected(name, gradients)
+        ours = [folds.fold(name, u[name]) for u in updates]
+        # Debiasing in float32 costs some digits; singular vectors of near values, more.
+        rtol = 1e-4 if isinstance(setting.projection, fj.TopSVD) else 2e-5
+        atol = rtol * np.abs(expected).max()
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=atol, err_msg=name)
+    return updates
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_equals_the_oracle(setting):
+    check_oracle(setting, gradients_of(setting.names))
+
+
+def test_the_limiter_matters_in_these_runs():
+    # Else the comparisons above would say nothing about it.
+    names = ("wide",)
+    limited = Setting(COUNTSKETCH, names, residual="fira", limiter=1.01)
+    free = dataclasses.replace(limited, limiter=None)
+    grads = gradients_of(names)
+    ours, others = limited.expected("wide", grads), free.expected("wide", grads)
+    ratio = np.abs(np.subtract(ours, others)).max((1, 2, 3)) / np.abs(others).max()
+    assert (ratio > 0.01).sum() >= 3
+
+
+def test_a_leaf_that_begins_with_zero_gradients_is_not_limited_then():
+    setting = Setting(COUNTSKETCH, ("wide",), residual="fira", limiter=1.01)
+    grads = gradients_of(setting.names, 7)
+    for g in grads[:3]:
+        g["wide"] = np.zeros_like(g["wide"])
+    updates = check_oracle(setting, grads)
+    assert not any(np.any(u["wide"]) for u in updates[:3])
+    unlimited, _ = stepped(setting.make(limiter=None), grads[:4])
+    assert_close(updates[3], unlimited[3])
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_error_feedback_equals_the_oracle(norm):
+    grads = gradients_of(ALL)
+    setting = Setting(fj.TopDCT(norm=norm), transport="squared")
+    updates, state = stepped(setting.make(error_feedback=True), grads)
+    for name in ALL:
+        expected = dct.dct_adamw(
+            folds.fold(name, np.zeros(folds.SHAPES[name][0])),
+            [folds.fold(name, g[name]) for g in grads],
+            lambda t: -1.0,
+            folds.RANKS[name],
+            EVERY,
+            B1,
+            B2,
+            EPS,
+            left=folds.left(name, "smaller"),
+            norm=norm,
+            error_feedback=True,
+        )
+        ours = [folds.fold(name, u[name]) for u in updates]
+        atol = 2e-5 * np.abs(expected).max()
+        np.testing.assert_allclose(np.stack(ours), expected, rtol=0, atol=atol)
+        assert state.error[name].shape == folds.SHAPES[name][0]
+
+
+def test_what_is_sent_and_what_is_kept_is_the_gradient():
+    # R S + E of every step is the gradient and what was kept before it.
+    grads = gradients_of(("wide",), 3)
+    inner = optax.identity()
+    tx = fj.scale_in_subspace(
+        inner, COUNTSKETCH, 5, 2, error_feedback=True, min_dim_size=8
+    )
+    step, state, kept = jit(tx.update), tx.init(grads[0]), 0.0
+    for g in grads:
+        update, state = step(g, state)
+        assert_close(update["wide"] + state.error["wide"], g["wide"] + kept)
+        kept = state.error["wide"]
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16)], ids=["wide", "tall"])
+def test_equals_optax_galore(shape):
+    rng = np.random.default_rng(3)
+    grads = [{"w": np.float32(rng.normal(size=shape))} for _ in range(9)]
+    # It projects the larger side, with Adam's own eps and without a scale.
+    ours = fj.scale_in_subspace(
+        optax.scale_by_adam(), fj.TopSVD(), 4, 3, side="larger", min_dim_size=8
+    )
+    theirs = optax.contrib.galore(1.0, rank=4, update_proj_gap=3)
+    params = {"w": jnp.zeros(shape)}
+    updates, _ = stepped(ours, grads)
+    step, state = jit(theirs.update), theirs.init(params)
+    for ours, g in zip(updates, grads, strict=True):
+        expected, state = step(g, state, params)
+        np.testing.assert_allclose(ours["w"], -expected["w"], rtol=0, atol=1e-6)
+
+
+def test_every_leaf_is_due_at_another_step_when_staggered():
+    names = ("tall", "wide", "square")
+    setting = Setting(fj.TopDCT(), names, stagger=True)
+    tx, grads = setting.make(), folds.gradients(9, names)
+    step, state, changes = jit(tx.update), tx.init(grads[0]), []
+    for g in grads:
+        _, new = step(g, state)
+        changes.append({k for k in names if np.any(new.basis[k] != state.basis[k])})
+        state = new
+    # All at first; then offsets of 0, 1 and 2 steps in an interval of 4.
+    due = [{"wide"}, {"tall"}, {"square"}]
+    assert changes == [set(names), set(), *due, set(), *due]
+
+
+def test_bfloat16_gradients():
+    names = ("wide",)
+    setting = Setting(
+        COUNTSKETCH, names, transport="squared", residual="fira", limiter=1.01
+    )
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), gradients_of(names, 6))
+    rounded = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    updates, state = stepped(setting.make(), half)
+    expected = setting.expected("wide", rounded)
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
+    kept = [state.inner.mu, state.inner.nu, state.limiter]
+    assert {x.dtype for x in jax.tree.leaves(kept)} == {jnp.dtype("float32")}
+    assert_close([folds.fold("wide", u["wide"]) for u in updates], expected, "bfloat16")
+
+
+def test_extra_arguments_reach_the_inner_transformation():
+    def update(updates, state, params=None, *, value):
+        assert params is None
+        return optax.tree.scale(value, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
+    tx = fj.scale_in_subspace(inner, COUNTSKETCH, 4, min_dim_size=8)
+    g = {"w": jnp.ones((16, 24)), "b": jnp.ones(16)}
+    step = jit(tx.update)
+    twice, _ = step(g, tx.init(g), value=2.0)
+    once, _ = step(g, tx.init(g), value=1.0)
+    assert_close(twice, optax.tree.scale(2.0, once))
+    assert_close(twice["b"], 2 * g["b"])

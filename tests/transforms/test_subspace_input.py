@@ -1,0 +1,198 @@
+"""Every error of the transformations inside a subspace, by its message."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import flora_jax as fj
+from tests.conformance.cases import jit
+
+ISOMETRY = fj.CountSketch(scale="isometric")
+RECIPES = [
+    fj.galore,
+    fj.fira,
+    fj.apollo,
+    fj.apollo_mini,
+    fj.dct_adamw,
+    fj.flora_adamw,
+]
+each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda f: f.__name__)
+
+
+def make(inner=None, projection=ISOMETRY, rank=4, **settings):
+    inner = optax.scale_by_adam() if inner is None else inner
+    return fj.scale_in_subspace(inner, projection, rank, min_dim_size=8, **settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"projection": "svd"}, TypeError, "must be a flora_jax projection, got 'svd'"),
+        ({"projection": fj.TopSVD}, TypeError, "pass an instance such as"),
+        ({"refresh_every": 0}, ValueError, "`refresh_every` must be positive, got"),
+        ({"refresh_every": 2.5}, TypeError, "`refresh_every` must be an int"),
+        ({"inner": optax.scale_by_adam}, TypeError, "`inner` must be .* the factory"),
+        ({"inner": 3}, TypeError, "`inner` must be an optax transformation, got 3"),
+        ({"transport": "move"}, ValueError, "`transport` must be one of 'keep', "),
+        ({"residual": "lost"}, ValueError, "`residual` must be one of 'dropped', "),
+        ({"norms": "row"}, ValueError, "`norms` must be one of 'channel', 'tensor'"),
+        ({"scale": -0.25}, ValueError, "`scale` must be at least 0, got scale=-0.25"),
+        ({"scale": "1"}, TypeError, "`scale` must be a real number, got '1'"),
+        ({"betas": 0.9}, TypeError, r"`betas` must be a pair of decays, got betas=0.9"),
+        ({"betas": (1.0, 0.9)}, ValueError, r"`betas` must lie in \[0, 1\), got"),
+        ({"betas": (0.9, -0.1)}, ValueError, r"`betas` must lie in \[0, 1\), got"),
+        (
+            {"residual": "fira", "limiter": 0.0},
+            ValueError,
+            "`limiter` must be at least .*, got limiter=0.0; 1.01, or None",
+        ),
+        (
+            {"residual": "fira", "limiter": "1.01"},
+            TypeError,
+            "`limiter` must be a real number, got '1.01'",
+        ),
+        (
+            {"limiter": 1.01},
+            ValueError,
+            "got limiter=1.01 with residual='dropped'; use None, or residual='fira'",
+        ),
+        (
+            {"limiter": 1.01, "residual": "plain"},
+            ValueError,
+            "`limiter` limits .*, got limiter=1.01 with residual='plain'; use None",
+        ),
+        (
+            {"error_feedback": True, "residual": "plain"},
+            ValueError,
+            "`error_feedback` keeps .* got residual='plain', which leaves out nothing",
+        ),
+        (
+            {"error_feedback": True, "projection": fj.Gaussian()},
+            ValueError,
+            "`error_feedback` True needs .* orthonormal rows, got Gaussian",
+        ),
+        (
+            {"residual": "plain", "projection": fj.CountSketch()},
+            ValueError,
+            "`residual` 'plain' needs .* orthonormal rows, got CountSketch.*unbiased",
+        ),
+        (
+            {"transport": "rms", "projection": fj.Gaussian()},
+            ValueError,
+            "`transport` 'rms' needs a projection with orthonormal rows, got Gaussian",
+        ),
+        (
+            {"transport": "ldadam"},
+            ValueError,
+            "`betas` must be given for transport='ldadam', got betas=None",
+        ),
+    ],
+)
+def test_settings(arguments, error, match):
+    with pytest.raises(error, match=match):
+        make(**arguments)
+
+
+def test_settings_that_need_no_orthonormal_rows():
+    gaussian = fj.Gaussian()
+    make(projection=gaussian)
+    make(projection=gaussian, residual="apollo", limiter=1.01)
+    make(projection=gaussian, transport="reset")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"b1": 1.0}, ValueError, r"`b1` must lie in \[0, 1\), got b1=1.0"),
+        ({"b2": -0.1}, ValueError, r"`b2` must lie in \[0, 1\), got b2=-0.1"),
+        ({"eps": -1e-8}, ValueError, "`eps` must be at least 0, got eps=-1e-08"),
+        ({"scale": -1.0}, ValueError, "`scale` must be at least 0, got scale=-1.0"),
+        ({"eps": "0"}, TypeError, "`eps` must be a real number, got '0'"),
+        ({"weight_decay": -0.1}, ValueError, "`weight_decay` must be at least 0"),
+        ({"refresh_every": 0}, ValueError, "`refresh_every` must be positive"),
+        ({"state_dtype": "int4"}, ValueError, "`dtype` must be one of 'int8', "),
+        ({"rank": 0}, ValueError, "`rank` must be positive, got rank=0"),
+        ({"key": "x"}, TypeError, "`key` must be a seed"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+@each_recipe
+def test_recipes(recipe, arguments, error, match):
+    with pytest.raises(error, match=match):
+        recipe(1e-3, **{"rank": 4, **arguments})
+
+
+@each_recipe
+def test_weight_decay_needs_parameters(recipe):
+    tx, g = recipe(1e-3, 4, weight_decay=0.1), {"b": jnp.ones(3)}
+    name = "apollo" if recipe is fj.apollo_mini else recipe.__name__
+    with pytest.raises(ValueError, match=rf"given for {name}\(weight_decay\), got"):
+        tx.update(g, tx.init(g))
+
+
+def test_more_directions_than_a_matrix_has():
+    # Of 8 x 24 the larger side has no more than 8 singular vectors.
+    tx = make(projection=fj.TopSVD(), rank=9, side="larger")
+    with pytest.raises(
+        ValueError, match="`rank` of leaf 'w' must be at most 8, .* 8x24 fold .* rank=9"
+    ):
+        tx.init({"w": jnp.zeros((8, 24))})
+    cosines = make(projection=fj.TopDCT(), rank=9, side="larger")
+    assert cosines.init({"w": jnp.zeros((8, 24))}).basis["w"].shape == (1, 9)
+
+
+def test_widths_of_cosines_are_checked_by_update():
+    tx = make(projection=fj.TopDCT(), side="larger", max_aspect_ratio=1e5)
+    params = {"w": jax.ShapeDtypeStruct((8, 46341), jnp.float32)}
+    state = jax.eval_shape(tx.init, params)
+    with pytest.raises(
+        ValueError, match="takes sides up to 46340, got a side of 46341"
+    ):
+        jax.eval_shape(tx.update, params, state)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            lambda g: {**g, "new": jnp.ones(3)},
+            r"`state\.inner\.mu` of scale_in_subspace",
+        ),
+        (lambda g: {"w": g["w"]}, "has leaf 'b' of shape .* `updates` has none"),
+        (lambda g: {**g, "w": jnp.ones((16, 32))}, "leaf 'w' of `updates` has shape"),
+        (lambda g: {**g, "w": jnp.ones((24, 16))}, "leaf 'w' of `updates` has shape"),
+    ],
+)
+def test_gradients_that_do_not_match_the_state(change, match):
+    g = {"w": jnp.ones((16, 24)), "b": jnp.ones(24)}
+    tx = make()
+    with pytest.raises(ValueError, match=match):
+        tx.update(change(g), tx.init(g))
+
+
+def test_gradients_that_do_not_match_the_limiter():
+    # An inner transformation without moments tells nothing of the parameters.
+    tx = make(inner=optax.identity(), residual="apollo", limiter=1.01)
+    g = {"w": jnp.ones((16, 24)), "b": jnp.ones(24)}
+    with pytest.raises(ValueError, match=r"`state\.limiter` of scale_in_subspace"):
+        tx.update({"w": g["w"]}, tx.init(g))
+
+
+@pytest.mark.parametrize(
+    ("projection", "shape"),
+    [(fj.Gaussian(), (16, 24)), (fj.Gaussian(), (24, 16)), (fj.TopDCT(), (24, 16))],
+)
+def test_a_tree_of_one_array(projection, shape):
+    # Its state is one array, too, here with an axis of 1.
+    tx = make(
+        projection=projection,
+        rank=1,
+        residual="apollo",
+        limiter=1.01,
+        transport="reset",
+    )
+    g = jnp.ones(shape)
+    updates, state = jit(tx.update)(g, tx.init(g))
+    assert updates.shape == g.shape
+    assert state.limiter.shape == (1, 1)

@@ -1,0 +1,210 @@
+"""Moments in another basis: the rules alone, and with any inner transformation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flora_jax as fj
+from flora_jax.transforms._moments import FIRST, SECOND, SUM
+from flora_jax.transforms._transport import TRANSPORTS, transport_leaf
+from tests.common import assert_close
+from tests.conformance.cases import jit
+from tests.reference import folds
+from tests.reference.transport import RULES, transported
+from tests.transforms.bases import regenerated, stepped
+
+COUNTSKETCH = fj.CountSketch(scale="isometric")
+B1, B2, T = 0.8, 0.9, 3
+SHAPES = {"wide": (16, 24), "tall": (32, 16), "stack": (3, 16, 24), "cut": (16, 4, 8)}
+PLANS = fj.plan_leaves(
+    {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()},
+    rank=5,
+    min_dim_size=8,
+)
+
+
+def orthonormal(rng, *batch):
+    """Two bases of five rows, of each matrix or of all."""
+    return [
+        np.linalg.qr(rng.normal(size=(*batch, 16, 5)))[0].swapaxes(-1, -2)
+        for _ in range(2)
+    ]
+
+
+def stack_of(plan, x):
+    matrices = np.asarray(plan.fold(jnp.asarray(x)), np.float64)
+    return matrices.reshape(-1, *matrices.shape[-2:])
+
+
+def test_every_rule_has_an_oracle():
+    assert set(RULES) == set(TRANSPORTS)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("rule", [rule for rule in TRANSPORTS if rule != "keep"])
+def test_moments_equal_the_oracle(rule, own):
+    rng = np.random.default_rng(0)
+    for name, plan in PLANS.items():
+        batch = (3,) if own and name == "stack" else ()
+        old, new = orthonormal(rng, *batch)
+        m, r = (np.float32(rng.normal(size=plan.state_shape)) for _ in range(2))
+        v = np.float32(rng.random(size=plan.state_shape))
+        got = transport_leaf(
+            rule,
+            [FIRST, SECOND, SUM],
+            plan,
+            jnp.float32(old @ new.swapaxes(-1, -2)),
+            [m, v, m],
+            jnp.asarray(r),
+            jnp.int32(T),
+            (B1, B2),
+        )
+        assert {x.shape for x in got} == {plan.state_shape}
+        bases = np.broadcast_to(
+            new @ old.swapaxes(-1, -2), (len(stack_of(plan, m)), 5, 5)
+        )
+        pairs = [
+            transported(rule, c, *args, B1, B2, T, 16, sketch, plan.axis == -2)
+            for c, *args, sketch in zip(
+                bases, *(stack_of(plan, x) for x in (m, v, r)), strict=True
+            )
+        ]
+        for ours, theirs in zip(got, zip(*pairs, strict=True), strict=False):
+            assert_close(stack_of(plan, ours), np.stack(theirs), "float32")
+        # A sum is a first moment, but that nothing starts it anew.
+        expected = np.zeros_like(m) if rule == "reset" else got[0]
+        assert_close(got[2], expected)
+
+
+def test_dtypes_of_moments_are_kept():
+    plan, c = PLANS["wide"], jnp.eye(5)
+    m = jnp.ones(plan.state_shape, jnp.bfloat16)
+    for rule in ("squared", "rms", "ldadam", "reset"):
+        (moved,) = transport_leaf(rule, [FIRST], plan, c, [m], m, jnp.int32(1), None)
+        assert moved.dtype == jnp.bfloat16
+
+
+def test_before_the_first_update_zeros_stay_zeros():
+    plan, c = PLANS["wide"], jnp.eye(5)
+    zero, fresh = jnp.zeros(plan.state_shape), jnp.ones(plan.state_shape)
+    for rule in ("squared", "rms", "ldadam", "reset"):
+        for x in transport_leaf(
+            rule, [FIRST, SECOND], plan, c, [zero, zero], fresh, jnp.int32(0), (B1, B2)
+        ):
+            np.testing.assert_array_equal(x, 0.0)
+
+
+def test_equal_bases_leave_squared_and_ldadam_where_they_are():
+    plan, rng = PLANS["tall"], np.random.default_rng(1)
+    m = np.float32(rng.normal(size=plan.state_shape))
+    v = np.float32(m**2 + rng.random(size=m.shape))
+    for rule in ("squared", "ldadam"):
+        args = [FIRST, SECOND], plan, jnp.eye(5), [m, v], None, jnp.int32(4), (B1, B2)
+        assert_close(transport_leaf(rule, *args), [m, v])
+
+
+def test_a_direction_without_history_starts_at_zero_by_rms():
+    # The last of the new rows is orthogonal to all of the old ones.
+    plan, c = PLANS["wide"], jnp.eye(5).at[4, 4].set(0.0)
+    v = jnp.ones(plan.state_shape)
+    _, moved = transport_leaf(
+        "rms", [FIRST, SECOND], plan, c, [v, v], None, jnp.int32(1), None
+    )
+    np.testing.assert_array_equal(moved, v.at[4].set(0.0))
+
+
+def trace(m, r):
+    m = r + 0.5 * m
+    return m, m
+
+
+def ema(m, r):
+    m = 0.5 * m + 0.5 * r
+    return m, m
+
+
+def rms(v, r):
+    v = 0.9 * v + 0.1 * r**2
+    return v, r / np.sqrt(v + 1e-3)
+
+
+def lion(m, r):
+    return 0.5 * m + 0.5 * r, np.sign(0.8 * m + 0.2 * r)
+
+
+INNER = {
+    # Name: optax's, the same by hand, and what transports "squared" and "reset" do.
+    "trace": (optax.trace(0.5), trace, lambda c, m: c @ m, lambda r: 0 * r),
+    "ema": (optax.ema(0.5, debias=False), ema, lambda c, m: c @ m, lambda r: r),
+    "rms": (
+        optax.scale_by_rms(0.9, 1e-3),
+        rms,
+        lambda c, v: c**2 @ v,
+        lambda r: r**2,
+    ),
+    "lion": (optax.scale_by_lion(0.8, 0.5), lion, lambda c, m: c @ m, lambda r: r),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "transport"),
+    [(name, "squared") for name in INNER] + [("trace", "reset"), ("rms", "reset")],
+)
+def test_moments_of_other_transformations_are_found_by_their_names(name, transport):
+    inner, step, move, start = INNER[name]
+    tx = fj.scale_in_subspace(
+        optax.chain(optax.scale(2.0), inner),
+        COUNTSKETCH,
+        5,
+        3,
+        transport=transport,
+        min_dim_size=8,
+        key=11,
+    )
+    gradients = folds.gradients(7, ("wide",))
+    updates, _ = stepped(tx, gradients)
+    basis = regenerated(COUNTSKETCH, 11, "wide", 5, 16)
+    moment, s = np.zeros((5, 24)), basis(0)
+    for t, (g, update) in enumerate(zip(gradients, updates, strict=True)):
+        sketch = s @ g["wide"]
+        if t and t % 3 == 0:
+            s, c = basis(t // 3), basis(t // 3) @ s.T
+            sketch = s @ g["wide"]
+            # The sketch itself: what inner makes of it before is its own affair.
+            moment = move(c, moment) if transport == "squared" else start(sketch)
+        moment, direction = step(moment, 2 * sketch)
+        assert_close(update["wide"], s.T @ direction, "float32")
+
+
+def test_keep_asks_for_no_moments():
+    tx = fj.scale_in_subspace(optax.scale(3.0), COUNTSKETCH, 5, 3, min_dim_size=8)
+    (g,) = folds.gradients(1, ("wide",))
+    update, state = jit(tx.update)(g, tx.init(g))
+    s = regenerated(COUNTSKETCH, 0, "wide", 5, 16)(0)
+    assert_close(update["wide"], 3 * s.T @ s @ g["wide"], "float32")
+    assert jax.tree.leaves(state.inner) == []
+
+
+@pytest.mark.parametrize(
+    ("inner", "match"),
+    [
+        (optax.scale(2.0), "needs an `inner` with moments in fields named mu, ema"),
+        (optax.scale_by_rss(), "needs an `inner` with moments .*ScaleByRssState"),
+        (
+            fj.quantize_state(optax.scale_by_adam(), min_size=1),
+            r"got an `inner` whose 'mu' is not: use 'keep', and quantise outside",
+        ),
+        (
+            fj.compressed_momentum(0.5, 2, min_dim_size=4, resample_every=None),
+            "got an `inner` whose 'momentum' is not",
+        ),
+    ],
+)
+def test_moments_that_are_not_kept_like_sketches(inner, match):
+    tx = fj.scale_in_subspace(
+        inner, COUNTSKETCH, 5, transport="squared", min_dim_size=8
+    )
+    with pytest.raises(ValueError, match=match):
+        tx.init({"wide": jnp.zeros((16, 24))})
