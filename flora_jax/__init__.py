@@ -33,6 +33,7 @@ from flora_jax.projections import (
     TopDCT,
     TopSVD,
 )
+from flora_jax.sharding import compressed_pmean, state_sharding
 from flora_jax.transforms import (
     CompressedAccumulationState,
     CompressedAccumulatorCarry,
@@ -72,6 +73,7 @@ __all__ = [
     "compressed_accumulation",
     "compressed_accumulator",
     "compressed_momentum",
+    "compressed_pmean",
     "dct_adamw",
     "fira",
     "flora",
@@ -83,6 +85,7 @@ __all__ = [
     "ranks_for_budget",
     "scale_by_factored_rms",
     "scale_in_subspace",
+    "state_sharding",
     "static_args",
     "verify_state",
 ]

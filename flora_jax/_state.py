@@ -33,12 +33,12 @@ def zeros_tree(params: Any, shapes: Sequence[Shape], dtype: Any) -> Any:
     Returns:
       The tree.
     """
-    boxes, treedef = jax.tree.flatten(params, is_leaf=_is_box)
+    boxes, treedef = jax.tree.flatten(params, is_leaf=is_box)
     zeros = []
     for box, shape in zip(boxes, shapes, strict=True):
         (leaf,) = jax.tree.leaves(box)
         new = _zeros(leaf, shape, dtype)
-        zeros.append(_rebox(box, jnp.shape(leaf), new) if _is_box(box) else new)
+        zeros.append(_rebox(box, jnp.shape(leaf), new) if is_box(box) else new)
     return jax.tree.unflatten(treedef, zeros)
 
 
@@ -71,7 +71,7 @@ def _is_variable(x: Any) -> bool:
     return hasattr(x, "get_metadata") and hasattr(x, "get_value")
 
 
-def _is_box(x: Any) -> bool:
+def is_box(x: Any) -> bool:
     """Whether x is an NNX Variable or a Linen box; by their methods, without flax."""
     boxed = _is_variable(x) or (hasattr(x, "replace_boxed") and hasattr(x, "names"))
     # A box that optax.masked has emptied is left to jax as any other node.

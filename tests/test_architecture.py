@@ -16,6 +16,7 @@ LAYERS = [
     ["transforms"],
     ["optimizers"],
     ["memory"],
+    ["sharding"],
     ["__init__"],
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

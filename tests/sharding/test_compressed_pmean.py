@@ -1,0 +1,152 @@
+"""Means of sketches over eight devices."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flora_jax as fj
+from flora_jax import _keys
+from tests.common import assert_close
+
+P = jax.P
+ISOMETRY = fj.CountSketch(scale="isometric")
+SHAPES = {"wide": (16, 24), "stack": (3, 40, 16), "bias": (16,)}
+OPTIONS = {"rank": 4, "min_dim_size": 8, "key": 5}
+
+
+def batch():
+    return jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def gradients(step, dtype=np.float32):
+    rng = np.random.default_rng(step)
+    return {k: rng.normal(size=(8, *v)).astype(dtype) for k, v in SHAPES.items()}
+
+
+def over_devices(function):
+    """A function of one device's gradients and the step, on all of them."""
+
+    def local(grads, *rest):
+        return function(jax.tree.map(lambda x: x[0], grads), *rest)
+
+    specs = (P("batch"), P())
+    return jax.jit(jax.shard_map(local, mesh=batch(), in_specs=specs, out_specs=P()))
+
+
+def bytes_reduced(compiled):
+    """Bytes of all results of all-reduces in a compiled program."""
+    total = 0
+    for line in re.findall(r"= (.*) all-reduce(?:-start)?\(", compiled.as_text()):
+        for dims in re.findall(r"f32\[([\d,]*)\]", line):
+            total += 4 * math.prod(int(n) for n in dims.split(",") if n)
+    return total
+
+
+@pytest.mark.parametrize("projection", [fj.CountSketch(), fj.Gaussian()])
+def test_is_the_sketch_of_the_mean(projection):
+    mean = over_devices(
+        lambda grads, step: fj.compressed_pmean(
+            grads, "batch", step=step, projection=projection, **OPTIONS
+        )
+    )
+    grads, step = gradients(0), jnp.int32(3)
+    found = mean(grads, step)
+    root = jnp.array([0, 5], jnp.uint32)
+    for name, axis in (("wide", -2), ("stack", -1)):
+        (key,) = _keys.leaf_keys(root, "compressed_pmean", [name], 3)
+        s = np.asarray(projection.matrix(key, 4, 16), np.float64)
+        exact = grads[name].astype(np.float64).mean(0)
+        expected = exact @ s.T @ s if axis == -1 else s.T @ s @ exact
+        assert_close(found[name], expected, "float32")
+    assert_close(found["bias"], grads["bias"].astype(np.float64).mean(0), "float32")
+    # Another step, another S.
+    again = mean(grads, jnp.int32(4))
+    assert np.abs(found["wide"] - again["wide"]).max() > 0.1
+
+
+def test_devices_send_rank_over_width():
+    def plain(grads, step):
+        return jax.lax.pmean(grads, "batch")
+
+    def sketched(grads, step):
+        return fj.compressed_pmean(grads, "batch", step=step, **OPTIONS)
+
+    programs = [
+        over_devices(f).lower(gradients(0), jnp.int32(0)).compile()
+        for f in (plain, sketched)
+    ]
+    full, ours = map(bytes_reduced, programs)
+    assert full == 4 * (16 * 24 + 3 * 40 * 16 + 16)
+    assert ours == 4 * (4 * 24 + 3 * 40 * 4 + 16)
+
+
+def test_full_rank_is_the_plain_mean():
+    mean = over_devices(
+        lambda grads, step: fj.compressed_pmean(
+            grads, "batch", step=step, **OPTIONS | {"rank": 16}
+        )
+    )
+    grads = gradients(1)
+    exact = jax.tree.map(lambda x: x.astype(np.float64).mean(0), grads)
+    assert_close(mean(grads, jnp.int32(0)), exact, "float32")
+
+
+def test_error_feedback_loses_nothing():
+    """What was estimated and what is kept add up to all gradients seen."""
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=batch(),
+        in_specs=(P("batch"), P("batch"), P()),
+        out_specs=(P(), P("batch")),
+    )
+    def step_fn(grads, error, step):
+        first = functools.partial(jax.tree.map, lambda x: x[0])
+        means, error = fj.compressed_pmean(
+            first(grads),
+            "batch",
+            step=step,
+            error=first(error),
+            projection=ISOMETRY,
+            **OPTIONS,
+        )
+        return means, jax.tree.map(lambda x: x[None], error)
+
+    step_fn = jax.jit(step_fn)
+    error = jax.tree.map(np.zeros_like, gradients(0))
+    seen = told = jax.tree.map(lambda x: np.zeros(x.shape[1:]), error)
+    for i in range(6):
+        grads = gradients(i)
+        means, error = step_fn(grads, error, jnp.int32(i))
+        seen = jax.tree.map(lambda a, x: a + x.astype(np.float64).mean(0), seen, grads)
+        told = jax.tree.map(lambda a, x: a + np.asarray(x, np.float64), told, means)
+    kept = jax.tree.map(lambda x: np.asarray(x, np.float64).mean(0), error)
+    assert_close(jax.tree.map(np.add, told, kept), seen, "float32")
+    assert np.abs(kept["wide"]).max() > 0.1
+    assert not np.any(kept["bias"])
+
+
+def test_updates_have_the_gradients_dtype():
+    mean = over_devices(
+        lambda grads, step: fj.compressed_pmean(grads, "batch", step=step, **OPTIONS)
+    )
+    found = mean(jax.tree.map(jnp.bfloat16, gradients(0)), jnp.int32(0))
+    assert {x.dtype for x in found.values()} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_refuses_what_does_not_fit():
+    grads = jax.tree.map(lambda x: x[0], gradients(0))
+    call = functools.partial(
+        fj.compressed_pmean, grads, "batch", step=0, error=grads, **OPTIONS
+    )
+    with pytest.raises(ValueError, match="`error` needs an isometric projection, got"):
+        call()
+    with pytest.raises(ValueError, match="`state.error` of compressed_pmean holds"):
+        call(error={**grads, "wide": grads["wide"][:8]}, projection=ISOMETRY)
+    with pytest.raises(TypeError, match="`projection` must be a flora_jax projection"):
+        call(projection=fj.TopSVD())

@@ -1,0 +1,182 @@
+"""Shardings of whole states, on a mesh of eight devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+import flora_jax as fj
+from flora_jax.sharding import state_sharding
+from tests.common import assert_close
+from tests.conformance.cases import CASES, STEPS, jit, layer, named, run_layer
+from tests.conformance.states import own_trees
+
+P = jax.P
+SPECS = {"layer": {"kernel": P("data", "model"), "bias": P("model")}}
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def mesh(kind=jax.sharding.AxisType.Auto):
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+
+
+def on(where, specs=None):
+    """NamedShardings of the small tree."""
+    specs = SPECS if specs is None else specs
+    return jax.tree.map(lambda spec: jax.NamedSharding(where, spec), specs)
+
+
+def expected(shape):
+    """By hand: an axis of the (8, 16) kernel is cut if four, or two, divide it."""
+    return tuple(
+        name if n % size == 0 else None
+        for n, name, size in zip(shape, ("data", "model"), (4, 2), strict=True)
+    )
+
+
+@every_case
+def test_every_array_follows_its_parameter(case):
+    tx, params = case(), jax.eval_shape(layer)
+    shardings = state_sharding(tx, params, on(mesh()))
+    state = jax.eval_shape(tx.init, params)
+    assert jax.tree.structure(shardings) == jax.tree.structure(state)
+    trees = own_trees(state)
+    for (name, tree), (_, given) in zip(trees, own_trees(shardings), strict=True):
+        kernel, sharding = named(tree)["layer/kernel"], named(given)["layer/kernel"]
+        assert tuple(sharding.spec) == expected(kernel.shape), name
+    for leaf, sharding in zip(
+        jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True
+    ):
+        sharding.shard_shape(leaf.shape)  # Raises if it does not divide.
+        if leaf.dtype == jnp.uint32 or leaf.ndim == 0:
+            assert sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.name in {"galore", "quantized"}],
+    ids=lambda c: c.name,
+)
+def test_init_and_step_stay_on_the_mesh(case):
+    reference, where = run_layer(case), on(mesh())
+    tx = reference.tx
+    params = jax.tree.map(jax.device_put, reference.params, where)
+    shardings = state_sharding(tx, params, where)
+    state = jit(tx.init, out_shardings=shardings)(params)
+    step = jit(tx.update, out_shardings=(where, shardings))
+    for i in range(STEPS):
+        grads = jax.tree.map(jax.device_put, reference.grads[i], where)
+        updates, state = step(grads, state, params)
+    assert_close(updates, reference.updates[-1], "float32")
+    assert step._cache_size() == 1
+    for leaf, sharding in zip(
+        jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    # What is cut is not whole anywhere.
+    kernel = named(own_trees(state)[0][1])["layer/kernel"]
+    assert kernel.addressable_shards[0].data.size * 2 <= kernel.size
+
+
+def wrapped():
+    """Chains and wrappers, and the path of the trees that they leave out."""
+    galore = fj.galore(0.1, 4, min_dim_size=8)
+    kernels = {"layer": {"kernel": True, "bias": False}}
+    labels = {"layer": {"kernel": "ours", "bias": "theirs"}}
+    parts = {"ours": galore, "theirs": optax.adam(0.1)}
+    return {
+        "chain": optax.chain(optax.clip_by_global_norm(1.0), galore),
+        "masked": optax.masked(galore, kernels),
+        "partition": optax.partition(parts, labels),
+        "multi_steps": optax.MultiSteps(galore, 2).gradient_transformation(),
+        "finite": optax.apply_if_finite(galore, 3),
+        "inject": optax.inject_hyperparams(
+            fj.galore, static_args=fj.static_args(fj.galore)
+        )(learning_rate=0.1, rank=4, min_dim_size=8),
+    }
+
+
+@pytest.mark.parametrize("name", wrapped())
+def test_in_wrappers(name):
+    tx, params = wrapped()[name], jax.eval_shape(layer)
+    shardings = state_sharding(tx, params, on(mesh()))
+    state = jax.eval_shape(tx.init, params)
+    assert jax.tree.structure(shardings) == jax.tree.structure(state)
+    found = jax.tree_util.tree_flatten_with_path(state)[0]
+    specs = {
+        jax.tree_util.keystr(path): (leaf.shape, tuple(sharding.spec))
+        for (path, leaf), sharding in zip(
+            found, jax.tree.leaves(shardings), strict=True
+        )
+    }
+    kernels = {k: v for k, v in specs.items() if k.endswith("['kernel']")}
+    assert len([k for k in kernels if ".mu" in k or ".nu" in k or ".basis" in k]) == 3
+    for path, (shape, spec) in kernels.items():
+        assert spec == expected(shape), path
+
+
+def test_partition_specs_take_the_mesh_of_the_context():
+    tx, params = fj.galore(0.1, 3, min_dim_size=8), jax.eval_shape(layer)
+    with jax.set_mesh(mesh()):
+        shardings = state_sharding(tx, params, SPECS)
+    # The rank of 3 is not cut; two devices divide the 16 columns.
+    assert shardings[0].inner.mu["layer"]["kernel"] == P(None, "model")
+    assert shardings[0].basis["layer"]["kernel"] == P("data", None)
+    assert shardings[0].count == P()
+
+
+def test_factored_moments_of_optax_are_replicated():
+    params = {"w": jax.ShapeDtypeStruct((16, 32), jnp.float32)}
+    tx = optax.scale_by_factored_rms(min_dim_size_to_factor=8)
+    where = on(mesh(), {"w": P("data", "model")})
+    shardings = state_sharding(tx, params, where)
+    assert shardings.v_row["w"].spec == P()
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        init = nnx.with_partitioning(nnx.initializers.ones, ("data", "model"))
+        self.layer = nnx.Linear(8, 16, rngs=nnx.Rngs(0), kernel_init=init)
+
+
+@pytest.mark.parametrize(
+    "kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit]
+)
+def test_nnx_with_sharding_metadata(kind):
+    tx, where = fj.galore(0.1, 4, min_dim_size=8), mesh(kind)
+    with jax.set_mesh(where):
+        params = nnx.state(Model(), nnx.Param)
+        shardings = nnx.get_named_sharding(params, where)
+        found = state_sharding(tx, params, shardings)
+        state = jax.jit(tx.init, out_shardings=found)(params)
+    (kernel,) = jax.tree.leaves(state[0].inner.mu["layer"]["kernel"])
+    assert kernel.shape == (4, 16)
+    assert kernel.sharding.spec == P("data", "model")
+
+
+def test_linen_boxes():
+    tx, where = fj.galore(0.1, 4, min_dim_size=8), mesh()
+    init = linen.with_partitioning(linen.initializers.ones, ("data", "model"))
+    model = linen.Dense(16, kernel_init=init, use_bias=False)
+    params = jax.eval_shape(model.init, jax.random.key(0), np.ones((1, 8), np.float32))
+    specs = linen.get_partition_spec(params)
+    shardings = jax.tree.map(lambda spec: jax.NamedSharding(where, spec), specs)
+    found = state_sharding(tx, params, shardings)
+    (kernel,) = jax.tree.leaves(found[0].inner.mu["params"]["kernel"])
+    assert kernel.spec == P("data", "model")
+
+
+def test_refuses_what_does_not_fit():
+    tx, params = fj.galore(0.1, 4, min_dim_size=8), jax.eval_shape(layer)
+    with pytest.raises(ValueError, match=r"`shardings` must have one entry.*bias"):
+        state_sharding(tx, params, {"layer": {"kernel": P()}})
+    wrong = {"layer": {"kernel": "data", "bias": P()}}
+    with pytest.raises(TypeError, match="`shardings` must hold NamedShardings or"):
+        state_sharding(tx, params, wrong)
+    other = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    two = on(mesh())
+    two["layer"]["bias"] = jax.NamedSharding(other, P())
+    with pytest.raises(ValueError, match="`shardings` must live on one mesh, got"):
+        state_sharding(tx, params, two)
