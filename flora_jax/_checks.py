@@ -39,7 +39,9 @@ def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
 
     ``optax.inject_hyperparams`` turns ints into traced arrays and callables into
     schedules. Ranks, intervals and keys decide shapes and programs and cannot be
-    traced: name them in its ``static_args``.
+    traced: name them in its ``static_args``. The other numbers take the parameters'
+    dtype, in which a decay of 0.999 may be 1: with half-precision parameters pass
+    ``hyperparam_dtype=jnp.float32`` as well.
 
     Args:
       factory: a factory of this package, for example ``flora_jax.flora``.
@@ -120,6 +122,12 @@ def check_number(
     if not (value >= low and (high is None or value < high)):
         bounds = f"be at least {low}" if high is None else f"lie in [{low}, {high})"
         raise ValueError(f"`{name}` must {bounds}, got {name}={value}; {remedy}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is a Python bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {name}={value!r}")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:

@@ -139,6 +139,11 @@ def matching_leaves(
     return [leaf for _, leaf in found]
 
 
+def cast_like(new: Any, old: jax.Array) -> jax.Array:
+    """The new state in the dtype of the old, so that the state stays as it was."""
+    return jax.lax.convert_element_type(new, old.dtype)
+
+
 def rebuild(tree: Any, leaves: Sequence[Any]) -> Any:
     """The leaves in the structure of ``tree``."""
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)

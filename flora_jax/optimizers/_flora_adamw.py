@@ -63,7 +63,8 @@ def flora_adamw(
       residual: what becomes of the part of G outside of the subspace, likewise.
       norms: ``"channel"`` as above, or ``"tensor"``: one φ per matrix.
       limiter: γ; None for none.
-      projection: where S comes from; orthonormal rows.
+      projection: where S comes from; orthonormal rows. ``Orthogonal`` decomposes anew
+        at every step.
       weight_decay: decoupled weight decay in the full space, multiplied by the learning
         rate; None for none.
       weight_decay_mask: as ``mask`` of ``optax.add_decayed_weights``.

@@ -30,7 +30,7 @@ class TopSVD(MatrixProjection, AdaptiveProjection):
     4·(iterations + 1)·n·m·(r + 8) operations, most of them products. Singular vectors
     come with the signs that the decomposition gives them.
 
-    Stores r·width float32 numbers per matrix.
+    Stores r·width float32 numbers per matrix, also beside quantised moments.
 
     Attributes:
       scale: ``"isometric"``: singular vectors are orthonormal.
@@ -122,6 +122,7 @@ def _leading(
     for _ in range(iterations):
         # Orthonormal between the products: powers of G lose the small directions.
         basis = orthonormal(times(matrix, orthonormal(times(across, basis))))
-    small = times(basis.swapaxes(-1, -2), matrix)
-    rotation, _, _ = jnp.linalg.svd(small, full_matrices=False)
-    return times(basis, rotation[..., :rank])
+    small = jnp.linalg.qr(times(across, basis), mode="r")
+    # Its right singular vectors are those of G's part in the basis on the left.
+    _, _, rotation = jnp.linalg.svd(small, full_matrices=False)
+    return times(basis, rotation[..., :rank, :].swapaxes(-1, -2))

@@ -184,7 +184,7 @@ def compressed_accumulation(
             gradient_step=jnp.where(emit, cycles, state.gradient_step),
             inner_opt_state=inner_state,
             acc_grads=_state.rebuild(state.acc_grads, acc),
-            skip_state=jax.tree.map(_cast_like, skip_state, state.skip_state),
+            skip_state=jax.tree.map(_state.cast_like, skip_state, state.skip_state),
             key=state.key,
             spec=state.spec,
         )
@@ -236,7 +236,7 @@ def _emit(
     new_updates, new_inner = run_inner(mean, inner_state, params)
     return (
         optax.tree.cast_like(new_updates, updates),
-        jax.tree.map(_cast_like, new_inner, inner_state),
+        jax.tree.map(_state.cast_like, new_inner, inner_state),
         jax.tree.map(jnp.zeros_like, acc),
     )
 
@@ -293,8 +293,3 @@ def _check_skip(skip: Any) -> jax.Array:
 def _strong(x: Any) -> jax.Array:
     """The array without weak type, which an update would change."""
     return jax.lax.convert_element_type(x, jnp.result_type(x))
-
-
-def _cast_like(new: Any, old: jax.Array) -> jax.Array:
-    """The new state in the dtype of the old, so that the state stays as it was."""
-    return jax.lax.convert_element_type(new, old.dtype)

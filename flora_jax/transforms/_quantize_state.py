@@ -115,11 +115,7 @@ def quantize_state(
         _checks.check_positive_int("min_size", min_size, "use 1 to code every matrix"),
         None if fields is None else _check_fields(fields),
     )
-    if not isinstance(stochastic_rounding, bool):
-        raise TypeError(
-            "`stochastic_rounding` must be a bool, got"
-            f" stochastic_rounding={stochastic_rounding!r}; pass True or False"
-        )
+    _checks.check_bool("stochastic_rounding", stochastic_rounding)
     root = _keys.raw_key(key)
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(

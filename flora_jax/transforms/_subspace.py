@@ -98,13 +98,20 @@ def scale_in_subspace(
 
     Leaves that are not sketched are given to ``inner`` as they are.
 
+    A refresh is a branch that runs when it is due; under ``optax.MultiSteps``, which
+    runs its inner transformation at every micro-step, and under ``jax.vmap``, which
+    runs both branches, it is paid for more often: prefer
+    :func:`flora_jax.compressed_accumulation`. With an oblivious projection a row that
+    cancels in its sketch has a large φ, which ``limiter`` bounds.
+
     Memory: what ``inner`` keeps for r·max(n, m) numbers in place of n·m
     (``side="smaller"``), a stored basis of ``TopSVD`` (r·width numbers) or ``TopDCT``
     (r), one number per matrix with a limiter, n·m with error feedback.
 
     Args:
       inner: a transformation that needs no parameters, such as
-        ``optax.scale_by_adam()``.
+        ``optax.scale_by_adam()``; one that keeps the direction of the gradient: the
+        learning rate, with its sign, follows in the chain.
       projection: where S comes from: ``TopSVD()``, ``TopDCT()``, or an oblivious one,
         ``CountSketch(scale="isometric")``.
       rank: sketch size r; an int, a callable of (path, shape), or a tree of ints.
@@ -114,8 +121,8 @@ def scale_in_subspace(
       norms: ``"channel"`` or ``"tensor"``.
       limiter: γ > 0, 1.01 in Fira; None for none.
       scale: α.
-      betas: decays (β1, β2) with which ``inner`` debiases its moments as Adam does;
-        None if it does not.
+      betas: decays (β1, β2) with which ``inner`` debiases its moments as Adam does, the
+        same that it has; None if it does not.
       error_feedback: add what the sketch left out to the next gradient; with
         ``residual="dropped"``.
       stagger: replace the bases of different leaves at different steps, evenly spread
@@ -203,13 +210,14 @@ def scale_in_subspace(
         del params
         _keys.check_state_key(_NAME, state.key)
         plans = subspace.plan(updates)
-        settings = (scale, limiter, betas)
+        # Injected numbers have the dtype of the parameters.
+        scale32, limiter32, betas32 = jax.tree.map(
+            lambda x: jnp.asarray(x, jnp.float32), (scale, limiter, betas)
+        )
         sketches, basis, inner_state = enter_subspace(
-            subspace, plans, updates, state, betas
+            subspace, plans, updates, state, betas32
         )
-        directions, inner_state = inner.update(
-            sketches, inner_state, None, **extra_args
-        )
+        directions, new_inner = inner.update(sketches, inner_state, None, **extra_args)
         new_updates, limits, error = leave_subspace(
             functools.partial(bring_back, subspace, residual, norms),
             subspace,
@@ -217,13 +225,13 @@ def scale_in_subspace(
             updates,
             state,
             (basis, jax.tree.leaves(sketches), jax.tree.leaves(directions)),
-            settings,
+            (scale32, limiter32, betas32),
         )
         return _state.rebuild(updates, new_updates), SubspaceState(
             count=optax.safe_increment(state.count),
             key=state.key,
             spec=state.spec,
-            inner=inner_state,
+            inner=jax.tree.map(_state.cast_like, new_inner, inner_state),
             basis=_state.rebuild(state.basis, basis),
             limiter=_state.rebuild(state.limiter, limits),
             error=_state.rebuild(state.error, error),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -15,6 +16,8 @@ from flora_jax.projections import AdaptiveProjection, Projection
 from flora_jax.transforms._leafwise import ScaledLeaf
 from flora_jax.transforms._sketch import Sketcher
 from flora_jax.transforms._transport import transport_leaf
+
+_GROUPS = 16  # Of leaves that change their basis at the same step, if staggered.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,12 +190,16 @@ class Subspace(Sketcher):
         return due | (count == 0) if self.adaptive else due & (count > 0)
 
     def _offsets(self, plans: Sequence[LeafPlan]) -> list[int]:
-        """By how many steps each leaf is ahead; spread evenly over one interval."""
+        """By how many steps each leaf is ahead.
+
+        By path, so that a mask does not move the others; and in few groups, since each
+        is a branch to compile.
+        """
         if not self.stagger or self.refresh_every is None:
             return [0] * len(plans)
-        paths = sorted(plan.path for plan in plans if plan.dense_reason is None)
-        places = {path: i * self.refresh_every for i, path in enumerate(paths)}
-        return [places.get(plan.path, 0) // max(len(paths), 1) for plan in plans]
+        groups = min(self.refresh_every, _GROUPS)
+        places = (zlib.crc32(plan.path.encode()) % groups for plan in plans)
+        return [place * self.refresh_every // groups for place in places]
 
     def _epoch(self, count: Any, offset: Any) -> Any:
         """How often a basis was renewed."""

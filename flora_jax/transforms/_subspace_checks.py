@@ -23,6 +23,8 @@ def check_subspace(
     _checks.check_choice("transport", subspace.transport, TRANSPORTS)
     _checks.check_choice("residual", residual, RESIDUALS)
     _checks.check_choice("norms", norms, NORMS)
+    _checks.check_bool("stagger", subspace.stagger)
+    _checks.check_bool("error_feedback", error_feedback)
     _check_numbers(limiter, scale, betas)
     projection = subspace.projection
     if limiter is not None and residual in ("dropped", "plain"):
@@ -46,6 +48,11 @@ def check_subspace(
                 f"`{name}` {value!r} needs a projection with orthonormal rows, got"
                 f" {projection}; use CountSketch(scale='isometric')"
             )
+    if subspace.transport == "rms" and subspace.adaptive:
+        raise ValueError(
+            "`transport` 'rms' is for bases that are drawn anew, got"
+            f" {projection}, whose moments it would inflate; use 'squared' or 'ldadam'"
+        )
     if subspace.transport == "ldadam" and betas is None:
         raise ValueError(
             "`betas` must be given for transport='ldadam', got betas=None; pass the"

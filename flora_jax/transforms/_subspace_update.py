@@ -26,7 +26,7 @@ def enter_subspace(
 ) -> tuple[Any, list[jax.Array], Any]:
     """Tree of sketches, stored bases, and inner's state, all in this step's basis."""
     shapes = [plan.state_shape for plan in plans]
-    _match(subspace.name, plans, state, shapes)
+    _match(subspace, plans, state, shapes)
     kinds, moments = [], []
     if subspace.transport != "keep":
         kinds, moments = moments_of(state.inner, plans, subspace.transport)
@@ -152,9 +152,10 @@ def per_matrix(plans: Sequence[LeafPlan]) -> list[tuple[int, ...]]:
 
 
 def _match(
-    name: str, plans: Sequence[LeafPlan], state: Any, shapes: Sequence[Any]
+    subspace: Subspace, plans: Sequence[LeafPlan], state: Any, shapes: Sequence[Any]
 ) -> None:
     """Raises unless the state's trees are those of these gradients."""
+    name = subspace.name
 
     def check(field: str, tree: Any) -> Any:
         nodes = jax.tree.leaves(tree, is_leaf=_is_masked)
@@ -163,5 +164,11 @@ def _match(
         return tree
 
     map_moments(check, state.inner)
+    whole = [plan.ones if plan.dense_reason else plan.shape for plan in plans]
+    stored = subspace.stored_shapes(plans) if subspace.adaptive else []
+    for field, wanted in (("basis", stored), ("error", whole)):
+        tree = getattr(state, field)
+        if jax.tree.leaves(tree):
+            _state.matching_leaves(name, field, tree, plans, wanted)
     if jax.tree.leaves(state.limiter):
         _state.matching_leaves(name, "limiter", state.limiter, plans, per_matrix(plans))

@@ -52,12 +52,24 @@ def moments_of(
         return tree
 
     map_moments(collect, state)
+    kept = sum(_is_tree_leaf(leaf) for leaf in jax.tree.leaves(state))
+    if moments and kept != sum(map(len, moments)):
+        raise ValueError(
+            f"`transport` {transport!r} moves the fields {', '.join(KINDS)} of"
+            f" `inner`, got the state {type(state).__name__}, which keeps other arrays"
+            " too: they would stay in the old basis; use 'keep'"
+        )
     if not moments and plans:
         raise ValueError(
             f"`transport` {transport!r} needs an `inner` with moments in fields named"
             f" {', '.join(KINDS)}, got the state {type(state).__name__}; use 'keep'"
         )
     return kinds, moments
+
+
+def _is_tree_leaf(leaf: Any) -> bool:
+    """Whether an array of a state is no counter, key or description."""
+    return leaf.ndim > 0 and leaf.dtype != jnp.uint32
 
 
 def with_moments(state: Any, moments: Sequence[Sequence[jax.Array]]) -> Any:

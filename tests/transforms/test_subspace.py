@@ -211,8 +211,8 @@ def test_every_leaf_is_due_at_another_step_when_staggered():
         _, new = step(g, state)
         changes.append({k for k in names if np.any(new.basis[k] != state.basis[k])})
         state = new
-    # All at first; then offsets of 0, 1 and 2 steps in an interval of 4.
-    due = [{"wide"}, {"tall"}, {"square"}]
+    # All at first; then square is one step ahead of tall in an interval of 4, wide two.
+    due = [{"wide"}, {"square"}, {"tall"}]
     assert changes == [set(names), set(), *due, set(), *due]
 
 
@@ -244,3 +244,63 @@ def test_extra_arguments_reach_the_inner_transformation():
     once, _ = step(g, tx.init(g), value=1.0)
     assert_close(twice, optax.tree.scale(2.0, once))
     assert_close(twice["b"], 2 * g["b"])
+
+
+def test_a_residual_of_roundings_does_not_hold_back_what_follows():
+    rng = np.random.default_rng(0)
+    inside = rng.normal(size=(16, 2)) @ rng.normal(size=(2, 24))
+    grads = [{"w": np.float32(inside)}] * 3
+    grads += [{"w": np.float32(rng.normal(size=(16, 24)))}]
+    tx = fj.scale_in_subspace(
+        optax.scale_by_adam(),
+        fj.TopSVD(),
+        4,
+        min_dim_size=8,
+        residual="fira",
+        limiter=1.01,
+        betas=(0.9, 0.999),
+    )
+    step, state = jit(tx.update), tx.init(grads[0])
+    for g in grads[:3]:
+        _, state = step(g, state)
+        assert float(state.limiter["w"].squeeze()) == 0
+    limited, state = step(grads[3], state)
+    # The first residual there is: as large as without a limiter.
+    assert float(state.limiter["w"].squeeze()) > 1
+    basis = np.asarray(state.basis["w"], np.float64)
+    outside = grads[3]["w"] - basis @ (basis.T @ grads[3]["w"])
+    assert np.linalg.norm(outside) > 1
+    assert np.linalg.norm(limited["w"]) > np.linalg.norm(outside) / 10
+
+
+@pytest.mark.parametrize(
+    "factory", [fj.galore, fj.fira, fj.apollo, fj.dct_adamw, fj.flora_adamw]
+)
+@pytest.mark.parametrize("x64", [False, True])
+def test_injected_numbers_leave_the_state_as_it_is(factory, x64):
+    with jax.enable_x64(x64):
+        dtype = jnp.float64 if x64 else jnp.bfloat16
+        make = optax.inject_hyperparams(
+            factory,
+            static_args=fj.static_args(factory),
+            hyperparam_dtype=jnp.float64 if x64 else jnp.float32,
+        )
+        tx = make(
+            optax.linear_schedule(0.1, 0.0, 10),
+            4,
+            b1=optax.constant_schedule(0.9),
+            b2=0.999,
+            scale=optax.constant_schedule(0.5),
+            min_dim_size=8,
+        )
+        params = {"w": jnp.ones((16, 24), dtype)}
+        state = tx.init(params)
+        updates, new = jax.eval_shape(tx.update, params, state, params)
+        types = [
+            jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, new)
+        ]
+        assert types[0] == types[1]
+        assert updates["w"].dtype == dtype
+        if not x64:  # 0.999 would be 1 in bfloat16.
+            updates, _ = tx.update(params, state, params)
+            assert np.isfinite(np.asarray(updates["w"], np.float32)).all()

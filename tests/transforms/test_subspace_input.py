@@ -83,6 +83,13 @@ def make(inner=None, projection=ISOMETRY, rank=4, **settings):
             "`transport` 'rms' needs a projection with orthonormal rows, got Gaussian",
         ),
         (
+            {"transport": "rms", "projection": fj.TopDCT()},
+            ValueError,
+            "`transport` 'rms' is for bases that are drawn anew, got TopDCT",
+        ),
+        ({"stagger": 1}, TypeError, "`stagger` must be True or False, got stagger=1"),
+        ({"error_feedback": "no"}, TypeError, "`error_feedback` must be True or False"),
+        (
             {"transport": "ldadam"},
             ValueError,
             "`betas` must be given for transport='ldadam', got betas=None",
@@ -196,3 +203,21 @@ def test_a_tree_of_one_array(projection, shape):
     updates, state = jit(tx.update)(g, tx.init(g))
     assert updates.shape == g.shape
     assert state.limiter.shape == (1, 1)
+
+
+def test_moments_that_no_transport_moves():
+    # AMSGrad keeps the largest second moments beside the others.
+    tx = make(inner=optax.scale_by_amsgrad(), transport="squared")
+    with pytest.raises(ValueError, match="ScaleByAmsgradState, which keeps other"):
+        tx.init({"w": jnp.ones((16, 24))})
+    make(inner=optax.scale_by_amsgrad()).init({"w": jnp.ones((16, 24))})
+
+
+@pytest.mark.parametrize("field", ["basis", "error"])
+def test_a_state_of_other_shapes(field):
+    tx = make(projection=fj.TopSVD(), error_feedback=True)
+    g = {"w": jnp.ones((16, 24))}
+    state = tx.init(g)
+    wrong = state._replace(**{field: {"w": jnp.ones((16, 3))}})
+    with pytest.raises(ValueError, match=rf"`state\.{field}` of scale_in_subspace"):
+        tx.update(g, wrong)
