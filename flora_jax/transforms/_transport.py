@@ -52,8 +52,10 @@ def moments_of(
         return tree
 
     map_moments(collect, state)
-    kept = sum(_is_tree_leaf(leaf) for leaf in jax.tree.leaves(state))
-    if moments and kept != sum(map(len, moments)):
+    kept, moved = (
+        sum(map(_is_tree_leaf, jax.tree.leaves(tree))) for tree in (state, moments)
+    )
+    if moments and kept > moved:
         raise ValueError(
             f"`transport` {transport!r} moves the fields {', '.join(KINDS)} of"
             f" `inner`, got the state {type(state).__name__}, which keeps other arrays"

@@ -21,9 +21,11 @@ from tests.conformance.states import TREES, own_states
 # Public functions that make no transformation. Whatever else is public is in the list.
 OTHERS = {
     "compressed_accumulator",
+    "compressed_pmean",
     "has_updated",
     "plan_leaves",
     "ranks_for_budget",
+    "state_sharding",
     "static_args",
     "verify_state",
 }
