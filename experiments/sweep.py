@@ -1,20 +1,22 @@
 """A grid of short trainings, one JSON line each: `python -m experiments.sweep`.
 
 The grid is a file. For each method, projection and rank in it, every learning rate is
-run at the first seed, and the best of them at the other seeds. A run that stands in the
-results is not run again: interrupt it at any moment, and the same command goes on. At
-the end a table and a picture are written beside the results.
+run at the first seed, and the best of them at the other seeds. Methods with rates of
+their own stand in groups. A run that stands in the results is not run again: interrupt
+it at any moment, and the same command goes on. At the end a table and a picture are
+written beside the results.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,10 +24,19 @@ import optax
 import tyro
 from rich.progress import Progress
 
-from experiments import loop, methods, records, state_bytes, sweep_report
+from experiments import (
+    family,
+    family_report,
+    loop,
+    methods,
+    records,
+    state_bytes,
+    sweep_report,
+)
 from experiments.checkpoints import State
 from experiments.config import Config, ConfigError
 from experiments.data import Data, batches, load
+from experiments.family import FAMILY
 from experiments.methods import METHODS
 from experiments.models import GPT2Config, create
 from experiments.run import versions
@@ -34,20 +45,32 @@ from experiments.training import problem
 Cell = dict[str, Any]
 
 
-def cells(grid: dict[str, Any]) -> list[Cell]:
-    """Returns the combinations of method, projection and rank in a grid.
+def parts(grid: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the groups of a grid, each with what the whole grid says."""
+    if "groups" not in grid:
+        return [grid]
+    shared = {key: value for key, value in grid.items() if key != "groups"}
+    return [shared | group for group in grid["groups"]]
 
-    Uncompressed methods have neither projection nor rank, and come once.
+
+def cells(grid: dict[str, Any]) -> list[Cell]:
+    """Returns the combinations of method, projection, rank and decay in a group.
+
+    Uncompressed methods have neither projection nor rank, and come once; members of the
+    family have no projection to choose.
     """
     found = []
     for method in grid["methods"]:
-        if not METHODS[method].compressed:
-            found.append({"method": method})
-            continue
+        axes = {"projection": grid.get("projections"), "rank": grid.get("ranks")}
+        if method in FAMILY:
+            ranks = grid["ranks"] if FAMILY[method].ranked else None
+            axes = {"rank": ranks, "b2": grid.get("b2")}
+        elif not METHODS[method].compressed:
+            axes = {}
+        axes = {name: values for name, values in axes.items() if values is not None}
         found += [
-            {"method": method, "projection": projection, "rank": rank}
-            for projection in grid["projections"]
-            for rank in grid["ranks"]
+            {"method": method} | dict(zip(axes, values, strict=True))
+            for values in itertools.product(*axes.values())
         ]
     return found
 
@@ -71,16 +94,25 @@ class Bench:
     def __init__(self, cell: Cell, settings: dict[str, Any], data: Data):
         """Compiles the step."""
         chosen = {key: cell[key] for key in ("projection", "rank") if key in cell}
+        self._cell = cell
+        if cell["method"] in METHODS:
+            chosen["methods"] = (cell["method"],)
         # At a peak of 1: updates are linear in the learning rate, which comes later.
         self.config = dataclasses.replace(
-            config_of(settings), methods=(cell["method"],), learning_rate=1.0, **chosen
+            config_of(settings), learning_rate=1.0, **chosen
         )
         self.config.validate()
-        self.method = METHODS[cell["method"]]
-        self.parts = self.method.micro_batches(self.config)
         self._data = data
         state, graphdef = self.start(0)
-        self.bytes = state_bytes.measure(self.method, self.config, *state)
+        self.parts = 1
+        if cell["method"] in FAMILY:
+            tx = self._optimizer(self.config, 1.0)
+            self.bytes = family.measure(tx, self.config, state.params)
+        else:
+            method = METHODS[cell["method"]]
+            self.parts = method.micro_batches(self.config)
+            found = state_bytes.measure(method, self.config, *state)
+            self.bytes = found.state, found.compressible
         self._problem = problem(self.config, data, graphdef)
         started = time.perf_counter()
         tokens = self._problem.batches[0]
@@ -99,7 +131,17 @@ class Bench:
     def _optimizer(
         self, config: Config, rate: jax.typing.ArrayLike
     ) -> optax.GradientTransformation:
-        tx = methods.optimizer(config, self.method.name)
+        name = self._cell["method"]
+        if name in FAMILY:
+            setting = family.Setting(
+                rank=config.rank,
+                refresh_every=config.resample_every,
+                seed=config.seed,
+                b2=self._cell.get("b2", 0.999),
+            )
+            tx = FAMILY[name].make(methods.schedule(config, name), setting)
+        else:
+            tx = methods.optimizer(config, name)
         return optax.chain(tx, optax.scale(rate))
 
     def _step(
@@ -131,13 +173,22 @@ class Bench:
             ),
             "step_seconds": statistics.median(seconds),
             "compile_seconds": self.compile_seconds,
-            "state_bytes": self.bytes.state,
-            "matrix_bytes": self.bytes.compressible,
+            "state_bytes": self.bytes[0],
+            "matrix_bytes": self.bytes[1],
         }
 
 
 def _finite(loss: float) -> float | None:
     return loss if math.isfinite(loss) else None
+
+
+def beyond(rates: Sequence[float], best: float) -> float | None:
+    """Returns the next rate outwards if the best one is the first or the last."""
+    rates = sorted(rates)
+    if len(rates) < 2 or best not in (rates[0], rates[-1]):
+        return None
+    inner = rates[1] if best == rates[0] else rates[-2]
+    return float(f"{best * best / inner:.3g}")
 
 
 def run_cell(
@@ -160,11 +211,19 @@ def run_cell(
 
     first, *others = grid["seeds"]
     tuned = []
-    for rate in grid["learning_rates"]:
+    rates = list(grid["learning_rates"])
+    for rate in rates:
         tuned.append(run(rate, first))
         yield tuned[-1]
     if all(row["validation_loss"] is None for row in tuned):
         return  # Every rate diverged: the rows say so, and the other cells go on.
+    for _ in range(grid.get("extensions", 0)):
+        further = beyond(rates, sweep_report.best_rate(tuned))
+        if further is None:
+            break
+        rates = sorted([*rates, further])
+        tuned.append(run(further, first))
+        yield tuned[-1]
     for seed in others:
         yield run(sweep_report.best_rate(tuned), seed)
 
@@ -179,7 +238,10 @@ def sweep(
 
     Args:
         grid_path: JSON with methods, projections, ranks, learning_rates, seeds, and the
-            settings of `python -m experiments` that all runs share.
+            settings of `python -m experiments` that all runs share; or with groups,
+            each of which says some of these for itself. Members of the family have
+            values of b2 for Adam's decay. With extensions, how often a best rate at an
+            end of its grid is followed by the next one outwards.
         output: JSON lines, one per run; a table and a picture go beside it.
         data_dir: where the packed corpus is kept.
         corpus_dir: Python sources in place of the standard library.
@@ -194,20 +256,22 @@ def sweep(
     whole = output.with_suffix(".tmp")
     whole.write_text("".join(map(_line, rows)))
     whole.replace(output)
-    each = len(grid["learning_rates"]) + len(grid["seeds"]) - 1
+    todo = [(part, cell) for part in parts(grid) for cell in cells(part)]
     with Progress() as progress:
-        bar = progress.add_task("runs", total=len(cells(grid)) * each)
-        for cell in cells(grid):
-            for row in run_cell(cell, grid, data, done):
+        bar = progress.add_task("cells", total=len(todo))
+        for part, cell in todo:
+            label = " ".join(str(value) for value in cell.values())
+            progress.update(bar, description=label)
+            for row in run_cell(cell, part, data, done):
                 if row["id"] not in done:
                     done[row["id"]] = row
                     with output.open("a") as file:
                         file.write(_line(row))
-                label = " ".join(str(value) for value in cell.values())
-                progress.update(bar, advance=1, description=label)
+            progress.advance(bar)
     found = sweep_report.summarise(list(done.values()))
-    output.with_suffix(".md").write_text(sweep_report.table(found))
-    sweep_report.draw(found, output.with_suffix(".png"))
+    report = family_report if "groups" in grid else sweep_report
+    output.with_suffix(".md").write_text(report.table(found))
+    report.draw(found, output.with_suffix(".png"))
 
 
 def _line(row: records.Row) -> str:

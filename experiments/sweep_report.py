@@ -25,16 +25,21 @@ _STYLES = (
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One combination of method, projection and rank, at its best learning rate."""
+    """One combination of what a grid varies, at its best learning rate."""
 
     method: str
     projection: str | None
     rank: int | None
+    b2: float | None
     learning_rate: float
     losses: tuple[float, ...]
     """Validation losses of the seeds, in nats per token."""
     step_seconds: float
     """Median over the runs of the median wall time of an update."""
+    state_bytes: int | None = None
+    """Of the whole optimizer state."""
+    matrix_bytes: int | None = None
+    """Of its part that compression is about."""
 
     @property
     def mean(self) -> float:
@@ -59,7 +64,7 @@ def summarise(rows: Sequence[Row]) -> list[Cell]:
     """Returns each cell at its best rate; cells that always diverged are left out."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        key = (row["method"], row.get("projection"), row.get("rank"))
+        key = tuple(row.get(name) for name in ("method", "projection", "rank", "b2"))
         groups.setdefault(key, []).append(row)
     cells = []
     for key, group in groups.items():
@@ -71,7 +76,8 @@ def summarise(rows: Sequence[Row]) -> list[Cell]:
         if None in losses:  # A seed diverged where the first did not.
             losses = [math.inf]
         seconds = statistics.median(row["step_seconds"] for row in group)
-        cells.append(Cell(*key, rate, tuple(losses), seconds))
+        kept = group[0].get("state_bytes"), group[0].get("matrix_bytes")
+        cells.append(Cell(*key, rate, tuple(losses), seconds, *kept))
     return cells
 
 

@@ -8,11 +8,16 @@ from experiments.config import ConfigError
 
 Tree = Literal["gpt2", "gpt2-stacked", "gpt2-xl", "gpt2-xl-stacked"]
 
+Which = Literal["flora", "family"]
+
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
     """What is measured."""
 
+    contenders: Which = "flora"
+    """Which of ours: FLORA with each projection and what it accumulates, or the whole
+    family of optimizers, each without and with a new basis."""
     trees: tuple[Tree, ...] = ("gpt2", "gpt2-stacked")
     """Parameter trees: gpt2 (124M), gpt2-stacked (its layers in one array per weight),
     gpt2-xl (1.5B), and their -stacked forms."""
@@ -22,12 +27,12 @@ class BenchmarkConfig:
     """Ranks on the first tree and type."""
     other_ranks: tuple[int, ...] = (64,)
     """Ranks on the other trees and types."""
-    compile_tree: Tree = "gpt2-xl"
+    compile_tree: Tree | None = "gpt2-xl"
     """Tree of 48 layers whose compile times are compared; nothing is allocated."""
     rounds: int = 7
     """Timed steps of each optimizer, after two that are not timed."""
     output_dir: pathlib.Path = pathlib.Path("runs/benchmark")
-    """Where benchmark.json and benchmark.png go."""
+    """Where benchmark.json, benchmark.md and benchmark.png go."""
 
     def validate(self) -> None:
         """Refuse settings that make no sense.

@@ -1,6 +1,7 @@
 """The optimizers that are compared, each as one function of gradients and state."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,12 +32,14 @@ class Contender:
 
     name: str
     kind: str
-    """optimizer, micro-step, accumulator or resampling."""
+    """optimizer, micro-step, accumulator, resampling or refresh."""
     init: Callable[[Any], Any]
     step: Callable[[Any, Any, Any], tuple[Any, Any]]
     rank: int | None = None
     before: Callable[[Any], Any] | None = None
     """Changes the state before each timed step."""
+    once: bool = False
+    """Takes one step in all, since that takes a minute."""
 
 
 def _optimizer(
@@ -63,12 +66,17 @@ def _name(projection: fj.Projection) -> str:
     return type(projection).__name__
 
 
-def _resampling(state: Any) -> Any:
+def _counted(number: int, state: Any) -> Any:
+    """Sets all counts of a state."""
+
     def set_count(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         is_count = getattr(path[-1], "name", "") == "count"
-        return jnp.full([], 1000, leaf.dtype) if is_count else leaf
+        return jnp.full([], number, leaf.dtype) if is_count else leaf
 
     return jax.tree_util.tree_map_with_path(set_count, state)
+
+
+_resampling = functools.partial(_counted, 1000)  # A multiple of all our intervals.
 
 
 def peers(stacked: bool, dtype: str) -> Iterator[Contender]:
@@ -107,6 +115,45 @@ def ours(ranks: Sequence[int]) -> Iterator[Contender]:
                 rank=rank,
                 before=_resampling,
             )
+
+
+def family_peers(stacked: bool, dtype: str) -> Iterator[Contender]:
+    """What optax offers beside the family, at its own defaults."""
+    yield _optimizer("optax.adamw", optax.adamw(_RATE))
+    wanted = ("optax.adam", "optax.adafactor(momentum)", "optax.contrib.galore")
+    yield from (each for each in peers(stacked, dtype) if each.name in wanted)
+
+
+def family(ranks: Sequence[int]) -> Iterator[Contender]:
+    """Each recipe without a new basis, and with new ones for all matrices at once."""
+    randomized = fj.TopSVD(method="randomized")
+    yield from _both("apollo_mini", fj.apollo_mini(_RATE), 1)
+    for rank in ranks:
+        yield from _both("galore(exact)", fj.galore(_RATE, rank), rank, slow=True)
+        for name, recipe, settings in (
+            ("galore(randomized)", fj.galore, {"projection": randomized}),
+            (
+                "galore(randomized, int8)",
+                fj.galore,
+                {"projection": randomized, "state_dtype": "int8"},
+            ),
+            ("fira(randomized)", fj.fira, {"projection": randomized}),
+            ("apollo", fj.apollo, {}),
+            ("dct_adamw(refresh_every=200)", fj.dct_adamw, {"refresh_every": 200}),
+            ("flora_adamw", fj.flora_adamw, {}),
+            ("flora_adamw(int8)", fj.flora_adamw, {"state_dtype": "int8"}),
+        ):
+            yield from _both(name, recipe(_RATE, rank, **settings), rank)
+        yield _optimizer("dct_adamw", fj.dct_adamw(_RATE, rank), rank=rank)
+
+
+def _both(
+    name: str, tx: optax.GradientTransformation, rank: int, *, slow: bool = False
+) -> Iterator[Contender]:
+    """A step in the basis of the first, untimed step; one that renews all bases."""
+    step = _optimizer(name, tx, rank=rank)
+    yield step
+    yield dataclasses.replace(step, kind="refresh", before=_resampling, once=slow)
 
 
 def compiled_only(rank: int = 64) -> Iterator[Contender]:

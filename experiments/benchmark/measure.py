@@ -8,32 +8,40 @@ from typing import Any
 import jax
 
 from experiments.benchmark import contenders, trees
+from experiments.benchmark.config import Which
 from experiments.benchmark.contenders import Contender
 
 _UNTIMED = 2
 Row = dict[str, Any]
 
 
-class _Runner:
-    """One contender, compiled, with its state."""
+class _Program:
+    """A step, compiled, and the state that it goes on with."""
 
     def __init__(self, contender: Contender, grads: Any, params: Any):
-        self.contender = contender
         self.state = jax.jit(contender.init)(params)
         started = time.perf_counter()
         # In place of the old ones, as in a training step.
         step = jax.jit(contender.step, donate_argnums=(0, 1))
         self.compiled = step.lower(params, self.state, grads).compile()
         self.compile_seconds = time.perf_counter() - started
+
+
+class _Runner:
+    """One contender and its times; those with the same step share a program."""
+
+    def __init__(self, contender: Contender, program: _Program):
+        self.contender, self.program = contender, program
         self.seconds: list[float] = []
 
     def run(self, grads: Any, params: Any, timed: bool) -> Any:
+        program = self.program
         if self.contender.before is not None:
-            self.state = self.contender.before(self.state)
-        jax.block_until_ready((self.state, params))
+            program.state = self.contender.before(program.state)
+        jax.block_until_ready((program.state, params))
         started = time.perf_counter()
-        params, self.state = self.compiled(params, self.state, grads)
-        jax.block_until_ready((self.state, params))
+        params, program.state = program.compiled(params, program.state, grads)
+        jax.block_until_ready((program.state, params))
         if timed:
             self.seconds.append(time.perf_counter() - started)
         return params
@@ -44,13 +52,19 @@ class _Runner:
             "kind": self.contender.kind,
             "rank": self.contender.rank,
             "milliseconds": 1e3 * statistics.median(self.seconds),
-            "quartiles": [
-                1e3 * q for q in statistics.quantiles(self.seconds, n=4)[::2]
-            ],
-            "compile_seconds": self.compile_seconds,
+            "quartiles": [1e3 * q for q in _quartiles(self.seconds)],
+            "steps": len(self.seconds),
+            "compile_seconds": self.program.compile_seconds,
             "state_bytes": contenders.state_bytes(self.contender, params),
-            "temp_bytes": self.compiled.memory_analysis().temp_size_in_bytes,
+            "temp_bytes": self.program.compiled.memory_analysis().temp_size_in_bytes,
         }
+
+
+def _quartiles(seconds: Sequence[float]) -> tuple[float, float]:
+    if len(seconds) < 2:
+        return seconds[0], seconds[0]
+    first, _, last = statistics.quantiles(seconds, n=4)
+    return first, last
 
 
 def time_all(
@@ -59,6 +73,7 @@ def time_all(
     ranks: Sequence[int],
     rounds: int,
     tell: Callable[[str], None],
+    which: Which = "flora",
 ) -> list[Row]:
     """Times every contender on one tree, in one process, in turns.
 
@@ -68,34 +83,58 @@ def time_all(
         ranks: of our contenders.
         rounds: timed steps of each.
         tell: called with a line on the progress.
+        which: of our contenders.
 
     Returns:
-        One row per contender, with its time over Adam's and over the floor.
+        One row per contender, with its time over Adam's (and AdamW's, if that is a
+        peer), over its own step without a new basis, and over the floor.
     """
     like = trees.shapes(tree, dtype)
     params, grads = trees.random_like(like, 0), trees.random_like(like, 1)
     floor = _floor_seconds(params, rounds)
     stacked = tree.endswith("-stacked")
-    runners = []
-    for contender in (*contenders.peers(stacked, dtype), *contenders.ours(ranks)):
+    runners, programs = [], {}
+    peers, ours = {
+        "flora": (contenders.peers, contenders.ours),
+        "family": (contenders.family_peers, contenders.family),
+    }[which]
+    for contender in (*peers(stacked, dtype), *ours(ranks)):
         tell(f"{tree} {dtype}: compiling {contender.name} {contender.rank or ''}")
-        runners.append(_Runner(contender, grads, params))
+        if contender.step not in programs:
+            programs[contender.step] = _Program(contender, grads, params)
+        runners.append(_Runner(contender, programs[contender.step]))
     for number in range(_UNTIMED + rounds):
         tell(f"{tree} {dtype}: round {number + 1} of {_UNTIMED + rounds}")
         for runner in runners:
-            params = runner.run(grads, params, number >= _UNTIMED)
+            if not runner.contender.once or number == _UNTIMED:
+                params = runner.run(grads, params, number >= _UNTIMED)
     rows = [runner.row(params) for runner in runners]
-    adam = next(row["milliseconds"] for row in rows if row["name"] == "optax.adam")
     return [
         {"tree": tree, "dtype": dtype}
         | row
+        | _ratios(row, rows)
         | {
             "floor_milliseconds": 1e3 * floor,
-            "over_adam": row["milliseconds"] / adam,
             "over_floor": row["milliseconds"] / (1e3 * floor),
         }
         for row in rows
     ]
+
+
+def _ratios(row: Row, rows: Sequence[Row]) -> Row:
+    """Times over those that they are compared with, where these are there."""
+    compared = {
+        "over_adam": ("optax.adam", "optimizer", None),
+        "over_adamw": ("optax.adamw", "optimizer", None),
+    }
+    if row["kind"] == "refresh":
+        compared["over_step"] = (row["name"], "optimizer", row["rank"])
+    times = {(r["name"], r["kind"], r["rank"]): r["milliseconds"] for r in rows}
+    return {
+        name: row["milliseconds"] / times[key]
+        for name, key in compared.items()
+        if key in times
+    }
 
 
 def _floor_seconds(params: Any, rounds: int) -> float:

@@ -8,9 +8,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 # From the palette of Okabe and Ito.
-_COLOURS = {"optax": "#0072B2", "CountSketch": "#D55E00", "Gaussian": "#009E73"}
+_COLOURS = {
+    "optax": "#0072B2",
+    "CountSketch": "#D55E00",
+    "Gaussian": "#009E73",
+    "refresh": "#CC79A7",
+}
 _OTHER = "#999999"
-_TICKS = (1, 3, 10, 30, 100, 300, 1000, 3000)
+_TICKS = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
 
 
 def draw(result: dict[str, Any], path: pathlib.Path) -> None:
@@ -33,7 +38,9 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
         " medians and quartiles; the dotted line is the floor",
         fontsize=10,
     )
-    kinds = [*_COLOURS.items(), ("other projections", _OTHER)]
+    used = {_colour(row) for row in result["steps"]}
+    kinds = [(word, colour) for word, colour in _COLOURS.items() if colour in used]
+    kinds.append(("other", _OTHER))
     axes[0].legend(
         handles=[Patch(color=colour, label=name) for name, colour in kinds],
         fontsize=8,
@@ -54,7 +61,7 @@ def _bars(axes: Axes, rows: list[dict[str, Any]]) -> None:
         [row["milliseconds"] - row["quartiles"][0] for row in rows],
         [row["quartiles"][1] - row["milliseconds"] for row in rows],
     ]
-    axes.barh(places, times, color=[_colour(row["name"]) for row in rows], xerr=spread)
+    axes.barh(places, times, color=[_colour(row) for row in rows], xerr=spread)
     axes.set_yticks(places, labels, fontsize=7)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xscale("log")
@@ -72,5 +79,8 @@ def _suffix(row: dict[str, Any]) -> str:
     return "" if row["kind"] in ("optimizer", "accumulator") else f" ({row['kind']})"
 
 
-def _colour(name: str) -> str:
-    return next((c for word, c in _COLOURS.items() if word in name), _OTHER)
+def _colour(row: dict[str, Any]) -> str:
+    if row["kind"] == "refresh":
+        return _COLOURS["refresh"]
+    words = (word for word in _COLOURS if word != "refresh" and word in row["name"])
+    return _COLOURS.get(next(words, ""), _OTHER)

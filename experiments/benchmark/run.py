@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from experiments.benchmark import contenders, measure, plot
+from experiments.benchmark import contenders, measure, plot, table
 from experiments.benchmark.config import BenchmarkConfig
 from experiments.run import versions
 
@@ -45,14 +45,17 @@ def run(config: BenchmarkConfig) -> None:
         ):
             ranks = config.other_ranks if i else config.ranks
             result["steps"] += measure.time_all(
-                tree, dtype, ranks, config.rounds, status.update
+                tree, dtype, ranks, config.rounds, status.update, config.contenders
             )
             path.write_text(json.dumps(result, indent=1) + "\n")
-        status.update(f"compile times on {config.compile_tree}")
-        result["compile"] = measure.compile_times(
-            config.compile_tree, contenders.compiled_only()
-        )
+        if config.compile_tree is not None:
+            status.update(f"compile times on {config.compile_tree}")
+            result["compile"] = measure.compile_times(
+                config.compile_tree, contenders.compiled_only()
+            )
     path.write_text(json.dumps(result, indent=1) + "\n")
+    if config.contenders == "family":
+        path.with_suffix(".md").write_text(table.of_family(result["steps"]))
     plot.draw(result, config.output_dir / "benchmark.png")
     _print(result, console)
     console.print(f"Table and picture are in {config.output_dir}")
@@ -67,7 +70,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
             f" {row['compile_seconds']:6.1f} s to compile",
             highlight=False,
         )
-    for row in result["compile"]:
+    for row in result.get("compile", ()):
         console.print(
             f"{row['tree']}: {row['name']} traced in {row['trace_seconds']:.1f} s,"
             f" compiled in {row['compile_seconds']:.1f} s",
