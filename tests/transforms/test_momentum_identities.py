@@ -14,7 +14,7 @@ from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
 from flora_jax.transforms._leafwise import ScaledLeaf
 from flora_jax.transforms._momentum_step import momentum_step
-from flora_jax.transforms._sketch import Sketcher
+from flora_jax.transforms._sketch import Sketcher, moved_sketch
 from tests.common import assert_close
 from tests.transforms.draws import jit, run
 
@@ -41,7 +41,8 @@ def test_full_rank_equals_the_uncompressed_chain(plan):
     def step(gradient, momentum, count):
         epoch = count // 2
         (drawn,) = sketcher.draw([plan], root, epoch)
-        (moved,) = sketcher.transfer([plan], root, epoch, [momentum])
+        (matrix,) = sketcher.transfers([plan], root, epoch)
+        moved = moved_sketch(plan, matrix, momentum)
         resample = (count > 0) & (count % 2 == 0)
         momentum = jnp.where(resample, moved, momentum)
         results = {
