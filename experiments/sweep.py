@@ -16,7 +16,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -182,15 +182,6 @@ def _finite(loss: float) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def beyond(rates: Sequence[float], best: float) -> float | None:
-    """Returns the next rate outwards if the best one is the first or the last."""
-    rates = sorted(rates)
-    if len(rates) < 2 or best not in (rates[0], rates[-1]):
-        return None
-    inner = rates[1] if best == rates[0] else rates[-2]
-    return float(f"{best * best / inner:.3g}")
-
-
 def run_cell(
     cell: Cell, grid: dict[str, Any], data: Data, done: dict[str, records.Row]
 ) -> Iterator[records.Row]:
@@ -218,7 +209,7 @@ def run_cell(
     if all(row["validation_loss"] is None for row in tuned):
         return  # Every rate diverged: the rows say so, and the other cells go on.
     for _ in range(grid.get("extensions", 0)):
-        further = beyond(rates, sweep_report.best_rate(tuned))
+        further = sweep_report.beyond(rates, sweep_report.best_rate(tuned))
         if further is None:
             break
         rates = sorted([*rates, further])

@@ -60,6 +60,15 @@ def best_rate(rows: Sequence[Row]) -> float:
     return min(finished, key=lambda row: row["validation_loss"])["learning_rate"]
 
 
+def beyond(rates: Sequence[float], best: float) -> float | None:
+    """Returns the next rate outwards if the best one is the first or the last."""
+    rates = sorted(rates)
+    if len(rates) < 2 or best not in (rates[0], rates[-1]):
+        return None
+    inner = rates[1] if best == rates[0] else rates[-2]
+    return float(f"{best * best / inner:.3g}")
+
+
 def summarise(rows: Sequence[Row]) -> list[Cell]:
     """Returns each cell at its best rate; cells that always diverged are left out."""
     groups: dict[tuple[Any, ...], list[Row]] = {}

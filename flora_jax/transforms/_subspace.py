@@ -101,8 +101,10 @@ def scale_in_subspace(
     A refresh is a branch that runs when it is due; under ``optax.MultiSteps``, which
     runs its inner transformation at every micro-step, and under ``jax.vmap``, which
     runs both branches, it is paid for more often: prefer
-    :func:`flora_jax.compressed_accumulation`. With an oblivious projection a row that
-    cancels in its sketch has a large φ, which ``limiter`` bounds.
+    :func:`flora_jax.compressed_accumulation`.
+
+    With an oblivious projection ‖R_i‖ in Fira's φ is at least √(r/m)·‖G_i‖/8: a row
+    that cancels in its sketch would else have a boundless φ.
 
     Memory: what ``inner`` keeps for r·max(n, m) numbers in place of n·m
     (``side="smaller"``), a stored basis of ``TopSVD`` (r·width numbers) or ``TopDCT``

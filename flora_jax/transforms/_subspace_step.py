@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax._plan import LeafPlan
+from flora_jax.projections import ObliviousProjection
 from flora_jax.transforms._leafwise import widened
 from flora_jax.transforms._sketch import Sketcher
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 RESIDUALS = ("dropped", "plain", "fira", "fira_code", "apollo")
 NORMS = ("channel", "tensor")
 _SMALL = 1e-8  # Added to norms that are divided by, as the papers do.
+_LEAST = 1 / 8  # Of what a random sketch is expected to see of a row's norm.
 _ROUNDING = 2.0**-19  # Of ‖G‖²: what float32 cannot tell from none, 16 roundings.
 
 
@@ -66,7 +68,12 @@ def bring_back(
         back = plan.unfold(scale * n - r, plan.state_shape)
         return widened(grad) + sketcher.unsketch(plan, drawn, back), previous
     sides = plan.axis if norms == "channel" else (-2, -1)
-    factor = _length(n, sides) / (_length(r, sides) + _SMALL)
+    seen = _length(r, sides)
+    if residual != "apollo" and isinstance(sketcher.projection, ObliviousProjection):
+        # A row may cancel in a random sketch: it then says nothing of the row's scale.
+        share = _LEAST * (plan.rank / plan.width) ** 0.5
+        seen = jnp.maximum(seen, share * _length(full, sides))
+    factor = _length(n, sides) / (seen + _SMALL)
     # How much of the sketch the residual leaves out, and what the whole is scaled by.
     part = {"fira": 1.0, "fira_code": scale, "apollo": 0.0}[residual]
     factor = factor * scale if residual == "apollo" else factor

@@ -114,7 +114,7 @@ def test_hash_of_a_run_stays():
     ],
 )
 def test_beyond_the_grid(rates, best, expected):
-    assert sweep.beyond(rates, best) == expected
+    assert sweep_report.beyond(rates, best) == expected
 
 
 def test_a_best_rate_at_the_end_is_followed_by_one_more(monkeypatch, tiny):

@@ -1,10 +1,11 @@
 """Fira (arXiv 2410.01623), and Fira on a regenerated basis, in float64."""
 
+import numpy as np
+
 from tests.reference.subspace import (
     chosen,
     limited,
     regenerated,
-    scaling,
     subspace_adam,
 )
 
@@ -69,7 +70,7 @@ def flora_adamw(
         weights,
         gradients,
         regenerated(projection, refresh_every),
-        direction(1.0, whole, "paper", gamma),
+        direction(1.0, whole, "paper", gamma, 1 / 8),
         learning_rate,
         b1,
         b2,
@@ -80,17 +81,21 @@ def flora_adamw(
     )
 
 
-def direction(scale, whole=False, residual="paper", gamma=1.01):
+def direction(scale, whole=False, residual="paper", gamma=1.01, least=0.0):
     """c (α Sᵀ ψ + X), ψ = N / c; see ``galore.direction``.
 
     whole: one φ for a matrix, not one per column. residual: G - Sᵀ R of the "paper", or
-    G - α Sᵀ R of the published "code". gamma: of the limiter.
+    G - α Sᵀ R of the published "code". gamma: of the limiter. least: what part of
+    √(r/m) ‖G_j‖ the norm of R_j is at least taken for.
     """
     share = {"paper": 1.0, "code": scale}[residual]
 
     def fira_direction(g, s, r, n, c, previous):
         psi = n / c
-        phi = scaling(psi, r, whole)
+        axis = None if whole else 0
+        seen = np.sqrt(s.shape[0] / s.shape[1]) * np.linalg.norm(g, axis=axis)
+        seen = np.maximum(np.linalg.norm(r, axis=axis), least * seen)
+        phi = np.linalg.norm(psi, axis=axis) / (seen + 1e-8)
         x, previous = limited(phi * (g - share * (s.T @ r)), previous, gamma)
         return c * (scale * (s.T @ psi) + x), previous
 

@@ -59,14 +59,15 @@ class Setting:
     def direction(self):
         """What the oracle makes of Adam's output."""
         whole, gamma = self.norms == "tensor", self.limiter or UNLIMITED
+        least = 1 / 8 if isinstance(self.projection, fj.ObliviousProjection) else 0.0
         made = {
             "dropped": galore.direction(self.scale),
             "plain": lambda g, s, r, n, c, previous: (
                 self.scale * s.T @ n + (g - s.T @ r),
                 previous,
             ),
-            "fira": fira.direction(self.scale, whole, "paper", gamma),
-            "fira_code": fira.direction(self.scale, whole, "code", gamma),
+            "fira": fira.direction(self.scale, whole, "paper", gamma, least),
+            "fira_code": fira.direction(self.scale, whole, "code", gamma, least),
             # APOLLO's own scale stands under a root.
             "apollo": apollo.direction(self.scale**2, whole, gamma),
         }[self.residual]

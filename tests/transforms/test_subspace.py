@@ -304,3 +304,17 @@ def test_injected_numbers_leave_the_state_as_it_is(factory, x64):
         if not x64:  # 0.999 would be 1 in bfloat16.
             updates, _ = tx.update(params, state, params)
             assert np.isfinite(np.asarray(updates["w"], np.float32)).all()
+
+
+def test_a_row_that_cancels_in_its_sketch_stays_bounded():
+    # Two columns of one bucket: their sum is seen or their difference, not the other.
+    tx = fj.flora_adamw(1.0, 1, min_dim_size=2, limiter=None, refresh_every=None, key=3)
+    step, state = jit(tx.update), tx.init({"w": jnp.zeros((2, 2))})
+    largest = []
+    for sign in (1.0, -1.0, 1.0):
+        for scale in (1.0, 1e-3):
+            g = jnp.array([[1.0, sign], [scale, scale * sign]])
+            updates, state = step({"w": g}, state)
+            largest.append(float(jnp.abs(updates["w"]).max()))
+    # What cancels follows what does not: the moments are not zero, the sketch is.
+    assert max(largest) < 120
