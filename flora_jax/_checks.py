@@ -11,6 +11,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 _STATIC = frozenset(
     {
@@ -128,6 +129,17 @@ def check_bool(name: str, value: Any) -> None:
     """Raises TypeError unless ``value`` is a Python bool."""
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be True or False, got {name}={value!r}")
+
+
+def check_transformation(
+    name: str, value: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation that takes extra arguments, or raises TypeError."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise TypeError(
+            f"`{name}` must be an optax transformation, got {value!r}; call the factory"
+        )
+    return optax.with_extra_args_support(value)
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import optax
 
 from flora_jax._plan import LeafPlan
 from flora_jax._rules import named_leaves
@@ -69,6 +70,11 @@ def _fit_names(names: Any, old: Shape, new: Shape) -> tuple[Any, ...]:
 
 def _is_variable(x: Any) -> bool:
     return hasattr(x, "get_metadata") and hasattr(x, "get_value")
+
+
+def is_masked(x: Any) -> bool:
+    """Whether x stands for a leaf that ``optax.masked`` leaves to others."""
+    return isinstance(x, optax.MaskedNode)
 
 
 def is_box(x: Any) -> bool:

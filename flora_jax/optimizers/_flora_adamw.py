@@ -40,7 +40,8 @@ def flora_adamw(
 
     The gradient is sketched by an isometry that a key regenerates, R = G Sᵀ; Adam runs
     on R, its direction is brought back, and the part of G outside of the subspace is
-    scaled as Adam scales the part inside, row by row, with limited growth:
+    scaled as Adam scales the part inside, row by row, with limited growth (φ is that of
+    :func:`flora_jax.scale_in_subspace`):
 
       W ← W − η (N S + φ·(G − R S) + λ W).
 

@@ -9,7 +9,7 @@ import jax
 import optax
 
 from flora_jax._rules import named_leaves
-from flora_jax._state import is_box
+from flora_jax._state import is_box, is_masked
 
 
 def state_sharding(
@@ -57,7 +57,7 @@ def state_sharding(
     )
 
     def fit(leaf: Any, sharding: Any, param: Any) -> Any:
-        if _is_masked(leaf):  # Its parameter is another transformation's.
+        if is_masked(leaf):  # Its parameter is another transformation's.
             return leaf
         spec = sharding.spec if isinstance(sharding, jax.NamedSharding) else sharding
         return _like(sharding, jax.P(*_fit(spec, param.shape, leaf.shape, mesh)))
@@ -70,7 +70,7 @@ def state_sharding(
         ordered,
         plain,
         transform_non_params=lambda leaf: _like(first, jax.P()),
-        is_leaf=_is_masked,
+        is_leaf=is_masked,
     )
     boxed = jax.tree.structure(jax.eval_shape(tx.init, params))
     return jax.tree.unflatten(boxed, jax.tree.leaves(found))
@@ -121,7 +121,3 @@ def _like(sharding: Any, spec: jax.P) -> Any:
 def _unboxed(box: Any) -> Any:
     (leaf,) = jax.tree.leaves(box)
     return leaf
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)

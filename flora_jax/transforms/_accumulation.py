@@ -135,11 +135,7 @@ def compressed_accumulation(
         rank, mask, min_dim_size, max_aspect_ratio, side, weight_dimension_numbers
     )
     sketcher = Sketcher(NAME, rules, projection)
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(
-            f"`inner` must be an optax transformation, got {inner!r}; call the factory"
-        )
-    inner = optax.with_extra_args_support(inner)
+    inner = _checks.check_transformation("inner", inner)
     should_skip_fn = should_skip_update_fn or _never_skip
 
     def init_fn(params: Any) -> CompressedAccumulationState:

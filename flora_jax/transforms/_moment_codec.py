@@ -13,7 +13,12 @@ import jax.numpy as jnp
 from flora_jax import _keys, _random, _state
 from flora_jax._rules import named_leaves
 from flora_jax.quantization import code_dtype, decode, encode, scale_shape
-from flora_jax.transforms._moments import KINDS, SECOND, map_moments
+from flora_jax.transforms._moments import (
+    KINDS,
+    SECOND,
+    find_moments,
+    replace_moments,
+)
 
 NAME = "quantize_state"
 
@@ -28,25 +33,11 @@ class MomentCodec(NamedTuple):
 
     def find(self, state: Any) -> tuple[list[str], list[Any]]:
         """Field names and trees of the moments in a state that are to be coded."""
-        names, trees = [], []
-
-        def note(name: str, tree: Any) -> Any:
-            if self.fields is None or name in self.fields:
-                names.append(name)
-                trees.append(tree)
-            return tree
-
-        map_moments(note, state)
-        return names, trees
+        return find_moments(state, self.fields or KINDS)
 
     def replace(self, state: Any, trees: Sequence[Any]) -> Any:
         """The state with other trees in the places that :meth:`find` finds."""
-        rest = iter(trees)
-
-        def change(name: str, tree: Any) -> Any:
-            return next(rest) if self.fields is None or name in self.fields else tree
-
-        return map_moments(change, state)
+        return replace_moments(state, trees, self.fields or KINDS)
 
     def is_exact(self, shape: tuple[int, ...], dtype: Any) -> bool:
         """Whether a leaf of moments stays as it is."""

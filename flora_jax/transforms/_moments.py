@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
 # What a tree holds decides how it is moved to another basis, and how it is coded.
@@ -47,3 +47,27 @@ def map_moments(fn: Callable[..., Any], state: Any, *others: Any) -> Any:
             new[key] = map_moments(fn, *(x[key] for x in (state, *others)))
         return new
     return state
+
+
+def find_moments(
+    state: Any, fields: Collection[str] = tuple(KINDS)
+) -> tuple[list[str], list[Any]]:
+    """Field names and trees of the moments inside a state, in its order."""
+    names, trees = [], []
+
+    def note(name: str, tree: Any) -> Any:
+        if name in fields:
+            names.append(name)
+            trees.append(tree)
+        return tree
+
+    map_moments(note, state)
+    return names, trees
+
+
+def replace_moments(
+    state: Any, trees: Sequence[Any], fields: Collection[str] = tuple(KINDS)
+) -> Any:
+    """The state with other trees in the places that :func:`find_moments` finds."""
+    rest = iter(trees)
+    return map_moments(lambda name, x: next(rest) if name in fields else x, state)

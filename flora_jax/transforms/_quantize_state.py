@@ -117,11 +117,7 @@ def quantize_state(
     )
     _checks.check_bool("stochastic_rounding", stochastic_rounding)
     root = _keys.raw_key(key)
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(
-            f"`inner` must be an optax transformation, got {inner!r}; call the factory"
-        )
-    inner = optax.with_extra_args_support(inner)
+    inner = _checks.check_transformation("inner", inner)
 
     def init_fn(params: Any) -> QuantizedState:
         inner_state = inner.init(params)

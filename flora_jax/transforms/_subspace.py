@@ -15,11 +15,7 @@ from flora_jax.projections import AdaptiveProjection, Projection
 from flora_jax.transforms._subspace_basis import Subspace
 from flora_jax.transforms._subspace_checks import check_subspace
 from flora_jax.transforms._subspace_step import bring_back
-from flora_jax.transforms._subspace_update import (
-    enter_subspace,
-    leave_subspace,
-    per_matrix,
-)
+from flora_jax.transforms._subspace_update import enter_subspace, leave_subspace
 from flora_jax.transforms._transport import moments_of
 
 _NAME = "scale_in_subspace"
@@ -175,11 +171,7 @@ def scale_in_subspace(
         )
     subspace = Subspace(_NAME, rules, projection, refresh_every, stagger, transport)
     check_subspace(subspace, residual, norms, limiter, scale, betas, error_feedback)
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(
-            f"`inner` must be an optax transformation, got {inner!r}; call the factory"
-        )
-    inner = optax.with_extra_args_support(inner)
+    inner = _checks.check_transformation("inner", inner)
     root = _keys.raw_key(key)
 
     def init_fn(params: Any) -> SubspaceState:
@@ -189,21 +181,22 @@ def scale_in_subspace(
         if transport != "keep":
             moments_of(inner_state, plans, transport)
 
-        def tree(used: bool, shapes: list[Any], dtype: Any = jnp.float32) -> Any:
-            return _state.zeros_tree(params, shapes, dtype) if used else ()
+        shapes = subspace.shapes(plans)
 
-        stored, dtype = [], None
+        def tree(used: bool, field: str, dtype: Any = jnp.float32) -> Any:
+            return _state.zeros_tree(params, shapes[field], dtype) if used else ()
+
+        dtype = None
         if isinstance(projection, AdaptiveProjection):
-            stored, dtype = subspace.stored_shapes(plans), projection.dtype
-        whole = [plan.ones if plan.dense_reason else plan.shape for plan in plans]
+            dtype = projection.dtype
         return SubspaceState(
             count=jnp.zeros([], jnp.int32),
             key=jnp.array(root),
             spec=subspace.spec(root, refresh_every=refresh_every, stagger=stagger),
             inner=inner_state,
-            basis=tree(subspace.adaptive, stored, dtype),
-            limiter=tree(limiter is not None, per_matrix(plans)),
-            error=tree(error_feedback, whole),
+            basis=tree(subspace.adaptive, "basis", dtype),
+            limiter=tree(limiter is not None, "limiter"),
+            error=tree(error_feedback, "error"),
         )
 
     def update_fn(

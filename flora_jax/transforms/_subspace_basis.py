@@ -64,6 +64,14 @@ class Subspace(Sketcher):
             for plan, (sketched, other) in zip(plans, sizes, strict=True)
         ]
 
+    def shapes(self, plans: Sequence[LeafPlan]) -> dict[str, list[tuple[int, ...]]]:
+        """Shapes of what a state may keep beside the inner one, by field."""
+        return {
+            "basis": self.stored_shapes(plans) if self.adaptive else [],
+            "limiter": [plan.resized(1, 1, plan.ones) for plan in plans],
+            "error": [x.ones if x.dense_reason else x.shape for x in plans],
+        }
+
     def bases(
         self,
         plans: Sequence[LeafPlan],

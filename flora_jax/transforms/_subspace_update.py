@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from flora_jax import _state
 from flora_jax._plan import LeafPlan
 from flora_jax.transforms._leafwise import ScaledLeaf
-from flora_jax.transforms._moments import map_moments
+from flora_jax.transforms._moments import find_moments
 from flora_jax.transforms._subspace_basis import Subspace
 from flora_jax.transforms._transport import moments_of, with_moments
 
@@ -143,32 +142,17 @@ def _correction(betas: tuple[Any, Any] | None, count: Any) -> Any:
     return jnp.sqrt(two) / one
 
 
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
-
-
-def per_matrix(plans: Sequence[LeafPlan]) -> list[tuple[int, ...]]:
-    return [plan.resized(1, 1, plan.ones) for plan in plans]
-
-
 def _match(
     subspace: Subspace, plans: Sequence[LeafPlan], state: Any, shapes: Sequence[Any]
 ) -> None:
     """Raises unless the state's trees are those of these gradients."""
     name = subspace.name
 
-    def check(field: str, tree: Any) -> Any:
-        nodes = jax.tree.leaves(tree, is_leaf=_is_masked)
-        if not any(map(_is_masked, nodes)):
+    for field, tree in zip(*find_moments(state.inner), strict=True):
+        nodes = jax.tree.leaves(tree, is_leaf=_state.is_masked)
+        if not any(map(_state.is_masked, nodes)):
             _state.matching_leaves(name, f"inner.{field}", tree, plans, shapes)
-        return tree
-
-    map_moments(check, state.inner)
-    whole = [plan.ones if plan.dense_reason else plan.shape for plan in plans]
-    stored = subspace.stored_shapes(plans) if subspace.adaptive else []
-    for field, wanted in (("basis", stored), ("error", whole)):
+    for field, wanted in subspace.shapes(plans).items():
         tree = getattr(state, field)
         if jax.tree.leaves(tree):
             _state.matching_leaves(name, field, tree, plans, wanted)
-    if jax.tree.leaves(state.limiter):
-        _state.matching_leaves(name, "limiter", state.limiter, plans, per_matrix(plans))

@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax._plan import LeafPlan
-from flora_jax.transforms._moments import FIRST, KINDS, SECOND, map_moments
+from flora_jax.transforms._moments import (
+    FIRST,
+    KINDS,
+    SECOND,
+    find_moments,
+    replace_moments,
+)
 from flora_jax.transforms._sketch import moved_sketch
 
 if TYPE_CHECKING:
@@ -34,11 +40,10 @@ def moments_of(
     Raises:
       ValueError: if there are none, or if their arrays are not those of the sketches.
     """
-    kinds, moments = [], []
-
-    def collect(name: str, tree: Any) -> Any:
-        leaves = jax.tree.leaves(tree)
-        wanted = [plan.state_shape for plan in plans]
+    names, trees = find_moments(state)
+    moments = [jax.tree.leaves(tree) for tree in trees]
+    wanted = [plan.state_shape for plan in plans]
+    for name, leaves in zip(names, moments, strict=True):
         # Eight bits are codes, which are read with scales that stand elsewhere.
         plain = all(leaf.dtype.itemsize > 1 for leaf in leaves)
         if [leaf.shape for leaf in leaves] != wanted or not plain:
@@ -47,11 +52,6 @@ def moments_of(
                 f" sketches, got an `inner` whose {name!r} is not: use 'keep', and"
                 " quantise outside, by quantize_state(scale_in_subspace(...))"
             )
-        kinds.append(KINDS[name])
-        moments.append(leaves)
-        return tree
-
-    map_moments(collect, state)
     kept, moved = (
         sum(map(_is_tree_leaf, jax.tree.leaves(tree))) for tree in (state, moments)
     )
@@ -66,7 +66,7 @@ def moments_of(
             f"`transport` {transport!r} needs an `inner` with moments in fields named"
             f" {', '.join(KINDS)}, got the state {type(state).__name__}; use 'keep'"
         )
-    return kinds, moments
+    return [KINDS[name] for name in names], moments
 
 
 def _is_tree_leaf(leaf: Any) -> bool:
@@ -76,13 +76,12 @@ def _is_tree_leaf(leaf: Any) -> bool:
 
 def with_moments(state: Any, moments: Sequence[Sequence[jax.Array]]) -> Any:
     """The inner state with the leaves that :func:`moments_of` found replaced."""
-    rest = iter(moments)
-
-    def put(name: str, tree: Any) -> Any:
-        del name
-        return jax.tree.unflatten(jax.tree.structure(tree), next(rest))
-
-    return map_moments(put, state)
+    _, trees = find_moments(state)
+    new = [
+        jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        for tree, leaves in zip(trees, moments, strict=True)
+    ]
+    return replace_moments(state, new)
 
 
 def transport_leaf(
