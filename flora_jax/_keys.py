@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, UInt32
 
 IMPL = "threefry2x32"
+_LAST = np.uint32(2**31 - 2)  # The last step before an int32 counter saturates.
 _REMEDY = (
     "pass an int seed, jax.random.key(seed, impl='threefry2x32'), or its key data"
     " (uint32, shape (2,))"
@@ -104,3 +105,25 @@ def leaf_keys(
     salts = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
     leaves = _random.fold(root, np.uint32(zlib.crc32(name.encode())), salts)
     return _random.fold(leaves, jnp.asarray(epoch).astype(jnp.uint32), np.uint32(0))
+
+
+def renewal(
+    count: Any, every: int, offset: jax.typing.ArrayLike = 0
+) -> tuple[jax.Array, jax.Array]:
+    """The epoch of a projection that is redrawn every T steps, and whether it is new.
+
+    Counted in uint32, where the offset cannot overflow. A counter that has saturated
+    says the same at every later step: the projection then stays what it was before.
+
+    Args:
+      count: steps so far, an int32 scalar that ``optax.safe_increment`` counts.
+      every: T.
+      offset: by how many steps a leaf is ahead; one number, or one for each leaf.
+
+    Returns:
+      The epoch, uint32, and whether it begins with this step; the first never does.
+    """
+    steps = jnp.asarray(count).astype(jnp.uint32)
+    ahead = jnp.minimum(steps, _LAST) + jnp.asarray(offset).astype(jnp.uint32)
+    new = (ahead % np.uint32(every) == 0) & (steps > 0) & (steps <= _LAST)
+    return ahead // np.uint32(every), new

@@ -10,7 +10,7 @@ import flora_jax
 ROOT = Path(flora_jax.__file__).parent
 # Lower layers first; a module may import its own layer's earlier modules and below.
 LAYERS = [
-    ["_checks", "_keys", "_plan", "_random", "_rules", "_spec", "_state"],
+    ["_checks", "_mesh", "_keys", "_plan", "_random", "_rules", "_spec", "_state"],
     ["projections"],
     ["quantization"],
     ["transforms"],

@@ -240,9 +240,7 @@ class MatrixProjection(Projection):
     ) -> Float[Array, "*batch _ _"]:
         """G Sᵀ or S G; see :meth:`Projection.compress`."""
         s = self.entries(drawn, rank, matrix.shape[axis])
-        if weights is not None:
-            s = s * weights[..., None, :]
-        return product(matrix.astype(jnp.float32), s.swapaxes(-1, -2), axis)
+        return multiply(s, matrix, axis, weights)
 
     def expand(
         self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
@@ -271,6 +269,14 @@ def along(vector: Float[Array, "*batch m"], axis: int) -> jax.Array:
 def weigh(vector: jax.Array, weights: jax.Array | None) -> jax.Array:
     """The vector times weights, or itself where there are none."""
     return vector if weights is None else vector * weights
+
+
+def multiply(
+    s: jax.Array, matrix: jax.Array, axis: int, weights: jax.Array | None
+) -> jax.Array:
+    """G W Sᵀ for axis -1, S W G for axis -2, with weights W on the sketched side."""
+    s = s if weights is None else s * weights[..., None, :]
+    return product(matrix.astype(jnp.float32), s.swapaxes(-1, -2), axis)
 
 
 def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax import _mesh
 from flora_jax._random import bits, signs
-from flora_jax.projections._base import ObliviousProjection, along, weigh
+from flora_jax.projections._base import ObliviousProjection, along, multiply, weigh
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt32
@@ -38,6 +39,10 @@ class CountSketch(ObliviousProjection):
 
     Costs one pass over G for a sketch and one for an estimate, whatever the rank; no
     r x m matrix and no matrix product; m + m/r random words.
+
+    Under ``jax.set_mesh`` with several devices a sketch is a product with S instead,
+    2·n·m·r operations: a sum over a side that is cut, where a permutation would gather
+    it.
 
     Weaker than dense projections where few columns of G matter: two of them meet with
     probability 1/r, and then cancel or double, where a product would mix them. The
@@ -78,6 +83,10 @@ class CountSketch(ObliviousProjection):
         weights: Float[Array, "*batch m"] | None = None,
     ) -> Float[Array, "*batch _ _"]:
         """G Sᵀ or S G; see :meth:`Projection.compress`."""
+        if _mesh.cuts_arrays():
+            return multiply(
+                self.entries(drawn, rank, matrix.shape[axis]), matrix, axis, weights
+            )
         flips, _, offsets, shift = drawn
         flips = weigh(flips, weights)
         width = matrix.shape[axis]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax import _checks
+from flora_jax import _checks, _mesh
 from flora_jax.projections._base import (
     AdaptiveProjection,
     MatrixProjection,
@@ -83,11 +83,11 @@ class TopDCT(MatrixProjection, AdaptiveProjection):
     ) -> Int32[Array, "*batch _ _"]:
         """Numbers of rows of Q, (batch…, 1, r) for axis -1 or (batch…, r, 1) for -2."""
         del key
-        width = matrix.shape[axis]
+        width, other = matrix.shape[axis], -3 - axis
+        matrix = _mesh.spread_over(matrix, other, whole=axis)
         everything = _cosines(jnp.arange(width, dtype=jnp.int32), width)
         transformed = product(matrix, everything.T, axis)
         power = jnp.abs if self.norm == "l1" else jnp.square
-        other = -3 - axis
         norms = power(transformed).sum(other)
         rows = jnp.sort(jax.lax.top_k(norms, rank)[1].astype(jnp.int32))
         return jnp.expand_dims(rows, other)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax import _mesh
 from flora_jax._random import bits, signs
-from flora_jax.projections._base import ScaledIsometry, along, weigh
+from flora_jax.projections._base import ScaledIsometry, along, multiply, product, weigh
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt32
@@ -29,7 +30,8 @@ class SRHT(ScaledIsometry):
     E‖G SᵀS − G‖² = (m/r − 1)·‖G‖², as :class:`Orthogonal`.
 
     Costs 2·m random words and 2·n·m·(a + b) operations for a sketch, whatever the rank,
-    and temporary memory of G's size; 2·n·m² for a prime m.
+    and temporary memory of G's size; 2·n·m² for a prime m. Under ``jax.set_mesh`` with
+    several devices S is applied as a matrix, by which a side that is cut stays cut.
 
     Raises:
       ValueError: for an unknown scale.
@@ -61,8 +63,10 @@ class SRHT(ScaledIsometry):
         weights: Float[Array, "*batch m"] | None = None,
     ) -> Float[Array, "*batch _ _"]:
         """G Sᵀ or S G; see :meth:`Projection.compress`."""
-        flips, rows = drawn
         width = matrix.shape[axis]
+        if _mesh.cuts_arrays():
+            return multiply(self.entries(drawn, rank, width), matrix, axis, weights)
+        flips, rows = drawn
         flipped = matrix.astype(jnp.float32) * along(weigh(flips, weights), axis)
         mixed = _transform(flipped, axis, inverse=False)
         kept = jnp.take(mixed, rows, axis=axis, mode="clip")
@@ -72,6 +76,8 @@ class SRHT(ScaledIsometry):
         self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
     ) -> Float[Array, "*batch n m"]:
         """C S or Sᵀ C; see :meth:`Projection.expand`."""
+        if _mesh.cuts_arrays():
+            return product(sketch, self.entries(drawn, sketch.shape[axis], width), axis)
         flips, rows = drawn
         scaled = sketch * self.row_norm(sketch.shape[axis], width)
         shape = list(sketch.shape)

@@ -23,7 +23,10 @@ def state_sharding(
     otherwise. Everything else, counters and keys, is replicated.
 
     Nothing is allocated. Give the result to ``jax.jit`` as ``out_shardings`` of
-    ``tx.init`` and of the training step.
+    ``tx.init`` and of the training step, and run both under ``jax.set_mesh``: there the
+    projections know of the mesh, and sketch a side that is cut as a sum over devices;
+    elsewhere the compiler may gather gradients. An exact singular value decomposition
+    gathers them in any case; ``TopSVD(method="randomized")`` does not.
 
     Args:
       tx: any transformation, in any chain or wrapper.

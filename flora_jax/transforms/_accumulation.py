@@ -74,9 +74,10 @@ def compressed_accumulation(
 
     Each micro-step still forms full gradients: what is saved is the accumulator.
 
-    Under ``shard_map`` with gradients that are not reduced yet, the accumulator is a
-    per-device state: keep it sharded over that axis, reduce inside ``inner``, and give
-    ``axis_name`` if gradients are skipped, so that all devices skip together.
+    Under ``shard_map`` with gradients that are not reduced yet, give ``axis_name``:
+    each device accumulates its own, and once per cycle their sketches are averaged, r·n
+    numbers where k reductions of n·m would be. ``acc_grads`` and ``skip_state`` are
+    then each device's own: carry them with a first axis that is cut over the mesh.
 
     Memory: r·max(n, m) numbers of ``dtype`` per sketched leaf (``side="smaller"``), the
     leaf's size for dense ones.
@@ -89,7 +90,8 @@ def compressed_accumulation(
       should_skip_update_fn: as in optax, a callable of (updates, gradient_step, params)
         that returns a bool scalar and a tree to keep in ``skip_state``; a skipped
         micro-step changes nothing else. For example ``optax.skip_not_finite``.
-      axis_name: mesh axes over which a device-local skip is agreed on.
+      axis_name: mesh axes of ``shard_map`` over which the accumulators are averaged at
+        the end of a cycle; all devices skip a micro-step that one of them skips.
       projection: how leaves are sketched; ``Gaussian()`` is the paper's.
       key: int seed, typed threefry2x32 key, or its key data.
       mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.
@@ -168,7 +170,8 @@ def compressed_accumulation(
         k = every_k(state.gradient_step) if callable(every_k) else every_k
         emit = jnp.logical_not(skip) & (state.mini_step >= k - 1)
         run_inner = functools.partial(inner.update, **extra_args)
-        emit_fn = functools.partial(_emit, sketcher, plans, run_inner, updates, state)
+        mean_fn = functools.partial(estimate, sketcher, plans, axis_name)
+        emit_fn = functools.partial(_emit, mean_fn, run_inner, updates, state)
         idle_fn = functools.partial(_idle, emit_fn)
         new_updates, inner_state, acc = jax.lax.cond(
             emit, emit_fn, idle_fn, acc, state.inner_opt_state, params
@@ -211,8 +214,7 @@ def _add(
 
 
 def _emit(
-    sketcher: Sketcher,
-    plans: Sequence[LeafPlan],
+    mean_fn: Callable[..., Any],
     run_inner: Callable[..., Any],
     updates: Any,
     state: CompressedAccumulationState,
@@ -222,7 +224,7 @@ def _emit(
 ) -> tuple[Any, Any, Any]:
     """The end of a cycle: inner's updates, its new state, and an empty accumulator."""
     leaves = _state.run_sharded(
-        functools.partial(estimate, sketcher, plans),
+        mean_fn,
         jax.tree.leaves(updates),
         acc,
         state.key,

@@ -44,6 +44,7 @@ def compressed_accumulator(
     key: Any,
     step: jax.typing.ArrayLike = 0,
     use_mean: bool = True,
+    axis_name: str | tuple[str, ...] | None = None,
     projection: Projection = CountSketch(),  # noqa: B008 (frozen)
     mask: Any = None,
     min_dim_size: int = 128,
@@ -65,6 +66,8 @@ def compressed_accumulator(
         no default: one key and step for ever would be one projection for ever.
       step: number of the cycle, for example the training step; possibly traced.
       use_mean: accumulate the mean over micro-batches, or their sum if False.
+      axis_name: mesh axes of ``shard_map`` over which the sketches of each device's own
+        micro-batches are averaged at the end, in place of gradients.
       projection: how leaves are sketched; ``Gaussian()`` is the paper's.
       mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.
       min_dim_size: smallest side of a matrix that is sketched.
@@ -108,10 +111,11 @@ def compressed_accumulator(
 
     def init(gradients: Any) -> Any:
         plans = rules.plan(gradients)
+        sketches = _state.zeros_tree(gradients, [p.state_shape for p in plans], dtype)
+        if axis_name is not None:  # They will differ from device to device.
+            sketches = jax.lax.pcast(sketches, axis_name, to="varying")
         return CompressedAccumulatorCarry(
-            sketches=_state.zeros_tree(
-                gradients, [p.state_shape for p in plans], dtype
-            ),
+            sketches=sketches,
             key=jnp.array(root),
             step=jnp.asarray(step, jnp.int32),
             plans=tuple(plans),
@@ -144,7 +148,7 @@ def compressed_accumulator(
     def finalize(carry: Any) -> Any:
         leaves = jax.tree.leaves(carry.sketches)
         leaves = _state.run_sharded(
-            functools.partial(estimate, sketcher, carry.plans),
+            functools.partial(estimate, sketcher, carry.plans, axis_name),
             list(carry.like),
             leaves,
             carry.key,

@@ -140,7 +140,7 @@ def factored_rms_part(
         decay_rate: Any,
         epsilon: Any,
     ) -> tuple[list[ScaledLeaf], FactoredRmsState]:
-        decay = 1 - (state.count + 1).astype(jnp.float32) ** -decay_rate
+        decay = 1 - (state.count.astype(jnp.float32) + 1) ** -decay_rate
         trees = (state.v_row, state.v_col, state.v)
         results = [
             factored_rms_step(plan, decay, epsilon, *leaf)

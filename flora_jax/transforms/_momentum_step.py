@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax import _state
+from flora_jax import _keys, _state
 from flora_jax._plan import LeafPlan
 from flora_jax.projections._base import along
 from flora_jax.transforms._leafwise import ScaledLeaf
@@ -30,10 +30,11 @@ def step_all(
 ) -> tuple[list[ScaledLeaf], Any]:
     """All leaves' updates and the new state, after a transfer where one is due."""
     count, root, momentum = state.count, state.key, jax.tree.leaves(state.momentum)
-    epoch = 0 if resample_every is None else count // resample_every
-    drawn = sketcher.draw(plans, root, epoch)
+    epoch, due = 0, None
     if resample_every is not None:
-        due = (count > 0) & (count % resample_every == 0)
+        epoch, due = _keys.renewal(count, resample_every)
+    drawn = sketcher.draw(plans, root, epoch)
+    if due is not None:
         momentum = _transfer_where(due, sketcher, plans, momentum, root, epoch)
     pairs = [
         momentum_step(sketcher, plan, leaf_drawn, reading, decay, leaf, old)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax import _checks, _keys
+from flora_jax._rules import named_leaves
 from flora_jax._spec import make_spec
 from flora_jax.quantization import CODES
 from flora_jax.transforms._moment_codec import (
@@ -89,7 +90,8 @@ def quantize_state(
       ``inner``; updates have the dtype of the gradients.
 
     Raises:
-      TypeError: for arguments of a wrong type; from update, if the key was cast.
+      TypeError: for arguments of a wrong type; from init, for moments of integers;
+        from update, if the key was cast.
       ValueError: for arguments out of range; from init, if there are no moments; from
         update, if the state was made under other settings.
 
@@ -123,6 +125,7 @@ def quantize_state(
         inner_state = inner.init(params)
         names, moments = codec.find(inner_state)
         _check_found(names, codec.fields)
+        _check_real_or_complex(names, moments)
         scales = [empty_scales(codec, tree) for tree in moments]
         codes, scales = encode_moments(codec, names, moments, moments, scales)
         return QuantizedState(
@@ -188,3 +191,14 @@ def _check_found(names: Sequence[str], fields: tuple[str, ...] | None) -> None:
             f" {', '.join(sorted(missing or KINDS))}; use `inner` alone, or name other"
             " `fields`"
         )
+
+
+def _check_real_or_complex(names: Sequence[str], moments: Sequence[Any]) -> None:
+    """Raises for moments that integers would cut to zero; complex ones stay exact."""
+    for name, tree in zip(names, moments, strict=True):
+        for path, leaf in named_leaves(tree):
+            if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+                raise TypeError(
+                    f"`inner` must keep floating or complex moments, got {leaf.dtype}"
+                    f" in {name!r} for leaf {path!r}; leave it out with optax.masked"
+                )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax import _keys
+from flora_jax import _keys, _mesh
 from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
 from flora_jax._spec import make_spec
@@ -69,7 +69,7 @@ class Sketcher:
         for (rank, width), members in _groups(plans).items():
             keys = self.keys(plans, members, root, epoch)
             draw = functools.partial(self.projection.draw, rank=rank, width=width)
-            together = _written_out(jax.vmap(draw)(keys))
+            together = jax.tree.map(_mesh.whole, _written_out(jax.vmap(draw)(keys)))
             for place, i in enumerate(members):
                 drawn[i] = jax.tree.map(operator.itemgetter(place), together)
         return drawn
@@ -143,7 +143,7 @@ class Sketcher:
             drawn, matrix, plan.rank, plan.axis, weights=weights
         )
         sketch = functools.reduce(operator.mul, after, sketch)
-        return plan.unfold(sketch, plan.state_shape)
+        return plan.unfold(_mesh.whole_along(sketch, plan.axis), plan.state_shape)
 
     def unsketch(
         self, plan: LeafPlan, drawn: Any, sketch: Float[Array, "..."]
@@ -152,7 +152,7 @@ class Sketcher:
         sketch = sketch.astype(jnp.float32)
         if plan.dense_reason is not None:
             return sketch
-        matrix = plan.fold(sketch)
+        matrix = _mesh.whole_along(plan.fold(sketch), plan.axis)
         estimate = self.projection.expand(drawn, matrix, plan.width, plan.axis)
         return plan.unfold(estimate, plan.shape)
 
@@ -243,11 +243,18 @@ def accumulate_leaf(
 def estimate(
     sketcher: Sketcher,
     plans: Sequence[LeafPlan],
+    axis_name: Any,
     acc: Sequence[jax.Array],
     root: jax.Array,
     cycle: Any,
 ) -> list[jax.Array]:
-    """What the accumulators of all leaves stand for: float32, in the leaves' shapes."""
+    """What the accumulators of all leaves stand for: float32, in the leaves' shapes.
+
+    Of each device's own accumulators the mean over mesh axes, if there are any: the
+    mean of sketches is the sketch of the mean.
+    """
+    if axis_name is not None:
+        acc = jax.lax.pmean(list(acc), axis_name)
     return [
         sketcher.unsketch(plan, drawn, leaf)
         for plan, drawn, leaf in zip(

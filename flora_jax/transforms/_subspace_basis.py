@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from flora_jax import _keys
 from flora_jax._plan import LeafPlan
 from flora_jax.projections import AdaptiveProjection, Projection
 from flora_jax.transforms._leafwise import ScaledLeaf
@@ -193,9 +194,11 @@ class Subspace(Sketcher):
         return self.projection.read(plan.fold(stored), plan.axis)
 
     def _due(self, offset: int, count: Any) -> Any:
-        every = self.refresh_every
-        due = every is not None and (count + offset) % every == 0
-        return due | (count == 0) if self.adaptive else due & (count > 0)
+        if self.refresh_every is None:
+            return count == 0
+        due = _keys.renewal(count, self.refresh_every, offset)[1]
+        # A basis that is chosen at every step needs no counter for that.
+        return due | (count == 0) | (self.refresh_every == 1) if self.adaptive else due
 
     def _offsets(self, plans: Sequence[LeafPlan]) -> list[int]:
         """By how many steps each leaf is ahead.
@@ -211,5 +214,6 @@ class Subspace(Sketcher):
 
     def _epoch(self, count: Any, offset: Any) -> Any:
         """How often a basis was renewed."""
-        every = self.refresh_every
-        return jnp.int32(0) if every is None else (count + offset) // every
+        if self.refresh_every is None:
+            return jnp.int32(0)
+        return _keys.renewal(count, self.refresh_every, offset)[0]

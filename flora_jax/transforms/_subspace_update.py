@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from flora_jax import _state
 from flora_jax._plan import LeafPlan
@@ -37,11 +38,14 @@ def enter_subspace(
     def enter(
         grads: Any, error: Any, stored: Any, moments: Any, root: Any, i: Any, betas: Any
     ) -> Any:
-        grads = _corrected(plans, grads, error)
+        whole = _corrected(plans, grads, error)
         stored, moments = subspace.refresh(
-            plans, kinds, grads, stored, moments, root, i, betas
+            plans, kinds, whole, stored, moments, root, i, betas
         )
         drawn = subspace.bases(plans, root, i, stored)
+        # Once more, so that how a basis is chosen on a mesh does not decide where the
+        # sketches lie; on one device the compiler makes one of both.
+        grads = _corrected(plans, grads, error)
         sketches = [
             subspace.sketch(plan, basis, ScaledLeaf(grad))
             for plan, basis, grad in zip(plans, drawn, grads, strict=True)
@@ -138,7 +142,8 @@ def _correction(betas: tuple[Any, Any] | None, count: Any) -> Any:
     """√(1−β2^t)/(1−β1^t), by which debiasing multiplies Adam's direction, at step t."""
     if betas is None:
         return 1.0
-    one, two = (1 - jnp.asarray(beta, jnp.float32) ** (count + 1) for beta in betas)
+    t = optax.safe_increment(count)
+    one, two = (1 - jnp.asarray(beta, jnp.float32) ** t for beta in betas)
     return jnp.sqrt(two) / one
 
 

@@ -126,17 +126,6 @@ def test_a_replicated_state_under_shard_map(case):
     assert types(updates) == types(params)
 
 
-def mean_first(inner, axis_name):
-    """The inner transformation of the mean over devices."""
-    inner = optax.with_extra_args_support(inner)
-
-    def update(updates, state, params=None, **extra_args):
-        mean = jax.lax.pmean(updates, axis_name)
-        return inner.update(mean, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
 def per_device(case, **options):
     """A step with gradients that are not reduced, and its state before the first.
 
@@ -144,8 +133,7 @@ def per_device(case, **options):
     first axis; the rest of the state is the same on all of them.
     """
     batch = mesh((8,), ("batch",), jax.sharding.AxisType.Auto)
-    inner = mean_first(case.arguments()["inner"], "batch")
-    tx = case(inner=inner, **options)
+    tx = case(axis_name="batch", **options)
     own = ("acc_grads", "skip_state")
 
     def change(state, f):
@@ -196,9 +184,7 @@ def test_accumulators_of_each_device(case):
 def test_a_skip_on_one_device_makes_all_skip(case):
     reference = run_layer(case)
     params, theirs = reference.params, reference.tx.init(reference.params)
-    step, ours = per_device(
-        case, should_skip_update_fn=optax.skip_not_finite, axis_name="batch"
-    )
+    step, ours = per_device(case, should_skip_update_fn=optax.skip_not_finite)
     for i in range(2 * EVERY_K):
         grads = stacked(params, i)
         bad = jax.tree.map(lambda x, i=i: x.at[i].set(jnp.nan), grads)
