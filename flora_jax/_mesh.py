@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import jax
+import jax.core
 
 _Type = jax.sharding.AxisType
 

@@ -1,0 +1,68 @@
+"""Training on several devices that average sketches."""
+
+import dataclasses
+
+import jax
+import pytest
+
+import flora_jax as fj
+from experiments import devices, records, reduction
+from experiments.config import ConfigError
+from experiments.models import create
+from experiments.optimizers import matrices_only
+from tests.experiments.job import TINY
+
+
+@pytest.fixture
+def config(tmp_path, tiny, monkeypatch):
+    two = jax.sharding.Mesh(jax.devices()[:2], ("data",))
+    monkeypatch.setattr(devices, "mesh", lambda: two)
+    return reduction.Config(
+        ranks=(TINY.rank,),
+        learning_rates=(0.05, 0.1),
+        seeds=(0, 1),
+        updates=2,
+        batch_size=4,
+        eval_every=1,
+        eval_examples=4,
+        model=TINY.model,
+        data_dir=tiny.data_dir,
+        corpus_dir=tiny.corpus_dir,
+        output_dir=tmp_path,
+    )
+
+
+def test_three_ways_of_averaging(config, monkeypatch):
+    reduction.run(config)
+    rows = records.read_rows(config.output_dir / "runs.jsonl")
+    # Two rates at the first seed, the better at the second, for each way.
+    assert len(rows) == 9
+    assert {row["devices"] for row in rows} == {2}
+    _, params = create(TINY.model, 0)
+    plans = fj.plan_leaves(params, TINY.rank, mask=matrices_only)
+    is_plan = {"is_leaf": lambda x: isinstance(x, fj.LeafPlan)}
+    kept = [
+        jax.ShapeDtypeStruct(plan.state_shape, "float32").size
+        for plan in jax.tree.leaves(plans, **is_plan)
+    ]
+    full = 4 * sum(x.size for x in jax.tree.leaves(params))
+    expected = {"plain": full, "sketch": 4 * sum(kept), "feedback": 4 * sum(kept)}
+    assert {row["way"]: row["bytes_reduced"] for row in rows} == expected
+    assert 4 * sum(kept) < full
+    losses = {way: [r["curve"] for r in rows if r["way"] == way] for way in expected}
+    assert losses["plain"][0] != losses["sketch"][0] != losses["feedback"][0]
+    assert "| gradients |" in (config.output_dir / "table.md").read_text()
+    assert (config.output_dir / "loss.png").stat().st_size > 0
+    # The same command again has nothing left to train.
+    monkeypatch.setattr(reduction, "Bench", None)
+    reduction.run(config)
+    assert len((config.output_dir / "runs.jsonl").read_text().splitlines()) == 9
+
+
+def test_refuses_what_makes_no_sense(config):
+    with pytest.raises(ConfigError, match="`--batch-size` must be a multiple of the 2"):
+        reduction.run(dataclasses.replace(config, batch_size=3))
+    with pytest.raises(ConfigError, match="`--ranks` must be below the width"):
+        dataclasses.replace(config, ranks=(4096,)).validate()
+    with pytest.raises(ConfigError, match="`--seeds` names none"):
+        dataclasses.replace(config, seeds=()).validate()
