@@ -205,7 +205,15 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     if not index.exists():
         return [_existing(folder, _WEIGHTS)]
     weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return [_existing(folder, name) for name in sorted(set(weight_map.values()))]
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        # Names from a download: with both kinds of separators, drives, and "..".
+        if pathlib.PureWindowsPath(name).name != name or name in ("", ".."):
+            raise ConfigError(
+                f"{index} must name files of its own folder, got {name!r}; download "
+                "the checkpoint again, from a source that you trust"
+            )
+    return [_existing(folder, name) for name in names]
 
 
 def _existing(folder: str | pathlib.Path, name: str) -> pathlib.Path:
