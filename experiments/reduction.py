@@ -37,7 +37,7 @@ _ISOMETRY = fj.CountSketch(scale="isometric")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Each way is trained at every rate with the first seed, the best with the rest."""
+    """Each way is trained at every rate with every seed; its best rate counts."""
 
     ranks: tuple[int, ...] = (32, 128)
     """Ranks of the sketches."""
@@ -108,39 +108,26 @@ def run(config: Config) -> None:
     rows = records.read_rows(path) if path.exists() else []
     best = []
     for way in track(ways, "ways of averaging"):
-        for row in _tuned(config, way, data, rows):
-            if row not in rows:
-                rows.append(row)
-                with path.open("a") as file:
-                    file.write(json.dumps(row, allow_nan=False) + "\n")
+        for row in _train(config, way, data, rows):
+            rows.append(row)
+            with path.open("a") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
         best.append(_best(rows, config, way))
     (config.output_dir / "table.md").write_text(table(best))
     draw(best, config.output_dir / "loss.png")
 
 
-def _tuned(
+def _train(
     config: Config, way: Way, data: Data, rows: list[records.Row]
 ) -> Iterator[records.Row]:
-    """Rows of all rates at the first seed, and of the best one at the others."""
-    bench: list[Bench] = []
-
-    def one(rate: float, seed: int) -> records.Row:
+    """Yields the rows of one way that are still missing."""
+    bench = None
+    for rate, seed in itertools.product(config.learning_rates, config.seeds):
         settings = _settings(config, way, rate, seed) | {"corpus": data.fingerprint}
-        for row in rows:
-            if settings.items() <= row.items():
-                return row
-        if not bench:
-            bench.append(Bench(config, way, data))
-        return settings | bench[0].train(rate, seed)
-
-    first, *others = config.seeds
-    tried = []
-    for rate in config.learning_rates:
-        tried.append(one(rate, first))
-        yield tried[-1]
-    finite = [row for row in tried if row["validation_loss"] is not None]
-    for seed in others if finite else ():
-        yield one(min(finite, key=_loss)["learning_rate"], seed)
+        if any(settings.items() <= row.items() for row in rows):
+            continue
+        bench = bench or Bench(config, way, data)
+        yield settings | bench.train(rate, seed)
 
 
 def _settings(config: Config, way: Way, rate: float, seed: int) -> records.Row:
@@ -159,26 +146,19 @@ def _settings(config: Config, way: Way, rate: float, seed: int) -> records.Row:
     }
 
 
-def _loss(row: records.Row) -> float:
-    return row["validation_loss"]
-
-
 def _best(rows: list[records.Row], config: Config, way: Way) -> list[records.Row]:
-    """The rows of all seeds at the best rate."""
-    shared = _settings(config, way, 0, 0)
-    del shared["learning_rate"], shared["seed"]
-    mine = [
-        row
-        for row in rows
-        if shared.items() <= row.items() and row["validation_loss"] is not None
-    ]
-    first = [row for row in mine if row["seed"] == config.seeds[0]]
-    if not first:
+    """The rows of all seeds at the rate with the lowest mean loss."""
+    groups = []
+    for rate in config.learning_rates:
+        wanted = [_settings(config, way, rate, seed) for seed in config.seeds]
+        mine = [row for row in rows if any(w.items() <= row.items() for w in wanted)]
+        if all(row["validation_loss"] is not None for row in mine):
+            groups.append(mine)
+    if not groups:
         raise NonFiniteLossError(
             f"{way.title}: diverged at every rate; give lower `--learning-rates`"
         )
-    rate = min(first, key=_loss)["learning_rate"]
-    return [row for row in mine if row["learning_rate"] == rate]
+    return min(groups, key=lambda group: sum(row["validation_loss"] for row in group))
 
 
 class Bench:

@@ -56,15 +56,29 @@ def _zeros(leaf: Any, shape: Shape, dtype: Any) -> jax.Array:
 
 def _fit(sharding: jax.NamedSharding, leaf: Any, shape: Shape) -> jax.NamedSharding:
     return jax.NamedSharding(
-        sharding.mesh, jax.P(*_fit_names(sharding.spec, leaf.shape, shape))
+        sharding.mesh, jax.P(*fit_names(sharding.spec, leaf.shape, shape))
     )
 
 
-def _fit_names(names: Any, old: Shape, new: Shape) -> tuple[Any, ...]:
-    """Axis names, with None for each axis whose size is no longer the parameter's."""
+def fit_names(
+    names: Any, old: Shape, new: Shape, fits: Callable[[Any, int], bool] | None = None
+) -> tuple[Any, ...]:
+    """Axis names, with None for each axis that may not keep its own.
+
+    Args:
+      names: of the parameter's first axes; the others have none.
+      old: the parameter's shape.
+      new: the shape of an array of its state.
+      fits: of a name and a size that is not the parameter's, whether they go together;
+        by default none do.
+
+    Returns:
+      One name for each axis.
+    """
     padded = (*names, *(None for _ in range(len(old) - len(names))))
     return tuple(
-        name if a == b else None for name, a, b in zip(padded, old, new, strict=True)
+        name if a == b or (fits is not None and fits(name, b)) else None
+        for name, a, b in zip(padded, old, new, strict=True)
     )
 
 
@@ -87,15 +101,15 @@ def is_box(x: Any) -> bool:
 def _rebox(box: Any, old: Shape, value: jax.Array) -> Any:
     """The same kind of box around another value, with sharding metadata that fits."""
     if not _is_variable(box):
-        return box.replace(value=value, names=_fit_names(box.names, old, value.shape))
+        return box.replace(value=value, names=fit_names(box.names, old, value.shape))
     metadata = {}
     for name in ("out_sharding", "optimizer_sharding"):
         given = box.get_metadata().get(name)
         if isinstance(given, jax.NamedSharding):
-            names = _fit_names(given.spec, old, value.shape)
+            names = fit_names(given.spec, old, value.shape)
             metadata[name] = jax.NamedSharding(given.mesh, jax.P(*names))
         elif given is not None:
-            metadata[name] = _fit_names(given, old, value.shape)
+            metadata[name] = fit_names(given, old, value.shape)
     return box.copy(value, **metadata)
 
 

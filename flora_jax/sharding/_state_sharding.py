@@ -9,7 +9,7 @@ import jax
 import optax
 
 from flora_jax._rules import named_leaves
-from flora_jax._state import is_box, is_masked
+from flora_jax._state import fit_names, is_box, is_masked
 
 
 def state_sharding(
@@ -59,11 +59,17 @@ def state_sharding(
         jax.tree.structure(plain), [given[path] for path in leaves]
     )
 
+    def divides(names: Any, size: int) -> bool:
+        return size % _devices(names, mesh) == 0
+
     def fit(leaf: Any, sharding: Any, param: Any) -> Any:
         if is_masked(leaf):  # Its parameter is another transformation's.
             return leaf
+        if leaf.ndim != param.ndim:  # Not of this package: optax's factored moments.
+            return _like(sharding, jax.P())
         spec = sharding.spec if isinstance(sharding, jax.NamedSharding) else sharding
-        return _like(sharding, jax.P(*_fit(spec, param.shape, leaf.shape, mesh)))
+        names = fit_names(spec, param.shape, leaf.shape, divides)
+        return _like(sharding, jax.P(*names))
 
     first = next(iter(given.values()), jax.P())
     found = optax.tree.map_params(
@@ -94,18 +100,6 @@ def _mesh(shardings: dict[str, Any]) -> Any:
             f"`shardings` must live on one mesh, got {sorted(set(map(str, meshes)))}"
         )
     return meshes[0] if meshes else jax.sharding.get_abstract_mesh()
-
-
-def _fit(spec: Any, old: tuple[int, ...], new: tuple[int, ...], mesh: Any) -> list[Any]:
-    """Mesh axes of each axis of an array of state."""
-    if len(new) != len(old):  # Not of this package: optax's factored moments.
-        return []
-    padded = (*spec, *(None for _ in range(len(old) - len(spec))))
-    fits = (
-        a == b or (b % _devices(names, mesh) == 0)
-        for names, a, b in zip(padded, old, new, strict=True)
-    )
-    return [names if ok else None for names, ok in zip(padded, fits, strict=True)]
 
 
 def _devices(names: Any, mesh: Any) -> int:

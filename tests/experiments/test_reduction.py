@@ -35,8 +35,7 @@ def config(tmp_path, tiny, monkeypatch):
 def test_three_ways_of_averaging(config, monkeypatch):
     reduction.run(config)
     rows = records.read_rows(config.output_dir / "runs.jsonl")
-    # Two rates at the first seed, the better at the second, for each way.
-    assert len(rows) == 9
+    assert len(rows) == 3 * 2 * 2  # Ways, rates, seeds.
     assert {row["devices"] for row in rows} == {2}
     _, params = create(TINY.model, 0)
     plans = fj.plan_leaves(params, TINY.rank, mask=matrices_only)
@@ -56,7 +55,7 @@ def test_three_ways_of_averaging(config, monkeypatch):
     # The same command again has nothing left to train.
     monkeypatch.setattr(reduction, "Bench", None)
     reduction.run(config)
-    assert len((config.output_dir / "runs.jsonl").read_text().splitlines()) == 9
+    assert len((config.output_dir / "runs.jsonl").read_text().splitlines()) == 12
 
 
 def test_refuses_what_makes_no_sense(config):
