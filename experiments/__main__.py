@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config,
         "experiments.run",
         "interrupted; --resume continues from the last checkpoint",
+        distributed=True,
     )
 
 

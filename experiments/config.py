@@ -53,6 +53,10 @@ class NonFiniteLossError(RuntimeError):
     """The training diverged; the message says where and what to lower."""
 
 
+class DiskError(RuntimeError):
+    """A checkpoint could not be written; the message says which, why and what helps."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LearningRates:
     """Peak learning rates, relative to the root mean square of each parameter."""

@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 import tokenizers
 from tokenizers import Tokenizer
 
-from experiments import corpus
+from experiments import corpus, processes
 from experiments.config import Config, ConfigError
 
 
@@ -125,8 +125,16 @@ def load(config: Config) -> Data:
     """Returns the packed corpus, preparing it if no earlier run has.
 
     Raises:
-        ConfigError: the corpus is empty, or smaller than what `config` asks of it.
+        ConfigError: the corpus is empty, or smaller than what `config` asks of it; or
+            the processes of this run have different ones.
     """
+    with processes.first_goes_first():
+        data = _load(config)
+    processes.check_same("the corpus", data.fingerprint)
+    return data
+
+
+def _load(config: Config) -> Data:
     root = config.corpus_dir or corpus.standard_library()
     documents = corpus.read_documents(root)
     splits = corpus.split_documents(documents)

@@ -6,12 +6,13 @@ import sys
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 @functools.cache
 def mesh() -> jax.sharding.Mesh:
-    """Returns all devices of all hosts along one axis, "data"."""
+    """Returns all devices of all processes along one axis, "data"."""
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
@@ -21,7 +22,7 @@ def on_all() -> NamedSharding:
 
 
 def replicated(tree: Any) -> Any:
-    """Puts a copy of every array on each device."""
+    """Puts a copy of every array, the same in all processes, on each device."""
     return jax.device_put(tree, on_all())
 
 
@@ -32,14 +33,18 @@ def split(batch: Any) -> Any:
     then, but a small job runs on a large machine.
 
     Args:
-        batch: NumPy arrays, (examples of this host, ...).
+        batch: NumPy arrays, (examples, ...). Every process has all of them and puts its
+            own part on its devices: a batch is kilobytes, and in this way its order
+            does not depend on the number of processes.
     """
     size = len(jax.tree.leaves(batch)[0])
-    even = size % mesh().local_mesh.size == 0
+    even = size % mesh().size == 0
     sharding = NamedSharding(mesh(), PartitionSpec("data" if even else None))
-    return jax.tree.map(
-        functools.partial(jax.make_array_from_process_local_data, sharding), batch
-    )
+
+    def place(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    return jax.tree.map(place, batch)
 
 
 def peak_bytes() -> int:

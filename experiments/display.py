@@ -10,16 +10,21 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from experiments.processes import is_first
 from experiments.records import Row
 
 _WIDTH_WITHOUT_TERMINAL = 110
 
 
 def make_console() -> Console:
-    """Returns a console that does not fold tables when its output is a file."""
-    console = Console()
+    """Returns a console that does not fold tables when its output is a file.
+
+    Of several processes only the first one speaks.
+    """
+    quiet = not is_first()
+    console = Console(quiet=quiet)
     if not console.is_terminal:
-        console = Console(width=_WIDTH_WITHOUT_TERMINAL)
+        console = Console(width=_WIDTH_WITHOUT_TERMINAL, quiet=quiet)
     return console
 
 
@@ -39,7 +44,7 @@ class Display:
             TimeRemainingColumn(),
             console=console,
             refresh_per_second=4,
-            disable=not console.is_terminal,
+            disable=console.quiet or not console.is_terminal,
         )
 
     def __enter__(self) -> "Display":

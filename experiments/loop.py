@@ -19,9 +19,10 @@ import numpy as np
 import optax
 from tensorboardX import SummaryWriter
 
-from experiments import devices, records
+import flora_jax as fj
+from experiments import devices, processes, records
 from experiments.checkpoints import Checkpoints, State
-from experiments.config import NonFiniteLossError
+from experiments.config import ConfigError, NonFiniteLossError
 from experiments.display import Display
 from experiments.state_bytes import step_bytes
 
@@ -115,7 +116,8 @@ class Training:
             resume: continue from the last checkpoint in the folder, if there is one.
 
         Raises:
-            ConfigError: the checkpoint to resume from was made with other settings.
+            ConfigError: the checkpoint to resume from was made with other settings, or
+                the processes of this run see different ones.
         """
         self.title = title
         self.problem = problem
@@ -126,18 +128,37 @@ class Training:
         self.state, self.done = devices.replicated(state), 0
         self.frozen = devices.replicated(problem.frozen)
         fresh = not resume or self._kept.latest() is None
+        processes.check_same(f"the last checkpoint in {folder}", fresh)
         if not fresh:
-            self.done, self.state = self._kept.restore(self.state)
+            self._restore(tx)
+        first = processes.is_first()
         self.metrics = records.MetricsFile(
-            folder / "metrics.jsonl", keep_until=-1 if fresh else self.done
+            folder / "metrics.jsonl",
+            keep_until=-1 if fresh else self.done,
+            write=first,
         )
         self._board = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=self.done + 1
+            str(folder / "tensorboard"), purge_step=self.done + 1, write_to_disk=first
         )
         self._bar = display.add(title, pace.updates, self.done)
         self._compile()
         if fresh:
             self._log({"update": 0, "tokens": 0} | self._evaluate())
+
+    def _restore(self, tx: optax.GradientTransformation) -> None:
+        """Goes back to the last checkpoint that can be read.
+
+        Its settings agree, as far as they have flags. What the optimizer wrote into its
+        own state says the rest: a sketch read with another projection is noise.
+        """
+        self.done, self.state = self._kept.restore(self.state)
+        processes.check_same(f"the checkpoint in {self._kept.folder}", self.done)
+        try:
+            fj.verify_state(tx, self.state.opt_state)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{self._kept.folder} holds a checkpoint of another optimizer: {error}"
+            ) from error
 
     def _compile(self) -> None:
         started = time.perf_counter()

@@ -14,16 +14,21 @@ Row = dict[str, Any]
 class MetricsFile:
     """A JSON-lines file with one row per update, written as training goes."""
 
-    def __init__(self, path: pathlib.Path, *, keep_until: int):
+    def __init__(self, path: pathlib.Path, *, keep_until: int, write: bool = True):
         """Opens the file and drops what a lost stretch of training had written.
 
         Args:
             path: the file; made if it does not exist.
             keep_until: the update from which training goes on; -1 to start empty.
+            write: False only reads what stands there and keeps new rows in memory; of
+                several processes one writes.
         """
         self.path = path
+        self._write = write
         rows = read_rows(path) if path.exists() else []
         self.rows = [row for row in rows if row["update"] <= keep_until]
+        if not write:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = path.with_suffix(".tmp")
         whole.write_text("".join(map(_line, self.rows)))
@@ -32,8 +37,9 @@ class MetricsFile:
     def append(self, row: Row) -> None:
         """Adds a row, on disk at once."""
         self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(_line(row))
+        if self._write:
+            with self.path.open("a") as file:
+                file.write(_line(row))
 
 
 def _line(row: Row) -> str:

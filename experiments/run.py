@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from experiments import checkpoints, records, report
+from experiments import checkpoints, processes, records, report
 from experiments.config import METHODS, Config, ConfigError
 from experiments.data import Data, load
 from experiments.display import Display, make_console
@@ -50,14 +50,15 @@ def run(config: Config) -> list[records.Summary]:
             "command with --resume in place of --stop-after continues.",
         )
         return summaries
-    report.write(summaries, config.output_dir, console)
-    seconds = time.perf_counter() - started
-    _write_summary(config, summaries, {"prepare": prepared, "total": seconds})
-    console.print(
-        f"Wall time {seconds:.0f} s. Table, pictures, metrics and checkpoints are in "
-        f"{config.output_dir}",
-        highlight=False,
-    )
+    if processes.is_first():
+        report.write(summaries, config.output_dir, console)
+        seconds = time.perf_counter() - started
+        _write_summary(config, summaries, {"prepare": prepared, "total": seconds})
+        console.print(
+            f"Wall time {seconds:.0f} s. Table, pictures, metrics and checkpoints are "
+            f"in {config.output_dir}",
+            highlight=False,
+        )
     return summaries
 
 
@@ -88,14 +89,16 @@ def _prepare_folder(config: Config) -> None:
                 f"`--resume` found no checkpoint in {folder} for "
                 f"{', '.join(config.methods)}; start without it"
             )
-    elif config.overwrite:
-        for name in earlier:
-            shutil.rmtree(folder / name)
-    elif earlier:
+    elif earlier and not config.overwrite:
         raise ConfigError(
             f"`--output-dir` {folder} already holds {', '.join(earlier)}; give "
             "--resume to continue, --overwrite to start again, or another folder"
         )
+    if config.overwrite and processes.is_first():
+        for name in earlier:
+            shutil.rmtree(folder / name)
+    # Nobody writes before all have looked and what was there is gone.
+    processes.wait()
 
 
 def _has_checkpoint(folder: pathlib.Path) -> bool:

@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 
-import flora_jax as fj
-from experiments import loop, methods, records, state_bytes
+from experiments import devices, loop, methods, processes, records, state_bytes
 from experiments.checkpoints import State
 from experiments.config import Config, flag
 from experiments.data import Data, batches
@@ -58,15 +57,14 @@ class MethodTraining:
             rate_flag=flag(f"learning_rates.{name}"),
             resume=config.resume,
         )
-        if self.method.compressed:
-            fj.verify_state(tx, self.loop.state.opt_state)
 
     def finish(self) -> records.Summary | None:
-        """Writes and returns the summary; None if there are updates to come."""
+        """Returns the summary, which is written; None if there are updates to come."""
         if self.loop.done < self._config.updates:
             return None
         summary = self._summarize()
-        records.write_json(self._folder / "summary.json", summary.as_json())
+        if processes.is_first():
+            records.write_json(self._folder / "summary.json", summary.as_json())
         return summary
 
     def _summarize(self) -> records.Summary:
@@ -108,7 +106,8 @@ def problem(config: Config, dataset: Data, graphdef: Any) -> loop.Problem:
         total, examples = 0.0, dataset.validation
         for start in range(0, len(examples), config.batch_size):
             chunk = examples[start : start + config.batch_size]
-            total += float(evaluate(params, {"tokens": chunk})) * len(chunk)
+            batch = devices.split({"tokens": chunk})
+            total += float(evaluate(params, batch)) * len(chunk)
         return {"validation_loss": total / len(examples)}
 
     return loop.Problem(

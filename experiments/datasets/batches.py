@@ -162,37 +162,25 @@ def _padded(ids: Sequence[int], length: int, pad: int) -> np.ndarray:
 
 
 def batched(
-    examples: Sequence[Example],
-    batch_size: int,
-    *,
-    seed: int,
-    shard: tuple[int, int] = (0, 1),
+    examples: Sequence[Example], batch_size: int, *, seed: int
 ) -> grain.MapDataset:
-    """Returns the training batches of one host: item i is update i's.
+    """Returns the training batches: item i is update i's.
 
     Item i is a pure function of the arguments and i, so that to resume is to go on
     with the next number. Epochs follow one another without end, each in another
     order.
 
     Args:
-        examples: the same on every host.
-        batch_size: examples in the batch of this host.
-        seed: of the order, the same on every host.
-        shard: this host's number and the number of hosts. Update i of n hosts sees
-            n * batch_size successive examples, of which each host has its own part.
+        examples: the same in every process.
+        batch_size: examples in a batch, on all devices together.
+        seed: of the order.
 
     Raises:
         ConfigError: there is no example, or `batch_size` is below 1.
-        ValueError: `shard` is no number and count of hosts.
     """
     _check_batches(examples, batch_size)
-    index, count = shard
-    if not 0 <= index < count:
-        raise ValueError(
-            f"`shard` must be (number, count) with 0 <= number < count, got {shard}"
-        )
     endless = grain.MapDataset.source(examples).shuffle(seed=seed).repeat()
-    return endless[index::count].batch(batch_size)
+    return endless.batch(batch_size)
 
 
 def in_order(

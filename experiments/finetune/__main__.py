@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config,
         "experiments.finetune.run",
         "interrupted; the same command goes on from the last checkpoint",
+        distributed=True,
     )
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from experiments import processes
 from experiments.config import ConfigError
 from experiments.datasets import batches
 from experiments.datasets import vocabulary as vocabularies
@@ -53,7 +54,8 @@ def prepare(config: Config) -> Prepared:
         ConfigError: a file is missing, or the settings do not fit each other.
     """
     dataset = DATASETS[config.dataset]
-    splits = dataset.load(config.data_dir, download=config.download)
+    with processes.first_goes_first():
+        splits = dataset.load(config.data_dir, download=config.download)
     model = _sizes(config)
     vocabulary = _vocabulary(config, model, splits)
     _check_fit(config, model, vocabulary)
@@ -73,6 +75,8 @@ def prepare(config: Config) -> Prepared:
         target_length=config.target_length,
     )
     held_out = spread(splits["validation"], config.eval_examples)
+    fingerprint = _fingerprint(vocabulary, splits["train"], held_out)
+    processes.check_same("the data", fingerprint)
     return Prepared(
         dataset,
         splits,
@@ -82,7 +86,7 @@ def prepare(config: Config) -> Prepared:
         params=jax.device_get(params),
         train=make(splits["train"]),
         validation=make(held_out),
-        fingerprint=_fingerprint(vocabulary, splits["train"], held_out),
+        fingerprint=fingerprint,
     )
 
 

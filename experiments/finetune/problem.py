@@ -1,5 +1,6 @@
 """One method's training problem: its loss, its batches and its validation."""
 
+import functools
 import math
 from typing import Any
 
@@ -34,13 +35,7 @@ def build(
         losses, weights = token_losses(graphdef, lora.join(params, frozen), batch, key)
         return (losses * weights).sum() / batch["share"].sum()
 
-    hosts = jax.process_count()
-    examples = batches.batched(
-        prepared.train,
-        config.batch_size // hosts,
-        seed=config.seed,
-        shard=(jax.process_index(), hosts),
-    )
+    examples = batches.batched(prepared.train, config.batch_size, seed=config.seed)
     problem = loop.Problem(
         loss=loss,
         frozen=frozen,
@@ -70,7 +65,7 @@ def _evaluation(config: Config, prepared: Prepared, graphdef: Any) -> Any:
     held_out = prepared.validation
     chunks = batches.in_order(held_out, min(config.batch_size, len(held_out)))
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=devices.on_all())
     def sums(params: Any, frozen: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         losses, weights = token_losses(graphdef, lora.join(params, frozen), batch)
         return (losses * weights).sum(axis=1), weights.sum(axis=1)
@@ -78,7 +73,8 @@ def _evaluation(config: Config, prepared: Prepared, graphdef: Any) -> Any:
     def evaluate(params: Any, frozen: Any) -> dict[str, float]:
         total = count = 0.0
         for batch, real in chunks:
-            losses, weights = sums(params, frozen, devices.split(batch))
+            parts = sums(params, frozen, devices.split(batch))
+            losses, weights = jax.device_get(parts)
             total += float(losses[:real].sum())
             count += float(weights[:real].sum())
         mean = total / count

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import flora_jax as fj
-from experiments import devices, loop, lora, records
+from experiments import devices, loop, lora, processes, records
 from experiments.config import ConfigError, flag
 from experiments.display import Display, make_console
 from experiments.finetune import methods, problem
@@ -50,10 +50,12 @@ def run(config: Config) -> list[records.Row]:
         _check_rank(prepared, name, rank)
     for name, rank in wanted:
         folder = _folder(config, name, rank)
-        if config.overwrite and folder.exists():
+        if config.overwrite and processes.is_first() and folder.exists():
             shutil.rmtree(folder)
+    processes.wait()
     rows = [_train(config, prepared, name, rank, console) for name, rank in wanted]
-    _report(config, console)
+    if processes.is_first():
+        _report(config, console)
     return [row for row in rows if row is not None]
 
 
@@ -93,14 +95,12 @@ def _train(
     config: Config, prepared: Prepared, name: str, rank: int | None, console: Console
 ) -> records.Row | None:
     """One training and its evaluation; None if it has updates to come."""
-    method = METHODS[name]
-    title = method.title if rank is None else f"{method.title}, r={rank}"
-    folder = _folder(config, name, rank)
+    title = _title(name, rank)
     task, state, tx = problem.build(config, prepared, name, rank)
-    sizes = {"trained_bytes": tree_bytes(state.params)} | {
-        "state_bytes": tree_bytes(state.opt_state)
+    sizes = {
+        "trained_bytes": tree_bytes(state.params),
+        "state_bytes": tree_bytes(state.opt_state),
     }
-    identity = config.identity(name, rank) | {"the data": prepared.fingerprint}
     with Display(console) as display, contextlib.ExitStack() as stack:
         training = loop.Training(
             title,
@@ -109,30 +109,48 @@ def _train(
             tx,
             methods.schedule(config, name),
             _pace(config, name),
-            folder,
-            identity,
+            _folder(config, name, rank),
+            config.identity(name, rank) | {"the data": prepared.fingerprint},
             display,
-            rate_flag=flag(f"{'lora_' * method.adapters}learning_rate"),
+            rate_flag=flag(f"{'lora_' * METHODS[name].adapters}learning_rate"),
             resume=True,
         )
         stack.callback(training.close)
-        if "flora" in name:
-            fj.verify_state(tx, training.state.opt_state)
         for number in range(1, (config.stop_after or config.updates) + 1):
             training.advance(number)
     if training.done < config.updates:
         console.print(f"{title}: stopped after update {training.done}")
         return None
+    return _finish(config, prepared, name, rank, training, sizes, console)
+
+
+def _title(name: str, rank: int | None) -> str:
+    title = METHODS[name].title
+    return title if rank is None else f"{title}, r={rank}"
+
+
+def _finish(
+    config: Config,
+    prepared: Prepared,
+    name: str,
+    rank: int | None,
+    training: loop.Training,
+    sizes: dict[str, int],
+    console: Console,
+) -> records.Row:
+    """Evaluates a finished training; writes its model, result and samples."""
     params = lora.join(training.state.params, training.frozen)
-    if method.adapters:
+    if METHODS[name].adapters:
         params = lora.merge(params, rank, config.alpha(rank))
-    save(params, prepared.model, folder / "model")
-    prepared.vocabulary.save(folder / "model")
-    rows = training.metrics.rows
+    folder = _folder(config, name, rank)
+    if processes.is_first():  # Before the evaluation, which may fail.
+        save(params, prepared.model, folder / "model")
+        prepared.vocabulary.save(folder / "model")
     scores, samples = evaluate(config, prepared, params)
+    rows = training.metrics.rows
     row = {
         "method": name,
-        "title": title,
+        "title": _title(name, rank),
         "rank": rank,
         "learning_rate": config.rate(name),
         **sizes,
@@ -142,8 +160,9 @@ def _train(
         "perplexity": rows[-1]["perplexity"],
         **scores,
     }
-    records.write_json(folder / "result.json", row)
-    _show_samples(samples, folder / "samples.txt", console)
+    if processes.is_first():
+        records.write_json(folder / "result.json", row)
+        _show_samples(samples, folder / "samples.txt", console)
     return row
 
 

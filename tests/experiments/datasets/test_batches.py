@@ -125,29 +125,12 @@ def test_an_epoch_shows_every_example_once(examples):
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-@pytest.mark.parametrize("hosts", [2, 3])
-def test_hosts_share_the_global_batch(examples, hosts):
-    whole = batches.batched(examples, 2 * hosts, seed=3)
-    parts = [
-        batches.batched(examples, 2, seed=3, shard=(i, hosts)) for i in range(hosts)
-    ]
-    for update in range(8):
-        got = np.stack([part[update]["x"] for part in parts], axis=1)
-        np.testing.assert_array_equal(got.reshape(-1, 2), whole[update]["x"])
-
-
 def test_in_order_fills_up_the_last_batch(examples):
     made = batches.in_order(examples, 4)
     assert [real for _, real in made] == [4, 4, 2]
     rows = [batch["x"][:, 0].tolist() for batch, _ in made]
     assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 9, 9]]
     assert [real for _, real in batches.in_order(examples, 5)] == [5, 5]
-
-
-@pytest.mark.parametrize("shard", [(0, 0), (2, 2), (-1, 2)])
-def test_shard_makes_no_sense(examples, shard):
-    with pytest.raises(ValueError, match=r"`shard` must be \(number, count\) with 0 "):
-        batches.batched(examples, 2, seed=0, shard=shard)
 
 
 def test_nothing_to_make_batches_of(examples):

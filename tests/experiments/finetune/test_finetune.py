@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import records
+from experiments import checkpoints, records
 from experiments.config import ConfigError
 from experiments.datasets.registry import DATASETS
 from experiments.finetune import prepare as prepare_module
@@ -233,11 +233,19 @@ def losses(folder):
 
 
 def _run_and_kill(arguments, folder, rows, settings):
-    """Starts a training and kills it once it has logged so many rows."""
+    """Starts a training and kills it once it has logged so many rows.
+
+    And not before it has something to go on from.
+    """
     metrics = folder / "flora_accumulation-r8" / "metrics.jsonl"
+    saved = metrics.parent / "checkpoints"
     process = subprocess.Popen(arguments, **settings, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while not metrics.exists() or metrics.read_text().count("\n") < rows:
+    while (
+        not metrics.exists()
+        or metrics.read_text().count("\n") < rows
+        or checkpoints.latest(saved) is None
+    ):
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
