@@ -23,7 +23,7 @@ import optax
 import orbax.checkpoint as ocp
 
 from experiments import checksums, processes
-from experiments.config import ConfigError, DiskError
+from experiments.config import NO_ROOM, ConfigError, DiskError
 from experiments.models.build import Params
 
 _KEPT = 2
@@ -202,12 +202,14 @@ class Checkpoints:
 
 
 def _errno(error: BaseException) -> int | None:
-    """The number of the system's error behind an exception, None if there is none."""
+    """The number of the system's error, if an exception says that there is no room."""
     if isinstance(error, OSError):
-        return error.errno
-    # TensorStore raises ValueError("... No space left on device [os_error_code='28']").
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(found[1]) if found else None
+        number = error.errno
+    else:
+        # TensorStore: ValueError("... No space left on device [os_error_code='28']").
+        found = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(found[1]) if found else None
+    return number if number in NO_ROOM else None
 
 
 def _is_no_disk_error(record: logging.LogRecord) -> bool:
@@ -240,8 +242,11 @@ def _sort_out(folder: pathlib.Path) -> None:
                 f"warning: {path} is not used: {defect}; {used}, and {fate}",
                 file=sys.stderr,
             )
-        elif defect is not None:  # a kill left it while it was deleted
-            shutil.rmtree(path)
+        elif not (path / checksums.NAME).exists():
+            shutil.rmtree(path)  # a kill left it while it was deleted
+        elif defect is not None:
+            fate = _put_away(path, spare=True)
+            print(f"warning: {path} is damaged: {defect}; {fate}", file=sys.stderr)
 
 
 def _put_away(path: pathlib.Path, *, spare: bool) -> str:

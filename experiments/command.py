@@ -1,14 +1,11 @@
 """What every command line does with its settings."""
 
-import errno
 import importlib
 import os
 import sys
 from typing import Any
 
-from experiments.config import ConfigError, DiskError, NonFiniteLossError
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from experiments.config import NO_ROOM, ConfigError, DiskError, NonFiniteLossError
 
 
 def execute(
@@ -45,7 +42,7 @@ def execute(
     except (DiskError, NonFiniteLossError) as error:
         return _complain(error, 1)
     except OSError as error:  # of metrics or a report; those of checkpoints say more
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         return _complain(f"{error}; make room, then start again", 1)
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ Nothing here imports jax: `--help` and a refused command line answer at once.
 """
 
 import dataclasses
+import errno
 import math
 import pathlib
 from typing import Any
@@ -51,6 +52,10 @@ class ConfigError(ValueError):
 
 class NonFiniteLossError(RuntimeError):
     """The training diverged; the message says where and what to lower."""
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the system's errors for a write that found no room."""
 
 
 class DiskError(RuntimeError):

@@ -112,7 +112,7 @@ def run(config: Config) -> None:
             rows.append(row)
             with path.open("a") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
-        best.append(_best(rows, config, way))
+        best.append(_best(rows, config, data, way))
     (config.output_dir / "table.md").write_text(table(best))
     draw(best, config.output_dir / "loss.png")
 
@@ -123,14 +123,16 @@ def _train(
     """Yields the rows of one way that are still missing."""
     bench = None
     for rate, seed in itertools.product(config.learning_rates, config.seeds):
-        settings = _settings(config, way, rate, seed) | {"corpus": data.fingerprint}
+        settings = _settings(config, data, way, rate, seed)
         if any(settings.items() <= row.items() for row in rows):
             continue
         bench = bench or Bench(config, way, data)
         yield settings | bench.train(rate, seed)
 
 
-def _settings(config: Config, way: Way, rate: float, seed: int) -> records.Row:
+def _settings(
+    config: Config, data: Data, way: Way, rate: float, seed: int
+) -> records.Row:
     return {
         "way": way.name,
         "rank": way.rank,
@@ -143,14 +145,17 @@ def _settings(config: Config, way: Way, rate: float, seed: int) -> records.Row:
         "model": dataclasses.asdict(config.model),
         "devices": devices.mesh().size,
         "device": jax.devices()[0].device_kind,
+        "corpus": data.fingerprint,
     }
 
 
-def _best(rows: list[records.Row], config: Config, way: Way) -> list[records.Row]:
+def _best(
+    rows: list[records.Row], config: Config, data: Data, way: Way
+) -> list[records.Row]:
     """The rows of all seeds at the rate with the lowest mean loss."""
     groups = []
     for rate in config.learning_rates:
-        wanted = [_settings(config, way, rate, seed) for seed in config.seeds]
+        wanted = [_settings(config, data, way, rate, seed) for seed in config.seeds]
         mine = [row for row in rows if any(w.items() <= row.items() for w in wanted)]
         if all(row["validation_loss"] is not None for row in mine):
             groups.append(mine)

@@ -82,6 +82,17 @@ def check_positive_int(name: str, value: Any, remedy: str) -> int:
     return int(value)
 
 
+def check_steps(name: str, value: Any, remedy: str) -> int:
+    """Returns a number of steps as :func:`check_positive_int`, if counters reach it."""
+    steps = check_positive_int(name, value, remedy)
+    if steps >= 2**31:
+        raise ValueError(
+            f"`{name}` must be below 2**31, the end of int32 counters, got"
+            f" {name}={steps}; {remedy}"
+        )
+    return steps
+
+
 def _refuse_array(name: str, value: Any) -> None:
     if isinstance(value, jax.Array):
         raise TypeError(
@@ -129,6 +140,16 @@ def check_bool(name: str, value: Any) -> None:
     """Raises TypeError unless ``value`` is a Python bool."""
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be True or False, got {name}={value!r}")
+
+
+def check_axis_name(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` names mesh axes, or is None."""
+    names = value if isinstance(value, tuple) else (value,)
+    if value is not None and not all(isinstance(x, str) for x in names):
+        raise TypeError(
+            f"`{name}` must be the name of a mesh axis, a tuple of names, or None, got"
+            f" {name}={value!r}; give the names that jax.make_mesh was given"
+        )
 
 
 def check_transformation(

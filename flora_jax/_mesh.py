@@ -33,7 +33,7 @@ def whole(x: jax.Array) -> jax.Array:
     return _constrained(x, dict.fromkeys(range(x.ndim))) if cuts_arrays() else x
 
 
-def spread_over(x: jax.Array, axis: int, whole: int) -> jax.Array:
+def spread_over(x: jax.Array, axis: int, uncut: int) -> jax.Array:
     """The array cut along one axis over all devices, and whole along another one.
 
     For work that needs one side whole: each device does its share of the other. An axis
@@ -43,7 +43,7 @@ def spread_over(x: jax.Array, axis: int, whole: int) -> jax.Array:
     devices = math.prod(names.values())
     if x.shape[axis] % devices or not cuts_arrays():
         return x
-    return _constrained(x, {axis: tuple(names), whole: None})
+    return _constrained(x, {axis: tuple(names), uncut: None})
 
 
 def _constrained(x: jax.Array, axes: dict[int, Any]) -> jax.Array:
@@ -55,8 +55,15 @@ def _constrained(x: jax.Array, axes: dict[int, Any]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, jax.P(*spec))
 
 
-def _axes() -> dict[str, int]:
-    """Mesh axes and their sizes, without those that ``jax.shard_map`` handles."""
+def varying(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
+    """The arrays as ones that differ over axes of ``jax.shard_map``; others pass."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    manual = tuple(name for name in names if name in _axes(_Type.Manual))
+    return jax.lax.pcast(tree, manual, to="varying") if manual else tree
+
+
+def _axes(wanted: jax.sharding.AxisType = _Type.Auto) -> dict[str, int]:
+    """Mesh axes of a type, and their sizes; Auto ones are the compiler's to cut."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    return {name: size for name, size, kind in axes if kind is not _Type.Manual}
+    return {name: size for name, size, kind in axes if kind is wanted}

@@ -110,6 +110,7 @@ def test_all_forms_of_a_key_mean_the_same(seed):
     ("arguments", "error", "match"),
     [
         ({"resample_every": 0}, ValueError, "`resample_every` must be positive, got"),
+        ({"resample_every": 2**31}, ValueError, "`resample_every` must be below 2..31"),
         ({"resample_every": 2.5}, TypeError, "`resample_every` must be an int"),
         ({"reading": "nesterov"}, ValueError, "`reading` must be one of 'paper'"),
         (
@@ -161,6 +162,15 @@ def test_decay_of_a_wrong_shape():
 def test_every_k(every_k, error, match):
     with pytest.raises(error, match=match):
         fj.compressed_accumulation(SGD, every_k, 8)
+
+
+@pytest.mark.parametrize("axis_name", [3, ("data", 0)])
+def test_axis_name(axis_name):
+    match = "`axis_name` must be the name of a mesh axis"
+    with pytest.raises(TypeError, match=match):
+        fj.compressed_accumulation(SGD, 4, 8, axis_name=axis_name)
+    with pytest.raises(TypeError, match=match):
+        fj.compressed_accumulator(8, key=0, axis_name=axis_name)
 
 
 def test_every_k_of_one_warns():

@@ -23,6 +23,7 @@ def test_many_devices(monkeypatch, tmp_path):
     start = float(loss(names["create"](), x, y))
     assert float(loss(names["params"], x, y)) < 0.9 * start
     assert float(loss(names["params2"], x, y)) < 0.9 * start
+    assert len(names["batch"][0].sharding.device_set) == 8
     # Restored on four devices, two by two.
     momentum = dict(own_trees(names["state"]))["CompressedMomentumState.momentum"]["up"]
     assert len(momentum.sharding.device_set) == 4

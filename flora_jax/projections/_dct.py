@@ -84,7 +84,7 @@ class TopDCT(MatrixProjection, AdaptiveProjection):
         """Numbers of rows of Q, (batch…, 1, r) for axis -1 or (batch…, r, 1) for -2."""
         del key
         width, other = matrix.shape[axis], -3 - axis
-        matrix = _mesh.spread_over(matrix, other, whole=axis)
+        matrix = _mesh.spread_over(matrix, other, uncut=axis)
         everything = _cosines(jnp.arange(width, dtype=jnp.int32), width)
         transformed = product(matrix, everything.T, axis)
         power = jnp.abs if self.norm == "l1" else jnp.square

@@ -45,7 +45,8 @@ def compressed_pmean(
 
     Args:
       grads: gradients of this device, inside ``jax.shard_map`` (or ``jax.vmap`` with
-        ``axis_name``).
+        ``axis_name``); taken at ``jax.lax.pcast(params, axis_name, to="varying")``, as
+        jax sums those at replicated parameters over the devices.
       axis_name: mesh axes to reduce over.
       rank: sketch size r; an int, a callable of (path, shape), or a tree of ints.
       key: int seed, typed threefry2x32 key, or its key data; the same on all devices.

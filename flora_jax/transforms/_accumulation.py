@@ -77,7 +77,11 @@ def compressed_accumulation(
     Under ``shard_map`` with gradients that are not reduced yet, give ``axis_name``:
     each device accumulates its own, and once per cycle their sketches are averaged, r·n
     numbers where k reductions of n·m would be. ``acc_grads`` and ``skip_state`` are
-    then each device's own: carry them with a first axis that is cut over the mesh.
+    then each device's own: carry them with a first axis that is cut over the mesh. Only
+    at the end of a cycle, where they are zeros, may the number of devices change. The
+    gradients must be each device's own too, taken at parameters of
+    ``jax.lax.pcast(params, axis_name, to="varying")``: jax sums those at replicated
+    parameters over the devices.
 
     Memory: r·max(n, m) numbers of ``dtype`` per sketched leaf (``side="smaller"``), the
     leaf's size for dense ones.
@@ -124,13 +128,14 @@ def compressed_accumulation(
       <https://arxiv.org/abs/2402.03293>`_, 2024, Algorithm 1
     """
     if not callable(every_k):
-        every_k = _checks.check_positive_int("every_k", every_k, "16 is the paper's")
+        every_k = _checks.check_steps("every_k", every_k, "16 is the paper's")
         if every_k == 1:
             warnings.warn(
                 "compressed_accumulation with every_k=1 saves nothing and adds noise to"
                 " each gradient; use the inner transformation alone",
                 stacklevel=2,
             )
+    _checks.check_axis_name("axis_name", axis_name)
     dtype = _checks.check_state_dtype(dtype)
     root = _keys.raw_key(key)
     rules = LeafRules(
@@ -161,7 +166,7 @@ def compressed_accumulation(
         plans = rules.plan(updates)
         answer, skip_state = should_skip_fn(updates, state.gradient_step, params)
         skip = _check_skip(answer)
-        if axis_name is not None:
+        if axis_name is not None and should_skip_update_fn is not None:
             skip = jax.lax.pmax(skip.astype(jnp.int32), axis_name) > 0
         acc = _add(sketcher, plans, use_grad_mean, updates, state)
         if should_skip_update_fn is not None:

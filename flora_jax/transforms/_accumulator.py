@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax import _checks, _keys, _state
+from flora_jax import _checks, _keys, _mesh, _state
 from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
 from flora_jax.projections import CountSketch, Projection
@@ -67,7 +67,9 @@ def compressed_accumulator(
       step: number of the cycle, for example the training step; possibly traced.
       use_mean: accumulate the mean over micro-batches, or their sum if False.
       axis_name: mesh axes of ``shard_map`` over which the sketches of each device's own
-        micro-batches are averaged at the end, in place of gradients.
+        micro-batches are averaged at the end, in place of gradients. These must be
+        taken at ``jax.lax.pcast(params, axis_name, to="varying")``: jax sums those at
+        replicated parameters over the devices.
       projection: how leaves are sketched; ``Gaussian()`` is the paper's.
       mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.
       min_dim_size: smallest side of a matrix that is sketched.
@@ -98,6 +100,7 @@ def compressed_accumulator(
       >>> gradient(jnp.ones((128, 256)), jnp.ones((8, 128)), 0).shape
       (128, 256)
     """
+    _checks.check_axis_name("axis_name", axis_name)
     dtype = _checks.check_state_dtype(dtype)
     root = _keys.raw_key(key)
     rules = LeafRules(
@@ -112,8 +115,8 @@ def compressed_accumulator(
     def init(gradients: Any) -> Any:
         plans = rules.plan(gradients)
         sketches = _state.zeros_tree(gradients, [p.state_shape for p in plans], dtype)
-        if axis_name is not None:  # They will differ from device to device.
-            sketches = jax.lax.pcast(sketches, axis_name, to="varying")
+        # They will differ from device to device.
+        sketches = _mesh.varying(sketches, axis_name)
         return CompressedAccumulatorCarry(
             sketches=sketches,
             key=jnp.array(root),

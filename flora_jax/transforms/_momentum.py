@@ -160,7 +160,7 @@ def momentum_part(
     _checks.check_number("decay", decay, 0, 1, "0.9 is the paper's")
     _checks.check_choice("reading", reading, READINGS)
     if resample_every is not None:
-        resample_every = _checks.check_positive_int(
+        resample_every = _checks.check_steps(
             "resample_every", resample_every, "use None to keep one projection"
         )
     dtype = _checks.check_state_dtype(dtype)

@@ -166,7 +166,7 @@ def scale_in_subspace(
         rank, mask, min_dim_size, max_aspect_ratio, side, weight_dimension_numbers
     )
     if refresh_every is not None:
-        refresh_every = _checks.check_positive_int(
+        refresh_every = _checks.check_steps(
             "refresh_every", refresh_every, "use None to keep the first basis"
         )
     subspace = Subspace(_NAME, rules, projection, refresh_every, stagger, transport)

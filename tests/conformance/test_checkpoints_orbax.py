@@ -134,7 +134,10 @@ def test_runs_continue_on_a_mesh(chain, case, devices):
         params = jax.device_put(reference.params, where)
         for state, phase in zip(chain[0][devices][case.name], PHASES, strict=True):
             grads = jax.device_put(reference.grads[phase], where)
+            never_saved = jax.device_put(reference.states[phase], results[1])
+            expected = step(grads, never_saved, params)
             updates, state = step(grads, state, params)
+            assert_identical((updates, state), expected)
             assert_close(updates, reference.updates[phase], "float32")
             assert_close(state, reference.states[phase + 1], "float32")
 

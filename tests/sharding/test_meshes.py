@@ -60,12 +60,15 @@ def transformation(case):
 
 
 def collectives(compiled, kinds):
-    """Numbers of elements of all results of such operations in a compiled program."""
+    """Sizes of all matrices that such operations give in a compiled program.
+
+    A stack counts as one of its matrices.
+    """
     sizes = []
     pattern = rf"= (.*?) (?:{kinds})(?:-start)?\("
     for result in re.findall(pattern, compiled.as_text()):
         for dims in re.findall(r"\w\d+\[([\d,]*)\]", result):
-            sizes.append(math.prod(int(n) for n in dims.split(",") if n))
+            sizes.append(math.prod([int(n) for n in dims.split(",") if n][-2:]))
     return sizes
 
 
@@ -132,14 +135,14 @@ def test_states_lie_as_their_parameters_do(case):
 def test_no_gradient_is_gathered(case):
     # Of the leaves (64, 96) at rank 4, a sketch has 4 x 96 numbers and one of the
     # randomized decomposition at most 12 x 96; the least part of a gradient that a
-    # gather along one mesh axis could give has 16 x 96.
+    # gather along one mesh axis could give has 16 x 96, or 24 x 64.
     exact = case.name in ("galore", "fira", "quantized")
     _, step, *_ = run_on_mesh(case)
-    sent = collectives(step, "all-gather|all-reduce")
+    sent = collectives(step, "all-gather|all-reduce|reduce-scatter")
     if not exact:
-        assert max(sent, default=0) <= 4 * 12 * 96
+        assert max(sent, default=0) <= 12 * 96
     # The exact decomposition of a matrix wants it whole, in optax as here.
-    assert exact == any(size in (64 * 96, 4 * 64 * 96) for size in sent)
+    assert exact == (64 * 96 in sent)
 
 
 @pytest.mark.parametrize("kind", [fj.Gaussian, fj.CountSketch, fj.Orthogonal, fj.SRHT])
