@@ -27,29 +27,47 @@ class MetricsFile:
         self._write = write
         rows = read_rows(path) if path.exists() else []
         self.rows = [row for row in rows if row["update"] <= keep_until]
-        if not write:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_suffix(".tmp")
-        whole.write_text("".join(map(_line, self.rows)))
-        whole.replace(path)  # a kill leaves the old rows or the new ones
+        if write:
+            _rewrite(path, self.rows)
 
     def append(self, row: Row) -> None:
         """Adds a row, on disk at once."""
         self.rows.append(row)
         if self._write:
-            with self.path.open("a") as file:
-                file.write(_line(row))
+            append_row(self.path, row)
 
 
 def _line(row: Row) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
+def _rewrite(path: pathlib.Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(".tmp")
+    whole.write_text("".join(map(_line, rows)))
+    whole.replace(path)  # a kill leaves the old rows or the new ones
+
+
 def read_rows(path: pathlib.Path) -> list[Row]:
     """Reads a JSON-lines file; a last line cut off by a kill is left out."""
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def resume_rows(path: pathlib.Path) -> list[Row]:
+    """Reads a JSON-lines file that will be appended to; makes it if there is none.
+
+    Without a last line that a kill has cut off: the next would be glued to it.
+    """
+    rows = read_rows(path) if path.exists() else []
+    _rewrite(path, rows)
+    return rows
+
+
+def append_row(path: pathlib.Path, row: Row) -> None:
+    """Adds a row to a JSON-lines file, on disk at once."""
+    with path.open("a") as file:
+        file.write(_line(row))
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:

@@ -8,7 +8,6 @@ On a machine without accelerators JAX_NUM_CPU_DEVICES=8 makes eight devices.
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import pathlib
 import re
@@ -104,14 +103,12 @@ def run(config: Config) -> None:
     ways = [Way("plain")]
     ways += [Way(*x) for x in itertools.product(("sketch", "feedback"), config.ranks)]
     path = config.output_dir / "runs.jsonl"
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    rows = records.read_rows(path) if path.exists() else []
+    rows = records.resume_rows(path)
     best = []
     for way in track(ways, "ways of averaging"):
         for row in _train(config, way, data, rows):
             rows.append(row)
-            with path.open("a") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+            records.append_row(path, row)
         best.append(_best(rows, config, data, way))
     (config.output_dir / "table.md").write_text(table(best))
     draw(best, config.output_dir / "loss.png")

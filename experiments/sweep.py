@@ -238,15 +238,9 @@ def sweep(
         corpus_dir: Python sources in place of the standard library.
     """
     grid = json.loads(grid_path.read_text())
-    rows = records.read_rows(output) if output.exists() else []
-    done = {row["id"]: row for row in rows}
+    done = {row["id"]: row for row in records.resume_rows(output)}
     shared = config_of(grid["settings"])
     data = load(dataclasses.replace(shared, data_dir=data_dir, corpus_dir=corpus_dir))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Without a last line that a kill has cut off: the next would be glued to it.
-    whole = output.with_suffix(".tmp")
-    whole.write_text("".join(map(_line, rows)))
-    whole.replace(output)
     todo = [(part, cell) for part in parts(grid) for cell in cells(part)]
     with Progress() as progress:
         bar = progress.add_task("cells", total=len(todo))
@@ -256,17 +250,12 @@ def sweep(
             for row in run_cell(cell, part, data, done):
                 if row["id"] not in done:
                     done[row["id"]] = row
-                    with output.open("a") as file:
-                        file.write(_line(row))
+                    records.append_row(output, row)
             progress.advance(bar)
     found = sweep_report.summarise(list(done.values()))
     report = family_report if "groups" in grid else sweep_report
     output.with_suffix(".md").write_text(report.table(found))
     report.draw(found, output.with_suffix(".png"))
-
-
-def _line(row: records.Row) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def main(

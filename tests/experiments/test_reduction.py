@@ -54,6 +54,8 @@ def test_three_ways_of_averaging(config, monkeypatch):
     assert (config.output_dir / "loss.png").stat().st_size > 0
     # The same command again has nothing left to train.
     monkeypatch.setattr(reduction, "Bench", None)
+    with (config.output_dir / "runs.jsonl").open("a") as file:
+        file.write('{"way": "pla')  # as a kill leaves it
     reduction.run(config)
     assert len((config.output_dir / "runs.jsonl").read_text().splitlines()) == 12
 
