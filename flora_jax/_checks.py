@@ -29,6 +29,7 @@ _STATIC = frozenset(
         "refresh_every",
         "resample_every",
         "should_skip_update_fn",
+        "steps",
         "weight_decay_mask",
         "weight_dimension_numbers",
     }

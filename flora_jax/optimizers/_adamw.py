@@ -8,7 +8,12 @@ import optax
 
 from flora_jax import _checks
 from flora_jax.projections import Projection
-from flora_jax.transforms import quantize_state, recipe, scale_in_subspace
+from flora_jax.transforms import (
+    orthogonalize,
+    quantize_state,
+    recipe,
+    scale_in_subspace,
+)
 
 
 def adamw_in_subspace(
@@ -24,6 +29,7 @@ def adamw_in_subspace(
     weight_decay: Any,
     weight_decay_mask: Any,
     state_dtype: str | None,
+    orthogonal: bool = False,
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam on sketches, decoupled weight decay in the full space, the learning rate.
@@ -40,6 +46,7 @@ def adamw_in_subspace(
       weight_decay: multiplied by the learning rate; None for none.
       weight_decay_mask: as ``mask`` of ``optax.add_decayed_weights``.
       state_dtype: dtype of ``quantize_state`` for both moments; None for float32.
+      orthogonal: whether the updates of matrices are orthogonalised.
       **settings: other arguments of ``scale_in_subspace``.
 
     Returns:
@@ -48,6 +55,7 @@ def adamw_in_subspace(
     _checks.check_number("b1", b1, 0, 1, "0.9 is Adam's")
     _checks.check_number("b2", b2, 0, 1, "0.999 is Adam's")
     _checks.check_number("eps", eps, 0, None, "1e-8 is Adam's")
+    _checks.check_bool("orthogonal", orthogonal)
     inner = optax.scale_by_adam(b1, b2, eps)
     tx = scale_in_subspace(
         inner, projection, rank, refresh_every, betas=(b1, b2), **settings
@@ -55,9 +63,14 @@ def adamw_in_subspace(
     if state_dtype is not None:
         fields = ("mu", "nu", *(("error",) if settings.get("error_feedback") else ()))
         tx = quantize_state(tx, state_dtype, fields=fields)
+    last = ()
+    if orthogonal:
+        names = "mask", "min_dim_size", "max_aspect_ratio", "weight_dimension_numbers"
+        last = (orthogonalize(**{name: settings[name] for name in names}),)
     return recipe(
         (),
         tx,
+        *last,
         *decay_and_rate(weight_decay, weight_decay_mask, learning_rate),
         params_for="" if weight_decay is None else f"{name}(weight_decay)",
     )

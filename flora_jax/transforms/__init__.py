@@ -21,6 +21,7 @@ from flora_jax.transforms._momentum import (
     compressed_momentum,
     momentum_part,
 )
+from flora_jax.transforms._orthogonalize import orthogonalize
 from flora_jax.transforms._parameter_scale import scale_by_parameter_scale
 from flora_jax.transforms._quantize_state import QuantizedState, quantize_state
 from flora_jax.transforms._subspace import SubspaceState, scale_in_subspace
@@ -39,6 +40,7 @@ __all__ = [
     "factored_rms_part",
     "has_updated",
     "momentum_part",
+    "orthogonalize",
     "quantize_state",
     "recipe",
     "scale_by_factored_rms",

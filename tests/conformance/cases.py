@@ -122,12 +122,13 @@ def _flora(name, b1, **options):
     return Case(f"flora-{name}", fj.flora, {"learning_rate": 0.1, "b1": b1, **options})
 
 
-def _adamw(factory, **options):
+def _adamw(factory, name="", **options):
     # Decays whose powers are far from 1: optax debiases in float32, where 1 - b2**t
     # has few digits otherwise, and other ones where b2 is an array.
     settings = {"learning_rate": 0.1, "b1": DECAY, "b2": 0.9}
     options = {**settings, "refresh_every": RESAMPLE_EVERY, **options}
-    return Case(factory.__name__.replace("_", "-"), factory, options)
+    name = factory.__name__.replace("_", "-") + name
+    return Case(name, factory, options)
 
 
 def _fira(setting, rate):
@@ -157,7 +158,8 @@ CASES = (
     _adamw(fj.apollo),
     _adamw(fj.apollo_mini),
     _adamw(fj.dct_adamw, error_feedback=True),
-    _adamw(fj.flora_adamw, stagger=True),
+    _adamw(fj.flora_adamw, weight_decay=0.01),
+    _adamw(fj.flora_adamw, "-plain", orthogonal=False, stagger=True),
     Case(
         "subspace",
         fj.scale_in_subspace,

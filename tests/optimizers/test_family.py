@@ -12,6 +12,7 @@ from tests.reference.apollo import apollo
 from tests.reference.dct import dct_adamw
 from tests.reference.fira import fira, flora_adamw
 from tests.reference.galore import galore
+from tests.reference.muon import orthogonalized
 from tests.transforms.bases import regenerated, singular_vectors, stepped
 from tests.transforms.settings import gradients_of
 
@@ -93,12 +94,22 @@ RECIPES = {
             w, g, rate, folds.RANKS[k], 1, left=left(k), **ALGORITHM
         ),
     ),
-    "flora_adamw": (
+    "flora_adamw-plain": (
         fj.flora_adamw,
-        {"refresh_every": EVERY},
+        {"refresh_every": EVERY, "orthogonal": False},
         ("wide", "cut"),
         lambda k, w, g: flora_adamw(
             w, g, drawn(ISOMETRY, k), rate, EVERY, "squared", left=left(k), **ALGORITHM
+        ),
+    ),
+    # The oracle runs on transposes where it sketches columns; so may its last step.
+    "flora_adamw": (
+        fj.flora_adamw,
+        {"refresh_every": EVERY},
+        ("tall", "wide", "cut", "stack"),
+        lambda k, w, g: flora_adamw(
+            w, g, drawn(ISOMETRY, k), rate, EVERY, "squared", left=left(k),
+            last=orthogonalized, **ALGORITHM,
         ),
     ),
 }  # fmt: skip

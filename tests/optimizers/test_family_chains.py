@@ -65,6 +65,12 @@ CHAINS = {
 }
 
 
+def last(factory):
+    """What comes after the subspace in a recipe."""
+    sizes = {name: value for name, value in COMMON.items() if name != "key"}
+    return [fj.orthogonalize(**sizes)] if factory is fj.flora_adamw else []
+
+
 @pytest.mark.parametrize("recipe", CHAINS)
 def test_equals_its_chain_with_the_papers_settings(recipe):
     factory, settings, arguments, (b2, eps) = CHAINS[recipe]
@@ -81,6 +87,7 @@ def test_equals_its_chain_with_the_papers_settings(recipe):
             **settings,
             **COMMON,
         ),
+        *last(factory),
         optax.add_decayed_weights(DECAY, mask),
         optax.scale_by_learning_rate(0.1),
     )
@@ -131,7 +138,8 @@ def test_equals_its_chain_with_the_papers_settings(recipe):
 def test_options_reach_the_subspace(factory, options, projection):
     # The chain has no default in common with the recipe.
     moved = {"transport": "squared"} if factory is fj.dct_adamw else {}
-    ours = factory(1.0, 4, projection=projection, **options, **ADAM, **COMMON)
+    plain = {"orthogonal": False} if factory is fj.flora_adamw else {}
+    ours = factory(1.0, 4, projection=projection, **options, **plain, **ADAM, **COMMON)
     chain = fj.scale_in_subspace(
         optax.scale_by_adam(**ADAM),
         projection,
@@ -148,6 +156,53 @@ def test_options_reach_the_subspace(factory, options, projection):
     np.testing.assert_array_equal(state[0].spec, last.spec)
 
 
+def test_flora_adamw_is_the_chain_with_orthogonalize():
+    # Only the mask says that square passes, and of stack only the dimension numbers.
+    params = {name: WEIGHTS[name] for name in ("square", "cut", "stack")}
+    numbers = {
+        "square": optax.contrib.MuonDimensionNumbers(0, 1),
+        "cut": optax.contrib.MuonDimensionNumbers((2, 0), 1),
+        "stack": None,
+    }
+    rules = {
+        "mask": {name: name != "square" for name in params},
+        "min_dim_size": 4,
+        "max_aspect_ratio": 40,
+        "weight_dimension_numbers": numbers,
+    }
+    adam = {"side": "larger", "key": 11, **rules}
+    ours = fj.flora_adamw(0.1, 3, weight_decay=DECAY, **ADAM, **adam)
+    chain = optax.chain(
+        fj.scale_in_subspace(
+            optax.scale_by_adam(**ADAM),
+            ISOMETRY,
+            3,
+            100,
+            betas=(B1, B2),
+            transport="squared",
+            residual="fira",
+            limiter=1.01,
+            **adam,
+        ),
+        fj.orthogonalize(**rules),
+        optax.add_decayed_weights(DECAY),
+        optax.scale_by_learning_rate(0.1),
+    )
+    types = (jax.eval_shape(tx.init, params) for tx in (ours, chain))
+    assert len(set(map(jax.tree.structure, types))) == 1
+    gradients = folds.gradients(2, tuple(params))
+    updates, _ = stepped(ours, gradients, params)
+    expected, _ = stepped(chain, gradients, params)
+    assert_close(updates, expected)
+    # It reaches the matrices and no other leaf.
+    plain = {**ADAM, **adam, "weight_decay": DECAY, "orthogonal": False}
+    dense, _ = stepped(fj.flora_adamw(0.1, 3, **plain), gradients[:1], params)
+    for name in ("square", "stack"):
+        assert_close(updates[0][name], dense[0][name])
+    norm = np.linalg.norm(dense[0]["cut"])
+    assert np.linalg.norm(updates[0]["cut"] - dense[0]["cut"]) > 0.1 * norm
+
+
 def test_every_recipe_is_here():
     named = {name for name in fj.__all__ if inspect.isfunction(getattr(fj, name))}
     ours = {
@@ -156,7 +211,8 @@ def test_every_recipe_is_here():
         if {"refresh_every", "learning_rate"}
         <= set(inspect.signature(getattr(fj, name)).parameters)
     }
-    assert set(RECIPES) == set(CHAINS) == ours
+    for table in (RECIPES, CHAINS):
+        assert {factory.__name__ for factory, *_ in table.values()} == ours
 
 
 OPTIONS = {

@@ -61,16 +61,24 @@ def flora_adamw(
     left=False,
     whole=False,
     gamma=1.01,
+    last=None,
 ):
     """Updates of all steps, as of ``subspace_adam``.
 
-    projection: epoch -> S with orthonormal rows, shared by all matrices.
+    projection: epoch -> S with orthonormal rows, shared by all matrices. last: what is
+    done to each direction, before weight decay and learning rate; None for nothing.
     """
+    made = direction(1.0, whole, "paper", gamma, 1 / 8)
+
+    def with_last(*arguments):
+        d, previous = made(*arguments)
+        return last(d), previous
+
     return subspace_adam(
         weights,
         gradients,
         regenerated(projection, refresh_every),
-        direction(1.0, whole, "paper", gamma, 1 / 8),
+        made if last is None else with_last,
         learning_rate,
         b1,
         b2,

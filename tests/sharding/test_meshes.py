@@ -121,6 +121,11 @@ def test_sharded_steps_are_those_of_one_device(case):
     if case.name == "subspace":
         # Power iterations enlarge the roundings of sums in another order.
         return assert_near((updates, state), (wanted, expected), 1e-4)
+    if case.takes("orthogonal") and case.option("orthogonal"):
+        # Its polynomial has a slope of 3.4445**5 = 485 at singular values near zero,
+        # and multiplies the roundings of 6e-8 of the norm by as much.
+        assert_near(updates, wanted, 1e-4)
+        return assert_close(state, expected, "float32")
     assert_close(updates, wanted, "float32")
     return assert_close(state, expected, "float32")
 
@@ -160,6 +165,12 @@ def test_no_gradient_is_gathered(case):
     exact = case.name in ("galore", "fira", "quantized")
     _, step, *_ = run_on_mesh(case)
     sent = collectives(step, "all-gather|all-reduce|reduce-scatter")
+    if case.takes("orthogonal") and case.option("orthogonal"):
+        # By its nature X Xᵀ needs every pair of rows: a sum of 64 x 64 numbers where
+        # only the longer side is cut, the whole matrix where the shorter one is. Never
+        # more than one matrix of a stack.
+        assert 64 * 64 <= max(sent) <= 64 * 96
+        return
     if not exact:
         assert max(sent, default=0) <= 12 * 96
     # The exact decomposition of a matrix wants it whole, in optax as here.

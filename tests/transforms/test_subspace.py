@@ -308,7 +308,15 @@ def test_injected_numbers_leave_the_state_as_it_is(factory, x64):
 
 def test_a_row_that_cancels_in_its_sketch_stays_bounded():
     # Two columns of one bucket: their sum is seen or their difference, not the other.
-    tx = fj.flora_adamw(1.0, 1, min_dim_size=2, limiter=None, refresh_every=None, key=3)
+    tx = fj.flora_adamw(
+        1.0,
+        1,
+        orthogonal=False,
+        min_dim_size=2,
+        limiter=None,
+        refresh_every=None,
+        key=3,
+    )
     step, state = jit(tx.update), tx.init({"w": jnp.zeros((2, 2))})
     largest = []
     for sign in (1.0, -1.0, 1.0):

@@ -1,0 +1,299 @@
+"""Updates of equal singular values, against float64, Muon and the polynomial itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flora_jax as fj
+from tests.common import assert_close
+from tests.conformance.cases import jit
+from tests.reference import folds
+from tests.reference.muon import orthogonalized, polynomial
+from tests.sharding.test_meshes import collectives
+
+P = jax.P
+# Roundings of 6e-8 of the norm, times the polynomial's slope of 3.4445**5 = 485 at
+# singular values near zero; relative to the largest entry.
+TOLERANCE = 1e-4
+# What five steps make of singular values from a hundredth of the norm to all of it.
+SMALLEST = 0.01
+LOW, HIGH = (
+    f(polynomial(np.geomspace(SMALLEST, 1, 100_001))) for f in (np.min, np.max)
+)
+
+
+def orthogonalize(updates, **settings):
+    """The updates of one compiled step."""
+    tx = fj.orthogonalize(**{"min_dim_size": 8, **settings})
+    state = tx.init(updates)
+    assert state == optax.EmptyState()
+    new, after = jit(tx.update)(updates, state)
+    assert after == state
+    return new
+
+
+def normal(shape, dtype=jnp.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def assert_near(actual, expected, tolerance=TOLERANCE):
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    atol = tolerance * np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+
+
+def with_singular_values(n, m, values, seed=0):
+    """A float32 matrix of n x m, and the orthogonal factors of it."""
+    rng = np.random.default_rng(seed)
+    left, _ = np.linalg.qr(rng.normal(size=(n, len(values))))
+    right, _ = np.linalg.qr(rng.normal(size=(m, len(values))))
+    return jnp.float32((left * values) @ right.T), left, right
+
+
+@pytest.mark.parametrize("settings", [{}, {"steps": 1}, {"steps": 3, "rms": 0.7}])
+def test_equals_the_oracle(settings):
+    (updates,) = folds.gradients(1)
+    new = orthogonalize(updates, **settings)
+    for name in folds.SHAPES:
+        matrices = folds.fold(name, updates[name])
+        expected = np.stack([orthogonalized(x, **settings) for x in matrices])
+        assert new[name].shape == updates[name].shape
+        assert_near(folds.fold(name, new[name]), expected)
+
+
+def test_equals_the_oracle_with_dimension_numbers_and_batch_axes():
+    # Rows are the last axis; both axes before the second are one batch.
+    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=3, output_axis=1)
+    x = normal((2, 16, 3, 12))
+    new = orthogonalize({"w": x}, weight_dimension_numbers=numbers)["w"]
+    for i in range(2):
+        for j in range(3):
+            expected = orthogonalized(np.asarray(x)[i, :, j, :])
+            assert_near(new[i, :, j, :], expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_updates_keep_their_dtype(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        updates = {"w": normal((16, 24), dtype), "b": normal((16,), dtype)}
+        new = orthogonalize(updates)
+        assert {x.dtype.name for x in jax.tree.leaves(new)} == {dtype}
+        # The arithmetic is float32's: only the result is rounded to less.
+        expected = orthogonalized(updates["w"])
+        if dtype in ("bfloat16", "float16"):
+            assert_close(new["w"], expected, dtype)
+        else:
+            assert_near(new["w"], expected)
+        np.testing.assert_array_equal(new["b"], updates["b"])
+
+
+@pytest.mark.parametrize(("n", "m"), [(24, 40), (40, 24), (24, 24)])
+def test_singular_values_are_the_polynomial_of_the_old(n, m):
+    values = np.geomspace(1, 1e-3, 24)
+    x, left, right = with_singular_values(n, m, values)
+    shares = values / np.linalg.norm(values)
+    inside = shares >= SMALLEST
+    assert 12 <= inside.sum() < 24
+    new = np.asarray(orthogonalize(x), np.float64) / (0.2 * np.sqrt(max(n, m)))
+    inner = left.T @ new @ right
+    # The vectors stay, and the values are the scalar polynomial's.
+    atol = TOLERANCE * HIGH
+    np.testing.assert_allclose(inner, np.diag(polynomial(shares)), rtol=0, atol=atol)
+    found = np.linalg.svd(new, compute_uv=False)
+    new_values = np.diag(inner)[inside]
+    assert LOW - atol <= new_values.min()
+    assert new_values.max() <= HIGH + atol
+    # No others were added.
+    np.testing.assert_allclose(
+        found, np.sort(polynomial(shares))[::-1], rtol=0, atol=atol
+    )
+
+
+def test_the_range_of_the_polynomial():
+    # What the documentation says of it, to its digits, and from which share of the norm
+    # on it holds.
+    values = polynomial(np.geomspace(0.002, 1, 100_001))
+    assert 0.68 < values.min() < 0.69
+    assert 1.2 < values.max() < 1.21
+    assert values.min() <= LOW
+    assert values.max() >= HIGH
+    assert polynomial(np.float64(0.001)) < 0.5
+
+
+@pytest.mark.parametrize("rms", [0.2, 1.0])
+@pytest.mark.parametrize(("n", "m"), [(16, 40), (40, 16), (32, 32)])
+def test_the_root_mean_square_of_equal_singular_values(n, m, rms):
+    x, *_ = with_singular_values(n, m, np.full(min(n, m), 3.0))
+    found = np.sqrt(np.mean(np.square(orthogonalize(x, rms=rms), dtype=np.float64)))
+    share = polynomial(1 / np.sqrt(min(n, m)))
+    assert LOW <= share <= HIGH
+    np.testing.assert_allclose(found, rms * share, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-12, 1e12, 1e25])
+def test_the_size_of_updates_has_no_effect(size):
+    x = normal((16, 24))
+    ours, expected = orthogonalize([x * jnp.float32(size), x])
+    assert_near(ours, expected)
+
+
+def test_each_matrix_of_a_stack_has_a_size_of_its_own():
+    sizes = jnp.float32([1e-20, 1.0, 1e20])[:, None, None]
+    x = normal((16, 24))
+    new = orthogonalize(sizes * x)
+    for matrix in new:
+        assert_near(matrix, orthogonalized(x))
+
+
+def test_zeros_stay_zeros_beside_others():
+    x = normal((3, 16, 24)).at[1].set(0)
+    new = orthogonalize({"stack": x, "zeros": jnp.zeros((24, 16))})
+    np.testing.assert_array_equal(new["zeros"], np.zeros((24, 16)))
+    np.testing.assert_array_equal(new["stack"][1], np.zeros((16, 24)))
+    for i in (0, 2):
+        assert_near(new["stack"][i], orthogonalized(x[i]))
+
+
+def test_nan_is_not_hidden():
+    x = normal((16, 24)).at[3, 4].set(jnp.nan)
+    assert np.isnan(orthogonalize(x)).all()
+
+
+@pytest.mark.parametrize("form", ["callable", "tree"])
+def test_leaves_that_pass(form):
+    shapes = {
+        "matrix": (16, 24),
+        "vector": (16,),
+        "scalar": (),
+        "narrow": (16, 4),
+        "long": (8, 200),
+        "embedding": (16, 32),
+    }
+    updates = {name: normal(shape) for name, shape in shapes.items()}
+    mask = {name: name != "embedding" for name in shapes}
+    if form == "callable":
+        masks, mask = mask, lambda path, shape: masks[path]
+    new = orthogonalize(updates, mask=mask)
+    for name in shapes:
+        if name != "matrix":
+            np.testing.assert_array_equal(new[name], updates[name], err_msg=name)
+    assert_near(new["matrix"], orthogonalized(updates["matrix"]))
+    # By the rules' own numbers the others would not pass.
+    new = orthogonalize(updates, min_dim_size=4, max_aspect_ratio=25)
+    for name in ("narrow", "long", "embedding"):
+        assert_near(new[name], orthogonalized(updates[name]))
+
+
+def test_small_matrices_pass_by_default():
+    updates = {"w": normal((128, 128)), "small": normal((127, 128))}
+    tx = fj.orthogonalize()
+    new, _ = jit(tx.update)(updates, tx.init(updates))
+    np.testing.assert_array_equal(new["small"], updates["small"])
+    assert_near(new["w"], orthogonalized(updates["w"]))
+
+
+def test_a_tree_without_leaves():
+    assert orthogonalize({}) == {}
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
+def test_equals_muon_without_momentum(shape):
+    updates = {"w": normal(shape)}
+    muon = optax.contrib.muon(1.0, beta=0.0, nesterov=False, consistent_rms=0.2)
+    expected, _ = jit(muon.update)(updates, muon.init(updates), updates)
+    assert_near(-orthogonalize(updates)["w"], expected["w"])
+
+
+def test_inject_hyperparams_traces_rms_and_leaves_steps():
+    inject = optax.inject_hyperparams(
+        fj.orthogonalize, static_args=fj.static_args(fj.orthogonalize)
+    )
+    x = normal((16, 24))
+    tx = inject(rms=0.3, min_dim_size=8)
+    state = tx.init(x)
+    assert set(state.hyperparams) == {"rms"}
+    assert_near(jit(tx.update)(x, state)[0], orthogonalized(x, rms=0.3))
+
+
+def test_extra_arguments_and_missing_leaves():
+    x = normal((16, 24))
+    tx = fj.orthogonalize(min_dim_size=8)
+    new, _ = jit(tx.update)({"w": x, "none": None}, tx.init(x), x, another=1)
+    assert new["none"] is None
+    assert_near(new["w"], orthogonalized(x))
+
+
+def test_rms_may_be_traced():
+    x = normal((16, 24))
+
+    @jit
+    def step(rms):
+        tx = fj.orthogonalize(rms=rms, min_dim_size=8)
+        return tx.update(x, tx.init(x))[0]
+
+    assert_near(step(jnp.float32(0.3)), orthogonalized(x, rms=0.3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"steps": 0}, ValueError, "`steps` must be positive, got steps=0; 5 is Muon"),
+        ({"steps": 2.5}, TypeError, r"`steps` must be an int, got steps=2\.5"),
+        ({"steps": True}, TypeError, "`steps` must be an int, got steps=True"),
+        ({"steps": jnp.int32(5)}, TypeError, "`steps`"),
+        ({"rms": -0.2}, ValueError, "`rms` must be at least 0, got rms=-0.2; 0.2 is"),
+        ({"rms": float("nan")}, ValueError, "`rms` must be at least 0, got rms=nan"),
+        ({"rms": "0.2"}, TypeError, "`rms` must be a real number, got '0.2'"),
+        ({"rms": None}, TypeError, "`rms` must be a real number, got None"),
+        ({"rms": jnp.ones(2)}, TypeError, r"`rms` must be a real number.*\(2,\)"),
+        ({"mask": "wte"}, TypeError, "`mask` must be a callable .* got mask='wte'"),
+        ({"mask": True}, TypeError, "`mask` must be a callable .* got mask=True"),
+        ({"min_dim_size": 0}, ValueError, "`min_dim_size` must be positive, got"),
+        ({"max_aspect_ratio": 0.5}, ValueError, "`max_aspect_ratio` must be at least"),
+    ],
+)
+def test_refuses(arguments, error, match):
+    with pytest.raises(error, match=match):
+        fj.orthogonalize(**arguments)
+
+
+def test_refuses_integers():
+    tx = fj.orthogonalize(min_dim_size=8)
+    with pytest.raises(TypeError, match="'w' must have a real floating dtype"):
+        tx.update({"w": jnp.ones((16, 24), jnp.int32)}, optax.EmptyState())
+
+
+# What a device sends of a matrix of 16 x 32, at most: where only the longer side is
+# cut, the sums of the 16 x 16 numbers of X Xᵀ; else the whole matrix.
+LAYOUTS = {
+    "longer": (P(None, ("data", "model")), 16 * 16),
+    "shorter": (P("data", None), 16 * 32),
+    "both": (P("data", "model"), 16 * 32),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_on_a_mesh(layout, kind):
+    spec, most = LAYOUTS[layout]
+    axis_types = (jax.sharding.AxisType[kind],) * 2
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=axis_types)
+    tall = P(*reversed(tuple(spec)))
+    specs = {"wide": spec, "tall": tall, "stack": P(None, *spec)}
+    shapes = {"wide": (16, 32), "tall": (32, 16), "stack": (3, 16, 32)}
+    updates = {name: normal(shape) for name, shape in shapes.items()}
+    where = {name: jax.NamedSharding(mesh, s) for name, s in specs.items()}
+    tx = fj.orthogonalize(min_dim_size=8)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(updates, where)
+        step = jit(lambda u: tx.update(u, tx.init(u))[0], out_shardings=where)
+        step = step.lower(placed).compile()
+        found = step(placed)
+    expected = orthogonalize(updates)
+    for name, update in found.items():
+        assert update.sharding.is_equivalent_to(where[name], update.ndim)
+        assert_near(update, expected[name])
+    sent = collectives(step, "all-gather|all-reduce|reduce-scatter|all-to-all")
+    assert max(sent) <= most
