@@ -19,8 +19,8 @@ METHODS = (
 )
 """The four trainings, in the order in which they run and are reported."""
 
-READINGS = ("paper", "interpolated")
-"""Readings of the FLORA momentum that a Gaussian projection allows."""
+READINGS = ("paper", "interpolated", "residual")
+"""Readings of the FLORA momentum; "residual" wants CountSketch, Orthogonal or SRHT."""
 
 PROJECTIONS = ("Gaussian", "Rademacher", "CountSketch", "Orthogonal", "SRHT")
 """Projections that flora_jax offers, by the names of their classes."""
@@ -92,10 +92,10 @@ class Config:
     """Rows of the projection: what a compressed matrix keeps of its width."""
     momentum: float = 0.9
     """Decay of the momentum, for the two momentum methods."""
-    resample_every: int = 50
-    """Updates between two projections of the FLORA momentum."""
+    resample_every: int | None = 50
+    """Updates between two projections of the FLORA momentum; None keeps the first."""
     reading: str = "paper"
-    """How the FLORA momentum becomes an update: paper or interpolated."""
+    """How the FLORA momentum becomes an update: paper, interpolated or residual."""
     projection: str = "CountSketch"
     """How matrices are sketched: CountSketch, Gaussian (the paper's), Rademacher,
     Orthogonal or SRHT."""
@@ -201,7 +201,7 @@ def _check_positive(config: Config) -> None:
     )
     for name in counts:
         value = getattr(config, name)
-        if value < 1:
+        if value is not None and value < 1:
             raise ConfigError(f"`{flag(name)}` must be at least 1, got {value}")
     rates = {"learning_rate": config.learning_rate} | {
         f"learning_rates.{name}": value
@@ -221,6 +221,11 @@ def _check_fractions(config: Config) -> None:
             f"`--reading` must be one of {', '.join(READINGS)}, got {config.reading!r}"
         )
     check_projection(config.projection)
+    if config.reading == "residual" and config.projection in ("Gaussian", "Rademacher"):
+        raise ConfigError(
+            f"`--reading residual` wants a projection of orthogonal rows, got "
+            f"`--projection` {config.projection}; use CountSketch, Orthogonal or SRHT"
+        )
     if not 0 <= config.momentum < 1:
         raise ConfigError(
             f"`--momentum` must be in [0, 1), got {config.momentum}; 0.9 is usual"

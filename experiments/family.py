@@ -12,10 +12,10 @@ import jax
 import optax
 
 import flora_jax as fj
-from experiments.config import Config
+from experiments import lora
 from experiments.models.build import Params
 from experiments.optimizers import matrices_only
-from experiments.state_bytes import leaf_plans, tree_bytes
+from experiments.state_bytes import tree_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +29,40 @@ class Setting:
     """Of the projections."""
     b2: float
     """Decay of the second moment, for those that have Adam's."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Other arguments of the recipe, projections by the name of their class."""
 
     @property
     def sketch(self) -> dict[str, Any]:
         """Arguments that all recipes have in common."""
-        return {"rank": self.rank, "key": self.seed, "mask": matrices_only}
+        options = dict(self.options)
+        if "projection" in options:
+            options["projection"] = _projection(options["projection"])
+        return {
+            "rank": self.rank,
+            "key": self.seed,
+            "mask": matrices_only,
+            **options,
+        }
 
     @property
     def moments(self) -> dict[str, Any]:
         """Arguments of those with Adam inside a subspace."""
-        return self.sketch | {"b2": self.b2, "refresh_every": self.refresh_every}
+        own = {"b2": self.b2, "refresh_every": self.refresh_every}
+        return own | self.sketch
+
+    @property
+    def resampled(self) -> dict[str, Any]:
+        """Arguments of those with a sketched momentum."""
+        return {"resample_every": self.refresh_every} | self.sketch
+
+
+def _projection(name: str) -> fj.Projection:
+    """Orthonormal rows where there is a choice."""
+    kind = getattr(fj, name)
+    if issubclass(kind, fj.AdaptiveProjection):
+        return kind()
+    return kind(scale="isometric")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,24 +75,36 @@ class Member:
     """Whether it has a rank to choose."""
 
 
-def _adamw_with_scale(
+def matrices(tree: Params) -> Any:
+    """Whether each leaf is one that the others sketch."""
+    plans = fj.plan_leaves(tree, 1, mask=matrices_only)
+    return jax.tree.map(
+        lambda plan: plan.dense_reason is None,
+        plans,
+        is_leaf=lambda node: isinstance(node, fj.LeafPlan),
+    )
+
+
+def _muon(
     rate: optax.ScalarOrSchedule, setting: Setting
 ) -> optax.GradientTransformation:
-    """AdamW with GaLore's factor for the matrices and no subspace."""
+    """Muon for the matrices that others sketch, Adam for all else, at one rate.
 
-    def matrices(tree: Params) -> Any:
-        plans = fj.plan_leaves(tree, setting.rank, mask=matrices_only)
-        return jax.tree.map(
-            lambda plan: plan.dense_reason is None,
-            plans,
-            is_leaf=lambda node: isinstance(node, fj.LeafPlan),
-        )
+    Its update has the size of Adam's (consistent_rms = 0.2), as its authors advise
+    where the two share a rate.
+    """
 
-    adamw = optax.adamw(rate, b2=setting.b2, weight_decay=0.0)
-    return optax.chain(adamw, optax.masked(optax.scale(0.25), matrices))
+    def specs(tree: Params) -> Any:
+        axes = optax.contrib.MuonDimensionNumbers()
+        return jax.tree.map(lambda own: axes if own else None, matrices(tree))
 
+    return optax.contrib.muon(
+        rate,
+        adam_b2=setting.b2,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=specs,
+    )
 
-_RANDOMIZED = fj.TopSVD(method="randomized")
 
 FAMILY = {
     "adamw": Member(
@@ -76,8 +112,12 @@ FAMILY = {
         lambda rate, s: optax.adamw(rate, b2=s.b2, weight_decay=0.0),
         ranked=False,
     ),
-    "adamw_scaled": Member(
-        "AdamW, matrices at a quarter of the rate", _adamw_with_scale, ranked=False
+    "adamw_int8": Member(
+        "AdamW, int8",
+        lambda rate, s: fj.quantize_state(
+            optax.adamw(rate, b2=s.b2, weight_decay=0.0), "int8"
+        ),
+        ranked=False,
     ),
     "adafactor": Member("Adafactor", lambda rate, s: optax.adafactor(rate), False),
     "adafactor_with_momentum": Member(
@@ -85,15 +125,18 @@ FAMILY = {
         lambda rate, s: optax.adafactor(rate, momentum=0.9),
         ranked=False,
     ),
-    "flora": Member(
-        "FLORA",
-        lambda rate, s: fj.flora(rate, resample_every=s.refresh_every, **s.sketch),
+    "adamw_orthogonal": Member(
+        "AdamW, orthogonalised",
+        lambda rate, s: optax.chain(
+            optax.scale_by_adam(b2=s.b2),
+            fj.orthogonalize(mask=matrices_only),
+            optax.scale_by_learning_rate(rate),
+        ),
+        ranked=False,
     ),
+    "muon": Member("Muon", _muon, ranked=False),
+    "flora": Member("FLORA", lambda rate, s: fj.flora(rate, **s.resampled)),
     "galore": Member("GaLore", lambda rate, s: fj.galore(rate, **s.moments)),
-    "galore_randomized": Member(
-        "GaLore, randomized SVD",
-        lambda rate, s: fj.galore(rate, projection=_RANDOMIZED, **s.moments),
-    ),
     "fira": Member("Fira", lambda rate, s: fj.fira(rate, **s.moments)),
     "apollo": Member("APOLLO", lambda rate, s: fj.apollo(rate, **s.moments)),
     "apollo_mini": Member(
@@ -105,34 +148,30 @@ FAMILY = {
         "DCT-AdamW",
         lambda rate, s: fj.dct_adamw(rate, **s.moments | {"refresh_every": 1}),
     ),
-    "dct_adamw_interval": Member(
-        "DCT-AdamW, renewed at intervals",
-        lambda rate, s: fj.dct_adamw(rate, **s.moments),
-    ),
     "flora_adamw": Member(
         "FLORA-AdamW", lambda rate, s: fj.flora_adamw(rate, **s.moments)
-    ),
-    "flora_adamw_int8": Member(
-        "FLORA-AdamW, int8",
-        lambda rate, s: fj.flora_adamw(rate, state_dtype="int8", **s.moments),
     ),
 }
 
 
-def measure(
-    tx: optax.GradientTransformation, config: Config, params: Params
-) -> tuple[int, int]:
+def measure(tx: optax.GradientTransformation, params: Params) -> tuple[int, int]:
     """Counts the bytes of a state, and those of the matrices alone; allocates nothing.
 
     Args:
         tx: the optimizer.
-        config: says which parameters are matrices that may be compressed.
-        params: parameters, or their shapes.
+        params: what it trains, or the shapes.
 
     Returns:
-        Bytes of the whole state, and of the state for those matrices alone.
+        Bytes of the whole state, and of the state for the matrices alone: those that
+        may be sketched, or LoRA's adapters in their place.
     """
-    pairs = zip(leaf_plans(config, params), jax.tree.leaves(params), strict=True)
-    matrices = {plan.path: leaf for plan, leaf in pairs if plan.dense_reason is None}
-    whole, part = (jax.eval_shape(tx.init, tree) for tree in (params, matrices))
+    chosen = jax.tree.leaves(matrices(params))
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for (path, leaf), own in zip(
+            jax.tree_util.tree_leaves_with_path(params), chosen, strict=True
+        )
+        if own or path[-1].key in lora.ADAPTERS
+    }
+    whole, part = (jax.eval_shape(tx.init, tree) for tree in (params, flat))
     return tree_bytes(whole), tree_bytes(part)

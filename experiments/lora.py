@@ -13,7 +13,8 @@ from flax import nnx, traverse_util
 
 from experiments.models.build import Params
 
-_ADAPTERS = ("lora_a", "lora_b")
+ADAPTERS = ("lora_a", "lora_b")
+"""Last names in the paths of the trained matrices A and B."""
 _HEAD = "lm_head"
 
 
@@ -78,7 +79,7 @@ def divide(params: Params, *, tune_rest: bool) -> tuple[Params, Params]:
     trained = {
         path: leaf
         for path, leaf in flat.items()
-        if path[-1] in _ADAPTERS or (tune_rest and path[-2:] != ("base", "kernel"))
+        if path[-1] in ADAPTERS or (tune_rest and path[-2:] != ("base", "kernel"))
     }
     frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
     return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
@@ -95,14 +96,14 @@ def merge(params: Params, rank: int, alpha: float) -> Params:
     flat = traverse_util.flatten_dict(params)
     merged = {}
     for path, leaf in flat.items():
-        if path[-1] in _ADAPTERS:
+        if path[-1] in ADAPTERS:
             continue
         if "base" not in path:
             merged[path] = leaf
             continue
         parent = path[: path.index("base")]
         if path[-1] == "kernel":
-            a, b = (flat[(*parent, name)] for name in _ADAPTERS)
+            a, b = (flat[(*parent, name)] for name in ADAPTERS)
             leaf = leaf + (alpha / rank * (a @ b)).astype(leaf.dtype)
         merged[(*parent, path[-1])] = leaf
     return traverse_util.unflatten_dict(merged)

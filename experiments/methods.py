@@ -70,15 +70,10 @@ def optimizer(config: Config, name: str) -> optax.GradientTransformationExtraArg
     """Returns the optimizer of the training called `name`."""
     method = METHODS[name]
     kept = "flora" if method.compressed else "full"
-    recipe = optimizers.Recipe(
+    recipe = optimizers.recipe(
+        config,
+        config.rank,
         accumulation=kept if method.kind == "accumulator" else "none",
         momentum=kept if method.kind == "momentum" else "none",
-        micro_batches=config.micro_batches,
-        b1=config.momentum,
-        rank=config.rank,
-        resample_every=config.resample_every,
-        reading=config.reading,
-        projection=config.projection,
-        seed=config.seed,
     )
     return optimizers.make(recipe, schedule(config, name))

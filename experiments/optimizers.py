@@ -1,7 +1,7 @@
 """The optimizers of all trainings: what FLORA replaces is one line in each pair."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import optax
 
@@ -24,13 +24,35 @@ class Recipe:
     b1: float
     """Decay of the momentum."""
     rank: int
-    resample_every: int
-    """Updates between two projections of the momentum."""
+    resample_every: int | None
+    """Updates between two projections of the momentum; None for a single one."""
     reading: str
     projection: str
     seed: int
     """Of the projections."""
     base: Literal["adafactor", "adam", "sgd"] = "adafactor"
+
+
+def recipe(
+    config: Any,
+    rank: int,
+    accumulation: Kept,
+    momentum: Kept,
+    base: Literal["adafactor", "adam", "sgd"] = "adafactor",
+) -> Recipe:
+    """Returns the recipe that the settings of a pretraining or a fine-tuning give."""
+    return Recipe(
+        base=base,
+        accumulation=accumulation,
+        momentum=momentum,
+        micro_batches=config.micro_batches,
+        b1=config.momentum,
+        rank=rank,
+        resample_every=config.resample_every,
+        reading=config.reading,
+        projection=config.projection,
+        seed=config.seed,
+    )
 
 
 def matrices_only(path: str, shape: tuple[int, ...]) -> bool:

@@ -1,48 +1,49 @@
 """A grid of short trainings, one JSON line each: `python -m experiments.sweep`.
 
-The grid is a file. For each method, projection and rank in it, every learning rate is
-run at the first seed, and the best of them at the other seeds. Methods with rates of
+The grid is a file. For each method, rank and further setting in it, every learning rate
+is run at the first seed, and the best of them at the other seeds. Methods with rates of
 their own stand in groups. A run that stands in the results is not run again: interrupt
 it at any moment, and the same command goes on. At the end a table and a picture are
 written beside the results.
 """
 
-import dataclasses
+import concurrent.futures
+import functools
 import hashlib
 import itertools
 import json
-import math
+import multiprocessing
+import os
 import pathlib
-import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import jax
-import optax
 import tyro
 from rich.progress import Progress
 
 from experiments import (
-    family,
+    claims_report,
     family_report,
-    loop,
-    methods,
     records,
-    state_bytes,
+    resampling_report,
     sweep_report,
 )
-from experiments.checkpoints import State
-from experiments.config import Config, ConfigError
-from experiments.data import Data, batches, load
+from experiments.config import ConfigError
 from experiments.family import FAMILY
-from experiments.methods import METHODS
-from experiments.models import GPT2Config, create
+from experiments.finetune.methods import METHODS
 from experiments.run import versions
-from experiments.training import problem
+from experiments.sweep_bench import Bench
+from experiments.sweep_tasks import Cell, Sources
 
-Cell = dict[str, Any]
+_METHODS = {*FAMILY, *METHODS, "adafactor_momentum"}
+_REPORTS = {
+    "projections": sweep_report,
+    "family": family_report,
+    "claims": claims_report,
+    "resampling": resampling_report,
+}
 
 
 def parts(grid: dict[str, Any]) -> list[dict[str, Any]]:
@@ -54,19 +55,25 @@ def parts(grid: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def cells(grid: dict[str, Any]) -> list[Cell]:
-    """Returns the combinations of method, projection, rank and decay in a group.
+    """Returns the combinations of method, projection, rank and so on in a group.
 
-    Uncompressed methods have neither projection nor rank, and come once; members of the
-    family have no projection to choose.
+    Methods that keep nothing compressed have neither projection nor rank, and come
+    once for each of the other settings.
     """
     found = []
     for method in grid["methods"]:
-        axes = {"projection": grid.get("projections"), "rank": grid.get("ranks")}
+        if method not in _METHODS:
+            raise ConfigError(
+                f"`methods` of the grid got {method!r}, which is none of "
+                f"{', '.join(sorted(_METHODS))}"
+            )
+        axes = {"rank": grid.get("ranks"), "options": grid.get("options")}
         if method in FAMILY:
-            ranks = grid["ranks"] if FAMILY[method].ranked else None
-            axes = {"rank": ranks, "b2": grid.get("b2")}
-        elif not METHODS[method].compressed:
-            axes = {}
+            axes["b2"] = grid.get("b2")
+        else:
+            axes = {"projection": grid.get("projections")} | axes
+        if not _ranked(method):
+            axes = {key: axes[key] for key in axes if key in ("options", "b2")}
         axes = {name: values for name, values in axes.items() if values is not None}
         found += [
             {"method": method} | dict(zip(axes, values, strict=True))
@@ -75,11 +82,17 @@ def cells(grid: dict[str, Any]) -> list[Cell]:
     return found
 
 
-def config_of(settings: dict[str, Any]) -> Config:
-    """Returns the settings that all runs of a grid share."""
-    fields = dict(settings)
-    model = GPT2Config(**fields.pop("model", {}))
-    return Config(model=model, **fields)
+def title(cell: Cell) -> str:
+    """Returns a cell in words, for example "flora_adamw rank 16 b2 0.99"."""
+    settings = {key: cell[key] for key in cell if key not in ("method", "options")}
+    pairs = (settings | cell.get("options", {})).items()
+    return " ".join([cell["method"], *(f"{name} {value}" for name, value in pairs)])
+
+
+def _ranked(method: str) -> bool:
+    if method in FAMILY:
+        return FAMILY[method].ranked
+    return method in METHODS and METHODS[method].ranked
 
 
 def run_id(settings: dict[str, Any]) -> str:
@@ -88,113 +101,19 @@ def run_id(settings: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-class Bench:
-    """The compiled step of one cell; learning rate and seed are its arguments."""
-
-    def __init__(self, cell: Cell, settings: dict[str, Any], data: Data):
-        """Compiles the step."""
-        chosen = {key: cell[key] for key in ("projection", "rank") if key in cell}
-        self._cell = cell
-        if cell["method"] in METHODS:
-            chosen["methods"] = (cell["method"],)
-        # At a peak of 1: updates are linear in the learning rate, which comes later.
-        self.config = dataclasses.replace(
-            config_of(settings), learning_rate=1.0, **chosen
-        )
-        self.config.validate()
-        self._data = data
-        state, graphdef = self.start(0)
-        self.parts = 1
-        if cell["method"] in FAMILY:
-            tx = self._optimizer(self.config, 1.0)
-            self.bytes = family.measure(tx, self.config, state.params)
-        else:
-            method = METHODS[cell["method"]]
-            self.parts = method.micro_batches(self.config)
-            found = state_bytes.measure(method, self.config, *state)
-            self.bytes = found.state, found.compressible
-        self._problem = problem(self.config, data, graphdef)
-        started = time.perf_counter()
-        tokens = self._problem.batches[0]
-        step = jax.jit(self._step, donate_argnums=0)
-        part = tokens[: len(tokens) // self.parts]
-        self._compiled = step.lower(state, part, 0.1).compile()
-        self.compile_seconds = time.perf_counter() - started
-
-    def start(self, seed: int) -> tuple[State, Any]:
-        """Returns the state that a training starts from, and the model's graph."""
-        config = dataclasses.replace(self.config, seed=seed)
-        tx = self._optimizer(config, 1.0)
-        graphdef, params = create(config.model, seed)
-        return State(params, tx.init(params)), graphdef
-
-    def _optimizer(
-        self, config: Config, rate: jax.typing.ArrayLike
-    ) -> optax.GradientTransformation:
-        name = self._cell["method"]
-        if name in FAMILY:
-            setting = family.Setting(
-                rank=config.rank,
-                refresh_every=config.resample_every,
-                seed=config.seed,
-                b2=self._cell.get("b2", 0.999),
-            )
-            tx = FAMILY[name].make(methods.schedule(config, name), setting)
-        else:
-            tx = methods.optimizer(config, name)
-        return optax.chain(tx, optax.scale(rate))
-
-    def _step(
-        self, state: State, tokens: jax.Array, rate: float
-    ) -> tuple[State, jax.Array]:
-        tx = self._optimizer(self.config, rate)
-        key = jax.random.key(0)  # There is no dropout here.
-        return loop.training_step(self._problem.loss, tx, state, {}, tokens, key)
-
-    def train(self, rate: float, seed: int) -> dict[str, Any]:
-        """Trains once; losses are None if it diverged."""
-        state, _ = self.start(seed)
-        order = batches(self._data, self.config.batch_size, seed)
-        losses, seconds = [], []
-        for number in range(self.config.updates):
-            started = time.perf_counter()
-            parts = order[number].reshape(self.parts, -1, order[number].shape[-1])
-            total = 0.0
-            for tokens in parts:
-                state, loss = self._compiled(state, tokens, rate)
-                total += float(loss)
-            losses.append(total / self.parts)
-            seconds.append(time.perf_counter() - started)
-        tenth = max(1, len(losses) // 10)
-        return {
-            "train_loss": _finite(statistics.mean(losses[-tenth:])),
-            "validation_loss": _finite(
-                self._problem.evaluate(state.params, {})["validation_loss"]
-            ),
-            "step_seconds": statistics.median(seconds),
-            "compile_seconds": self.compile_seconds,
-            "state_bytes": self.bytes[0],
-            "matrix_bytes": self.bytes[1],
-        }
-
-
-def _finite(loss: float) -> float | None:
-    return loss if math.isfinite(loss) else None
-
-
 def run_cell(
-    cell: Cell, grid: dict[str, Any], data: Data, done: dict[str, records.Row]
+    cell: Cell, grid: dict[str, Any], sources: Sources, done: dict[str, records.Row]
 ) -> Iterator[records.Row]:
     """Yields the rows of one cell, those already done included."""
     bench: list[Bench] = []
 
     def run(rate: float, seed: int) -> records.Row:
         settings = grid["settings"] | cell | {"learning_rate": rate, "seed": seed}
-        name = run_id(settings | {"corpus": data.fingerprint})
+        name = run_id(settings | {"corpus": sources.fingerprint})
         if name in done:
             return done[name]
         if not bench:
-            bench.append(Bench(cell, grid["settings"], data))
+            bench.append(Bench(sources.task(cell)))
         started = time.perf_counter()
         result = bench[0].train(float(rate), seed)
         seconds = time.perf_counter() - started
@@ -219,41 +138,102 @@ def run_cell(
         yield run(sweep_report.best_rate(tuned), seed)
 
 
+@functools.lru_cache(maxsize=1)
+def _sources(settings: str, *places: Any) -> Sources:
+    """The data, once in each process."""
+    return Sources(json.loads(settings), *places)
+
+
+def _run_and_append(
+    cell: Cell, part: dict[str, Any], output: pathlib.Path, places: tuple[Any, ...]
+) -> None:
+    """Runs what is missing of one cell."""
+    sources = _sources(json.dumps(part["settings"]), *places)
+    done = {row["id"]: row for row in records.read_rows(output)}
+    for row in run_cell(cell, part, sources, done):
+        if row["id"] not in done:
+            records.append_row(output, row)
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            return  # It was killed, and nobody waits for the rest.
+
+
+def _pin(cores: Any) -> None:
+    """Gives a worker a core of its own, before its first computation."""
+    os.sched_setaffinity(0, {cores.get()})
+
+
+def _each(
+    run: Callable[..., None], jobs: list[tuple[Cell, dict[str, Any]]], workers: int
+) -> Iterable[str]:
+    """Runs the jobs and yields the title of each one that is done."""
+    titles = [title(cell) for cell, _ in jobs]
+    if workers == 1:
+        for name, job in zip(titles, jobs, strict=True):
+            run(*job)
+            yield name
+        return
+    context = multiprocessing.get_context("spawn")
+    cores = context.Queue()
+    for _, core in zip(range(workers), sorted(os.sched_getaffinity(0)), strict=False):
+        cores.put(core)
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, context, initializer=_pin, initargs=(cores,)
+    ) as pool:
+        futures = {
+            pool.submit(run, *job): name for name, job in zip(titles, jobs, strict=True)
+        }
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def sweep(
     grid_path: pathlib.Path,
     output: pathlib.Path,
     data_dir: pathlib.Path,
     corpus_dir: pathlib.Path | None = None,
+    only: str = "",
+    workers: int = 1,
 ) -> None:
     """Runs a grid and appends to its results.
 
     Args:
-        grid_path: JSON with methods, projections, ranks, learning_rates, seeds, and the
-            settings of `python -m experiments` that all runs share; or with groups,
-            each of which says some of these for itself. Members of the family have
-            values of b2 for Adam's decay. With extensions, how often a best rate at an
+        grid_path: JSON with methods, ranks, learning_rates, seeds, a report, and the
+            settings that all runs share: those of `python -m experiments`, or of
+            `python -m experiments.finetune` where they name a dataset; or with groups,
+            each of which says some of these for itself. Further axes are projections,
+            b2 (Adam's decay), and options: settings, or arguments of the optimizer,
+            that replace what is shared. With extensions, how often a best rate at an
             end of its grid is followed by the next one outwards.
         output: JSON lines, one per run; a table and a picture go beside it.
         data_dir: where the packed corpus is kept.
         corpus_dir: Python sources in place of the standard library.
+        only: runs the cells that have this in their titles.
+        workers: how many cells run at a time, each on a core of its own.
     """
+    cores = os.cpu_count() or 1
+    if not 1 <= workers <= cores:
+        raise ConfigError(f"`--workers` must be from 1 to {cores} cores, got {workers}")
     grid = json.loads(grid_path.read_text())
-    done = {row["id"]: row for row in records.resume_rows(output)}
-    shared = config_of(grid["settings"])
-    data = load(dataclasses.replace(shared, data_dir=data_dir, corpus_dir=corpus_dir))
-    todo = [(part, cell) for part in parts(grid) for cell in cells(part)]
+    report = _REPORTS[grid["report"]]  # Before hours of training.
+    places = data_dir, corpus_dir
+    _sources(json.dumps(grid["settings"]), *places)  # Errors, and files, come here.
+    records.resume_rows(output)
+    jobs = [(cell, part) for part in parts(grid) for cell in cells(part)]
+    jobs = [job for job in jobs if only in title(job[0])]
+    if not jobs:
+        raise ConfigError(f"`--only` {only!r} is in the title of no cell of the grid")
+    run = functools.partial(_run_and_append, output=output, places=places)
     with Progress() as progress:
-        bar = progress.add_task("cells", total=len(todo))
-        for part, cell in todo:
-            label = " ".join(str(value) for value in cell.values())
-            progress.update(bar, description=label)
-            for row in run_cell(cell, part, data, done):
-                if row["id"] not in done:
-                    done[row["id"]] = row
-                    records.append_row(output, row)
-            progress.advance(bar)
-    found = sweep_report.summarise(list(done.values()))
-    report = family_report if "groups" in grid else sweep_report
+        bar = progress.add_task("cells", total=len(jobs))
+        for finished in _each(run, jobs, workers):
+            progress.update(bar, description=finished, advance=1)
+    found = sweep_report.summarise(records.read_rows(output))
     output.with_suffix(".md").write_text(report.table(found))
     report.draw(found, output.with_suffix(".png"))
 
@@ -263,6 +243,8 @@ def main(
     output: pathlib.Path,
     data_dir: pathlib.Path = pathlib.Path("runs/data"),
     corpus_dir: pathlib.Path | None = None,
+    only: str = "",
+    workers: int = 1,
 ) -> int:
     """Runs a grid of short trainings; finished runs are skipped.
 
@@ -272,9 +254,12 @@ def main(
             (.png) are written beside it.
         data_dir: where the tokenizer and the packed examples are kept.
         corpus_dir: folder of Python sources in place of the standard library.
+        only: run the cells that have this text in their titles, for example
+            "flora_adamw rank 32"; all if it is empty.
+        workers: cells that run at a time, each in a process on a core of its own.
     """
     try:
-        sweep(grid, output, data_dir, corpus_dir)
+        sweep(grid, output, data_dir, corpus_dir, only, workers)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

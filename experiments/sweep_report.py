@@ -13,14 +13,8 @@ from matplotlib.figure import Figure
 from experiments.methods import METHODS
 from experiments.records import Row
 
-# From the palette of Okabe and Ito; the marks differ in shape too.
-_STYLES = (
-    ("#0072B2", "o"),
-    ("#D55E00", "s"),
-    ("#009E73", "^"),
-    ("#CC79A7", "D"),
-    ("#56B4E9", "v"),
-)
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
+"""Of Okabe and Ito, told apart by the colour-blind too; marks differ in shape."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,27 +25,43 @@ class Cell:
     projection: str | None
     rank: int | None
     b2: float | None
+    options: str
+    """What else was set, as "name value, ..."."""
     learning_rate: float
-    losses: tuple[float, ...]
-    """Validation losses of the seeds, in nats per token."""
+    rows: tuple[Row, ...]
+    """The runs of the seeds at that rate."""
     step_seconds: float
     """Median over the runs of the median wall time of an update."""
-    state_bytes: int | None = None
-    """Of the whole optimizer state."""
-    matrix_bytes: int | None = None
-    """Of its part that compression is about."""
 
     @property
     def mean(self) -> float:
-        """Mean validation loss."""
-        return statistics.fmean(self.losses)
+        """Mean validation loss, in nats per token; infinite if a seed diverged."""
+        return self.statistics("validation_loss")[0]
 
     @property
     def error(self) -> float:
         """Standard error of the mean; zero for a single seed."""
-        if len(self.losses) < 2:
-            return 0.0
-        return statistics.stdev(self.losses) / math.sqrt(len(self.losses))
+        return self.statistics("validation_loss")[1]
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the whole optimizer state."""
+        return self.rows[0]["state_bytes"]
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Of its part that compression is about."""
+        return self.rows[0]["matrix_bytes"]
+
+    def statistics(self, metric: str) -> tuple[float, float]:
+        """Returns mean and standard error of a metric over the seeds."""
+        values = [row[metric] for row in self.rows]
+        if None in values:
+            return math.inf, 0.0
+        error = 0.0
+        if len(values) > 1:
+            error = statistics.stdev(values) / math.sqrt(len(values))
+        return statistics.fmean(values), error
 
 
 def best_rate(rows: Sequence[Row]) -> float:
@@ -74,6 +84,8 @@ def summarise(rows: Sequence[Row]) -> list[Cell]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         key = tuple(row.get(name) for name in ("method", "projection", "rank", "b2"))
+        options = row.get("options", {})
+        key += (", ".join(f"{name} {value}" for name, value in options.items()),)
         groups.setdefault(key, []).append(row)
     cells = []
     for key, group in groups.items():
@@ -81,12 +93,8 @@ def summarise(rows: Sequence[Row]) -> list[Cell]:
             continue
         rate = best_rate([row for row in group if row["seed"] == group[0]["seed"]])
         chosen = [row for row in group if row["learning_rate"] == rate]
-        losses = [row["validation_loss"] for row in chosen]
-        if None in losses:  # A seed diverged where the first did not.
-            losses = [math.inf]
         seconds = statistics.median(row["step_seconds"] for row in group)
-        kept = group[0].get("state_bytes"), group[0].get("matrix_bytes")
-        cells.append(Cell(*key, rate, tuple(losses), seconds, *kept))
+        cells.append(Cell(*key, rate, tuple(chosen), seconds))
     return cells
 
 
@@ -132,7 +140,8 @@ def _panel(axes: Axes, cells: Sequence[Cell]) -> None:
             axes.axhspan(low, high, color="black", alpha=0.1)
     ranks = sorted({cell.rank for cell in cells if cell.rank is not None})
     names = list(dict.fromkeys(cell.projection for cell in cells if cell.projection))
-    for i, (name, (colour, mark)) in enumerate(zip(names, _STYLES, strict=False)):
+    styles = zip(names, PALETTE, "os^Dv", strict=False)
+    for i, (name, colour, mark) in enumerate(styles):
         mine = [cell for cell in cells if cell.projection == name]
         axes.errorbar(
             [ranks.index(cell.rank) + 0.12 * (i - len(names) / 2) for cell in mine],

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from experiments import devices, loop, methods, processes, records, state_bytes
+from experiments import devices, loop, lora, methods, processes, records, state_bytes
 from experiments.checkpoints import State
 from experiments.config import Config, flag
 from experiments.data import Data, batches
@@ -92,17 +92,16 @@ class MethodTraining:
 
 
 def problem(config: Config, dataset: Data, graphdef: Any) -> loop.Problem:
-    """Returns next-token prediction on the packed corpus."""
+    """Returns next-token prediction on the packed corpus, all parameters trained."""
 
     def loss(params: Any, frozen: Any, tokens: jax.Array, key: jax.Array) -> jax.Array:
-        del frozen  # All parameters are trained.
         key = key if config.model.dropout else None
-        return mean_loss(graphdef, params, {"tokens": tokens}, key)
+        return mean_loss(graphdef, lora.join(params, frozen), {"tokens": tokens}, key)
 
     evaluate = jax.jit(functools.partial(mean_loss, graphdef))
 
     def validation_loss(params: Any, frozen: Any) -> dict[str, float]:
-        del frozen
+        params = lora.join(params, frozen)
         total, examples = 0.0, dataset.validation
         for start in range(0, len(examples), config.batch_size):
             chunk = examples[start : start + config.batch_size]

@@ -54,16 +54,11 @@ def optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer of the method called `name`."""
     method = METHODS[name]
-    recipe = optimizers.Recipe(
-        base=config.optimizer,
-        accumulation=method.accumulation,
-        momentum=method.momentum,
-        micro_batches=config.micro_batches,
-        b1=config.momentum,
-        rank=rank or 1,  # of no meaning where the method has none
-        resample_every=config.resample_every,
-        reading=config.reading,
-        projection=config.projection,
-        seed=config.seed,
+    recipe = optimizers.recipe(
+        config,
+        rank or 1,  # of no meaning where the method has none
+        method.accumulation,
+        method.momentum,
+        config.optimizer,
     )
     return optimizers.make(recipe, schedule(config, name))

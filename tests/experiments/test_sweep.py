@@ -3,30 +3,36 @@
 import argparse
 import hashlib
 import json
+import os
 import pathlib
 
-import jax
 import pytest
 
 from experiments import family, records, sweep, sweep_report
-from experiments.models import create
+from experiments.config import ConfigError
+from experiments.finetune.config import Config as FinetuneConfig
+from experiments.sweep_tasks import config_of
 from tests.experiments.job import TINY
+
+FOLDER = pathlib.Path(sweep.__file__).parent
+SETTINGS = {
+    "model": vars(TINY.model),
+    "updates": 3,
+    "batch_size": TINY.batch_size,
+    "micro_batches": TINY.micro_batches,
+    "eval_examples": 4,
+}
 
 
 def grid(tmp_path, **changes):
     content = {
+        "report": "projections",
         "methods": ["adafactor_momentum", "flora_accumulation"],
         "projections": ["CountSketch"],
         "ranks": [TINY.rank],
         "learning_rates": [0.01, 0.1],
         "seeds": [0, 1],
-        "settings": {
-            "model": vars(TINY.model),
-            "updates": 3,
-            "batch_size": TINY.batch_size,
-            "micro_batches": TINY.micro_batches,
-            "eval_examples": 4,
-        },
+        "settings": SETTINGS,
     } | changes
     path = tmp_path / "grid.json"
     path.write_text(json.dumps(content))
@@ -74,20 +80,69 @@ def test_cells_of_the_family():
     ]
 
 
+def test_cells_with_options():
+    """Each of them for every method, those without a rank included; and titles."""
+    cells = sweep.cells(
+        {
+            "methods": ["none", "muon", "lora_momentum", "flora"],
+            "ranks": [4, 8],
+            "options": [{}, {"reading": "residual", "resample_every": None}],
+        }
+    )
+    options = [{}, {"reading": "residual", "resample_every": None}]
+    assert cells == [
+        {"method": method} | rank | {"options": option}
+        for method, ranks in (
+            ("none", [{}]),
+            ("muon", [{}]),
+            ("lora_momentum", [{"rank": 4}, {"rank": 8}]),
+            ("flora", [{"rank": 4}, {"rank": 8}]),
+        )
+        for rank in ranks
+        for option in options
+    ]
+    assert [sweep.title(cell) for cell in cells[-2:]] == [
+        "flora rank 8",
+        "flora rank 8 reading residual resample_every None",
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(FOLDER.glob("sweeps/*.json")), ids=lambda path: path.stem
+)
+def test_grids_make_sense(path):
+    """Found out before the hours that they take."""
+    grid = json.loads(path.read_text())
+    assert grid["report"] in sweep._REPORTS
+    settings = dict(grid["settings"])
+    settings.pop("dense_learning_rate", None)
+    tuned = "dataset" in settings
+    for part in sweep.parts(grid):
+        assert part["learning_rates"]
+        assert part["seeds"]
+        for cell in sweep.cells(part):
+            options = cell.get("options", {})
+            if cell["method"] in family.FAMILY:
+                setting = family.Setting(cell.get("rank", 1), 10, 0, 0.9, options)
+                assert family.FAMILY[cell["method"]].make(0.1, setting)
+            elif tuned:
+                FinetuneConfig(**settings | options).validate()
+            else:
+                known = "projection", "rank"
+                own = {name: cell[name] for name in known if name in cell}
+                config_of(settings | own | options).validate()
+
+
 @pytest.mark.parametrize(
     ("name", "results"),
-    [("projections", "projections/projections"), ("family", "family/quality")],
+    [("projections", "projections/projections")],
 )
 def test_results_in_the_repository_are_those_of_their_grid(name, results):
-    folder = pathlib.Path(sweep.__file__).parent
-    grid = json.loads((folder / f"sweeps/{name}.json").read_text())
-    sweep.config_of(grid["settings"]).validate()
+    grid = json.loads((FOLDER / f"sweeps/{name}.json").read_text())
     known = [cell for part in sweep.parts(grid) for cell in sweep.cells(part)]
-    rows = records.read_rows(folder / f"results/{results}.jsonl")
-    found = [
-        {key: row[key] for key in ("method", "projection", "rank", "b2") if key in row}
-        for row in rows
-    ]
+    rows = records.read_rows(FOLDER / f"results/{results}.jsonl")
+    axes = ("method", "projection", "rank", "b2", "options")
+    found = [{key: row[key] for key in axes if key in row} for row in rows]
     assert all(cell in known for cell in found)
     assert all(cell in found for cell in known)
     assert all(
@@ -117,11 +172,11 @@ def test_beyond_the_grid(rates, best, expected):
     assert sweep_report.beyond(rates, best) == expected
 
 
-def test_a_best_rate_at_the_end_is_followed_by_one_more(monkeypatch, tiny):
+def test_a_best_rate_at_the_end_is_followed_by_one_more(monkeypatch):
     """Once; the other seeds run at the best of all."""
 
     class Bench:
-        def __init__(self, cell, settings, data):
+        def __init__(self, task):
             pass
 
         def train(self, rate, seed):
@@ -129,82 +184,16 @@ def test_a_best_rate_at_the_end_is_followed_by_one_more(monkeypatch, tiny):
 
     monkeypatch.setattr(sweep, "Bench", Bench)
     grid = {"learning_rates": [0.1, 0.2], "seeds": [0, 1], "settings": {}}
-    cell, data = {"method": "adamw"}, argparse.Namespace(fingerprint="")
+    cell = {"method": "adamw"}
+    sources = argparse.Namespace(fingerprint="", task=lambda cell: None)
 
     def runs(**extra):
-        rows = sweep.run_cell(cell, grid | extra, data, {})
+        rows = sweep.run_cell(cell, grid | extra, sources, {})
         return [(row["learning_rate"], row["seed"]) for row in rows]
 
     assert runs() == [(0.1, 0), (0.2, 0), (0.2, 1)]
     assert runs(extensions=1) == [(0.1, 0), (0.2, 0), (0.4, 0), (0.4, 1)]
     assert runs(extensions=2)[-2:] == [(0.8, 0), (0.8, 1)]
-
-
-def test_trains_the_family(tmp_path, tiny):
-    """One member, from the grid to table and picture; bytes are counted by hand."""
-    content = {
-        "groups": [{"methods": ["flora_adamw"], "learning_rates": [0.02]}],
-        "b2": [0.9],
-        "ranks": [TINY.rank],
-        "seeds": [0, 1],
-        "settings": {
-            "model": vars(TINY.model),
-            "updates": 3,
-            "batch_size": TINY.batch_size,
-            "eval_examples": 4,
-            "resample_every": 2,
-        },
-    }
-    path, output = tmp_path / "grid.json", tmp_path / "results.jsonl"
-    path.write_text(json.dumps(content))
-    sweep.sweep(path, output, tiny.data_dir, tiny.corpus_dir)
-    rows = records.read_rows(output)
-    assert [(row["learning_rate"], row["seed"]) for row in rows] == [
-        (0.02, 0),
-        (0.02, 1),
-    ]
-    first, second = (row["validation_loss"] for row in rows)
-    assert first != second
-    assert max(first, second) < 5.7  # log(300) = 5.70 at the start
-    width, rank = TINY.model.width, TINY.rank
-    longer = 3 * width + width + 4 * width + 4 * width  # qkv, output, up and down
-    kept = 2 * 4 * rank * longer
-    assert 0 <= rows[0]["matrix_bytes"] - kept < 400  # counts, keys, limiters
-    saved = measured("adamw").state_bytes - rows[0]["state_bytes"]
-    assert 0 <= 2 * 4 * width * longer - kept - saved < 400
-
-    (cell,) = sweep_report.summarise(rows)
-    assert (cell.b2, cell.matrix_bytes) == (0.9, rows[0]["matrix_bytes"])
-    assert (
-        f"| FLORA-AdamW | {rank} | 0.9 | 0.02 | {cell.mean:.3f} ± {cell.error:.3f} "
-        f"| {cell.state_bytes / 1e6:.2f} | {cell.matrix_bytes / 1e6:.2f} |"
-    ) in output.with_suffix(".md").read_text().splitlines()
-    assert output.with_suffix(".png").stat().st_size > 10_000
-
-
-def measured(name):
-    tx = family.FAMILY[name].make(1.0, family.Setting(TINY.rank, 2, 0, 0.9))
-    params = jax.eval_shape(lambda: create(TINY.model, 0)[1])
-    state, matrices = family.measure(tx, TINY, params)
-    return argparse.Namespace(state_bytes=state, matrix_bytes=matrices)
-
-
-def test_bytes_of_adamw():
-    """Two numbers of four bytes for each parameter."""
-    found = measured("adamw")
-    width = TINY.model.width
-    assert 0 <= found.matrix_bytes - 2 * 4 * 12 * width**2 < 50  # a count or two
-    params = jax.eval_shape(lambda: create(TINY.model, 0)[1])
-    numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert 0 <= found.state_bytes - 2 * 4 * numbers < 50
-
-
-def test_best_rate_leaves_out_what_diverged():
-    rows = [
-        {"learning_rate": rate, "validation_loss": loss}
-        for rate, loss in ((0.1, 5.0), (0.2, 4.0), (0.4, None))
-    ]
-    assert sweep_report.best_rate(rows) == 0.2
 
 
 def test_is_resumed_after_a_kill(tmp_path, tiny):
@@ -223,7 +212,7 @@ def test_is_resumed_after_a_kill(tmp_path, tiny):
         assert mine[2]["validation_loss"] > 0
 
     cells = sweep_report.summarise(rows)
-    assert [len(cell.losses) for cell in cells] == [2, 2]
+    assert [len(cell.rows) for cell in cells] == [2, 2]
     table = output.with_suffix(".md").read_text()
     assert f"| CountSketch | {TINY.rank} |" in table
     assert f"{cells[1].mean:.3f} ± {cells[1].error:.3f}" in table
@@ -254,11 +243,49 @@ def test_a_cell_that_always_diverges(tmp_path, tiny, monkeypatch):
     assert output.with_suffix(".md").read_text().count("\n") == 2
 
 
-def test_a_seed_that_diverges_at_the_best_rate():
-    rows = [
-        {"method": "flora_momentum", "rank": 8, "projection": "SRHT", "seed": seed}
-        | {"learning_rate": 0.1, "validation_loss": loss, "step_seconds": 0.1}
-        for seed, loss in ((0, 4.0), (1, None))
-    ]
-    (cell,) = sweep_report.summarise(rows)
-    assert cell.mean == float("inf")
+def test_only_what_is_asked_for(tmp_path, tiny, monkeypatch, capsys):
+    """A text in no title is one line; another leaves the other cells alone."""
+
+    def train(self, rate, seed):
+        return {"validation_loss": rate, "step_seconds": 0.1}
+
+    monkeypatch.setattr(sweep.Bench, "train", train)
+    arguments = grid(tmp_path), tmp_path / "out.jsonl", tiny.data_dir, tiny.corpus_dir
+    assert sweep.main(*arguments, only="rank 17") == 2
+    message = "error: `--only` 'rank 17' is in the title of no cell of the grid\n"
+    assert capsys.readouterr().err == message
+    assert sweep.main(*arguments, only=f"rank {TINY.rank}") == 0
+    rows = records.read_rows(tmp_path / "out.jsonl")
+    assert {row["method"] for row in rows} == {"flora_accumulation"}
+
+
+@pytest.mark.parametrize("workers", [0, 10_000])
+def test_a_worker_needs_a_core(workers, tmp_path):
+    """One without would wait for its core for ever."""
+    with pytest.raises(ConfigError, match=rf"`--workers` must be .* got {workers}"):
+        sweep.sweep(grid(tmp_path), tmp_path / "out.jsonl", tmp_path, workers=workers)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a core for each worker")
+def test_two_workers_find_what_one_does(tmp_path, tiny, monkeypatch):
+    """Other processes, and rows in any order."""
+    path = grid(tmp_path, learning_rates=[0.1], seeds=[0])
+    # As the processes of this test compile: for one device, and quickly.
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    found = []
+    for workers in (1, 2):
+        output = tmp_path / f"{workers}.jsonl"
+        sweep.sweep(path, output, tiny.data_dir, tiny.corpus_dir, workers=workers)
+        rows = sorted(records.read_rows(output), key=lambda row: row["method"])
+        for row in rows:
+            for name in ("seconds", "step_seconds", "compile_seconds"):
+                del row[name]
+        found.append(rows)
+        assert output.with_suffix(".png").stat().st_size > 10_000
+    assert len(found[0]) == 2
+    for one, two in zip(*found, strict=True):
+        for name in ("train_loss", "validation_loss"):
+            # Sums on other numbers of threads.
+            assert two.pop(name) == pytest.approx(one.pop(name), rel=1e-5)
+        assert one == two

@@ -1,0 +1,111 @@
+"""What trainings on the paper's claims found: metrics beside memory, by method."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.family import FAMILY
+from experiments.finetune.methods import METHODS
+from experiments.sweep_report import PALETTE, Cell
+
+_METRICS = {
+    "validation_loss": "validation loss (nats per token)",
+    "rouge1": "ROUGE-1",
+    "rougeL": "ROUGE-L",
+    "bleu": "BLEU",
+    "exact_match": "exact match (%)",
+}
+_KINDS = ("flora", "lora")
+"""In the names of methods; those of the uncompressed ones have neither."""
+
+
+def title(cell: Cell) -> str:
+    """Returns the name of a cell's method, with rank and what was set."""
+    titles = FAMILY if cell.method in FAMILY else METHODS
+    parts = [titles[cell.method].title]
+    parts += [f"r={cell.rank}"] if cell.rank is not None else []
+    parts += [cell.options] if cell.options else []
+    return ", ".join(parts)
+
+
+def _metrics(cells: Sequence[Cell]) -> list[str]:
+    return [name for name in _METRICS if name in cells[0].rows[0]]
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Returns the cells as a Markdown table, in the grid's order."""
+    if not cells:
+        return "Every run diverged.\n"
+    names = _metrics(cells)
+    heads = [_METRICS[name].split(" (")[0] for name in names]
+    columns = [
+        "method",
+        "learning rate",
+        *heads,
+        "trained, MB",
+        "state, MB",
+        "step, MB",
+    ]
+    lines = [_line(columns), _line(["---"] + ["---:"] * (len(columns) - 1))]
+    for cell in cells:
+        sizes = [cell.rows[0][f"{name}_bytes"] for name in ("trained", "state", "step")]
+        digits = [3 if name == "validation_loss" else 1 for name in names]
+        scores = [
+            f"{mean:.{places}f} ± {error:.{places}f}"
+            for places, (mean, error) in zip(
+                digits, map(cell.statistics, names), strict=True
+            )
+        ]
+        lines.append(
+            _line(
+                [
+                    title(cell),
+                    f"{cell.learning_rate:g}",
+                    *scores,
+                    *(f"{size / 1e6:.2f}" for size in sizes),
+                ]
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:
+    """Draws a panel per metric, with a row per method; bars are standard errors."""
+    cells = [cell for cell in cells if math.isfinite(cell.mean)]
+    if not cells:
+        return  # The table says so.
+    names = _metrics(cells)
+    height = 1.2 + 0.32 * len(cells)
+    figure = Figure(figsize=(3 + 2.6 * len(names), height), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        _dots(axes, cells, name)
+        axes.set_xlabel(_METRICS[name])
+    panels[0].set_yticks(range(len(cells)), [title(cell) for cell in cells])
+    panels[0].invert_yaxis()
+    figure.suptitle("Mean and standard error over seeds", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _dots(axes: Axes, cells: Sequence[Cell], name: str) -> None:
+    for place, cell in enumerate(cells):
+        mean, error = cell.statistics(name)
+        kinds = [kind in cell.method for kind in _KINDS]
+        look = kinds.index(True) if any(kinds) else len(_KINDS)
+        axes.errorbar(
+            [mean],
+            [place],
+            xerr=[error],
+            color=PALETTE[look],
+            marker="osD"[look],
+            linestyle="none",
+            capsize=3,
+        )
+    axes.grid(alpha=0.3)

@@ -1,0 +1,192 @@
+"""What a cell of a grid trains: from random numbers, or a fine-tuning."""
+
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+
+from experiments import family, lora, records, sweep
+from experiments.sweep_bench import Bench
+from experiments.sweep_tasks import Sources
+from tests.experiments import phrases
+from tests.experiments.job import TINY
+
+WIDTH = TINY.model.width
+SIDES = WIDTH * (1 + 3) + WIDTH * (1 + 1) + WIDTH * (1 + 4) + WIDTH * (4 + 1)
+SETTINGS = {
+    "model": vars(TINY.model),
+    "updates": 3,
+    "batch_size": TINY.batch_size,
+    "micro_batches": TINY.micro_batches,
+    "rank": TINY.rank,
+    "eval_examples": 4,
+}
+
+
+def sources(tiny, **settings):
+    return Sources(SETTINGS | settings, tiny.data_dir, tiny.corpus_dir)
+
+
+def test_a_fine_tuning(tmp_path, monkeypatch):
+    """FLORA and LoRA, from the grid to table and picture."""
+    phrases.shrink(monkeypatch)
+    rank = 8
+    content = {
+        "report": "claims",
+        "methods": ["flora_accumulation", "lora_accumulation"],
+        "ranks": [rank],
+        "learning_rates": [0.05],
+        "seeds": [0, 1],
+        "settings": {
+            "dataset": "phrases",
+            "model": "gpt2-tiny",
+            "updates": 2,
+            "batch_size": 8,
+            "micro_batches": 2,
+            "vocab_size": 300,
+            "source_length": 12,
+            "target_length": 12,
+            "decode_examples": 4,
+        },
+    }
+    path, output = tmp_path / "grid.json", tmp_path / "out.jsonl"
+    path.write_text(json.dumps(content))
+    sweep.sweep(path, output, tmp_path)
+    rows = records.read_rows(output)
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        (method, seed) for method in content["methods"] for seed in (0, 1)
+    ]
+    for row in rows:
+        # Of some 300 tokens each is as likely at first.
+        assert 0 < row["validation_loss"] < np.log(300) + 0.1
+        assert row["perplexity"] == pytest.approx(np.exp(row["validation_loss"]))
+        assert all(0 <= row[name] <= 100 for name in ("exact_match", "bleu", "chrf"))
+        assert row["step_bytes"] > row["state_bytes"] > row["matrix_bytes"]
+    assert len({row["validation_loss"] for row in rows}) == 4
+    flora, _, adapted, _ = rows
+    kernels = 12 * WIDTH**2
+    assert flora["trained_bytes"] - adapted["trained_bytes"] == 4 * (
+        kernels - rank * SIDES
+    )
+    # Sketches of the smaller sides, and Adafactor's rows and columns.
+    sketches = rank * WIDTH * (3 + 1 + 4 + 4)
+    assert 0 <= flora["matrix_bytes"] - 4 * (sketches + SIDES) < 400
+    # The accumulator of A and B, which are too narrow for Adafactor to factor.
+    assert 0 <= adapted["matrix_bytes"] - 2 * 4 * rank * SIDES < 400
+    table = output.with_suffix(".md").read_text()
+    assert f"| FLORA accumulation, r={rank} | 0.05 | " in table
+    assert f"| LoRA accumulation, r={rank} | 0.05 | " in table
+    assert "| validation loss | BLEU | exact match | trained, MB |" in table
+    assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_adapters_from_random_numbers(tiny):
+    """They start as the model without, and all but the kernels is trained."""
+    data = sources(tiny)
+    task = data.task({"method": "lora_momentum", "rank": 4})
+    start = task.start(0)
+    plain = data.task({"method": "none"})
+    without = plain.start(0)
+    loss = task.judge(start.state.params, start.frozen)["validation_loss"]
+    assert loss == plain.judge(without.state.params, {})["validation_loss"]
+
+    frozen, before = traverse_util.flatten_dict(start.frozen), without.state.params
+    assert {path[-2:] for path in frozen} == {("base", "kernel")}
+    assert len(frozen) == 4
+    for path, leaf in frozen.items():
+        own = traverse_util.flatten_dict(before)[(*path[:-2], "kernel")]
+        np.testing.assert_array_equal(leaf, own)
+    row = Bench(task).train(0.05, 0)
+    assert row["validation_loss"] < loss
+    # Momentum and Adafactor's second moment.
+    assert 0 <= row["matrix_bytes"] - 2 * 4 * 4 * SIDES < 400
+    adapters = {
+        path[-1]
+        for path in traverse_util.flatten_dict(start.state.params)
+        if path[-1] in lora.ADAPTERS
+    }
+    assert adapters == set(lora.ADAPTERS)
+
+
+def test_the_rest_has_the_same_adam_in_all_methods(tiny):
+    """Whatever the method and its rate, which is the matrices' alone."""
+    dense_rate, decay = 0.03, 0.99
+    data = sources(tiny, dense_learning_rate=dense_rate)
+    rng = np.random.default_rng(0)
+    found = {}
+    for cell in (
+        {"method": "adamw", "b2": 0.9},
+        {"method": "flora_adamw", "rank": TINY.rank, "b2": 0.9},
+        {"method": "muon"},
+    ):
+        task = data.task(cell)
+        state = task.start(0).state
+        if not found:
+            grads = jax.tree.map(
+                lambda x: np.float32(rng.normal(size=x.shape)), state.params
+            )
+
+        @jax.jit
+        def update(rate, state, task=task, grads=grads):
+            tx = task.optimizer(rate)
+            return tx.update(grads, state.opt_state, state.params)[0]
+
+        for rate in (0.0, 0.01, 0.02):
+            found[cell["method"], rate] = update(rate, state)
+    chosen = jax.tree.leaves(family.matrices(grads))
+    assert sorted(set(chosen)) == [False, True]
+    # With no warm-up in three updates, the first is at the peak.
+    adam = optax.adam(dense_rate, b2=decay)
+    expected = jax.tree.leaves(adam.update(grads, adam.init(grads))[0])
+    for (method, rate), updates in found.items():
+        pairs = zip(chosen, jax.tree.leaves(updates), expected, strict=True)
+        for own, update, adams in pairs:
+            if not own:
+                np.testing.assert_allclose(update, adams, rtol=1e-5)
+            elif rate == 0:
+                assert not np.any(update)
+            else:
+                assert np.any(update)
+        if rate == 0.02:
+            half = jax.tree.leaves(found[method, 0.01])
+            for own, update, other in zip(
+                chosen, jax.tree.leaves(updates), half, strict=True
+            ):
+                # Twice the rate is exact, but for where XLA multiplies by it.
+                factor = 2 if own else 1
+                np.testing.assert_allclose(update, factor * other, rtol=1e-6)
+
+
+def test_the_rate_of_the_matrices_in_a_training(tiny):
+    """At zero, two methods do the same; and they move the rest."""
+    data = sources(tiny, dense_learning_rate=0.03)
+    losses = []
+    for name in ("adamw", "muon"):
+        task = data.task({"method": name})
+        losses.append(Bench(task).train(0.0, 0)["validation_loss"])
+    start = task.start(0)
+    first = task.judge(start.state.params, {})["validation_loss"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] < first - 0.01
+
+
+def test_options_reach_the_training(tiny):
+    """Of a method of the main job, and of a member of the family."""
+    data = sources(tiny)
+    for method in ("flora_momentum", "flora"):
+        cell = {"method": method, "rank": TINY.rank}
+        reading = {"options": {"reading": "interpolated"}}
+        found = []
+        for options in ({}, reading):
+            task = data.task(cell | options)
+            state = task.start(0).state
+            tx = task.optimizer(0.1)
+            grads = jax.tree.map(np.ones_like, state.params)
+            updates, _ = jax.jit(tx.update)(grads, state.opt_state, state.params)
+            found.append(jax.tree.leaves(updates))
+        chosen = jax.tree.leaves(family.matrices(grads))
+        for own, update, other in zip(chosen, *found, strict=True):
+            assert not own or np.any(update != other), method
