@@ -11,6 +11,12 @@ from experiments.family import FAMILY
 from experiments.sweep_report import PALETTE, Cell
 
 _MARKS = "osD^v<>Phd*pX"
+_WORDS = {
+    "orthogonal True": "",  # The default.
+    "orthogonal False": "not orthogonalised",
+    "state_dtype int8": "int8",
+}
+"""Of options, where their own would be long."""
 
 
 def table(cells: Sequence[Cell]) -> str:
@@ -39,8 +45,8 @@ def table(cells: Sequence[Cell]) -> str:
 
 def title(cell: Cell) -> str:
     """Returns the name of a cell's optimizer, with what was set."""
-    name = FAMILY[cell.method].title
-    return f"{name}, {cell.options}" if cell.options else name
+    words = [_WORDS.get(option, option) for option in cell.options.split(", ")]
+    return ", ".join(filter(None, [FAMILY[cell.method].title, *words]))
 
 
 def _reference(cells: Sequence[Cell]) -> Cell | None:
@@ -73,12 +79,12 @@ def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:
     groups: dict[tuple[str, float | None], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((title(cell), cell.b2), []).append(cell)
-    decays = {cell.b2 for cell in cells if cell.b2 is not None}
+    names = [name for name, _ in groups]
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     axes = figure.subplots()
     for place, ((name, decay), mine) in enumerate(groups.items()):
         mine.sort(key=lambda cell: cell.matrix_bytes)
-        suffix = f", b2 {decay}" if decay is not None and len(decays) > 1 else ""
+        suffix = f", b2 {decay}" if names.count(name) > 1 else ""
         axes.errorbar(
             [cell.matrix_bytes / 1e6 for cell in mine],
             [cell.mean for cell in mine],

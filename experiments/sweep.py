@@ -213,7 +213,7 @@ def sweep(
         output: JSON lines, one per run; a table and a picture go beside it.
         data_dir: where the packed corpus is kept.
         corpus_dir: Python sources in place of the standard library.
-        only: runs the cells that have this in their titles.
+        only: runs the cell of this title, or those that have it in their titles.
         workers: how many cells run at a time, each on a core of its own.
     """
     cores = os.cpu_count() or 1
@@ -225,7 +225,8 @@ def sweep(
     _sources(json.dumps(grid["settings"]), *places)  # Errors, and files, come here.
     records.resume_rows(output)
     jobs = [(cell, part) for part in parts(grid) for cell in cells(part)]
-    jobs = [job for job in jobs if only in title(job[0])]
+    exact = [job for job in jobs if only == title(job[0])]
+    jobs = exact or [job for job in jobs if only in title(job[0])]
     if not jobs:
         raise ConfigError(f"`--only` {only!r} is in the title of no cell of the grid")
     run = functools.partial(_run_and_append, output=output, places=places)
@@ -254,8 +255,8 @@ def main(
             (.png) are written beside it.
         data_dir: where the tokenizer and the packed examples are kept.
         corpus_dir: folder of Python sources in place of the standard library.
-        only: run the cells that have this text in their titles, for example
-            "flora_adamw rank 32"; all if it is empty.
+        only: run the cell that has this title, for example "adamw b2 0.99", or else all
+            that have it in their titles; all of the grid if it is empty.
         workers: cells that run at a time, each in a process on a core of its own.
     """
     try:

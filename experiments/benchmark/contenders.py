@@ -117,16 +117,31 @@ def ours(ranks: Sequence[int]) -> Iterator[Contender]:
             )
 
 
+def _muon_axes(params: Any) -> Any:
+    """Muon for the matrices that ours sketch; the embeddings get its Adam."""
+    return jax.tree.map(
+        lambda plan: (
+            None
+            if plan.dense_reason
+            else optax.contrib.MuonDimensionNumbers(plan.row_axes, plan.column_axes)
+        ),
+        fj.plan_leaves(params, 1),
+        is_leaf=lambda node: isinstance(node, fj.LeafPlan),
+    )
+
+
 def family_peers(stacked: bool, dtype: str) -> Iterator[Contender]:
     """What optax offers beside the family, at its own defaults."""
     yield _optimizer("optax.adamw", optax.adamw(_RATE))
+    muon = optax.contrib.muon(_RATE, muon_weight_dimension_numbers=_muon_axes)
+    yield _optimizer("optax.contrib.muon", muon)
     wanted = ("optax.adam", "optax.adafactor(momentum)", "optax.contrib.galore")
     yield from (each for each in peers(stacked, dtype) if each.name in wanted)
 
 
 def family(ranks: Sequence[int]) -> Iterator[Contender]:
     """Each recipe without a new basis, and with new ones for all matrices at once."""
-    randomized = fj.TopSVD(method="randomized")
+    randomized, plain = fj.TopSVD(method="randomized"), {"orthogonal": False}
     yield from _both("apollo_mini", fj.apollo_mini(_RATE), 1)
     for rank in ranks:
         yield from _both("galore(exact)", fj.galore(_RATE, rank), rank, slow=True)
@@ -140,11 +155,16 @@ def family(ranks: Sequence[int]) -> Iterator[Contender]:
             ("fira(randomized)", fj.fira, {"projection": randomized}),
             ("apollo", fj.apollo, {}),
             ("dct_adamw(refresh_every=200)", fj.dct_adamw, {"refresh_every": 200}),
-            ("flora_adamw", fj.flora_adamw, {}),
-            ("flora_adamw(int8)", fj.flora_adamw, {"state_dtype": "int8"}),
+            ("flora_adamw(orthogonal=False)", fj.flora_adamw, plain),
+            (
+                "flora_adamw(orthogonal=False, int8)",
+                fj.flora_adamw,
+                plain | {"state_dtype": "int8"},
+            ),
         ):
             yield from _both(name, recipe(_RATE, rank, **settings), rank)
         yield _optimizer("dct_adamw", fj.dct_adamw(_RATE, rank), rank=rank)
+        yield _optimizer("flora_adamw", fj.flora_adamw(_RATE, rank), rank=rank)
 
 
 def _both(

@@ -257,6 +257,13 @@ def test_only_what_is_asked_for(tmp_path, tiny, monkeypatch, capsys):
     assert sweep.main(*arguments, only=f"rank {TINY.rank}") == 0
     rows = records.read_rows(tmp_path / "out.jsonl")
     assert {row["method"] for row in rows} == {"flora_accumulation"}
+    # A whole title is one cell, though it is the beginning of another.
+    options = [{"momentum": 0.5}, {"momentum": 0.5, "resample_every": 2}]
+    again = grid(tmp_path, methods=["adafactor_momentum"], options=options)
+    whole = "adafactor_momentum momentum 0.5"
+    assert sweep.main(again, *arguments[1:], only=whole) == 0
+    new = records.read_rows(tmp_path / "out.jsonl")[len(rows) :]
+    assert [row["options"] for row in new] == [options[0]] * len(new) != []
 
 
 @pytest.mark.parametrize("workers", [0, 10_000])
