@@ -296,7 +296,7 @@ class TestMemory:
             kept.append(state)
             return add(state)
 
-        # About half of 112 MiB: some was free before.
-        size, arrays = grown(step, jnp.zeros(4 * 4096))
+        # Of 900 MiB: some was free before, up to 90 after the tests that came before.
+        size, arrays = grown(step, jnp.zeros(32 * 4096))
         assert arrays == 1800
-        assert size > 28 * 2**20
+        assert size > 450 * 2**20
