@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.family import FAMILY
-from experiments.finetune.methods import METHODS
+from experiments import family_report
 from experiments.sweep_report import PALETTE, Cell
 
 _METRICS = {
@@ -24,11 +23,8 @@ _KINDS = ("flora", "lora")
 
 def title(cell: Cell) -> str:
     """Returns the name of a cell's method, with rank and what was set."""
-    titles = FAMILY if cell.method in FAMILY else METHODS
-    parts = [titles[cell.method].title]
-    parts += [f"r={cell.rank}"] if cell.rank is not None else []
-    parts += [cell.options] if cell.options else []
-    return ", ".join(parts)
+    name = family_report.title(cell)
+    return name if cell.rank is None else f"{name}, r={cell.rank}"
 
 
 def _metrics(cells: Sequence[Cell]) -> list[str]:
@@ -36,7 +32,7 @@ def _metrics(cells: Sequence[Cell]) -> list[str]:
 
 
 def table(cells: Sequence[Cell]) -> str:
-    """Returns the cells as a Markdown table, in the grid's order."""
+    """Returns the cells as a Markdown table, the lowest loss first."""
     if not cells:
         return "Every run diverged.\n"
     names = _metrics(cells)
@@ -50,7 +46,7 @@ def table(cells: Sequence[Cell]) -> str:
         "step, MB",
     ]
     lines = [_line(columns), _line(["---"] + ["---:"] * (len(columns) - 1))]
-    for cell in cells:
+    for cell in sorted(cells, key=lambda cell: cell.mean):
         sizes = [cell.rows[0][f"{name}_bytes"] for name in ("trained", "state", "step")]
         digits = [3 if name == "validation_loss" else 1 for name in names]
         scores = [
@@ -79,16 +75,19 @@ def _line(cells: Sequence[str]) -> str:
 def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:
     """Draws a panel per metric, with a row per method; bars are standard errors."""
     cells = [cell for cell in cells if math.isfinite(cell.mean)]
+    cells.sort(key=lambda cell: cell.mean)
     if not cells:
         return  # The table says so.
     names = _metrics(cells)
-    height = 1.2 + 0.32 * len(cells)
-    figure = Figure(figsize=(3 + 2.6 * len(names), height), layout="constrained")
+    titles = [title(cell) for cell in cells]
+    longest = 0.085 * max(map(len, titles))  # Inches.
+    size = longest + 3.2 * len(names), 1.2 + 0.28 * len(cells)
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         _dots(axes, cells, name)
         axes.set_xlabel(_METRICS[name])
-    panels[0].set_yticks(range(len(cells)), [title(cell) for cell in cells])
+    panels[0].set_yticks(range(len(cells)), titles)
     panels[0].invert_yaxis()
     figure.suptitle("Mean and standard error over seeds", fontsize=10)
     figure.savefig(path, dpi=150)

@@ -53,8 +53,9 @@ class Setting:
 
     @property
     def resampled(self) -> dict[str, Any]:
-        """Arguments of those with a sketched momentum."""
-        return {"resample_every": self.refresh_every} | self.sketch
+        """Arguments of those with a sketched momentum; the paper's, if not set."""
+        paper = {"resample_every": self.refresh_every, "reading": "paper"}
+        return paper | self.sketch
 
 
 def _projection(name: str) -> fj.Projection:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from experiments.family import FAMILY
+from experiments.finetune.methods import METHODS
 from experiments.sweep_report import PALETTE, Cell
 
 _MARKS = "osD^v<>Phd*pX"
@@ -32,21 +33,24 @@ def table(cells: Sequence[Cell]) -> str:
         f"| --- |{' ---: |' * 9}",
     ]
     for cell in sorted(cells, key=lambda cell: cell.mean):
-        share = cell.matrix_bytes / reference.matrix_bytes if reference else math.nan
+        share = ""
+        if reference is not None:
+            share = f"{cell.matrix_bytes / reference.matrix_bytes:.3f}"
         lines.append(
             f"| {title(cell)} | {cell.rank or ''} | {cell.b2 or ''} "
             f"| {cell.learning_rate:g} | {cell.mean:.3f} ± {cell.error:.3f} "
             f"| {_difference(cell, reference)} | {cell.matrix_bytes / 1e6:.2f} "
-            f"| {share:.3f} | {cell.state_bytes / 1e6:.2f} "
+            f"| {share} | {cell.state_bytes / 1e6:.2f} "
             f"| {1000 * cell.step_seconds:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def title(cell: Cell) -> str:
-    """Returns the name of a cell's optimizer, with what was set."""
+    """Returns the name of a cell's optimizer or method, with what was set."""
+    titles = FAMILY if cell.method in FAMILY else METHODS
     words = [_WORDS.get(option, option) for option in cell.options.split(", ")]
-    return ", ".join(filter(None, [FAMILY[cell.method].title, *words]))
+    return ", ".join(filter(None, [titles[cell.method].title, *words]))
 
 
 def _reference(cells: Sequence[Cell]) -> Cell | None:

@@ -20,7 +20,10 @@ def stability_limit(decay: float, rank: int, width: int) -> float:
 
 
 def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:
-    """Draws loss over the interval, "never" at the right, and the stability limit."""
+    """Draws loss over the interval, "never" at the right, and the stability limit.
+
+    All cells are of one rank, whose limit it is.
+    """
     cells = [cell for cell in cells if math.isfinite(cell.mean)]
     if not cells:
         return  # The table says so.

@@ -64,7 +64,10 @@ class Sources:
         self.config: Config | FinetuneConfig
         self.data: Data | Prepared
         if "dataset" in settings:
-            self.config = FinetuneConfig(**settings, data_dir=data_dir)
+            fields = dict(settings)
+            if "checkpoint" in fields:
+                fields["checkpoint"] = pathlib.Path(fields["checkpoint"])
+            self.config = FinetuneConfig(**fields, data_dir=data_dir)
             self.data = prepare(self.config)
         else:
             fields = dict(settings)

@@ -98,7 +98,7 @@ def ours(ranks: Sequence[int]) -> Iterator[Contender]:
     """FLORA with each projection, the accumulations with the two that matter."""
     for rank in ranks:
         for projection in PROJECTIONS:
-            tx = fj.flora(_RATE, rank, projection=projection)
+            tx = fj.flora(_RATE, rank, reading="paper", projection=projection)
             yield _optimizer(f"flora({_name(projection)})", tx, rank=rank)
         for projection in PROJECTIONS[:2]:
             tx = fj.compressed_accumulation(
@@ -107,7 +107,7 @@ def ours(ranks: Sequence[int]) -> Iterator[Contender]:
             name = f"compressed_accumulation({_name(projection)})"
             yield _optimizer(name, tx, "micro-step", rank=rank)
             yield _accumulator(projection, rank)
-            tx = fj.flora(_RATE, rank, projection=projection)
+            tx = fj.flora(_RATE, rank, reading="paper", projection=projection)
             yield _optimizer(
                 f"flora({_name(projection)})",
                 tx,
@@ -165,6 +165,7 @@ def family(ranks: Sequence[int]) -> Iterator[Contender]:
             yield from _both(name, recipe(_RATE, rank, **settings), rank)
         yield _optimizer("dct_adamw", fj.dct_adamw(_RATE, rank), rank=rank)
         yield _optimizer("flora_adamw", fj.flora_adamw(_RATE, rank), rank=rank)
+        yield _optimizer("flora", fj.flora(_RATE, rank), rank=rank)
 
 
 def _both(
@@ -181,7 +182,7 @@ def compiled_only(rank: int = 64) -> Iterator[Contender]:
     yield _optimizer("optax.adafactor", optax.adafactor(_RATE))
     yield _optimizer("optax.adafactor(momentum)", optax.adafactor(_RATE, momentum=0.9))
     for projection in PROJECTIONS[:2]:
-        tx = fj.flora(_RATE, rank, projection=projection)
+        tx = fj.flora(_RATE, rank, reading="paper", projection=projection)
         yield _optimizer(f"flora({_name(projection)})", tx, rank=rank)
 
 

@@ -162,7 +162,7 @@ def test_without_sketches_equals_adafactor_as_far_as_it_goes(momentum):
     flat = [{**g, "cut": g["cut"].reshape(16, 32)} for g in gradients]
     params = {name: PARAMS[name] for name in gradients[0]}
     flat_params = {**params, "cut": PARAMS["cut"].reshape(16, 32)}
-    tx = fj.flora(0.1, 4, momentum, mask=lambda *_: False, **FACTORED)
+    tx = fj.flora(0.1, 4, momentum, reading="paper", mask=lambda *_: False, **FACTORED)
     if momentum is None:
         reference = optax.adafactor(0.1, **FACTORED)
     else:
@@ -179,7 +179,7 @@ def test_without_sketches_equals_adafactor_as_far_as_it_goes(momentum):
     assert_close(flat_updates, expected)
 
 
-def test_defaults_are_the_papers_but_for_the_projection():
+def test_defaults_are_the_papers_but_for_reading_and_projection():
     """And leaves below 128 stay dense."""
     params = {"w": jnp.ones((128, 512)), "small": jnp.ones((127, 512))}
     tx = fj.flora(0.1, 64)
@@ -188,7 +188,7 @@ def test_defaults_are_the_papers_but_for_the_projection():
         64,
         0.9,
         resample_every=1000,
-        reading="paper",
+        reading="interpolated",
         projection=fj.CountSketch(),
         side="smaller",
         min_dim_size=128,

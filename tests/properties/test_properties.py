@@ -187,7 +187,7 @@ def test_moments_of_integers_are_refused(dtype):
 def test_complex_leaves_split_as_the_refusal_says():
     ones = {"z": jnp.ones((8, 16), jnp.complex64), "d": jnp.ones(3, jnp.complex64)}
     params = jax.tree.map(lambda x: x * (1 + 2j), ones)
-    ours = fj.compressed_momentum(0.5, 2, min_dim_size=8)
+    ours = fj.compressed_momentum(0.5, 2, reading="paper", min_dim_size=8)
     with pytest.raises(TypeError, match="leaf 'd' .*split_real_and_imaginary"):
         ours.init(params)
     tx = optax.contrib.split_real_and_imaginary(ours)

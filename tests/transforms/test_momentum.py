@@ -140,7 +140,9 @@ def test_dense_leaves_equal_optax(reading, projection, uncompressed):
 def test_leaves_of_a_tree_do_not_share_a_projection():
     """Nor do two epochs, nor the two transformations with one key."""
     gradients = [{"a": np.eye(16, dtype=np.float32), "b": np.eye(16, dtype=np.float32)}]
-    updates, _ = run(momentum(4, resample_every=1, decay=0.0), 2 * gradients)
+    updates, _ = run(
+        momentum(4, resample_every=1, decay=0.0, reading="paper"), 2 * gradients
+    )
     with pytest.warns(UserWarning, match="every_k"):
         once = fj.compressed_accumulation(
             optax.identity(), 1, 4, min_dim_size=8, key=11

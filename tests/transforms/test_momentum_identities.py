@@ -86,6 +86,7 @@ def test_the_estimate_survives_a_resample(projection, expected):
         0.5,
         256,
         resample_every=2,
+        reading="paper",
         projection=projection,
         side="right",
         min_dim_size=64,
@@ -115,7 +116,9 @@ def test_within_an_interval_the_estimate_only_decays():
     gradients = list(np.random.default_rng(5).normal(size=(3, 16, 24)))
     gradients = [g.astype(np.float32) for g in gradients]
     gradients[2] *= 0
-    tx = fj.compressed_momentum(0.5, 4, resample_every=3, min_dim_size=8)
+    tx = fj.compressed_momentum(
+        0.5, 4, resample_every=3, reading="paper", min_dim_size=8
+    )
     updates, _ = run(tx, gradients)
     assert_close(updates[2], 0.5 * updates[1])
 
