@@ -58,7 +58,7 @@ class Config:
     """Where data sets are kept."""
     rank: int = 16
     """LoRA's rank in the first measurement."""
-    sgd_rates: tuple[float, ...] = (0.03, 0.3, 3.0)
+    sgd_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
     """Learning rates of SGD in the first one; the theorem is about small ones."""
     adafactor_rate: float = 0.16
     """Of Adafactor, which the theorem is not about, in the same."""
@@ -88,7 +88,7 @@ class Config:
                     f"`--{name}` must be at least 1, got {getattr(self, name)}"
                 )
         if not self.sgd_rates:
-            raise ConfigError("`--sgd-rates` names no rate; 0.3 is one")
+            raise ConfigError("`--sgd-rates` names no rate; 0.01 is one")
 
 
 def run(config: Config) -> None:

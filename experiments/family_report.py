@@ -16,6 +16,7 @@ _WORDS = {
     "orthogonal True": "",  # The default.
     "orthogonal False": "not orthogonalised",
     "state_dtype int8": "int8",
+    "lora_tune_rest False": "adapters alone",
 }
 """Of options, where their own would be long."""
 

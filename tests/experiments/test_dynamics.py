@@ -143,7 +143,7 @@ def test_from_a_checkpoint_to_the_pictures(config):
     [
         ({"updates": 0}, "`--updates` must be at least 1, got 0"),
         ({"rank": 0}, "`--rank` must be at least 1, got 0"),
-        ({"sgd_rates": ()}, "`--sgd-rates` names no rate; 0.3 is one"),
+        ({"sgd_rates": ()}, "`--sgd-rates` names no rate; 0.01 is one"),
     ],
 )
 def test_refuses_what_makes_no_sense(changes, message, tmp_path):

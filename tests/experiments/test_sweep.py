@@ -140,6 +140,9 @@ def test_grids_make_sense(path):
         ("pareto", "pareto/pareto"),
         ("ablations", "ablations/ablations"),
         ("claims_momentum", "claims/momentum"),
+        ("claims_resampling", "claims/resampling"),
+        ("claims_gpt2", "claims/gpt2"),
+        ("claims_t5", "claims/t5"),
     ],
 )
 def test_results_in_the_repository_are_those_of_their_grid(name, results):
