@@ -65,8 +65,8 @@ def flora(
       b1: momentum's decay β; None keeps no momentum.
       resample_every: updates between two projections; 1000 as in the paper.
       reading: how the momentum becomes an update; see
-        :func:`flora_jax.compressed_momentum`. ``"paper"`` is the paper's, the default
-        reached a lower loss in this project's trainings.
+        :func:`flora_jax.compressed_momentum`. ``"paper"`` is the paper's; the default
+        reached a lower loss than it in this project's trainings.
       projection: how leaves are sketched; ``Gaussian()`` is the paper's.
       key: int seed, typed threefry2x32 key, or its key data.
       mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.

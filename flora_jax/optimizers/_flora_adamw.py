@@ -54,8 +54,8 @@ def flora_adamw(
     without the products of orth.
 
     The learning rate: four times AdamW's is the place to start. In trainings of 400
-    updates eight to sixteen times as much was best, in 4,000 four times; with
-    ``orthogonal=False`` two to four times and once.
+    updates eight to sixteen times as much was best (with ``orthogonal=False`` two to
+    four times), in 4,000 the lowest that was tried, four times.
 
     Memory: 2·r·max(n, m) numbers (``side="smaller"``) per sketched leaf, and one per
     matrix; a quarter of the former with ``state_dtype="int8"``.

@@ -91,7 +91,7 @@ def compressed_momentum(
       decay: β in [0, 1), a float or a scalar array.
       rank: sketch size r; an int, a callable of (path, shape), or a tree of ints.
       resample_every: κ, in updates; 1000 as in the paper. None keeps one projection.
-      reading: ``"interpolated"`` (the lowest loss in this project's trainings),
+      reading: ``"interpolated"`` (the default, after this project's trainings),
         ``"paper"`` or ``"residual"``.
       projection: how leaves are sketched; ``Gaussian()`` is the paper's.
       key: int seed, typed threefry2x32 key, or its key data; another one for each

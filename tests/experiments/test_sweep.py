@@ -138,6 +138,7 @@ def test_grids_make_sense(path):
     [
         ("projections", "projections/projections"),
         ("pareto", "pareto/pareto"),
+        ("longer", "pareto/longer"),
         ("ablations", "ablations/ablations"),
         ("claims_momentum", "claims/momentum"),
         ("claims_resampling", "claims/resampling"),
