@@ -201,7 +201,9 @@ def test_the_projection_stands_still_where_the_counter_does(case):
 def test_a_projection_for_every_step_stands_still_too():
     """Without transfers to where the momentum is already."""
     shape, rank, decay = (16, 24), 4, 0.3
-    tx = fj.compressed_momentum(decay, rank, resample_every=1, key=11, min_dim_size=8)
+    tx = fj.compressed_momentum(
+        decay, rank, resample_every=1, reading="paper", key=11, min_dim_size=8
+    )
     root, name = jnp.array([0, 11], jnp.uint32), "compressed_momentum"
 
     @jit
