@@ -106,7 +106,7 @@ def run(config: Config) -> None:
         updates=config.updates,
         batch_size=config.batch_size,
         micro_batches=config.micro_batches,
-        source_length=48,
+        source_length=48,  # As in the grid that the rates come from.
         target_length=32,
         seed=config.seed,
     )
