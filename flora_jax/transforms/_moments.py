@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
@@ -43,7 +44,9 @@ def map_moments(fn: Callable[..., Any], state: Any, *others: Any) -> Any:
         )
     if isinstance(state, dict):
         new = state.copy()  # Of the same kind: an OrderedDict has an order of its own.
-        for key in state:
+        # As jax flattens the others: under jit they come back in that order.
+        keys = state if isinstance(state, OrderedDict) else sorted(state)
+        for key in keys:
             new[key] = map_moments(fn, *(x[key] for x in (state, *others)))
         return new
     return state

@@ -56,6 +56,15 @@ WRAPPED = {
         optax.masked(optax.adam(0.1), without_stack),
         under("inner_state", ADAM),
     ),
+    # Their states are in a dict, which jit gives back in the order of its keys.
+    "partition": (
+        optax.partition(
+            {"sgd": optax.sgd(0.1, momentum=0.9), "adam": optax.adam(0.1)},
+            lambda tree: {name: "adam" if name == "w" else "sgd" for name in tree},
+        ),
+        under("inner_states/adam/inner_state", ADAM)
+        | {"inner_states/sgd/inner_state/0/trace": "int8"},
+    ),
     "multi-steps": (
         multi_steps(optax.adam(0.1)),
         {"acc_grads": "int8", **under("inner_opt_state", ADAM)},
