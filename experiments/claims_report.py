@@ -28,13 +28,11 @@ def title(cell: Cell) -> str:
 
 
 def _metrics(cells: Sequence[Cell]) -> list[str]:
-    return [name for name in _METRICS if name in cells[0].rows[0]]
+    return [name for name in _METRICS if all(name in c.rows[0] for c in cells)]
 
 
 def table(cells: Sequence[Cell]) -> str:
     """Returns the cells as a Markdown table, the lowest loss first."""
-    if not cells:
-        return "Every run diverged.\n"
     names = _metrics(cells)
     heads = [_METRICS[name].split(" (")[0] for name in names]
     columns = [
@@ -49,12 +47,7 @@ def table(cells: Sequence[Cell]) -> str:
     for cell in sorted(cells, key=lambda cell: cell.mean):
         sizes = [cell.rows[0][f"{name}_bytes"] for name in ("trained", "state", "step")]
         digits = [3 if name == "validation_loss" else 1 for name in names]
-        scores = [
-            f"{mean:.{places}f} ± {error:.{places}f}"
-            for places, (mean, error) in zip(
-                digits, map(cell.statistics, names), strict=True
-            )
-        ]
+        scores = map(cell.written, names, digits)
         lines.append(
             _line(
                 [

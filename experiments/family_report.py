@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from experiments.family import FAMILY
 from experiments.finetune.methods import METHODS
@@ -39,7 +40,7 @@ def table(cells: Sequence[Cell]) -> str:
             share = f"{cell.matrix_bytes / reference.matrix_bytes:.3f}"
         lines.append(
             f"| {title(cell)} | {cell.rank or ''} | {cell.b2 or ''} "
-            f"| {cell.learning_rate:g} | {cell.mean:.3f} ± {cell.error:.3f} "
+            f"| {cell.learning_rate:g} | {cell.written()} "
             f"| {_difference(cell, reference)} | {cell.matrix_bytes / 1e6:.2f} "
             f"| {share} | {cell.state_bytes / 1e6:.2f} "
             f"| {1000 * cell.step_seconds:.0f} |"
@@ -113,6 +114,9 @@ def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:
             label="Pareto front",
         )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("optimizer state of the matrices, MB (logarithmic)")
     axes.set_ylabel("validation loss (nats per token)")
     axes.set_title("Mean and standard error over seeds", fontsize=10)

@@ -63,10 +63,20 @@ class Cell:
             error = statistics.stdev(values) / math.sqrt(len(values))
         return statistics.fmean(values), error
 
+    def written(self, metric: str = "validation_loss", digits: int = 3) -> str:
+        """Returns "mean ± error", without the error of a single seed, or "diverged"."""
+        mean, error = self.statistics(metric)
+        if not math.isfinite(mean):
+            return "diverged"
+        spread = f" ± {error:.{digits}f}" if len(self.rows) > 1 else ""
+        return f"{mean:.{digits}f}{spread}"
+
 
 def best_rate(rows: Sequence[Row]) -> float:
-    """Returns the learning rate of the lowest validation loss."""
+    """Returns the learning rate of the lowest loss, the lowest of all if none ended."""
     finished = [row for row in rows if row["validation_loss"] is not None]
+    if not finished:
+        return min(row["learning_rate"] for row in rows)
     return min(finished, key=lambda row: row["validation_loss"])["learning_rate"]
 
 
@@ -80,7 +90,7 @@ def beyond(rates: Sequence[float], best: float) -> float | None:
 
 
 def summarise(rows: Sequence[Row]) -> list[Cell]:
-    """Returns each cell at its best rate; cells that always diverged are left out."""
+    """Returns each cell at its best rate."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         key = tuple(row.get(name) for name in ("method", "projection", "rank", "b2"))
@@ -89,8 +99,6 @@ def summarise(rows: Sequence[Row]) -> list[Cell]:
         groups.setdefault(key, []).append(row)
     cells = []
     for key, group in groups.items():
-        if all(row["validation_loss"] is None for row in group):
-            continue
         rate = best_rate([row for row in group if row["seed"] == group[0]["seed"]])
         chosen = [row for row in group if row["learning_rate"] == rate]
         seconds = statistics.median(row["step_seconds"] for row in group)
@@ -108,7 +116,7 @@ def table(cells: Sequence[Cell]) -> str:
         lines.append(
             f"| {METHODS[cell.method].title} | {cell.projection or ''} "
             f"| {cell.rank or ''} | {cell.learning_rate:g} "
-            f"| {cell.mean:.3f} ± {cell.error:.3f} | {1000 * cell.step_seconds:.0f} |"
+            f"| {cell.written()} | {1000 * cell.step_seconds:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
