@@ -142,6 +142,7 @@ def test_grids_make_sense(path):
         ("ablations", "ablations/ablations"),
         ("claims_momentum", "claims/momentum"),
         ("claims_resampling", "claims/resampling"),
+        ("claims_accumulation", "claims/accumulation"),
         ("claims_gpt2", "claims/gpt2"),
         ("claims_t5", "claims/t5"),
     ],
