@@ -145,7 +145,7 @@ def clip_part(threshold: jax.typing.ArrayLike) -> Part:
 def clip_step(leaf: ScaledLeaf, threshold: Any) -> ScaledLeaf:
     """One leaf with the factor that clips it."""
     # XLA writes to memory what two operations read, and fuses what one does: behind a
-    # barrier it does not see that the sketch needs the same product.
-    again = ScaledLeaf(jax.lax.optimization_barrier(leaf.leaf), leaf.factors).value()
+    # barrier it does not see that others need the same product, or its factors.
+    again = jax.tree.map(jax.lax.optimization_barrier, leaf).value()
     rms = jnp.sqrt(jnp.mean(again * again))
     return leaf.times(1 / jnp.maximum(1.0, rms / threshold))

@@ -222,3 +222,19 @@ def test_bfloat16_gradients_of_float32_parameters():
         assert updates["tall"].dtype == jnp.bfloat16
         assert_close(updates, expected[i])
         params = optax.apply_updates(params, expected[i])
+
+
+@pytest.mark.parametrize("reading", ["paper", "interpolated", "residual"])
+def test_a_step_writes_no_second_copy_of_a_gradient(reading):
+    """In a whole step, where the update can lie in the parameters' place."""
+    params = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}
+    tx = fj.flora(1e-3, 32, reading=reading)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    arguments = params, jax.eval_shape(tx.init, params), params
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    assert temporaries < 0.5 * 4 * 512 * 1024
