@@ -99,11 +99,61 @@ def _muon(
         axes = optax.contrib.MuonDimensionNumbers()
         return jax.tree.map(lambda own: axes if own else None, matrices(tree))
 
-    return optax.contrib.muon(
+    tx = optax.contrib.muon(
         rate,
         adam_b2=setting.b2,
         consistent_rms=0.2,
         muon_weight_dimension_numbers=specs,
+    )
+    return _coded(tx, setting)
+
+
+def _coded(
+    tx: optax.GradientTransformation, setting: Setting
+) -> optax.GradientTransformation:
+    dtype = setting.options.get("state_dtype")
+    return tx if dtype is None else fj.quantize_state(tx, dtype)
+
+
+_MUON_DECAY = 0.95
+
+
+def _sketched_muon(setting: Setting) -> optax.GradientTransformation:
+    """Muon's momentum with Nesterov's look ahead, as a sketch."""
+    return fj.compressed_momentum(
+        _MUON_DECAY,
+        setting.rank,
+        resample_every=setting.refresh_every,
+        reading="interpolated",
+        projection=_projection("CountSketch"),
+        key=setting.seed,
+        mask=matrices_only,
+    )
+
+
+def _flora_muon(setting: Setting) -> optax.GradientTransformation:
+    """Muon's momentum in flora_adamw's subspace: the latter without second moments."""
+    average = optax.trace(_MUON_DECAY, nesterov=setting.options.get("nesterov", True))
+    return fj.scale_in_subspace(
+        optax.chain(optax.scale(1 - _MUON_DECAY), average),
+        _projection("CountSketch"),
+        setting.rank,
+        setting.refresh_every,
+        transport="squared",
+        residual="fira",
+        limiter=1.01,
+        key=setting.seed,
+        mask=matrices_only,
+    )
+
+
+def _with_muons_step(
+    momentum: Callable[[Setting], optax.GradientTransformation],
+) -> Callable[[optax.ScalarOrSchedule, Setting], optax.GradientTransformation]:
+    return lambda rate, setting: optax.chain(
+        _coded(momentum(setting), setting),
+        fj.orthogonalize(mask=matrices_only),
+        optax.scale_by_learning_rate(rate),
     )
 
 
@@ -128,14 +178,12 @@ FAMILY = {
     ),
     "adamw_orthogonal": Member(
         "AdamW, orthogonalised",
-        lambda rate, s: optax.chain(
-            optax.scale_by_adam(b2=s.b2),
-            fj.orthogonalize(mask=matrices_only),
-            optax.scale_by_learning_rate(rate),
-        ),
+        _with_muons_step(lambda s: optax.scale_by_adam(b2=s.b2)),
         ranked=False,
     ),
     "muon": Member("Muon", _muon, ranked=False),
+    "sketched_muon": Member("Muon, sketched", _with_muons_step(_sketched_muon)),
+    "flora_muon": Member("FLORA-Muon", _with_muons_step(_flora_muon)),
     "flora": Member("FLORA", lambda rate, s: fj.flora(rate, **s.resampled)),
     "galore": Member("GaLore", lambda rate, s: fj.galore(rate, **s.moments)),
     "fira": Member("Fira", lambda rate, s: fj.fira(rate, **s.moments)),

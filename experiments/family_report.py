@@ -17,6 +17,7 @@ _WORDS = {
     "orthogonal True": "",  # The default.
     "orthogonal False": "not orthogonalised",
     "state_dtype int8": "int8",
+    "nesterov False": "without look-ahead",
     "lora_tune_rest False": "adapters alone",
 }
 """Of options, where their own would be long."""
