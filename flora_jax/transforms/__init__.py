@@ -24,6 +24,12 @@ from flora_jax.transforms._momentum import (
 from flora_jax.transforms._orthogonalize import orthogonalize
 from flora_jax.transforms._parameter_scale import scale_by_parameter_scale
 from flora_jax.transforms._quantize_state import QuantizedState, quantize_state
+from flora_jax.transforms._sketched_grad import (
+    LeafReport,
+    born_compressed,
+    sketched_value_and_grad,
+)
+from flora_jax.transforms._sketched_gradients import SketchedGradients
 from flora_jax.transforms._subspace import SubspaceState, scale_in_subspace
 
 __all__ = [
@@ -31,8 +37,11 @@ __all__ = [
     "CompressedAccumulatorCarry",
     "CompressedMomentumState",
     "FactoredRmsState",
+    "LeafReport",
     "QuantizedState",
+    "SketchedGradients",
     "SubspaceState",
+    "born_compressed",
     "clip_part",
     "compressed_accumulation",
     "compressed_accumulator",
@@ -46,4 +55,5 @@ __all__ = [
     "scale_by_factored_rms",
     "scale_by_parameter_scale",
     "scale_in_subspace",
+    "sketched_value_and_grad",
 ]

@@ -72,7 +72,9 @@ def compressed_accumulation(
     ``inner`` alone: unlike optax, it runs once per cycle. E‖C S‖² is m/r times ‖G‖²
     (Gaussian: 1 + (m+1)/r): a norm clip in ``inner`` nearly always clips; clip before.
 
-    Each micro-step still forms full gradients: what is saved is the accumulator.
+    Each micro-step forms full gradients: what is saved is the accumulator. Not so if
+    ``update`` is given what :func:`flora_jax.sketched_value_and_grad` returns in place
+    of gradients, with ``key=state.key, step=state.gradient_step`` and the same rules.
 
     Under ``shard_map`` with gradients that are not reduced yet, give ``axis_name``:
     each device accumulates its own, and once per cycle their sketches are averaged, r·n
@@ -163,7 +165,7 @@ def compressed_accumulation(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, CompressedAccumulationState]:
         _keys.check_state_key(NAME, state.key)
-        plans = rules.plan(updates)
+        plans, like = sketcher.planned(updates)
         answer, skip_state = should_skip_fn(updates, state.gradient_step, params)
         skip = _check_skip(answer)
         if axis_name is not None and should_skip_update_fn is not None:
@@ -176,7 +178,7 @@ def compressed_accumulation(
         emit = jnp.logical_not(skip) & (state.mini_step >= k - 1)
         run_inner = functools.partial(inner.update, **extra_args)
         mean_fn = functools.partial(estimate, sketcher, plans, axis_name)
-        emit_fn = functools.partial(_emit, mean_fn, run_inner, updates, state)
+        emit_fn = functools.partial(_emit, mean_fn, run_inner, like, state)
         idle_fn = functools.partial(_idle, emit_fn)
         new_updates, inner_state, acc = jax.lax.cond(
             emit, emit_fn, idle_fn, acc, state.inner_opt_state, params
@@ -221,7 +223,7 @@ def _add(
 def _emit(
     mean_fn: Callable[..., Any],
     run_inner: Callable[..., Any],
-    updates: Any,
+    like: Any,
     state: CompressedAccumulationState,
     acc: Sequence[jax.Array],
     inner_state: Any,
@@ -229,16 +231,12 @@ def _emit(
 ) -> tuple[Any, Any, Any]:
     """The end of a cycle: inner's updates, its new state, and an empty accumulator."""
     leaves = _state.run_sharded(
-        mean_fn,
-        jax.tree.leaves(updates),
-        acc,
-        state.key,
-        state.gradient_step,
+        mean_fn, jax.tree.leaves(like), acc, state.key, state.gradient_step
     )
-    mean = optax.tree.cast_like(_state.rebuild(updates, leaves), updates)
+    mean = optax.tree.cast_like(_state.rebuild(like, leaves), like)
     new_updates, new_inner = run_inner(mean, inner_state, params)
     return (
-        optax.tree.cast_like(new_updates, updates),
+        optax.tree.cast_like(new_updates, like),
         jax.tree.map(_state.cast_like, new_inner, inner_state),
         jax.tree.map(jnp.zeros_like, acc),
     )

@@ -57,6 +57,8 @@ def compressed_accumulator(
 
     The same numbers as :func:`flora_jax.compressed_accumulation` in its cycle number
     ``step``, in one jitted step that scans over micro-batches: no state outlives it.
+    It takes gradients, or what :func:`flora_jax.sketched_value_and_grad` with the same
+    key, step, projection and rules returns in their place.
 
     Memory: r·max(n, m) numbers of ``dtype`` per sketched leaf while the scan runs.
 
@@ -113,7 +115,7 @@ def compressed_accumulator(
         )
 
     def init(gradients: Any) -> Any:
-        plans = rules.plan(gradients)
+        plans, gradients = sketcher.planned(gradients)
         sketches = _state.zeros_tree(gradients, [p.state_shape for p in plans], dtype)
         # They will differ from device to device.
         sketches = _mesh.varying(sketches, axis_name)
@@ -129,7 +131,7 @@ def compressed_accumulator(
         )
 
     def update(carry: Any, gradients: Any, index: Any) -> Any:
-        plans = rules.plan(gradients)
+        plans, _ = sketcher.planned(gradients)
         old = _state.matching_leaves(
             "compressed_accumulator",
             "sketches",

@@ -13,6 +13,7 @@ from flora_jax import _checks, _state
 from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
 from flora_jax.transforms._leafwise import Part, ScaledLeaf, leafwise
+from flora_jax.transforms._sketched_gradients import refuse_sketches
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -125,6 +126,7 @@ def factored_rms_part(
         return FactoredRmsState(jnp.zeros([], jnp.int32), row, column, full)
 
     def plan(updates: Any, state: Any) -> list[LeafPlan]:
+        refuse_sketches(_NAME, updates, "it averages the squares of the gradients")
         plans = rules.plan(updates)
         shapes = [_statistics_shapes(plan) for plan in plans]
         for i, field in enumerate(("v_row", "v_col", "v")):

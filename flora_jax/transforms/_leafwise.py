@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax import _state
+from flora_jax.transforms._sketched_gradients import SketchedGradients
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -96,7 +97,7 @@ def run_parts(
 
     Args:
       parts: applied in this order.
-      updates: the gradients.
+      updates: the gradients; SketchedGradients if the first part takes them.
       states: one per part.
 
     Returns:
@@ -104,6 +105,9 @@ def run_parts(
     """
     plans = [part.plan(updates, old) for part, old in zip(parts, states, strict=True)]
     grads = jax.tree.leaves(updates)
+    if isinstance(updates, SketchedGradients):
+        updates = updates.shapes()
+    like = jax.tree.leaves(updates)
     arrays, treedef = jax.tree.flatten(states)
 
     def run(grads: Any, arrays: Any, settings: Any) -> tuple[Any, Any]:
@@ -114,13 +118,13 @@ def run_parts(
             leaves, state = part.step(plan, leaves, state, *numbers)
             new.append(state)
         values = [
-            leaf.value().astype(grad.dtype)
-            for leaf, grad in zip(leaves, grads, strict=True)
+            leaf.value().astype(each.dtype)
+            for leaf, each in zip(leaves, like, strict=True)
         ]
         return values, jax.tree.leaves(new)
 
     values, arrays = _state.run_sharded(
-        run, (grads, arrays), grads, arrays, [part.settings for part in parts]
+        run, (like, arrays), grads, arrays, [part.settings for part in parts]
     )
     return _state.rebuild(updates, values), jax.tree.unflatten(treedef, arrays)
 

@@ -20,9 +20,10 @@ from flora_jax.projections import CountSketch, Projection
 from flora_jax.transforms._leafwise import Part, leafwise
 from flora_jax.transforms._momentum_step import step_all
 from flora_jax.transforms._sketch import Sketcher
+from flora_jax.transforms._sketched_gradients import refuse_sketches
 
 READINGS = ("paper", "interpolated", "residual")
-_NAME = "compressed_momentum"
+NAME = "compressed_momentum"
 _MAX_NOISE = 0.5  # rho from which init warns: a noise gain of 1/(1 - rho) = 2.
 
 
@@ -166,7 +167,7 @@ def momentum_part(
         )
     dtype = _checks.check_state_dtype(dtype)
     root = _keys.raw_key(key)
-    sketcher = Sketcher(_NAME, rules, projection)
+    sketcher = Sketcher(NAME, rules, projection)
     if reading == "residual" and projection.gram_diagonal(1, 1) is None:
         raise ValueError(
             "`reading` 'residual' needs a projection with orthogonal rows, got"
@@ -186,10 +187,12 @@ def momentum_part(
         )
 
     def plan(updates: Any, state: Any) -> list[LeafPlan]:
-        _keys.check_state_key(_NAME, state.key)
-        plans = rules.plan(updates)
+        _keys.check_state_key(NAME, state.key)
+        if reading != "paper":
+            refuse_sketches(NAME, updates, f"reading={reading!r} adds the gradient")
+        plans, _ = sketcher.planned(updates)
         _state.matching_leaves(
-            _NAME, "momentum", state.momentum, plans, [p.state_shape for p in plans]
+            NAME, "momentum", state.momentum, plans, [p.state_shape for p in plans]
         )
         return plans
 

@@ -11,6 +11,7 @@ import optax
 from flora_jax import _checks, _mesh, _state
 from flora_jax._rules import LeafRules
 from flora_jax.transforms._leafwise import widened
+from flora_jax.transforms._sketched_gradients import refuse_sketches
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -93,6 +94,7 @@ def orthogonalize(
         updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
         del params, extra
+        refuse_sketches("orthogonalize", updates, "it needs whole matrices")
         plans, leaves = rules.plan(updates), jax.tree.leaves(updates)
 
         def run(leaves: Any, rms: Any) -> Any:

@@ -20,6 +20,7 @@ from flora_jax._spec import make_spec
 from flora_jax.projections import ObliviousProjection, Projection
 from flora_jax.projections._base import product
 from flora_jax.transforms._leafwise import ScaledLeaf
+from flora_jax.transforms._sketched_gradients import SketchedGradients
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -121,10 +122,12 @@ class Sketcher:
     ) -> Float[Array, "..."]:
         """Sketches a leaf: float32, in the state's shape; dense leaves pass.
 
+        So do leaves in the state's shape, which are sketches already.
+
         A factor that is constant along the sketched side multiplies the sketch, one
         that varies along it alone the columns of S: neither touches the whole leaf.
         """
-        if plan.dense_reason is not None:
+        if leaf.leaf.shape == plan.state_shape:
             return leaf.value()
         matrix, after, weights = plan.fold(leaf.leaf), [], None
         other = -3 - plan.axis
@@ -144,6 +147,25 @@ class Sketcher:
         )
         sketch = functools.reduce(operator.mul, after, sketch)
         return plan.unfold(_mesh.whole_along(sketch, plan.axis), plan.state_shape)
+
+    def planned(self, gradients: Any) -> tuple[list[LeafPlan], Any]:
+        """Plans of gradients, sketched or not, and their shapes and dtypes.
+
+        Args:
+          gradients: gradients, or ``SketchedGradients``.
+
+        Returns:
+          The plans, and the gradients themselves or ShapeDtypeStructs in their place.
+
+        Raises:
+          ValueError: if sketches were made in another way than this one's.
+        """
+        if not isinstance(gradients, SketchedGradients):
+            return self.rules.plan(gradients), gradients
+        shapes = gradients.shapes()
+        plans = self.rules.plan(shapes)
+        gradients.check(self.name, plans, self.projection)
+        return plans, shapes
 
     def unsketch(
         self, plan: LeafPlan, drawn: Any, sketch: Float[Array, "..."]

@@ -12,6 +12,7 @@ import optax
 from flora_jax import _checks, _keys, _state
 from flora_jax._rules import LeafRules
 from flora_jax.projections import AdaptiveProjection, Projection
+from flora_jax.transforms._sketched_gradients import refuse_sketches
 from flora_jax.transforms._subspace_basis import Subspace
 from flora_jax.transforms._subspace_checks import check_subspace
 from flora_jax.transforms._subspace_step import bring_back
@@ -204,6 +205,7 @@ def scale_in_subspace(
     ) -> tuple[Any, SubspaceState]:
         del params
         _keys.check_state_key(_NAME, state.key)
+        refuse_sketches(_NAME, updates, "its inner optimizer squares its own sketches")
         plans = subspace.plan(updates)
         # Injected numbers have the dtype of the parameters.
         scale32, limiter32, betas32 = jax.tree.map(

@@ -21,11 +21,13 @@ from tests.conformance.states import TREES, own_states
 
 # Public functions that make no transformation. Whatever else is public is in the list.
 OTHERS = {
+    "born_compressed",
     "compressed_accumulator",
     "compressed_pmean",
     "has_updated",
     "plan_leaves",
     "ranks_for_budget",
+    "sketched_value_and_grad",
     "state_sharding",
     "static_args",
     "verify_state",

@@ -1,0 +1,143 @@
+"""Who takes sketches in place of gradients, who refuses them, and what they weigh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flora_jax as fj
+from tests.common import assert_close
+from tests.transforms.draws import jit
+
+RULES = {"min_dim_size": 8}
+PARAMS = {
+    "w": jnp.asarray(np.random.default_rng(0).normal(size=(16, 24)), jnp.float32),
+    "b": jnp.zeros(24),
+}
+BATCHES = np.random.default_rng(1).normal(size=(7, 12, 16)).astype(np.float32)
+
+
+def loss(params, x):
+    return jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
+
+
+@pytest.mark.parametrize("every", [None, 3])
+@pytest.mark.parametrize("projection", [fj.CountSketch(), fj.Gaussian()], ids=str)
+@pytest.mark.filterwarnings("ignore:compressed_momentum with resample_every")
+def test_compressed_momentum_takes_sketches(every, projection):
+    """Past two resamples: the same parameters as with full gradients."""
+    settings = {"projection": projection, **RULES}
+    tx = optax.chain(
+        fj.compressed_momentum(
+            0.5, 4, resample_every=every, reading="paper", key=3, **settings
+        ),
+        optax.scale_by_learning_rate(0.1),
+    )
+
+    def sketched(params, state, x):
+        momentum = state[0]
+        gradient = fj.sketched_value_and_grad(
+            loss,
+            4,
+            key=momentum.key,
+            step=0 if every is None else momentum.count // every,
+            transformation="compressed_momentum",
+            **settings,
+        )
+        return gradient(params, x)[1]
+
+    def full(params, state, x):
+        return jax.grad(loss)(params, x)
+
+    @functools.partial(jit, static_argnums=0)
+    def step(gradient, params, state, x):
+        updates, state = tx.update(gradient(params, state, x), state, params)
+        assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+        return optax.apply_updates(params, updates), state
+
+    ends = []
+    for gradient in (sketched, full):
+        params, state = PARAMS, tx.init(PARAMS)
+        for x in BATCHES:
+            params, state = step(gradient, params, state, x)
+        ends.append((params, state[0].momentum))
+    assert_close(*ends)
+
+
+def sketches(transformation="compressed_momentum", **settings):
+    gradient = fj.sketched_value_and_grad(
+        loss, 4, key=3, transformation=transformation, **RULES | settings
+    )
+    return gradient(PARAMS, BATCHES[0])[1]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: fj.compressed_momentum(0.5, 4, **RULES), "'interpolated' adds"),
+        (
+            lambda: fj.compressed_momentum(0.5, 4, reading="residual", **RULES),
+            "'residual' adds",
+        ),
+        (lambda: fj.flora(0.1, 4, reading="paper", **RULES), "averages the squares"),
+        (lambda: fj.scale_by_factored_rms(), "averages the squares"),
+        (lambda: fj.galore(0.1, 4, **RULES), "squares its own sketches"),
+        (lambda: fj.orthogonalize(**RULES), "needs whole matrices"),
+    ],
+)
+def test_what_needs_the_gradient_refuses(make, match):
+    tx = make()
+    with pytest.raises(TypeError, match=f"SketchedGradients.*{match}.*use jax.grad"):
+        tx.update(sketches(), tx.init(PARAMS), PARAMS)
+
+
+def test_sketches_for_another_transformation_are_refused():
+    tx = fj.compressed_momentum(0.5, 4, reading="paper", key=3, **RULES)
+    with pytest.raises(ValueError, match="transformation='compressed_momentum'"):
+        tx.update(sketches("compressed_accumulation"), tx.init(PARAMS))
+    with pytest.raises(ValueError, match="`transformation` must be one of"):
+        sketches("flora")
+
+
+@pytest.mark.parametrize("scale", ["unbiased", "isometric"])
+def test_the_norm_is_an_unbiased_estimate(scale):
+    """Of the square: within five standard errors over 400 keys."""
+    projection = fj.CountSketch(scale=scale)
+
+    @jit
+    def squares(keys):
+        def one(key):
+            gradient = fj.sketched_value_and_grad(
+                loss, 4, key=key, projection=projection, **RULES
+            )
+            return gradient(PARAMS, BATCHES[0])[1].global_norm() ** 2
+
+        return jax.lax.map(one, keys)
+
+    keys = jax.random.key_data(jax.random.split(jax.random.key(5), 400))
+    found = np.asarray(squares(keys), np.float64)
+    expected = float(optax.tree.norm(jax.grad(loss)(PARAMS, BATCHES[0])) ** 2)
+    error = found.std(ddof=1) / np.sqrt(len(found))
+    assert 0 < error < 0.1 * expected
+    assert abs(found.mean() - expected) < 5 * error
+
+
+def test_clip_by_global_norm_clips_by_the_estimate():
+    given = sketches("compressed_accumulation")
+    limit = float(0.5 * given.global_norm())
+    inner = fj.compressed_accumulation(optax.sgd(1.0), 2, 4, key=3, **RULES)
+    tx = optax.chain(optax.clip_by_global_norm(limit), inner)
+    _, state = tx.update(given, tx.init(PARAMS), PARAMS)
+    halved = jax.tree.map(lambda x: 0.5 * x, given.tree)
+    assert_close(state[1].acc_grads, halved)
+
+
+def test_sketches_can_be_clipped():
+    """A clip by the estimate scales all leaves alike."""
+    given = sketches()
+    limit = 0.5 * given.global_norm()
+    clipped = jax.tree.map(lambda x: x * limit / given.global_norm(), given)
+    assert_close(clipped.global_norm(), limit)

@@ -1,0 +1,163 @@
+"""The project's models: no kernel's gradient is formed, and the update is the same."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flora_jax as fj
+from experiments.models import build
+from experiments.models.config import GPT2Config, T5Config
+from experiments.optimizers import matrices_only
+from tests.transforms.draws import case_id, jit
+
+RULES = {"min_dim_size": 8, "mask": matrices_only}
+RANK = 4
+SIZES = {"width": 16, "heads": 2, "vocab_size": 300}
+MODELS = {
+    "gpt2": GPT2Config(layers=2, context=32, **SIZES),
+    "t5": T5Config(layers=2, decoder_layers=2, head_width=8, hidden=32, **SIZES),
+}
+VARIANTS = {
+    "plain": {},
+    "scan": {"scan": True, "dtype": "bfloat16"},
+    "remat": {"remat": True, "dtype": "bfloat16"},
+    "both": {"scan": True, "remat": True, "dropout": 0.1},
+}
+PROJECTIONS = [
+    fj.CountSketch(),
+    fj.Gaussian(),
+    fj.Rademacher(),
+    fj.Orthogonal(),
+    fj.SRHT(),
+]
+
+
+def problem(name, variant, **changes):
+    """A loss of parameters and tokens, the parameters, and three batches."""
+    config = dataclasses.replace(MODELS[name], **(VARIANTS[variant] | changes))
+    graphdef, params = build.create(config, 0)
+    key = jax.random.key(1) if config.dropout else None
+    names = ["tokens"] if name == "gpt2" else ["source", "target"]
+
+    def loss(params, tokens):
+        batch = dict.fromkeys(names, tokens)
+        return build.mean_loss(graphdef, params, batch, key)
+
+    return loss, params, np.random.default_rng(1).integers(1, 300, (3, 2, 9))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_no_kernel_falls_back(name, variant):
+    loss, params, tokens = problem(name, variant)
+    reports = fj.born_compressed(loss, RANK, **RULES)(params, tokens[0])
+    kernels = [r for r in reports if r.path.endswith("kernel")]
+    assert len(kernels) >= 4
+    for report in kernels:
+        assert report.born_compressed, report
+    assert {r.path for r in reports if r.dense_reason is None} <= {
+        r.path for r in kernels
+    }
+
+
+def assert_same_update(name, variant, projection, tolerance, cycles=2, **changes):
+    """After cycles of two micro-steps: parameters, inner state, accumulator."""
+    loss, params, tokens = problem(name, variant, **changes)
+    rules = {"rank": RANK, "projection": projection, **RULES}
+    tx = fj.compressed_accumulation(optax.sgd(0.3, momentum=0.9), 2, key=5, **rules)
+
+    def sketched(params, state, x):
+        gradient = fj.sketched_value_and_grad(
+            loss, key=state.key, step=state.gradient_step, **rules
+        )
+        return gradient(params, x)
+
+    def full(params, state, x):
+        return jax.value_and_grad(loss)(params, x)
+
+    ends = []
+    for gradient in (sketched, full):
+
+        def step(params, state, x, gradient=gradient):
+            value, grads = gradient(params, state, x)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, value
+
+        now, state, compiled = params, tx.init(params), jit(step)
+        for x in (*tokens, tokens[0])[: 2 * cycles]:
+            now, state, value = compiled(now, state, x)
+        assert int(state.gradient_step) == cycles
+        ends.append((jax.tree.map(jnp.subtract, now, params), state, value))
+    assert jax.tree.structure(ends[0]) == jax.tree.structure(ends[1])
+    (moved, state, value), (expected, other, theirs) = ends
+    np.testing.assert_allclose(value, theirs, rtol=tolerance)
+    for ours, full in ((moved, expected), (state, other)):
+        named = jax.tree_util.tree_leaves_with_path(ours)
+        for (path, x), y in zip(named, jax.tree.leaves(full), strict=True):
+            assert (x.shape, x.dtype) == (y.shape, y.dtype)
+            if jnp.issubdtype(x.dtype, jnp.floating):
+                x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+                size = np.linalg.norm(y)
+                assert np.linalg.norm(x - y) <= tolerance * size, (path, size)
+
+
+@pytest.mark.parametrize(
+    ("name", "projection"),
+    [("gpt2", fj.CountSketch()), ("t5", fj.CountSketch()), ("gpt2", fj.Gaussian())],
+    ids=case_id,
+)
+def test_the_update_is_that_of_full_gradients(name, projection):
+    layers = {"layers": 1} | ({"decoder_layers": 1} if name == "t5" else {})
+    assert_same_update(name, "plain", projection, 2e-5, **layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("projection", PROJECTIONS, ids=case_id)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_update_is_that_of_full_gradients_for_all(name, variant, projection):
+    """A full gradient is rounded to bfloat16 before it is sketched, ours after.
+
+    What that does to one update, at most 0.5%, is a tenth of what bfloat16 itself does
+    to it (4% on average, up to 23% of a leaf); in the next cycle the losses differ.
+    """
+    if VARIANTS[variant].get("dtype") == "bfloat16":
+        assert_same_update(name, variant, projection, 0.01, cycles=1)
+    else:
+        assert_same_update(name, variant, projection, 2e-5)
+
+
+def test_a_block_takes_a_fifth_fewer_operations():
+    """By XLA's count, with ranks that are small enough."""
+    config = GPT2Config(layers=1, width=128, heads=4, context=160, vocab_size=16)
+    graphdef, params = build.abstract(lambda: build.create(config, 0))
+    tokens = jax.ShapeDtypeStruct((1, 161), jnp.int32)
+    rules = {"min_dim_size": 128}
+
+    def loss(p, tokens):
+        return build.mean_loss(graphdef, p, {"tokens": tokens})
+
+    def count(fun):
+        return jax.jit(fun).lower(params, tokens).compile()
+
+    full = count(jax.value_and_grad(loss))
+    for projection, rank in ((fj.CountSketch(), 16), (fj.Gaussian(), 8)):
+        ours = count(
+            lambda p, t, projection=projection, rank=rank: (
+                fj.sketched_value_and_grad(
+                    loss, rank, key=0, projection=projection, **rules
+                )(p, t)[1].tree
+            )
+        )
+        flops = [c.cost_analysis()["flops"] for c in (ours, full)]
+        assert flops[0] < 0.8 * flops[1], flops
+        # No kernel's gradient is anywhere; x and dx have other shapes at 160 tokens.
+        text = re.findall(r"= f32\[([\d,]+)\]\S* ([\w-]+)\(", ours.as_text())
+        made = {shape for shape, op in text if op in ("dot", "convolution")}
+        kernels = ("128,384", "128,128", "128,512", "512,128", "384,128")
+        assert not made & set(kernels)
