@@ -99,6 +99,9 @@ class Config:
     projection: str = "CountSketch"
     """How matrices are sketched: CountSketch, Gaussian (the paper's), Rademacher,
     Orthogonal or SRHT."""
+    sketched_gradients: bool = False
+    """FLORA's accumulation takes sketches that automatic differentiation makes: full
+    gradients of matrices are never formed."""
     learning_rate: float | None = None
     """Peak learning rate of every method of this run, in place of the ones below."""
     warmup_fraction: float = 0.1
@@ -133,6 +136,7 @@ class Config:
             ConfigError: naming the argument, its value, and what to give instead.
         """
         _check_methods(self.methods)
+        check_sketched_gradients(self.sketched_gradients, self.methods)
         _check_positive(self)
         _check_fractions(self)
         _check_pairs(self)
@@ -169,6 +173,15 @@ def check_projection(name: str) -> None:
     if name not in PROJECTIONS:
         raise ConfigError(
             f"`--projection` must be one of {', '.join(PROJECTIONS)}, got {name!r}"
+        )
+
+
+def check_sketched_gradients(wanted: bool, methods: tuple[str, ...]) -> None:
+    """Raises ConfigError if no method takes sketches in place of gradients."""
+    if wanted and "flora_accumulation" not in methods:
+        raise ConfigError(
+            "`--sketched-gradients` is for flora_accumulation, got `--methods` "
+            f"{' '.join(methods)}; add it, or leave the flag out"
         )
 
 

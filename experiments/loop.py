@@ -20,17 +20,16 @@ import optax
 from tensorboardX import SummaryWriter
 
 import flora_jax as fj
-from experiments import devices, processes, records
+from experiments import devices, gradients, processes, records
 from experiments.checkpoints import Checkpoints, State
 from experiments.config import ConfigError, NonFiniteLossError
 from experiments.display import Display
+from experiments.gradients import Gradient, Loss
 from experiments.state_bytes import step_bytes
 
 _DROPOUT = zlib.crc32(b"dropout")
 
 Batch = Any
-Loss = Callable[[Any, Any, Batch, jax.Array], jax.Array]
-"""loss(params, frozen, batch, key): nats per token, a scalar."""
 
 
 class Problem(NamedTuple):
@@ -45,6 +44,7 @@ class Problem(NamedTuple):
     """Tokens in a batch, padding included."""
     evaluate: Callable[[Any, Any], dict[str, float]]
     """Metrics of params and frozen; "validation_loss" among them."""
+    gradient: Gradient = gradients.full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +68,15 @@ def training_step(
     frozen: Any,
     batch: Batch,
     key: jax.Array,
+    gradient: Gradient = gradients.full,
 ) -> tuple[State, jax.Array]:
     """One call of the optimizer.
 
     An accumulating optimizer is called for each micro-batch; its updates are zeros
     until the last one of a cycle.
     """
-    value, grads = jax.value_and_grad(loss)(state.params, frozen, batch, key)
+    value_and_grad = gradient(loss, state.opt_state)
+    value, grads = value_and_grad(state.params, frozen, batch, key)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     return State(optax.apply_updates(state.params, updates), opt_state), value
 
@@ -123,7 +125,9 @@ class Training:
         self.problem = problem
         self.pace = pace
         self._schedule, self._rate_flag = schedule, rate_flag
-        self._step = functools.partial(training_step, problem.loss, tx)
+        self._step = functools.partial(
+            training_step, problem.loss, tx, gradient=problem.gradient
+        )
         self._kept = Checkpoints(folder / "checkpoints", identity)
         self.state, self.done = devices.replicated(state), 0
         self.frozen = devices.replicated(problem.frozen)

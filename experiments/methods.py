@@ -66,14 +66,18 @@ def schedule(config: Config, method: str) -> optax.Schedule:
     return optimizers.schedule(peak, config.updates, config.warmup_fraction, end=0.1)
 
 
-def optimizer(config: Config, name: str) -> optax.GradientTransformationExtraArgs:
-    """Returns the optimizer of the training called `name`."""
+def recipe(config: Config, name: str) -> optimizers.Recipe:
+    """Returns what the optimizer of the training called `name` is made of."""
     method = METHODS[name]
     kept = "flora" if method.compressed else "full"
-    recipe = optimizers.recipe(
+    return optimizers.recipe(
         config,
         config.rank,
         accumulation=kept if method.kind == "accumulator" else "none",
         momentum=kept if method.kind == "momentum" else "none",
     )
-    return optimizers.make(recipe, schedule(config, name))
+
+
+def optimizer(config: Config, name: str) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer of the training called `name`."""
+    return optimizers.make(recipe(config, name), schedule(config, name))

@@ -30,6 +30,8 @@ class Recipe:
     projection: str
     seed: int
     """Of the projections."""
+    sketched_gradients: bool
+    """FLORA's accumulation is given sketches; full gradients are never formed."""
     base: Literal["adafactor", "adam", "sgd"] = "adafactor"
 
 
@@ -52,6 +54,7 @@ def recipe(
         reading=config.reading,
         projection=config.projection,
         seed=config.seed,
+        sketched_gradients=config.sketched_gradients,
     )
 
 
@@ -78,12 +81,7 @@ def make(
             return multi.gradient_transformation()
         case "flora":
             return fj.compressed_accumulation(
-                inner,
-                recipe.micro_batches,
-                recipe.rank,
-                projection=getattr(fj, recipe.projection)(),
-                key=recipe.seed,
-                mask=matrices_only,
+                inner, recipe.micro_batches, key=recipe.seed, **rules(recipe)
             )
 
 
@@ -112,13 +110,19 @@ def _base(
     )
 
 
-def _sketch(recipe: Recipe) -> dict[str, object]:
-    return {
-        "rank": recipe.rank,
+def _sketch(recipe: Recipe) -> dict[str, Any]:
+    return rules(recipe) | {
         "resample_every": recipe.resample_every,
         "reading": recipe.reading,
-        "projection": getattr(fj, recipe.projection)(),
         "key": recipe.seed,
+    }
+
+
+def rules(recipe: Recipe) -> dict[str, Any]:
+    """Returns how leaves are sketched."""
+    return {
+        "rank": recipe.rank,
+        "projection": getattr(fj, recipe.projection)(),
         "mask": matrices_only,
     }
 

@@ -19,7 +19,8 @@ from experiments.finetune.evaluate import evaluate as decode_and_score
 from experiments.finetune.methods import METHODS
 from experiments.finetune.prepare import Prepared, prepare
 from experiments.finetune.problem import build
-from experiments.loop import Batch, Loss
+from experiments.gradients import Loss
+from experiments.loop import Batch
 from experiments.models import GPT2Config, create
 
 Cell = dict[str, Any]
@@ -61,6 +62,11 @@ class Sources:
     ):
         """Loads or makes the corpus, or the pairs of a fine-tuning."""
         self.settings = settings
+        if settings.get("sketched_gradients"):
+            raise ConfigError(
+                "`sketched_gradients` of the grid changes no loss; leave it out, or "
+                "train with it by python -m experiments"
+            )
         self.config: Config | FinetuneConfig
         self.data: Data | Prepared
         if "dataset" in settings:

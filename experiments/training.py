@@ -6,7 +6,16 @@ from typing import Any
 
 import jax
 
-from experiments import devices, loop, lora, methods, processes, records, state_bytes
+from experiments import (
+    devices,
+    gradients,
+    loop,
+    lora,
+    methods,
+    processes,
+    records,
+    state_bytes,
+)
 from experiments.checkpoints import State
 from experiments.config import Config, flag
 from experiments.data import Data, batches
@@ -46,7 +55,9 @@ class MethodTraining:
         self._bytes = state_bytes.measure(self.method, config, *state)
         self.loop = loop.Training(
             self.method.title,
-            problem(config, dataset, graphdef),
+            problem(config, dataset, graphdef)._replace(
+                gradient=gradients.of(methods.recipe(config, name))
+            ),
             state,
             tx,
             methods.schedule(config, name),

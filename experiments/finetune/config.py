@@ -8,7 +8,12 @@ import math
 import pathlib
 from typing import Any, Literal
 
-from experiments.config import ConfigError, check_projection, flag
+from experiments.config import (
+    ConfigError,
+    check_projection,
+    check_sketched_gradients,
+    flag,
+)
 
 ModelName = Literal[
     "t5-tiny",
@@ -111,6 +116,9 @@ class Config:
     """How FLORA's momentum becomes an update."""
     projection: str = "CountSketch"
     """How matrices are sketched; Gaussian is the paper's."""
+    sketched_gradients: bool = False
+    """FLORA's accumulation takes sketches that automatic differentiation makes: full
+    gradients of matrices are never formed."""
     lora_alpha: float | None = None
     """Adapters are scaled by alpha/rank; the rank if not given."""
     lora_tune_rest: bool = True
@@ -161,6 +169,7 @@ class Config:
         _check_numbers(self)
         _check_methods(self)
         check_projection(self.projection)
+        check_sketched_gradients(self.sketched_gradients, self.methods)
 
     def rate(self, method: str) -> float:
         """Returns the peak learning rate of a method."""

@@ -49,16 +49,20 @@ def schedule(config: Config, name: str) -> optax.Schedule:
     )
 
 
-def optimizer(
-    config: Config, name: str, rank: int | None
-) -> optax.GradientTransformationExtraArgs:
-    """Returns the optimizer of the method called `name`."""
+def recipe(config: Config, name: str, rank: int | None) -> optimizers.Recipe:
+    """Returns what the optimizer of the method called `name` is made of."""
     method = METHODS[name]
-    recipe = optimizers.recipe(
+    return optimizers.recipe(
         config,
         rank or 1,  # of no meaning where the method has none
         method.accumulation,
         method.momentum,
         config.optimizer,
     )
-    return optimizers.make(recipe, schedule(config, name))
+
+
+def optimizer(
+    config: Config, name: str, rank: int | None
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer of the method called `name`."""
+    return optimizers.make(recipe(config, name, rank), schedule(config, name))

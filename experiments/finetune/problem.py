@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import devices, loop, lora
+from experiments import devices, gradients, loop, lora
 from experiments.checkpoints import State
 from experiments.datasets import batches
 from experiments.finetune import methods
@@ -42,6 +42,7 @@ def build(
         batches=examples.map(_with_share),
         tokens=config.batch_size * (config.source_length + config.target_length),
         evaluate=_evaluation(config, prepared, graphdef),
+        gradient=gradients.of(methods.recipe(config, name, rank)),
     )
     tx = methods.optimizer(config, name, rank)
     # A copy on the device: the step donates its state.

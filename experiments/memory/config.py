@@ -7,8 +7,8 @@ from typing import Literal
 from experiments.config import ConfigError, check_projection, flag
 from experiments.models.config import PUBLISHED, GPT2Config
 
-MethodName = Literal["naive", "flora", "lora", "adam"]
-RANKED = ("flora", "lora")
+MethodName = Literal["naive", "flora", "sketched", "lora", "adam"]
+RANKED = ("flora", "sketched", "lora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +18,10 @@ class Config:
     model: tuple[str, ...] = ("t5-3b", "gpt2-xl")
     """Published models: gpt2, gpt2-medium, gpt2-large, gpt2-xl, t5-small, t5-base,
     t5-large, t5-3b, t5-v1_1-small, t5-v1_1-base."""
-    method: tuple[MethodName, ...] = ("adam", "naive", "lora", "flora")
+    method: tuple[MethodName, ...] = ("adam", "naive", "lora", "flora", "sketched")
     """naive, flora and lora accumulate gradients for Adafactor: in full, as a sketch,
-    of adapters alone; adam accumulates in full for Adam."""
+    of adapters alone; sketched is flora with gradients that are sketches from the
+    start; adam accumulates in full for Adam."""
     rank: str = "16,64,256,512"
     """Ranks of sketches and adapters, separated by commas."""
     projection: str = "CountSketch"

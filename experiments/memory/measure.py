@@ -8,6 +8,7 @@ the trainings here leave position embeddings out as well.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -54,6 +55,11 @@ def measure(config: Config, name: str, method: str, rank: int | None) -> Row:
     graphdef, trained, frozen = _parameters(model, method, rank)
     base = optax.adam(_RATE) if method == "adam" else optax.adafactor(_RATE)
     accumulator = _accumulator(config, method, rank)
+    value_and_grad: Any = jax.value_and_grad
+    if method == "sketched":
+        value_and_grad = functools.partial(
+            fj.sketched_value_and_grad, **_sketch(config, rank)
+        )
     acc = jax.eval_shape(accumulator.init, trained)
     opt_state = jax.eval_shape(base.init, trained)
 
@@ -61,7 +67,7 @@ def measure(config: Config, name: str, method: str, rank: int | None) -> Row:
         def loss(trained: Any) -> jax.Array:
             return mean_loss(graphdef, lora.join(trained, frozen), batch)
 
-        value, grads = jax.value_and_grad(loss)(trained)
+        value, grads = value_and_grad(loss)(trained)
         return accumulator.update(acc, grads, 1), value
 
     def apply(trained: Any, opt_state: Any, acc: Any) -> Any:
@@ -103,16 +109,18 @@ def _parameters(model: Any, method: str, rank: int | None) -> tuple[Any, Any, An
 
 
 def _accumulator(config: Config, method: str, rank: int | None) -> Any:
-    if method == "flora":
-        return fj.compressed_accumulator(
-            rank, key=0, projection=getattr(fj, config.projection)()
-        )
+    if method in ("flora", "sketched"):
+        return fj.compressed_accumulator(**_sketch(config, rank))
     return optax.microbatching.Accumulator(
         init=optax.tree.zeros_like,
         update=lambda total, grads, i: optax.tree.add(total, grads),
         finalize=lambda total: optax.tree.scale(1 / _MICRO_BATCHES, total),
         aggregate=lambda value: value,
     )
+
+
+def _sketch(config: Config, rank: int | None) -> dict[str, Any]:
+    return {"rank": rank, "key": 0, "projection": getattr(fj, config.projection)()}
 
 
 def _batch(config: Config, model: Any) -> dict[str, jax.ShapeDtypeStruct]:

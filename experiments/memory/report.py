@@ -15,6 +15,7 @@ _TITLES = {
     "naive": "Adafactor, full accumulation",
     "lora": "LoRA",
     "flora": "FLORA",
+    "sketched": "FLORA, sketched gradients",
 }
 _COLUMNS = (
     "model",
@@ -79,7 +80,7 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
         axes.set_title(model, fontsize=10)
     panels[-1].set_xlabel("GiB of one device")
     handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=4, fontsize=8)
+    figure.legend(handles, names, loc="outside upper center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -97,6 +98,16 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
             label=name,
         )
         left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.plot(
+        [row.accumulate_step / _GIB for row in rows],
+        range(len(rows)),
+        color="black",
+        marker="|",
+        markersize=12,
+        markeredgewidth=2,
+        linestyle="none",
+        label="accumulate step alone",
+    )
     for y, total in enumerate(left):
         axes.text(total, y, f" {total:.1f}", va="center", fontsize=8)
     axes.set_xlim(0, 1.1 * max(left))

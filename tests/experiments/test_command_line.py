@@ -48,6 +48,10 @@ def test_help_names_every_setting(capsys):
         ("--momentum 1", "`--momentum` must be in [0, 1), got 1.0; 0.9 is usual"),
         ("--reading nesterov", "`--reading` must be one of paper, interpolated, re"),
         ("--reading residual --projection Gaussian", "`--reading residual` wants a p"),
+        (
+            "--sketched-gradients --methods flora_momentum",
+            "`--sketched-gradients` is for flora_accumulation, got `--methods` flora_",
+        ),
         ("--projection gauss", "`--projection` must be one of Gaussian, Rademacher, "),
         ("--warmup-fraction 1", "`--warmup-fraction` must be in [0, 1), got 1.0; 0.1 "),
         ("--seed -1", "`--seed` must not be negative, got -1"),

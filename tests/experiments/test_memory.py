@@ -40,7 +40,7 @@ def test_rows(tiny, tmp_path, capsys):
     assert command.main([*arguments.split(), "--output-dir", str(tmp_path)]) == 0
     table = (tmp_path / "memory.md").read_text()
     assert table in capsys.readouterr().out
-    assert table.count("\n") == 2 + 2 + 4
+    assert table.count("\n") == 2 + 2 + 5
     assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 
@@ -48,7 +48,12 @@ def test_the_account_adds_up(tiny):
     config = Config(source_length=16, target_length=8, scan=False, remat=False)
     rows = {
         method: measure.measure(config, "t5-small", method, rank)
-        for method, rank in (("adam", None), ("flora", 16), ("lora", 16))
+        for method, rank in (
+            ("adam", None),
+            ("flora", 16),
+            ("sketched", 16),
+            ("lora", 16),
+        )
     }
     for row in rows.values():
         kept = row.parameters + row.optimizer + row.accumulator
@@ -62,6 +67,9 @@ def test_the_account_adds_up(tiny):
         2 * rows["adam"].parameters, rel=0.01
     )
     assert rows["flora"].accumulator < 0.8 * rows["adam"].accumulator
+    assert rows["sketched"].accumulator == rows["flora"].accumulator
+    less = rows["sketched"].accumulate_temporaries
+    assert less < 0.95 * rows["flora"].accumulate_temporaries
     assert rows["lora"].trained == rows["lora"].accumulator
     assert rows["lora"].trained < 0.2 * rows["lora"].parameters
 

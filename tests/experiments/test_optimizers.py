@@ -32,6 +32,7 @@ def recipe(**changes):
         "reading": "paper",
         "projection": "CountSketch",
         "seed": 0,
+        "sketched_gradients": False,
     }
     return optimizers.Recipe(**(settings | changes))
 

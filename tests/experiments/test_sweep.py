@@ -11,7 +11,7 @@ import pytest
 from experiments import family, records, sweep, sweep_report
 from experiments.config import ConfigError
 from experiments.finetune.config import Config as FinetuneConfig
-from experiments.sweep_tasks import config_of
+from experiments.sweep_tasks import Sources, config_of
 from tests.experiments.job import TINY
 
 FOLDER = pathlib.Path(sweep.__file__).parent
@@ -236,6 +236,12 @@ def test_is_resumed_after_a_kill(tmp_path, tiny):
     assert again[:5] == rows[:5]
     assert again[5]["id"] == rows[5]["id"]
     assert again[5]["validation_loss"] == rows[5]["validation_loss"]
+
+
+def test_sketched_gradients_are_no_axis(tmp_path, tiny):
+    settings = {"sketched_gradients": True}
+    with pytest.raises(ConfigError, match="`sketched_gradients` of the grid changes"):
+        Sources(settings, tiny.data_dir, tiny.corpus_dir)
 
 
 def test_a_cell_that_always_diverges(tmp_path, tiny, monkeypatch):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+import flora_jax as fj
 from experiments import checkpoints, data, methods, records, state_bytes
 from experiments.config import METHODS, Config, ConfigError, NonFiniteLossError
 from experiments.models import create
@@ -199,6 +200,28 @@ def test_overwrite_starts_again(tiny, tmp_path):
     )
     run(config)
     assert [row["update"] for row in read_rows(config, "full_accumulation")] == [0, 1]
+
+
+def test_sketched_gradients_train_the_same(finished, tiny, tmp_path, monkeypatch):
+    """To rounding, with the gradients that FLORA's accumulation gets as sketches."""
+    asked = []
+
+    def spy(loss, **settings):
+        asked.append(settings)
+        return original(loss, **settings)
+
+    original = fj.sketched_value_and_grad
+    monkeypatch.setattr(fj, "sketched_value_and_grad", spy)
+    names = ("flora_accumulation",)
+    config = dataclasses.replace(
+        tiny, output_dir=tmp_path, sketched_gradients=True, methods=names
+    )
+    run(config)
+    assert asked[0]["rank"] == tiny.rank
+    rows = [read_rows(each, *names) for each in (config, finished[0])]
+    for name in ("loss", "validation_loss"):
+        found = [[row[name] for row in each if name in row] for each in rows]
+        np.testing.assert_allclose(*found, rtol=2e-4)
 
 
 def test_divergence_stops_the_run(tiny, tmp_path):

@@ -267,6 +267,10 @@ def _run_and_kill(arguments, folder, rows, settings):
         ),
         ("--lora-alpha 0", "`--lora-alpha` must be positive and finite, got 0.0"),
         ("--dropout 1", "`--dropout` must be in [0, 1), got 1.0"),
+        (
+            "--sketched-gradients --methods none",
+            "`--sketched-gradients` is for flora_accumulation, got `--methods` none",
+        ),
         ("--projection gauss", "`--projection` must be one of Gaussian, Rademacher"),
         (
             "--micro-batches 5",
