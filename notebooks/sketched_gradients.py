@@ -1,0 +1,279 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Gradients that are born compressed
+#
+# FLORA keeps a sketch of the accumulated gradient in place of the gradient. But a
+# training step first computes each gradient in full, writes it to memory, and reads it
+# back to sketch it. It need not: automatic differentiation can make the sketch itself.
+
+# %%
+import sys
+
+if "google.colab" in sys.modules:  # Elsewhere: pip install -e . in a clone.
+    import subprocess
+
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", "flora-jax"])
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import flora_jax as fj
+
+print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
+
+# %% [markdown]
+# ## The derivation, in three lines
+#
+# Let $y = xW$ with $T$ tokens in the rows of $x$, cotangent $\delta = \partial
+# L/\partial y$, and a random $S$ ($r \times m$). Then
+#
+# $$\begin{aligned}
+# \partial L/\partial W &= x^\top \delta && \text{: } 2\,T m n \text{ operations}\\
+# S\,\partial L/\partial W &= S\,(x^\top \delta)\\
+# &= (x S^\top)^\top \delta && \text{: } 2\,T r n\text{, and } T m
+# \text{ for } x S^\top \text{ with CountSketch.}
+# \end{aligned}$$
+#
+# The second form is what LoRA's $B$ receives as its gradient for $y = xW + (xS^\top)B$
+# at $B = 0$: a low-rank adapter at zero *is* a compressor of the gradient. Of the three
+# products of a layer (forward, $\delta W^\top$, $x^\top\delta$) it makes the third
+# $m/r$ times smaller. In numbers:
+
+# %%
+tokens, rows, columns, rank = 480, 256, 512, 16
+keys = jax.random.split(jax.random.key(0), 4)
+x = jax.random.normal(keys[0], (tokens, rows))
+w = jax.random.normal(keys[1], (rows, columns)) / rows**0.5
+s = jax.random.normal(keys[2], (rank, rows)) / rank**0.5
+target = jax.random.normal(keys[3], (tokens, columns))
+
+
+def loss_of(y):
+    return jnp.mean((jnp.tanh(y) - target) ** 2)
+
+
+full = jax.grad(lambda w: loss_of(x @ w))(w)
+adapter = jax.grad(lambda b: loss_of(x @ w + (x @ s.T) @ b))(jnp.zeros((rank, columns)))
+error = jnp.linalg.norm(adapter - s @ full) / jnp.linalg.norm(s @ full)
+print(f"gradient {full.shape}, sketch {adapter.shape}, relative error {error:.1e}")
+
+# %% [markdown]
+# ## For a model that knows nothing of it
+#
+# `fj.sketched_value_and_grad` takes the place of `jax.value_and_grad`. It traces the
+# loss and moves $S$ from each weight's gradient back through casts, transposes, sums,
+# scans and rematerialisation to the product where the gradient begins. The model has no
+# adapters and is not changed. Here is a residual network whose layers are scanned:
+
+
+# %%
+def model(params, x):
+    def layer(h, p):
+        return h + jax.nn.gelu(h @ p["up"]) @ p["down"], None
+
+    h, _ = jax.lax.scan(jax.checkpoint(layer), x @ params["in"], params["layers"])
+    return h @ params["out"] + params["bias"]
+
+
+def loss(params, batch):
+    x, y = batch
+    return jnp.mean((model(params, x) - y) ** 2)
+
+
+def normal(key, *shape):
+    return jax.random.normal(jax.random.key(key), shape) / shape[-2] ** 0.5
+
+
+params = {
+    "in": normal(1, 128, 256),
+    "layers": {"up": normal(2, 3, 256, 512), "down": normal(3, 3, 512, 256) / 3},
+    "out": normal(4, 256, 128),
+    "bias": jnp.zeros(128),
+}
+teacher = jax.random.normal(jax.random.key(5), (128, 128)) / 128**0.5
+
+
+def batch_of(step, size=480):
+    x = jax.random.normal(jax.random.fold_in(jax.random.key(6), step), (size, 128))
+    return x, jnp.sin(2 * x @ teacher)
+
+
+tx = fj.compressed_accumulation(optax.adam(1e-3), every_k=4, rank=32, key=7)
+state = tx.init(params)
+
+
+def sketched_gradient(params, state, batch):
+    # The key and the cycle of the accumulator, so that both mean the same S.
+    value_and_grad = fj.sketched_value_and_grad(
+        loss, rank=32, key=state.key, step=state.gradient_step
+    )
+    return value_and_grad(params, batch)
+
+
+value, grads = jax.jit(sketched_gradient)(params, state, batch_of(0))
+for (path, sketch), (_, weight) in zip(
+    jax.tree_util.tree_leaves_with_path(grads.tree),
+    jax.tree_util.tree_leaves_with_path(params),
+    strict=True,
+):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    print(f"{name:12} {weight.shape!s:16} -> {sketch.shape}")
+
+# %% [markdown]
+# Where something else stands between a weight and its products, the value there is
+# computed in full and sketched: the result is right in any case. `fj.born_compressed`
+# lists what happened to each leaf. A weight that is squared on its way is such a case:
+
+# %%
+for name, fun in {
+    "as it is": loss,
+    "squared": lambda p, batch: loss(p | {"out": p["out"] ** 2}, batch),
+}.items():
+    print(name)
+    for leaf in fj.born_compressed(fun, rank=32)(params, batch_of(0)):
+        why = leaf.dense_reason or "; ".join(
+            f"{stop.primitive} of {stop.shape}: {stop.reason}" for stop in leaf.stops
+        )
+        print(f"  {leaf.path:12} {'born compressed' if leaf.born_compressed else why}")
+
+# %% [markdown]
+# ## The same training
+#
+# The accumulator takes sketches in place of gradients; its state is the same, bit for
+# bit in structure and to rounding in value. Both runs below end at the same loss.
+
+
+# %%
+def full_gradient(params, state, batch):
+    return jax.value_and_grad(loss)(params, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train_step(gradient, params, state, batch):
+    value, grads = gradient(params, state, batch)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+
+curves = {}
+for name, gradient in {"full": full_gradient, "sketched": sketched_gradient}.items():
+    now, state, values = params, tx.init(params), []
+    for step in range(160):
+        now, state, value = train_step(gradient, now, state, batch_of(step))
+        values.append(float(value))
+    curves[name] = np.asarray(values)
+
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito
+figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+axes.plot(curves["full"], color=BLUE, linewidth=3, label="full gradients")
+axes.plot(curves["sketched"], "--", color=ORANGE, label="sketched gradients")
+axes.set_xlabel("micro-step (4 to an update)")
+axes.set_ylabel("training loss")
+axes.legend(frameon=False)
+axes.grid(alpha=0.3)
+difference = np.abs(curves["full"] - curves["sketched"]).max()
+print(f"largest difference of the losses: {difference:.1e}")
+assert difference < 0.02  # Much smaller on a CPU; GPUs round products to TF32.
+
+# %% [markdown]
+# ## What it saves
+#
+# Operations of the gradient function by XLA's count, over those of full gradients
+# (layers unrolled, since a loop's body is counted once). A third of them make the
+# weights' gradients, so that two thirds is the least there can be; a Gaussian $S$ costs
+# a product of its own.
+
+
+# %%
+def unrolled(params, batch):
+    x, y = batch
+    h = x @ params["in"]
+    for up, down in zip(params["layers"]["up"], params["layers"]["down"], strict=True):
+        h = h + jax.nn.gelu(h @ up) @ down
+    return jnp.mean((h @ params["out"] + params["bias"] - y) ** 2)
+
+
+def unstacked(params):
+    layers = {name: list(leaf) for name, leaf in params["layers"].items()}
+    return params | {"layers": layers}
+
+
+def operations(gradient):
+    arguments = unstacked(params), batch_of(0)
+    return jax.jit(gradient).lower(*arguments).compile().cost_analysis()["flops"]
+
+
+whole = operations(jax.value_and_grad(unrolled))
+ranks = [8, 16, 32, 64, 96]
+figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+axes.axhline(1, color="black", linewidth=1, label="full gradients")
+for projection, style, colour in (
+    (fj.CountSketch(), "o-", ORANGE),
+    (fj.Gaussian(), "s--", GREEN),
+):
+    shares = [
+        operations(
+            lambda p, batch, rank=rank, projection=projection: (
+                fj.sketched_value_and_grad(
+                    unrolled, rank, key=0, projection=projection
+                )(p, batch)[1].tree
+            )
+        )
+        / whole
+        for rank in ranks
+    ]
+    name = type(projection).__name__
+    axes.plot(ranks, shares, style, color=colour, label=f"sketched, {name}")
+axes.axhline(2 / 3, color="grey", linestyle=":", label="no weight gradients at all")
+axes.set_xlabel("rank of the sketch (widths are 128 and 256)")
+axes.set_ylabel("operations over full gradients'")
+axes.set_ylim(0.6, 1.05)
+axes.legend(frameon=False, fontsize=8)
+axes.grid(alpha=0.3)
+
+# %% [markdown]
+# ## The norm of a gradient that is never formed
+#
+# `grads.global_norm()` estimates it: the square is unbiased, for $\mathbb{E}\,\|S G\|^2
+# = \|G\|^2$. Log it, or clip by it, as an estimate. Over 300 keys:
+
+# %%
+batch = batch_of(0)
+exact = float(optax.tree.norm(jax.grad(loss)(params, batch)))
+
+
+@jax.jit
+def norms(seeds):
+    def one(seed):
+        gradient = fj.sketched_value_and_grad(loss, rank=32, key=jax.random.key(seed))
+        return gradient(params, batch)[1].global_norm()
+
+    return jax.lax.map(one, seeds)
+
+
+found = np.asarray(norms(jnp.arange(300)))
+figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+axes.hist(found, bins=24, color=BLUE, alpha=0.8, label="estimates, one per key")
+axes.axvline(exact, color=ORANGE, linestyle="--", label="norm of the full gradient")
+axes.set_xlabel("global norm")
+axes.set_ylabel("keys")
+axes.legend(frameon=False)
+mean_square = (found**2).mean()
+print(f"norm {exact:.4f}; root of the estimates' mean square {mean_square**0.5:.4f}")
