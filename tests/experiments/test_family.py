@@ -19,8 +19,8 @@ def shapes():
     return jax.eval_shape(lambda: create(TINY.model, 0)[1])
 
 
-def measured(name, params=None):
-    tx = family.FAMILY[name].make(1.0, family.Setting(RANK, 2, 0, 0.9))
+def measured(name, params=None, **options):
+    tx = family.FAMILY[name].make(1.0, family.Setting(RANK, 2, 0, 0.9, options))
     return family.measure(tx, shapes() if params is None else params)
 
 
@@ -76,6 +76,32 @@ def test_bytes_of_muon():
     numbers = sum(leaf.size for leaf in jax.tree.leaves(shapes()))
     assert 0 <= matrices - 4 * MATRICES < SMALL
     assert 0 <= state - 4 * MATRICES - 2 * 4 * (numbers - MATRICES) < SMALL
+
+
+@pytest.mark.parametrize("name", ["sketched_muon", "flora_muon"])
+def test_bytes_of_sketched_muons(name):
+    """One number for each of a sketch: half of what flora_adamw keeps."""
+    _, matrices = measured(name)
+    kept = 4 * RANK * MATRICES // WIDTH
+    assert 0 <= matrices - kept < SMALL
+    assert 2 * kept <= measured("flora_adamw")[1] < 2 * kept + SMALL
+
+
+@pytest.mark.parametrize("name", ["muon", "flora_muon"])
+def test_muons_in_eight_bits(name):
+    """A quarter, scales, and small leaves as they are; steps change every matrix."""
+    whole, coded = measured(name)[1], measured(name, state_dtype="int8")[1]
+    assert 0.25 < coded / whole < 0.35
+    options = {"state_dtype": "int8"}
+    tx = family.FAMILY[name].make(0.1, family.Setting(RANK, 1, 0, 0.9, options))
+    params = create(TINY.model, 0)[1]
+    update, state = jax.jit(tx.update), tx.init(params)
+    for _ in range(2):
+        updates, state = update(params, state, params)
+    chosen = jax.tree.leaves(family.matrices(params))
+    for leaf, own in zip(jax.tree.leaves(updates), chosen, strict=True):
+        if own:  # Muon's step, of a root mean square of 0.2.
+            assert (leaf**2).mean() ** 0.5 == pytest.approx(0.02, rel=0.2)
 
 
 def test_bytes_of_adamw_in_eight_bits():
