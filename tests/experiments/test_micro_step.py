@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments import micro_step
+from experiments.micro_step import __main__ as command
+from experiments.micro_step import measure
 from experiments.models import PUBLISHED, GPT2Config, T5Config
 
 PROGRAM = """
@@ -23,9 +24,9 @@ ENTRY %main (x: f32[480,768]) -> (f32[768,3072], f32[]) {
 
 
 def test_buffers_of_a_weights_shape():
-    found = micro_step.buffers(PROGRAM, {(768, 3072)})
+    found = measure.buffers(PROGRAM, {(768, 3072)})
     assert found == {"dot": 1, "fusion": 1, "transpose": 1}
-    assert micro_step.buffers(PROGRAM, {(768, 768)}) == {}
+    assert measure.buffers(PROGRAM, {(768, 768)}) == {}
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def tiny(monkeypatch):
 
 def test_rows_table_and_picture(tiny, tmp_path, capsys):
     arguments = "--ranks 4 --projections CountSketch --rounds 2 --length 80"
-    assert micro_step.main([*arguments.split(), "--output-dir", str(tmp_path)]) == 0
+    assert command.main([*arguments.split(), "--output-dir", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "micro_step.json").read_text())["rows"]
     assert len(rows) == 2 * (1 + 2)
     for row in rows:
@@ -64,12 +65,13 @@ def test_rows_table_and_picture(tiny, tmp_path, capsys):
         ("--model t5-11b", "`--model` must be of gpt2, "),
         ("--projections TopSVD", "`--projections` must be of Gaussian, "),
         ("--ranks 0", "`--ranks` must be at least 1, got (0,)"),
+        ("--ranks", "`--ranks` must name at least one, got none"),
         ("--rounds 1", "`--rounds` must be at least 2"),
         ("--length 1025", "`--length` must be at most 1024, the context of gpt2"),
     ],
 )
 def test_bad_settings_are_one_line(arguments, message, capsys):
-    assert micro_step.main(arguments.split()) == 2
+    assert command.main(arguments.split()) == 2
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
     assert errors.startswith("error: " + message)

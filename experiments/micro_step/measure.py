@@ -1,82 +1,31 @@
-"""One micro-step with gradients that are born compressed: `-m experiments.micro_step`.
-
-Blocks of the published sizes with random weights, layers unrolled: the operations of
-the gradient function by XLA's count, the buffers of a weight's shape in its program,
-and the time of a micro-step in the middle of a cycle, all contenders in turns.
-"""
+"""Compiles and times micro-steps: with full gradients, and with sketched ones."""
 
 import collections
 import dataclasses
 import functools
-import pathlib
 import re
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from rich.progress import track
 
 import flora_jax as fj
-from experiments import command, micro_step_report, records
+from experiments import records
 from experiments.benchmark.run import machine
-from experiments.config import PROJECTIONS, ConfigError, flag
+from experiments.micro_step import report
+from experiments.micro_step.config import Config
 from experiments.models import PUBLISHED, GPT2Config, T5Config, create, mean_loss
 from experiments.optimizers import matrices_only
 
 _VOCABULARY = 257  # So that embedding and head are next to nothing beside a block.
 _CYCLE = 1000  # Micro-steps; none of those that are timed is the last of one.
 _UNTIMED = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What is measured."""
-
-    model: tuple[str, ...] = ("gpt2", "t5-small")
-    """Published sizes of the blocks; see `python -m experiments.memory --help`."""
-    blocks: int = 1
-    """Blocks of a GPT-2; encoder blocks and decoder blocks of a T5."""
-    batch_size: int = 2
-    """Examples in a micro-batch."""
-    length: int = 480
-    """Tokens of an example; for a T5 of its source and of its target."""
-    ranks: tuple[int, ...] = (16, 64, 256)
-    """Ranks of the sketches."""
-    projections: tuple[str, ...] = ("CountSketch", "Gaussian")
-    """How matrices are sketched."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the computation; parameters and sketches are float32."""
-    rounds: int = 7
-    """Timed micro-steps of each contender, after two that are not timed."""
-    output_dir: pathlib.Path = pathlib.Path("runs/micro_step")
-    """Where micro_step.json, micro_step.md and micro_step.png go."""
-
-    def validate(self) -> None:
-        """Refuse settings that make no sense.
-
-        Raises:
-            ConfigError: naming the argument, its value, and what to give instead.
-        """
-        choices = {"model": tuple(PUBLISHED), "projections": PROJECTIONS}
-        for name, known in choices.items():
-            for value in getattr(self, name):
-                if value not in known:
-                    raise ConfigError(
-                        f"`{flag(name)}` must be of {', '.join(known)}, got {value!r}"
-                    )
-        for name in ("blocks", "batch_size", "length", "rounds", "ranks"):
-            values = getattr(self, name)
-            if any(x < 1 for x in (values if name == "ranks" else (values,))):
-                raise ConfigError(f"`{flag(name)}` must be at least 1, got {values}")
-        if self.rounds < 2:
-            raise ConfigError("`--rounds` must be at least 2, for a median, got 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +48,6 @@ def problem(config: Config, name: str) -> Problem:
     }
     if isinstance(size, T5Config):
         changes["decoder_layers"] = config.blocks
-    elif config.length > size.context:
-        raise ConfigError(
-            f"`--length` must be at most {size.context}, the context of {name}, got "
-            f"{config.length}"
-        )
     graphdef, params = create(dataclasses.replace(size, **changes), 0)
     draw = functools.partial(np.random.default_rng(1).integers, 1, _VOCABULARY)
     lengths = {"source": config.length, "target": config.length}
@@ -280,25 +224,8 @@ def run(config: Config) -> None:
         "rows": rows,
     }
     records.write_json(folder / "micro_step.json", content)
-    text = micro_step_report.table(rows)
+    text = report.table(rows)
     (folder / "micro_step.md").write_text(text)
-    micro_step_report.draw(rows, content["machine"], folder / "micro_step.png")
+    report.draw(rows, content["machine"], folder / "micro_step.png")
     print(text, end="")
     print(f"Table, picture and data are in {folder}")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        arguments: in place of the command line's own.
-
-    Returns:
-        The exit status: 0, or 2 for settings that make no sense.
-    """
-    config = tyro.cli(Config, prog="python -m experiments.micro_step", args=arguments)
-    return command.execute(config, "experiments.micro_step")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A micro-step with sketched gradients: `python -m experiments.micro_step`."""
