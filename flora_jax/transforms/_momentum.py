@@ -85,6 +85,10 @@ def compressed_momentum(
     √(1 + (m+1)/r) (Gaussian) or √(m/r) (CountSketch) times the signal's, so that a clip
     after it shrinks the signal, and learning rates do not carry over unexamined.
 
+    With ``reading="paper"``, ``update`` also takes sketches in place of gradients, from
+    :func:`flora_jax.sketched_value_and_grad` with
+    ``transformation="compressed_momentum"``.
+
     Memory: r·max(n, m) numbers of ``dtype`` per sketched leaf (``side="smaller"``), the
     leaf's size for dense ones.
 
