@@ -127,7 +127,9 @@ class Sketcher:
         A factor that is constant along the sketched side multiplies the sketch, one
         that varies along it alone the columns of S: neither touches the whole leaf.
         """
-        if leaf.leaf.shape == plan.state_shape:
+        # A full rank, which tests plan, would leave the shapes equal.
+        sketched = plan.rank < plan.width and leaf.leaf.shape == plan.state_shape
+        if sketched or plan.dense_reason is not None:
             return leaf.value()
         matrix, after, weights = plan.fold(leaf.leaf), [], None
         other = -3 - plan.axis
