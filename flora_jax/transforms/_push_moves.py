@@ -188,7 +188,10 @@ def _dynamic_update_slice(eqn: Any, index: int, want: Want, look: Look) -> Push 
     def apply(s: Any, x: jax.Array, new: jax.Array, *at: Any) -> jax.Array:
         del s
         end = jnp.zeros((), jnp.result_type(*at) if at else jnp.int32)
-        return jax.lax.dynamic_update_slice(x, new, (*at, end))
+        # The equation clamps indices, and has normalised negative ones before.
+        return jax.lax.dynamic_update_slice(
+            x, new, (*at, end), allow_negative_indices=False
+        )
 
     return Push(reads, apply)
 

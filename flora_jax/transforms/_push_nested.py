@@ -82,6 +82,8 @@ def plan_cond(eqn: Any, asked: list[Asked], stops: list[Stop], plan: Plan) -> St
 
 def scan_reason(eqn: Any, index: int, want: Want, plan: Plan) -> str | None:
     """Why an output of a loop is not sketched inside of it, or None."""
+    if "num_carry" not in eqn.params:
+        return "this version of JAX writes loops in another way"
     carries = eqn.params["num_carry"]
     if index >= carries:
         return "it sketches the axis that the loop stacks" if 0 in want.axes else None

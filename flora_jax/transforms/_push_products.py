@@ -89,6 +89,9 @@ def _constant_along(
         return None
     source = eqn.invars[0]
     if eqn.primitive.name == "convert_element_type":
+        wide = jnp.promote_types(source.aval.dtype, atom.aval.dtype)
+        if wide != atom.aval.dtype:  # It may change the value.
+            return None
         return _constant_along(source, axes, ndim, look)
     if eqn.primitive.name != "broadcast_in_dim" or len(eqn.invars) > 1:
         return None
@@ -127,6 +130,9 @@ def _psum(eqn: Any, index: int, want: Want, look: Look) -> Push | str:
     return Push([(eqn.invars[index], want)], lambda s, x: jax.lax.psum(x, names))
 
 
+_WIDE = tuple(jnp.dtype(x) for x in ("bfloat16", "float16", "float32", "float64"))
+
+
 def _dot_general(eqn: Any, index: int, want: Want, look: Look) -> Push | str:
     """S·(xᵀ δ) = (x Sᵀ)ᵀ δ: S goes to the operand that has the sketched axes."""
     del index, look
@@ -144,6 +150,8 @@ def _dot_general(eqn: Any, index: int, want: Want, look: Look) -> Push | str:
     if len(sides) > 1:
         return "the sketched axes come from both of its operands"
     (side,) = sides
+    if eqn.invars[side].aval.dtype not in _WIDE:
+        return "its operand is of a dtype too narrow for a sketch"
     axes = tuple(origin[a][1] for a in want.axes)
     dims = [[list(map(int, d)) for d in pair] for pair in (contract, batch)]
     left = rest(len(eqn.invars[side].aval.shape), axes)

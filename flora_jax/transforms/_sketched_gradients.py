@@ -44,7 +44,7 @@ class SketchedGradients:
         The square of it, Σ‖C‖² (times m/r for isometric sketches) over the sketched
         leaves and ‖G‖² over the dense ones, is an unbiased estimate of the square of
         the norm; its root is a little less on average. A clip by it is a clip by an
-        estimate: ``jax.tree.map(lambda x: x * min(1, limit / norm), sketched)``.
+        estimate: ``optax.clip_by_global_norm`` takes it, for unbiased projections.
 
         Returns:
           A float32 number.

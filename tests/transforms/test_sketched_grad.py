@@ -281,6 +281,38 @@ def test_what_no_rule_knows_is_computed_in_full_and_listed(fallbacks, name):
         assert not fallbacks[name].born_compressed
 
 
+@pytest.mark.parametrize("index", [-5, -4, -1, 1, 5])
+def test_a_layer_by_any_index(index):
+    """Those that are out of range are clamped, once."""
+    stack = {"w": numbers(1, 3, 16, 16)}
+
+    def loss(p):
+        at = jnp.int32(index) + jnp.zeros_like(X[0, 0, 0], jnp.int32)
+        return jnp.sum(jnp.sin(X @ jax.lax.dynamic_index_in_dim(p["w"], at, 0, False)))
+
+    assert compare(loss, stack)["w"].born_compressed
+
+
+def test_casts_that_change_a_factor_and_narrow_operands():
+    params = {name: numbers(i, 16, 24) for i, name in enumerate("abc")}
+    columns = jnp.broadcast_to(0.4 * jnp.arange(24.0), (16, 24))
+    narrow = (40 * X).astype("int8")
+
+    def loss(p):
+        small = jax.lax.dot_general(
+            narrow, p["c"], (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        products = (
+            X @ (p["a"] * columns.astype(bool)),
+            X @ (p["b"] * columns.astype(int)),
+        )
+        return sum(jnp.sum(jnp.sin(y + 0.1)) for y in (*products, small))
+
+    reports = compare(loss, params)
+    assert not any(report.born_compressed for report in reports.values())
+    assert "too narrow" in reports["c"].stops[0].reason
+
+
 PROJECTIONS = [
     fj.CountSketch(),
     fj.CountSketch("isometric"),
