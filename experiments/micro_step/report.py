@@ -22,17 +22,19 @@ _HEADS = (
     "projection",
     "rank",
     "FLOPs",
-    "micro-step, ms",
+    "micro-step, ms (quartiles)",
     "time",
     "gradients, MB",
+    "temporaries, MB",
     "buffers of a weight's shape",
 )
 
 
 def table(rows: Sequence[Row]) -> str:
     """Returns a Markdown table; FLOPs and time are over those of the first row."""
-    lines = [_line(_HEADS), _line(["---"] * 3 + ["---:"] * 6)]
+    lines = [_line(_HEADS), _line(["---"] * 3 + ["---:"] * 7)]
     for row in rows:
+        first, third = row["quartiles"]
         lines.append(
             _line(
                 [
@@ -41,9 +43,10 @@ def table(rows: Sequence[Row]) -> str:
                     row["projection"] or "",
                     row["rank"] or "",
                     f"{row['flops_ratio']:.3f}",
-                    f"{row['milliseconds']:.0f}",
+                    f"{row['milliseconds']:.0f} ({first:.0f} to {third:.0f})",
                     f"{row['milliseconds_ratio']:.2f}",
                     f"{row['gradient_output_bytes'] / 1e6:.1f}",
+                    f"{row['gradient_temp_bytes'] / 1e6:.0f}",
                     sum(row["weight_shaped_buffers"].values()),
                 ]
             )

@@ -12,6 +12,7 @@ from flora_jax._rules import LeafRules
 from flora_jax.projections import CountSketch, ObliviousProjection
 from flora_jax.transforms._leafwise import ScaledLeaf
 from flora_jax.transforms._sketch import Sketcher
+from flora_jax.transforms._sketched_gradients import refuse_sketches
 
 _NAME = "compressed_pmean"
 
@@ -89,6 +90,9 @@ def compressed_pmean(
             f"`error` needs an isometric projection, got {projection}: what an unbiased"
             " estimate leaves out grows; use CountSketch(scale='isometric')"
         )
+    refuse_sketches(
+        _NAME, grads, "it sketches by itself; average them with jax.lax.pmean", "grads"
+    )
     plans, leaves = rules.plan(grads), jax.tree.leaves(grads)
     left: list[Any] = [None] * len(plans)
     if error is not None:

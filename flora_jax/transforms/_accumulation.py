@@ -75,6 +75,8 @@ def compressed_accumulation(
     Each micro-step forms full gradients: what is saved is the accumulator. Not so if
     ``update`` is given what :func:`flora_jax.sketched_value_and_grad` returns in place
     of gradients, with ``key=state.key, step=state.gradient_step`` and the same rules.
+    In one program with the update, XLA still reserves the mean gradient that the last
+    micro-step of a cycle forms; :func:`flora_jax.compressed_accumulator` is apart.
 
     Under ``shard_map`` with gradients that are not reduced yet, give ``axis_name``:
     each device accumulates its own, and once per cycle their sketches are averaged, r·n

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax import _state
-from flora_jax.transforms._sketched_gradients import SketchedGradients
+from flora_jax.transforms._sketched_gradients import gradient_shapes
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -105,8 +105,7 @@ def run_parts(
     """
     plans = [part.plan(updates, old) for part, old in zip(parts, states, strict=True)]
     grads = jax.tree.leaves(updates)
-    if isinstance(updates, SketchedGradients):
-        updates = updates.shapes()
+    updates = gradient_shapes(updates)
     like = jax.tree.leaves(updates)
     arrays, treedef = jax.tree.flatten(states)
 

@@ -125,11 +125,13 @@ def inlined(eqn: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
     """Jaxpr and constants of a call that runs its body once, or None."""
     for name in _BODY.get(eqn.primitive.name, ()):
         if name in eqn.params:
-            body = eqn.params[name]
-            if isinstance(body, Jaxpr):
-                return (body, ()) if not body.constvars else None
-            return body.jaxpr, body.consts
+            return opened(eqn.params[name])
     return None
+
+
+def opened(body: Any) -> tuple[Jaxpr, Sequence[Any]]:
+    """Jaxpr and constants of a body; only a checkpoint's, before 0.12, has none."""
+    return getattr(body, "jaxpr", body), getattr(body, "consts", ())
 
 
 def rest(ndim: int, axes: Axes) -> Axes:

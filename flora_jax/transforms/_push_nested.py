@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-from flora_jax.transforms._push import Want, inlined
+from flora_jax.transforms._push import Want, inlined, opened
 from flora_jax.transforms._push_types import Asked, Operators, Program, Step, Stop
 
 Plan: TypeAlias = Callable[..., Program]
@@ -58,8 +58,7 @@ def _behind_barrier(values: list[Any], places: list[int]) -> list[Any]:
 
 def plan_cond(eqn: Any, asked: list[Asked], stops: list[Stop], plan: Plan) -> Step:
     """Each branch gives the same sketches."""
-    bodies = eqn.params["branches"]
-    programs = [plan(b.jaxpr, b.consts, asked) for b in bodies]
+    programs = [plan(*opened(b), asked) for b in eqn.params["branches"]]
     inputs = list(dict.fromkeys(item for p in programs for item in p.inputs))
     for program in programs:
         stops += program.stops
@@ -82,23 +81,28 @@ def plan_cond(eqn: Any, asked: list[Asked], stops: list[Stop], plan: Plan) -> St
 
 def scan_reason(eqn: Any, index: int, want: Want, plan: Plan) -> str | None:
     """Why an output of a loop is not sketched inside of it, or None."""
-    if "num_carry" not in eqn.params:
-        return "this version of JAX writes loops in another way"
-    carries = eqn.params["num_carry"]
+    consts, carries = _counts(eqn)
     if index >= carries:
         return "it sketches the axis that the loop stacks" if 0 in want.axes else None
     program, _ = _close(eqn, [(index, want)], plan)
-    before = eqn.params["num_consts"]
-    reads_itself = (index + before, None) in program.inputs
+    reads_itself = (index + consts, None) in program.inputs
     if program.stops or reads_itself:
         return "the loop does more with it than add to it"
     return None
 
 
+def _counts(eqn: Any) -> tuple[int, int]:
+    """How many constants and carries a loop has, before the slices."""
+    p = eqn.params
+    if "ft_in" in p:  # From JAX 0.12 on: a tree of its arguments in three groups.
+        consts, carries, _ = p["ft_in"].unpack()
+        return len(consts), len(carries)
+    return p["num_consts"], p["num_carry"]
+
+
 def _close(eqn: Any, asked: list[Asked], plan: Plan) -> tuple[Program, list[Asked]]:
     """The body's program that gives of each carry what it takes of it, and that."""
-    p = eqn.params
-    consts, carries, body = p["num_consts"], p["num_carry"], p["jaxpr"]
+    consts, carries = _counts(eqn)
     held = [item for item in asked if item[0] < carries]
     stacked = [
         (i, want and Want(want.leaf, tuple(a - 1 for a in want.axes)))
@@ -106,7 +110,7 @@ def _close(eqn: Any, asked: list[Asked], plan: Plan) -> tuple[Program, list[Aske
         if i >= carries
     ]
     while True:
-        program = plan(body.jaxpr, body.consts, held + stacked)
+        program = plan(*opened(eqn.params["jaxpr"]), held + stacked)
         taken = [
             (i - consts, want)
             for i, want in program.inputs
@@ -125,7 +129,7 @@ def plan_scan(eqn: Any, asked: list[Asked], stops: list[Stop], plan: Plan) -> St
     is carried as its sketch.
     """
     p = eqn.params
-    consts, carries = p["num_consts"], p["num_carry"]
+    consts, carries = _counts(eqn)
     program, held = _close(eqn, asked, plan)
     stops += program.stops
     leaves = {want.leaf for _, want in asked if want is not None}

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, Literal
 
@@ -56,6 +57,9 @@ def plan_program(
         for atom, want in reads:
             if not isinstance(atom, Literal):
                 wanted.setdefault(atom, {})[want] = None
+            elif want is not None:
+                shape = jnp.shape(atom.val)
+                stops.append(Stop(want.leaf, "constant", shape, "it is one"))
 
     outputs = [(jaxpr.outvars[i], want) for i, want in asked]
     ask(outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -85,7 +86,8 @@ class Operators:
         if tuple(range(first, last + 1)) == axes and last < n - 1:
             # Whole rows are sketched where they lie.
             before = value.shape[:first]
-            matrix = value.reshape(*before, self.plans[leaf].width, -1)
+            after = math.prod(value.shape[last + 1 :])
+            matrix = value.reshape(*before, self.plans[leaf].width, after)
             small = jnp.moveaxis(self._compress(leaf, matrix, -2, fixed), -2, -1)
         else:
             turned = jnp.transpose(value, (*rest(n, axes), *axes))
@@ -149,7 +151,12 @@ class Program(NamedTuple):
             env[self.jaxpr.invars[i], want] = value
 
         def read(item: Read) -> Any:
-            return item[0].val if isinstance(item[0], Literal) else env[item]
+            atom, want = item
+            if not isinstance(atom, Literal):
+                return env[item]
+            if want is None:
+                return atom.val
+            return operators.sketch(want.leaf, jnp.asarray(atom.val), want.axes)
 
         for step in self.steps:
             results = step.run(operators, [read(item) for item in step.reads])

@@ -21,6 +21,7 @@ from flora_jax.transforms._moment_codec import (
     encode_moments,
 )
 from flora_jax.transforms._moments import KINDS
+from flora_jax.transforms._sketched_gradients import gradient_shapes
 
 
 class QuantizedState(NamedTuple):
@@ -149,7 +150,8 @@ def quantize_state(
         _, moments = codec.find(new_inner)
         draw = (state.key, state.count) if stochastic_rounding else None
         codes, scales = encode_moments(codec, names, moments, codes, scales, draw)
-        return optax.tree.cast_like(new_updates, updates), QuantizedState(
+        like = gradient_shapes(updates)
+        return optax.tree.cast_like(new_updates, like), QuantizedState(
             count=optax.safe_increment(state.count),
             key=state.key,
             spec=state.spec,

@@ -20,6 +20,7 @@ from flora_jax.transforms._sketch import Sketcher
 from flora_jax.transforms._sketched_gradients import SketchedGradients
 
 _TAKERS = _accumulation.NAME, _momentum.NAME
+_ARRAY = object()
 
 
 class LeafReport(NamedTuple):
@@ -45,12 +46,22 @@ class LeafReport(NamedTuple):
 
 
 class _Traced(NamedTuple):
-    """The gradient function at one set of shapes."""
+    """The gradient function at one set of shapes.
+
+    Attributes:
+      program: computes the arrays of the value, and then the gradients.
+      inputs: leaves of the arguments that are differentiated.
+      value: what the function returns, with ``_ARRAY`` in the place of each array.
+      like: shapes and dtypes of the gradients.
+      grad_tree: their structure.
+      plans: of the gradients.
+    """
 
     program: Program
     inputs: Sequence[Any]
-    out_tree: Any
+    value: Any
     like: tuple[Any, ...]
+    grad_tree: Any
     plans: tuple[LeafPlan, ...]
 
     def given(self) -> list[tuple[Any, Want | None]]:
@@ -78,20 +89,23 @@ def _trace(
     args: Sequence[Any],
     kwargs: dict[str, Any],
 ) -> _Traced:
-    places = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    places = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
     gradient = jax.value_and_grad(fun, argnums, has_aux)
+    values = []
 
     def of_params(*params: Any) -> Any:
         full = list(args)
         for i, value in zip(places, params, strict=True):
             full[i] = value
-        return gradient(*full, **kwargs)
+        value, grads = gradient(*full, **kwargs)
+        values.append(jax.tree.map(_unless_array, value))
+        return [x for x in jax.tree.leaves(value) if isinstance(x, jax.Array)], grads
 
     params = [args[i] for i in places]
-    closed, out = jax.make_jaxpr(of_params, return_shape=True)(*params)
-    leaves, out_tree = jax.tree.flatten(out)
-    plans = rules.plan(out[1])
-    first = len(leaves) - len(plans)
+    closed, (arrays, grads) = jax.make_jaxpr(of_params, return_shape=True)(*params)
+    like, grad_tree = jax.tree.flatten(grads)
+    plans = rules.plan(grads)
+    first = len(arrays)
     asked: list[Any] = [(i, None) for i in range(first)]
     for i, plan in enumerate(plans):
         axes = tuple(a for a in plan.sketched_axes if plan.shape[a] != 1)
@@ -104,7 +118,12 @@ def _trace(
         for i, want in program.inputs
         if want is not None
     )
-    return _Traced(program, flat, out_tree, tuple(leaves[first:]), tuple(plans))
+    return _Traced(program, flat, values[-1], tuple(like), grad_tree, tuple(plans))
+
+
+def _unless_array(x: Any) -> Any:
+    """What else a function returns is handed back as it is."""
+    return _ARRAY if isinstance(x, jax.Array) else x
 
 
 def _state_shaped(plan: LeafPlan, sketch: jax.Array) -> jax.Array:
@@ -144,12 +163,17 @@ def sketched_value_and_grad(
     is taken from each gradient back through the equations that make it to the product
     where it begins: through transposes, casts, sums of several uses, jit, scan, cond
     and rematerialisation. Where something else stands in between, the value there is
-    computed in full and sketched: the result is the same. :func:`born_compressed` tells
-    which leaves that are.
+    computed in full and sketched: the result is the same, to rounding.
+    :func:`born_compressed` tells which leaves that are.
 
-    Call it inside of ``jax.jit``: it traces the function each time that it is called.
+    Call it inside of ``jax.jit``: it traces the function each time that it is called. A
+    sketch does not hold the key and the step that made it: with others than those of
+    the state that receives it, the update is noise and nothing tells. ``optax.masked``,
+    ``partition`` and ``apply_if_finite`` map over the gradients' tree and fail on
+    sketches; use ``mask`` and the accumulation's ``should_skip_update_fn``.
 
-    Memory: r·max(n, m) numbers of float32 per sketched leaf, in place of n·m.
+    Memory: r numbers of float32 per row or column of the side that is not sketched
+    (r·max(n, m) with ``side="smaller"``), in place of n·m.
 
     Args:
       fun: a function of arrays that returns a scalar, as for ``jax.value_and_grad``.
@@ -214,7 +238,9 @@ def sketched_value_and_grad(
             x if plan.dense_reason is not None else _state_shaped(plan, x)
             for plan, x in zip(traced.plans, results[first:], strict=True)
         ]
-        value, tree = jax.tree.unflatten(traced.out_tree, [*results[:first], *grads])
+        arrays = iter(results[:first])
+        value = jax.tree.map(lambda x: next(arrays) if x is _ARRAY else x, traced.value)
+        tree = jax.tree.unflatten(traced.grad_tree, grads)
         return value, SketchedGradients(
             tree, traced.plans, traced.like, projection, transformation
         )

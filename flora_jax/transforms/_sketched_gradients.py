@@ -86,19 +86,27 @@ class SketchedGradients:
                 )
 
 
-def refuse_sketches(name: str, gradients: Any, why: str) -> None:
+def gradient_shapes(updates: Any) -> Any:
+    """Gradients, or the shapes of those that sketches stand for."""
+    return updates.shapes() if isinstance(updates, SketchedGradients) else updates
+
+
+def refuse_sketches(
+    name: str, gradients: Any, why: str, argument: str = "updates"
+) -> None:
     """Raises if a transformation is given sketches that needs gradients.
 
     Args:
       name: the transformation.
       gradients: gradients, or :class:`SketchedGradients`.
       why: what it needs them for.
+      argument: its name for the gradients.
 
     Raises:
       TypeError: for sketches.
     """
     if isinstance(gradients, SketchedGradients):
         raise TypeError(
-            f"`updates` of {name} are SketchedGradients, but {why}; use jax.grad, or"
+            f"`{argument}` of {name} are SketchedGradients, but {why}; use jax.grad, or"
             " give the sketches to compressed_accumulation or compressed_momentum"
         )

@@ -150,3 +150,14 @@ def test_refuses_what_does_not_fit():
         call(error={**grads, "wide": grads["wide"][:8]}, projection=ISOMETRY)
     with pytest.raises(TypeError, match="`projection` must be a flora_jax projection"):
         call(projection=fj.TopSVD())
+
+
+def test_sketches_are_not_sketched_again():
+    def loss(w):
+        return jnp.sum(jnp.sin(jnp.ones((4, 16)) @ w))
+
+    value_and_grad = fj.sketched_value_and_grad(loss, 4, key=0, min_dim_size=8)
+    _, grads = value_and_grad(jnp.ones((16, 24)))
+    match = "`grads` of compressed_pmean are Sketched.*average them with jax.lax.pmean"
+    with pytest.raises(TypeError, match=match):
+        fj.compressed_pmean(grads, "d", 4, key=0, step=0)

@@ -174,6 +174,11 @@ FUNCTIONS = {
     "layers of a stack": (_one_layer_each, (3, 16, 16)),
     "layers by traced index": (_traced_layer, (3, 16, 16)),
     "experts": (lambda w: jnp.einsum("ebi,eio->ebo", X, w), (4, 16, 24)),
+    "stacked heads": (lambda w: jnp.einsum("bti,hid->bhtd", X, w), (4, 16, 8)),
+    "of both operands": (
+        lambda w: jnp.einsum("bti,bts,is->b", X, X[..., :8], w.reshape(16, 8)),
+        (16, 2, 4),
+    ),
     "embedding": (lambda w: jnp.take(w, jnp.arange(20) % 7, axis=0), (24, 16)),
     "embedding and head": (
         lambda w: jnp.take(w, jnp.arange(20) % 7, axis=0) @ w.T,
@@ -233,18 +238,6 @@ FALLBACKS = {
         "conv_general_dilated",
         (3, 16, 24),
     ),
-    "stacked heads": (
-        lambda w: jnp.einsum("bti,hid->bhtd", X, w),
-        (4, 16, 8),
-        None,
-        None,
-    ),
-    "of both operands": (
-        lambda w: jnp.einsum("bti,bts,is->b", X, X[..., :8], w.reshape(16, 8)),
-        (16, 2, 4),
-        None,
-        None,
-    ),
     "in a loop": (
         lambda w: jax.lax.scan(
             lambda h, w: (jnp.tanh(h @ w**2), None), X, w.reshape(2, 16, 16)
@@ -273,12 +266,8 @@ def fallbacks():
 @pytest.mark.parametrize("name", FALLBACKS)
 def test_what_no_rule_knows_is_computed_in_full_and_listed(fallbacks, name):
     _, _, primitive, shape = FALLBACKS[name]
-    stops = fallbacks[name].stops
-    if primitive is None:
-        assert not stops
-    else:
-        assert (primitive, shape) in [stop[1:3] for stop in stops]
-        assert not fallbacks[name].born_compressed
+    assert (primitive, shape) in [stop[1:3] for stop in fallbacks[name].stops]
+    assert not fallbacks[name].born_compressed
 
 
 @pytest.mark.parametrize("index", [-5, -4, -1, 1, 5])
@@ -393,6 +382,49 @@ def test_arguments_and_results_are_those_of_value_and_grad():
         np.testing.assert_allclose(a, b, atol=1e-5)
     shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(grads.shapes())]
     assert shapes == [(x.shape, x.dtype) for x in full]
+
+
+def test_what_else_a_function_returns_is_handed_back():
+    """Whatever is no JAX array: as jax.value_and_grad does."""
+    other = {"name": "run", "n": 3, "none": None, "size": np.float32(2), "a": X[0]}
+
+    def fun(w):
+        return jnp.sum(jnp.sin(X @ w)), other | {"norm": jnp.sum(w)}
+
+    settings = {"argnums": np.int64(0), "has_aux": True}
+    ours = fj.sketched_value_and_grad(fun, RANK, key=0, **RULES, **settings)
+    (_, aux), grads = ours(numbers(1, 16, 24))
+    (_, expected), _ = jax.value_and_grad(fun, **settings)(numbers(1, 16, 24))
+    assert grads.tree.shape == (RANK, 24)
+    np.testing.assert_allclose(aux.pop("norm"), expected.pop("norm"), rtol=1e-6)
+    np.testing.assert_array_equal(aux.pop("a"), expected.pop("a"))
+    assert aux == expected
+    assert isinstance(aux["n"], int)
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 24), (0, 16, 12)])
+def test_a_leaf_without_numbers(shape):
+    def loss(w):
+        return jnp.sum(jnp.sin(w**2)) + jnp.sum(jnp.einsum("bti,lio->lbto", X, w))
+
+    tx = fj.compressed_accumulation(optax.sgd(0.1), 2, RANK, key=0, **RULES)
+    w = jnp.zeros(shape)
+    grads = fj.sketched_value_and_grad(loss, RANK, key=0, **RULES)(w)[1]
+    assert grads.tree.shape == fj.plan_leaves(w, RANK, **RULES).state_shape
+    assert tx.update(grads, tx.init(w), w)[0].shape == shape
+
+
+@pytest.mark.parametrize("simplified", [False, True])
+def test_a_gradient_that_is_a_constant(simplified):
+    """Also where JAX keeps constants in the equations."""
+    constant = numbers(1, 16, 24)
+    before = jax.config.jax_use_simplified_jaxpr_constants
+    jax.config.update("jax_use_simplified_jaxpr_constants", simplified)
+    try:
+        reports = compare(lambda p: jnp.sum(p["w"] * constant), {"w": 2 * constant})
+    finally:
+        jax.config.update("jax_use_simplified_jaxpr_constants", before)
+    assert reports["w"].stops[0].primitive == "constant"
 
 
 def test_a_gradient_that_is_an_argument():

@@ -10,7 +10,7 @@ import pytest
 
 import flora_jax as fj
 from tests.common import assert_close
-from tests.transforms.draws import jit
+from tests.transforms.draws import case_id, jit
 
 RULES = {"min_dim_size": 8}
 PARAMS = {
@@ -102,10 +102,21 @@ def test_sketches_for_another_transformation_are_refused():
         sketches("flora")
 
 
-@pytest.mark.parametrize("scale", ["unbiased", "isometric"])
-def test_the_norm_is_an_unbiased_estimate(scale):
+@pytest.mark.parametrize(
+    "projection",
+    [
+        fj.CountSketch(),
+        fj.CountSketch(scale="isometric"),
+        fj.Gaussian(),
+        fj.Rademacher(),
+        fj.Orthogonal(),
+        fj.Orthogonal(scale="isometric"),
+        fj.SRHT(),
+    ],
+    ids=case_id,
+)
+def test_the_norm_is_an_unbiased_estimate(projection):
     """Of the square: within five standard errors over 400 keys."""
-    projection = fj.CountSketch(scale=scale)
 
     @jit
     def squares(keys):
@@ -135,9 +146,47 @@ def test_clip_by_global_norm_clips_by_the_estimate():
     assert_close(state[1].acc_grads, halved)
 
 
-def test_sketches_can_be_clipped():
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda tx: optax.masked(tx, {"w": True, "b": True}), "SketchedGradients"),
+        (lambda tx: optax.apply_if_finite(tx, 3), "cond branch outputs"),
+    ],
+)
+def test_wrappers_that_map_over_the_tree_fail(make, why):
+    """As the docstring says; there is a setting of the accumulation for each."""
+    tx = make(fj.compressed_accumulation(optax.sgd(1.0), 2, 4, key=3, **RULES))
+    with pytest.raises((TypeError, ValueError), match=why):
+        tx.update(sketches("compressed_accumulation"), tx.init(PARAMS), PARAMS)
+
+
+def test_quantized_states_and_hyperparameters_pass_sketches_on():
+    plain = fj.compressed_accumulation(optax.sgd(1.0, 0.9), 2, 4, key=3, **RULES)
+    given = sketches("compressed_accumulation")
+
+    def cycle(tx):
+        _, state = tx.update(given, tx.init(PARAMS), PARAMS)
+        return tx.update(given, state, PARAMS)[0]
+
+    coded = fj.quantize_state(plain, min_size=16)
+    injected = optax.inject_hyperparams(
+        lambda decay: fj.compressed_accumulation(
+            optax.sgd(1.0, decay), 2, 4, key=3, **RULES
+        )
+    )(decay=0.9)
+    for tx, tolerance in ((coded, 0.02), (injected, 1e-6)):
+        for x, y in zip(
+            jax.tree.leaves(cycle(tx)), jax.tree.leaves(cycle(plain)), strict=True
+        ):
+            size = np.linalg.norm(y)
+            assert size > 0
+            assert np.linalg.norm(x - y) <= tolerance * size
+
+
+@pytest.mark.parametrize("projection", [fj.CountSketch(), fj.Gaussian()], ids=case_id)
+def test_sketches_can_be_clipped(projection):
     """A clip by the estimate scales all leaves alike."""
-    given = sketches()
+    given = sketches(projection=projection)
     limit = 0.5 * given.global_norm()
     clipped = jax.tree.map(lambda x: x * limit / given.global_norm(), given)
     assert_close(clipped.global_norm(), limit)
