@@ -11,7 +11,13 @@ from flora_jax._checks import static_args
 from flora_jax._plan import LeafPlan
 from flora_jax._rules import plan_leaves
 from flora_jax._spec import verify_state
-from flora_jax.memory import ranks_for_budget
+from flora_jax.memory import (
+    LeafMemory,
+    MemoryPlan,
+    memory_plan,
+    rank_for_budget,
+    ranks_for_budget,
+)
 from flora_jax.optimizers import (
     apollo,
     apollo_mini,
@@ -64,8 +70,10 @@ __all__ = [
     "CountSketch",
     "FactoredRmsState",
     "Gaussian",
+    "LeafMemory",
     "LeafPlan",
     "LeafReport",
+    "MemoryPlan",
     "ObliviousProjection",
     "Orthogonal",
     "Projection",
@@ -88,9 +96,11 @@ __all__ = [
     "flora_adamw",
     "galore",
     "has_updated",
+    "memory_plan",
     "orthogonalize",
     "plan_leaves",
     "quantize_state",
+    "rank_for_budget",
     "ranks_for_budget",
     "scale_by_factored_rms",
     "scale_in_subspace",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -16,11 +18,28 @@ from flora_jax._plan import Axes, LeafPlan, fold_axes, matrix_reason
 SIDES = ("smaller", "larger", "left", "right")
 LeafRule: TypeAlias = Callable[[str, tuple[int, ...]], Any]
 _BY_RULE = object()
+_MADE: contextvars.ContextVar[list[LeafPlan] | None] = contextvars.ContextVar(
+    "plans", default=None
+)
+
+
+@contextlib.contextmanager
+def collected_plans() -> Iterator[list[LeafPlan]]:
+    """Collects the plans of sketches that are made inside of it."""
+    plans: list[LeafPlan] = []
+    token = _MADE.set(plans)
+    try:
+        yield plans
+    finally:
+        _MADE.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafRules:
-    """The user's rules for planning leaves; see :func:`plan_leaves` for each."""
+    """The user's rules for planning leaves; see :func:`plan_leaves` for each.
+
+    ``sketches`` is False where leaves are folded for something else.
+    """
 
     rank: Any
     mask: Any = None
@@ -28,6 +47,7 @@ class LeafRules:
     max_aspect_ratio: float = 16
     side: str = "smaller"
     weight_dimension_numbers: Any = None
+    sketches: bool = True
 
     def __post_init__(self) -> None:
         """Raises on bad arguments, before anything is traced."""
@@ -81,6 +101,9 @@ class LeafRules:
             if not isinstance(fold, str):
                 rank = _check_rank(ranks(path, shape), path)
             plans.append(self._plan(path, shape, fold, rank))
+        made = _MADE.get()
+        if made is not None and self.sketches:
+            made += plans
         return plans
 
     def _fold(self, path: str, shape: tuple[int, ...], numbers: Any) -> Any:

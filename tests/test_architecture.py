@@ -15,9 +15,10 @@ LAYERS = [
     ["quantization"],
     ["transforms"],
     ["optimizers"],
-    ["memory"],
     ["sharding"],
+    ["memory"],
     ["__init__"],
+    ["__main__"],
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted(ROOT.rglob("*.py"))
@@ -60,6 +61,11 @@ def test_every_part_has_a_layer():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_are_public_and_core_only(path):
     allowed = {"flora_jax", "jax", "numpy", "optax", "chex", "jaxtyping"}
+    name = str(path.relative_to(ROOT))
+    allowed |= LATE.get(name, set())
+    top_level = ast.parse(path.read_text()).body
+    early = [x for node in top_level for x in direct_imports(node)]
+    assert not LATE.get(name, set()) & {x.split(".")[0] for x in early}, path
     for module in imported(path):
         top = module.split(".")[0]
         assert "_src" not in module.split("."), f"{path} imports a private module"
@@ -67,6 +73,15 @@ def test_imports_are_public_and_core_only(path):
             assert top in STANDARD_LIBRARY, f"{path} imports {module}"
 
 
+def direct_imports(node):
+    """Modules that a statement of a module imports by itself."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) else []
+
+
+# What is imported where it is used, if it is installed.
+LATE = {"memory/_tables.py": {"rich"}, "memory/_picture.py": {"matplotlib"}}
 STANDARD_LIBRARY = set(__import__("sys").stdlib_module_names)
 
 

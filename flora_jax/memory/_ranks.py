@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,10 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax import _checks, _state
+from flora_jax import _state
 from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
+from flora_jax.memory._budget import check_budget, state_bytes
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -103,14 +103,7 @@ def ranks_for_budget(
         max_aspect_ratio,
         weight_dimension_numbers=weight_dimension_numbers,
     )
-    budget = _checks.check_positive_int(
-        "budget_bytes", budget_bytes, "pass whole bytes, for example 2 * 1024**3"
-    )
-    if not callable(make):
-        raise TypeError(
-            f"`make` must be a callable from ranks to a transformation, got {make!r};"
-            " pass for example lambda rank: flora_jax.flora(1e-3, rank=rank)"
-        )
+    budget = check_budget(budget_bytes, make)
     several = isinstance(params_or_grads, Iterator)
     params, plans, spectra = _average_spectra(
         params_or_grads if several else [params_or_grads], rules
@@ -118,7 +111,7 @@ def ranks_for_budget(
     structure = jax.tree.structure(params)
 
     def size(ranks: list[int]) -> int:
-        return _state_bytes(make, jax.tree.unflatten(structure, ranks), params)
+        return state_bytes(make, jax.tree.unflatten(structure, ranks), params)
 
     smallest = size(_ranks(spectra, 1.0))
     if smallest > budget:
@@ -153,17 +146,6 @@ def _bisect(
 def _ranks(spectra: list[np.ndarray | None], k: float) -> list[int]:
     """The number of s̃ >= k of each leaf, at least 1."""
     return [1 if s is None else max(1, int((s >= k).sum())) for s in spectra]
-
-
-def _state_bytes(make: Callable[[Any], Any], ranks: Any, params: Any) -> int:
-    """Bytes of the state of ``make(ranks)``; allocates nothing."""
-    with warnings.catch_warnings():
-        # They are about one candidate: whoever trains with it is told again.
-        warnings.simplefilter("ignore", UserWarning)
-        state = jax.eval_shape(make(ranks).init, params)
-    return sum(
-        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
-    )
 
 
 def _check_unread(

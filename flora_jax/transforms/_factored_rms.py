@@ -115,6 +115,7 @@ def factored_rms_part(
         min_dim_size=min_dim_size,
         max_aspect_ratio=math.inf,
         weight_dimension_numbers=weight_dimension_numbers,
+        sketches=False,
     )
 
     def init(params: Any) -> FactoredRmsState:

@@ -1,0 +1,274 @@
+"""Shapes of a model's parameters from its files, without its numbers.
+
+Headers of safetensors files and their index:
+https://huggingface.co/docs/safetensors; the names of configurations:
+https://huggingface.co/docs/transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import struct
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+Shapes: TypeAlias = dict[str, jax.ShapeDtypeStruct]
+
+_LARGEST_HEADER = 100 * 10**6  # As the format's own readers allow.
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+# Masks and frequencies that older files store among the weights.
+_BUFFER = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
+
+
+class ModelFileError(ValueError):
+    """A file that shapes cannot be read from; one line that says why."""
+
+
+def read_shapes(path: str | pathlib.Path, dtype: str | None = None) -> Shapes:
+    """Shapes and dtypes of all parameters, by the names that the file has.
+
+    Args:
+      path: a safetensors file, an index ``*.safetensors.index.json`` with its files
+        beside it, or a Hugging Face ``config.json`` of T5, GPT-2 or Llama.
+      dtype: a dtype for all parameters; None keeps the file's, float32 if it has none.
+
+    Returns:
+      A dict of ShapeDtypeStructs.
+
+    Raises:
+      ModelFileError: naming the file and what is wrong with it.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".safetensors":
+        shapes = _safetensors(path)
+    else:
+        content = _read_json(path)
+        if "weight_map" in content:
+            shapes = _index(path, content)
+        elif "model_type" in content:
+            shapes = _config(path, content)
+        else:
+            raise ModelFileError(
+                f"{path}: neither an index of safetensors files (it has no"
+                " 'weight_map') nor a model's configuration (no 'model_type')"
+            )
+    if dtype is not None:
+        shapes = {k: jax.ShapeDtypeStruct(x.shape, dtype) for k, x in shapes.items()}
+    return shapes
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelFileError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelFileError(
+            f"{path}: not JSON ({error}); give a .safetensors file, its index, or a"
+            " config.json"
+        ) from error
+    if not isinstance(content, dict):
+        raise ModelFileError(f"{path}: its JSON is no object")
+    return content
+
+
+def _safetensors(path: pathlib.Path) -> Shapes:
+    """Reads 8 bytes, the header's length, and the header."""
+    try:
+        with path.open("rb") as file:
+            first = file.read(8)
+            length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+            header = file.read(length) if length <= _LARGEST_HEADER else b""
+    except OSError as error:
+        raise ModelFileError(f"{path}: {error.strerror}") from error
+    if not length or len(header) != length:
+        raise ModelFileError(
+            f"{path}: no safetensors header of {length} bytes; is the file whole?"
+        )
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        shapes = {
+            name: (tuple(map(int, entry["shape"])), entry["dtype"])
+            for name, entry in entries.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelFileError(f"{path}: its safetensors header is damaged") from error
+    for name, (_, dtype) in shapes.items():
+        if dtype not in _DTYPES and not _BUFFER.search(name):
+            raise ModelFileError(
+                f"{path}: {name} is of dtype {dtype}, which is not trained; give the"
+                f" model before quantisation ({', '.join(_DTYPES)})"
+            )
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.dtype(_DTYPES[dtype]))
+        for name, (shape, dtype) in shapes.items()
+        if not _BUFFER.search(name)
+    }
+
+
+def _index(path: pathlib.Path, content: dict[str, Any]) -> Shapes:
+    files = content["weight_map"]
+    if not isinstance(files, dict) or not all(
+        isinstance(x, str) for x in files.values()
+    ):
+        raise ModelFileError(f"{path}: 'weight_map' is no object of file names")
+    shapes: Shapes = {}
+    for name in sorted(set(files.values())):
+        shapes |= _safetensors(path.parent / name)
+    missing = sorted(k for k in files if k not in shapes and not _BUFFER.search(k))
+    if missing:
+        raise ModelFileError(f"{path}: its files do not hold {missing[0]}")
+    return shapes
+
+
+class _Config:
+    """Fields of a configuration, checked as they are read."""
+
+    def __init__(self, path: pathlib.Path, content: dict[str, Any]) -> None:
+        self._path, self._content = path, content
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A positive int."""
+        value = self._content.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ModelFileError(
+                f"{self._path}: '{name}' must be a positive integer, got {value!r}"
+            )
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A bool."""
+        return bool(self._content.get(name, default))
+
+    def text(self, name: str, default: str) -> str:
+        """A string."""
+        return str(self._content.get(name) or default)
+
+
+def _config(path: pathlib.Path, content: dict[str, Any]) -> Shapes:
+    kind = content["model_type"]
+    if kind not in _FAMILIES:
+        raise ModelFileError(
+            f"{path}: model_type {kind!r} is not known, only"
+            f" {', '.join(_FAMILIES)}; give the model's safetensors file"
+        )
+    config = _Config(path, content)
+    dtype = config.text("dtype", config.text("torch_dtype", "float32"))
+    try:
+        as_dtype = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ModelFileError(f"{path}: dtype {dtype!r} is not known") from error
+    return {
+        name: jax.ShapeDtypeStruct(shape, as_dtype)
+        for name, shape in _FAMILIES[kind](config).items()
+    }
+
+
+def _gpt2(config: _Config) -> dict[str, tuple[int, ...]]:
+    d = config.size("n_embd")
+    hidden = config.size("n_inner", 4 * d)
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (config.size("vocab_size"), d),
+        "wpe.weight": (config.size("n_positions"), d),
+    }
+    products = {
+        "attn.c_attn": (d, 3 * d),
+        "attn.c_proj": (d, d),
+        "mlp.c_fc": (d, hidden),
+        "mlp.c_proj": (hidden, d),
+    }
+    for i in range(config.size("n_layer")):
+        for norm in ("ln_1", "ln_2"):
+            shapes |= {f"h.{i}.{norm}.{x}": (d,) for x in ("weight", "bias")}
+        for name, (inputs, outputs) in products.items():
+            shapes[f"h.{i}.{name}.weight"] = (inputs, outputs)
+            shapes[f"h.{i}.{name}.bias"] = (outputs,)
+    shapes |= {f"ln_f.{x}": (d,) for x in ("weight", "bias")}
+    if not config.flag("tie_word_embeddings", True):
+        shapes["lm_head.weight"] = shapes["wte.weight"]
+    return shapes
+
+
+def _t5(config: _Config) -> dict[str, tuple[int, ...]]:
+    d, heads = config.size("d_model"), config.size("num_heads")
+    inner, hidden = heads * config.size("d_kv"), config.size("d_ff")
+    layers = config.size("num_layers")
+    gated = config.text("feed_forward_proj", "relu").startswith("gated")
+    vocabulary = (config.size("vocab_size"), d)
+    shapes: dict[str, tuple[int, ...]] = {"shared.weight": vocabulary}
+    for stack, attentions in (
+        ("encoder", ["SelfAttention"]),
+        ("decoder", ["SelfAttention", "EncDecAttention"]),
+    ):
+        depth = config.size("num_decoder_layers", layers)
+        for i in range(layers if stack == "encoder" else depth):
+            at = f"{stack}.block.{i}.layer"
+            for j, name in enumerate(attentions):
+                shapes |= {f"{at}.{j}.{name}.{x}.weight": (inner, d) for x in "qkv"}
+                shapes[f"{at}.{j}.{name}.o.weight"] = (d, inner)
+                shapes[f"{at}.{j}.layer_norm.weight"] = (d,)
+            at = f"{at}.{len(attentions)}"
+            for name in ("wi_0", "wi_1") if gated else ("wi",):
+                shapes[f"{at}.DenseReluDense.{name}.weight"] = (hidden, d)
+            shapes[f"{at}.DenseReluDense.wo.weight"] = (d, hidden)
+            shapes[f"{at}.layer_norm.weight"] = (d,)
+        bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        shapes[bias] = (config.size("relative_attention_num_buckets", 32), heads)
+        shapes[f"{stack}.final_layer_norm.weight"] = (d,)
+    if not config.flag("tie_word_embeddings", True):
+        shapes["lm_head.weight"] = vocabulary
+    return shapes
+
+
+def _llama(config: _Config) -> dict[str, tuple[int, ...]]:
+    d, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    head = config.size("head_dim", d // heads)
+    keys = head * config.size("num_key_value_heads", heads)
+    hidden = config.size("intermediate_size")
+    biased = config.flag("attention_bias", False), config.flag("mlp_bias", False)
+    vocabulary = (config.size("vocab_size"), d)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": vocabulary}
+    products = {
+        "self_attn.q_proj": (head * heads, d),
+        "self_attn.k_proj": (keys, d),
+        "self_attn.v_proj": (keys, d),
+        "self_attn.o_proj": (d, head * heads),
+        "mlp.gate_proj": (hidden, d),
+        "mlp.up_proj": (hidden, d),
+        "mlp.down_proj": (d, hidden),
+    }
+    for i in range(config.size("num_hidden_layers")):
+        at = f"model.layers.{i}"
+        for name, shape in products.items():
+            shapes[f"{at}.{name}.weight"] = shape
+            if biased[name.startswith("mlp")]:
+                shapes[f"{at}.{name}.bias"] = shape[:1]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{at}.{name}.weight"] = (d,)
+    shapes["model.norm.weight"] = (d,)
+    if not config.flag("tie_word_embeddings", False):
+        shapes["lm_head.weight"] = vocabulary
+    return shapes
+
+
+_FAMILIES: dict[str, Callable[[_Config], dict[str, tuple[int, ...]]]] = {
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "mistral": _llama,
+    "mt5": _t5,
+    "t5": _t5,
+}

@@ -1,0 +1,254 @@
+"""The command line, and the files that it reads shapes from."""
+
+import json
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import flora_jax as fj
+from flora_jax.memory import _command, _picture
+from flora_jax.memory._model_files import ModelFileError, read_shapes
+
+GPT2 = {
+    "model_type": "gpt2",
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "vocab_size": 50257,
+}
+T5 = {
+    "model_type": "t5",
+    "d_model": 1024,
+    "d_kv": 128,
+    "d_ff": 16384,
+    "num_heads": 32,
+    "num_layers": 24,
+    "vocab_size": 32128,
+}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+}
+SMALL = GPT2 | {"n_embd": 128, "n_layer": 1, "n_positions": 64, "vocab_size": 500}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content, name="config.json"):
+        path = tmp_path / name
+        if isinstance(content, dict):
+            content = json.dumps(content).encode()
+        path.write_bytes(content)
+        return str(path)
+
+    return write
+
+
+# Sizes that the models' authors report, or that their published checkpoints have.
+PUBLISHED = [
+    (GPT2, 124_439_808),
+    (GPT2 | {"n_embd": 1600, "n_layer": 48}, 1_557_611_200),
+    (T5, 2_851_598_336),
+    (LLAMA, 6_738_415_616),
+    (
+        LLAMA
+        | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
+        8_030_261_248,
+    ),
+    (  # T5 1.1 small.
+        T5
+        | {
+            "d_model": 512,
+            "d_kv": 64,
+            "d_ff": 1024,
+            "num_heads": 6,
+            "num_layers": 8,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+        },
+        76_961_152,
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "size"), PUBLISHED)
+def test_sizes_of_published_models(write, config, size):
+    shapes = read_shapes(write(config))
+    assert sum(math.prod(x.shape) for x in shapes.values()) == size
+    assert {x.dtype.name for x in shapes.values()} == {"float32"}
+
+
+def test_configurations_say_more(write):
+    untied = read_shapes(write(SMALL | {"tie_word_embeddings": False, "n_inner": 256}))
+    assert untied["lm_head.weight"].shape == (500, 128)
+    assert untied["h.0.mlp.c_fc.weight"].shape == (128, 256)
+    biased = LLAMA | {"num_hidden_layers": 1, "attention_bias": True, "head_dim": 256}
+    shapes = read_shapes(write(biased | {"torch_dtype": "bfloat16"}))
+    assert shapes["model.layers.0.self_attn.q_proj.bias"].shape == (8192,)
+    assert "model.layers.0.mlp.up_proj.bias" not in shapes
+    assert shapes["model.norm.weight"].dtype.name == "bfloat16"
+    cast = read_shapes(write(biased), "float16")
+    assert {x.dtype.name for x in cast.values()} == {"float16"}
+
+
+TENSORS = {
+    "h.0.attn.c_attn.weight": np.zeros((128, 384), np.float16),
+    "h.0.attn.c_attn.bias": np.zeros(384, np.float32),
+    "wte.weight": np.zeros((500, 128), np.float32),
+}
+
+
+def as_shapes(tensors):
+    return {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in tensors.items()}
+
+
+def test_safetensors_and_their_index(tmp_path):
+    masks = {"h.0.attn.bias": np.ones((1, 1, 8, 8), np.uint8)}
+    save_file(TENSORS | masks, tmp_path / "model.safetensors", {"format": "pt"})
+    assert read_shapes(tmp_path / "model.safetensors") == as_shapes(TENSORS)
+    names = {name: f"{i}.safetensors" for i, name in enumerate(TENSORS)}
+    for name, file in names.items():
+        save_file({name: TENSORS[name]}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    assert read_shapes(index) == as_shapes(TENSORS)
+    index.write_text(json.dumps({"weight_map": names | {"more": "0.safetensors"}}))
+    with pytest.raises(ModelFileError, match="do not hold more"):
+        read_shapes(index)
+    index.write_text(json.dumps({"weight_map": ["0.safetensors"]}))
+    with pytest.raises(ModelFileError, match="'weight_map' is no object"):
+        read_shapes(index)
+    index.write_text(json.dumps({"weight_map": {"more": "9.safetensors"}}))
+    with pytest.raises(ModelFileError, match=r"9\.safetensors: No such file"):
+        read_shapes(index)
+
+
+def header(entries, length=None):
+    text = json.dumps(entries).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("m.safetensors", b"", "no safetensors header of 0 bytes"),
+        ("m.safetensors", header({}, 2**60), "no safetensors header of 1152921504"),
+        ("m.safetensors", header({})[:-1], "no safetensors header of 2 bytes"),
+        ("m.safetensors", b"\4" + bytes(7) + b"{{}}", "header is damaged"),
+        ("m.safetensors", header({"w": 3}), "header is damaged"),
+        ("m.safetensors", header([]), "header is damaged"),
+        (
+            "m.safetensors",
+            header({"w": {"shape": [2], "dtype": "I8"}}),
+            "w is of dtype I8, which is not trained",
+        ),
+        ("m.bin", b"\x80\4", "not JSON .* give a .safetensors file"),
+        ("m.json", b"[1]", "its JSON is no object"),
+        ("m.json", {"a": 1}, "neither an index .* nor a model's configuration"),
+        ("m.json", {"model_type": "bert"}, "model_type 'bert' is not known, only gpt2"),
+        ("m.json", {"model_type": "gpt2"}, "'n_embd' must be a positive integer"),
+        ("m.json", GPT2 | {"n_layer": True}, "'n_layer' must be .* got True"),
+        ("m.json", GPT2 | {"torch_dtype": "float9"}, "dtype 'float9' is not known"),
+    ],
+)
+def test_bad_files(write, capsys, name, content, match):
+    path = write(content, name)
+    with pytest.raises(ModelFileError, match=match):
+        read_shapes(path)
+    with pytest.raises(SystemExit, match="2"):
+        _command.main(["plan", "--shapes", path, "--rank", "4"])
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith(f"python -m flora_jax plan: error: {path}: ")
+
+
+def test_missing_files(tmp_path, capsys):
+    for name in ("model.safetensors", "config.json"):
+        with pytest.raises(SystemExit, match="2"):
+            _command.main(["plan", "--shapes", str(tmp_path / name), "--rank", "4"])
+        assert capsys.readouterr().err.endswith("No such file or directory\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ("", "give --rank, or --budget for the largest rank that fits"),
+        ("--rank 0", "argument --rank: must be a positive integer, got '0'"),
+        ("--rank many", "must be a positive integer, got 'many'"),
+        ("--budget 24", "must be a number with one of KiB, .* for example 24GiB"),
+        ("--budget 24gib", "got '24gib'"),
+        ("--rank 4 --optimizer sgd", "invalid choice: 'sgd'"),
+        ("--rank 4 --optimizer adamw", "give --accumulate for compressed"),
+        ("--rank 4 --picture a.pdf", "must end in .png"),
+        ("--rank 4 --picture nowhere/a.png", "its folder does not exist"),
+    ],
+)
+def test_bad_arguments(write, capsys, arguments, match):
+    path = write(SMALL)
+    with pytest.raises(SystemExit, match="2"):
+        _command.main(["plan", "--shapes", path, *arguments.split()])
+    *_, last = capsys.readouterr().err.splitlines()
+    assert re.search(match, last)
+
+
+def test_a_picture_needs_matplotlib(monkeypatch):
+    monkeypatch.setattr(_picture.importlib.util, "find_spec", lambda name: None)
+    assert _picture.problem("a.png").startswith("matplotlib is missing; pip install")
+
+
+def plan(write, *arguments):
+    return _command.main(["plan", "--shapes", write(SMALL), *arguments])
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["flora", "flora_adamw", "galore", "fira", "apollo", "dct_adamw"]
+)
+def test_every_optimizer(write, capsys, optimizer):
+    assert plan(write, "--optimizer", optimizer, "--rank", "8") == 0
+    out = capsys.readouterr().out
+    shapes = read_shapes(write(SMALL))
+    make = getattr(fj, optimizer)
+    tx = make(1.0, 8, mask=lambda path, shape: path[0] == "h")
+    state = fj.memory_plan(tx, shapes, compare={}).state_bytes
+    assert f"{optimizer}, rank 8: " in out
+    assert f"+ {state / 1024:.0f} KiB state" in out or f"{state / 2**20:.2f} MiB" in out
+
+
+def test_a_budget_of_everything(write, capsys, tmp_path):
+    """Parameters and gradients are in it; the rank is the largest that fits."""
+    shapes = read_shapes(write(SMALL))
+    own = sum(4 * math.prod(x.shape) for x in shapes.values())
+
+    def needed(rank):
+        tx = fj.flora(1.0, rank, mask=lambda path, shape: path[0] == "h")
+        return 2 * own + fj.memory_plan(tx, shapes, compare={}).state_bytes
+
+    budget = f"{needed(20) / 1000:.3f}KB"
+    picture = tmp_path / "bars.png"
+    assert plan(write, "--budget", budget, "--picture", str(picture)) == 0
+    out = capsys.readouterr().out
+    assert "flora, rank 20: " in out
+    assert "B left" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert plan(write, "--budget", budget, "--rank", "21") == 1
+    assert "missing" in capsys.readouterr().out
+    for size in (f"{2 * own / 1000}KB", f"{(2 * own + 99) / 1000}KB"):
+        assert plan(write, "--budget", size) == 1
+        assert "no rank fits: " in capsys.readouterr().err
+
+
+def test_accumulation_dtype_and_embeddings(write, capsys):
+    arguments = ["--rank", "8", "--optimizer", "adafactor", "--accumulate", "4"]
+    assert plan(write, *arguments) == 0
+    apart = capsys.readouterr().out
+    assert "adafactor, rank 8, accumulation of 4: " in apart
+    assert apart.count("the mask leaves it out") == 2
+    assert plan(write, *arguments, "--sketch-embeddings", "--dtype", "bfloat16") == 0
+    assert "the mask leaves it out" not in capsys.readouterr().out
