@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     given = parser.parse_args(arguments)
-    plan_parser = given.parser
+    plan_parser: argparse.ArgumentParser = given.parser
     if given.rank is None and given.budget is None:
         plan_parser.error("give --rank, or --budget for the largest rank that fits")
     if given.optimizer in _PLAIN and given.accumulate is None:
@@ -125,6 +125,8 @@ def _plan(given: argparse.Namespace, shapes: Any) -> int:
     print(f"{given.shapes}: {len(shapes)} leaves, {numbers:,} numbers")
     print(f"{name}: {_sum(plan)}")
     print("Activations and temporaries come on top.")
+    if not any(leaf.folds for leaf in plan.leaves):
+        print(f"At rank {rank} nothing is sketched: this is the uncompressed state.")
     if given.picture is not None:
         _picture.draw(plan, name, given.picture)
         print(f"picture: {given.picture}")

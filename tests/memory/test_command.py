@@ -239,6 +239,8 @@ def test_a_budget_of_everything(write, capsys, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert plan(write, "--budget", budget, "--rank", "21") == 1
     assert "missing" in capsys.readouterr().out
+    assert plan(write, "--budget", "1TB") == 0
+    assert "At rank 128 nothing is sketched: " in capsys.readouterr().out
     for size in (f"{2 * own / 1000}KB", f"{(2 * own + 99) / 1000}KB"):
         assert plan(write, "--budget", size) == 1
         assert "no rank fits: " in capsys.readouterr().err
