@@ -10,6 +10,7 @@ from flora_jax.transforms._accumulator import (
     compressed_accumulator,
 )
 from flora_jax.transforms._chain import recipe
+from flora_jax.transforms._diagnostics import LeafDiagnostics, diagnostics
 from flora_jax.transforms._factored_rms import (
     FactoredRmsState,
     factored_rms_part,
@@ -37,6 +38,7 @@ __all__ = [
     "CompressedAccumulatorCarry",
     "CompressedMomentumState",
     "FactoredRmsState",
+    "LeafDiagnostics",
     "LeafReport",
     "QuantizedState",
     "SketchedGradients",
@@ -46,6 +48,7 @@ __all__ = [
     "compressed_accumulation",
     "compressed_accumulator",
     "compressed_momentum",
+    "diagnostics",
     "factored_rms_part",
     "has_updated",
     "momentum_part",

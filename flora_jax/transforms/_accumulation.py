@@ -16,6 +16,7 @@ from flora_jax._plan import LeafPlan
 from flora_jax._rules import LeafRules
 from flora_jax.projections import CountSketch, Projection
 from flora_jax.transforms._sketch import Sketcher, accumulate, estimate
+from flora_jax.transforms._watch import watching
 
 # compressed_accumulator shares it: same key and cycle, same projections.
 NAME = "compressed_accumulation"
@@ -236,7 +237,8 @@ def _emit(
         mean_fn, jax.tree.leaves(like), acc, state.key, state.gradient_step
     )
     mean = optax.tree.cast_like(_state.rebuild(like, leaves), like)
-    new_updates, new_inner = run_inner(mean, inner_state, params)
+    with watching(None):  # Nothing can be seen from outside of a branch.
+        new_updates, new_inner = run_inner(mean, inner_state, params)
     return (
         optax.tree.cast_like(new_updates, like),
         jax.tree.map(_state.cast_like, new_inner, inner_state),

@@ -14,6 +14,7 @@ from flora_jax._plan import LeafPlan
 from flora_jax.projections._base import along
 from flora_jax.transforms._leafwise import ScaledLeaf
 from flora_jax.transforms._sketch import Sketcher, moved_sketch
+from flora_jax.transforms._watch import Sketched, note
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -37,7 +38,9 @@ def step_all(
     if due is not None:
         momentum = _transfer_where(due, sketcher, plans, momentum, root, epoch)
     pairs = [
-        momentum_step(sketcher, plan, leaf_drawn, reading, decay, leaf, old)
+        momentum_step(
+            sketcher, plan, leaf_drawn, reading, resample_every, decay, leaf, old
+        )
         for plan, leaf_drawn, leaf, old in zip(
             plans, drawn, leaves, momentum, strict=True
         )
@@ -53,6 +56,7 @@ def momentum_step(
     plan: LeafPlan,
     drawn: Any,
     reading: str,
+    resample_every: int | None,
     decay: Any,
     grad: ScaledLeaf,
     momentum: Float[Array, "..."],
@@ -60,6 +64,13 @@ def momentum_step(
     """One leaf's update (float32) and new momentum (state's dtype)."""
     fresh = sketcher.sketch(plan, drawn, grad)
     new = decay * momentum.astype(jnp.float32) + (1 - decay) * fresh
+
+    def described() -> Sketched:
+        scale = sketcher.projection.scale
+        largest = largest_ratio(plan, scale, decay, resample_every)
+        return Sketched(sketcher, plan, drawn, grad, fresh, new, largest)
+
+    note(plan, described)
     if reading == "residual" and plan.dense_reason is None:
         gram = sketcher.projection.gram_diagonal(plan.rank, plan.width)
         assert gram is not None  # The factory refuses other projections.
@@ -104,3 +115,20 @@ def _transfer_where(
     )
     found = dict(zip(places, moved, strict=True))
     return [found.get(i, leaf) for i, leaf in enumerate(momentum)]
+
+
+def largest_ratio(
+    plan: LeafPlan, scale: str, decay: Any, resample_every: int | None
+) -> jax.Array:
+    """A bound on ‖M‖/‖G‖ for a stable momentum.
+
+    κ updates with gradients of norm g take ‖M‖ to at most β^κ ‖M‖ + (1−β^κ) g, and a
+    transfer multiplies it by √q: the fixed point of both.
+    """
+    if resample_every is None or scale == "isometric":  # Isometric transfers shrink.
+        return jnp.float32(1)
+    growth = (plan.width / plan.rank) ** 0.5
+    kept = jnp.asarray(decay, jnp.float32) ** resample_every
+    left = 1 - kept * growth
+    fixed = growth * (1 - kept) / jnp.where(left > 0, left, 1.0)
+    return jnp.where(left > 0, jnp.maximum(fixed, 1.0), jnp.inf)

@@ -21,6 +21,7 @@ from flora_jax.projections import ObliviousProjection, Projection
 from flora_jax.projections._base import product
 from flora_jax.transforms._leafwise import ScaledLeaf
 from flora_jax.transforms._sketched_gradients import SketchedGradients
+from flora_jax.transforms._watch import Sketched, note
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -259,8 +260,10 @@ def accumulate_leaf(
 ) -> Float[Array, "..."]:
     """One leaf's running mean or sum of sketches, after micro-step i."""
     total = acc.astype(jnp.float32)
-    fresh = sketcher.sketch(plan, drawn, ScaledLeaf(grad))
+    given = ScaledLeaf(grad)
+    fresh = sketcher.sketch(plan, drawn, given)
     total = total + ((fresh - total) / (i + 1) if use_mean else fresh)
+    note(plan, lambda: Sketched(sketcher, plan, drawn, given, fresh, total))
     return total.astype(acc.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from flora_jax.transforms._leafwise import ScaledLeaf
 from flora_jax.transforms._moments import find_moments
 from flora_jax.transforms._subspace_basis import Subspace
 from flora_jax.transforms._transport import moments_of, with_moments
+from flora_jax.transforms._watch import Sketched, note
 
 
 def enter_subspace(
@@ -46,10 +48,13 @@ def enter_subspace(
         # Once more, so that how a basis is chosen on a mesh does not decide where the
         # sketches lie; on one device the compiler makes one of both.
         grads = _corrected(plans, grads, error)
-        sketches = [
-            subspace.sketch(plan, basis, ScaledLeaf(grad))
-            for plan, basis, grad in zip(plans, drawn, grads, strict=True)
-        ]
+        sketches = []
+        for plan, basis, grad in zip(plans, drawn, map(ScaledLeaf, grads), strict=True):
+            new = subspace.sketch(plan, basis, grad)
+            note(
+                plan, functools.partial(Sketched, subspace, plan, basis, grad, new, new)
+            )
+            sketches.append(new)
         return sketches, stored, moments
 
     sketches, stored, moments = _state.run_sharded(

@@ -24,6 +24,7 @@ OTHERS = {
     "born_compressed",
     "compressed_accumulator",
     "compressed_pmean",
+    "diagnostics",
     "has_updated",
     "memory_plan",
     "plan_leaves",

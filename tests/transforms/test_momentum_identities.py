@@ -47,7 +47,7 @@ def test_full_rank_equals_the_uncompressed_chain(plan):
         momentum = jnp.where(resample, moved, momentum)
         results = {
             reading: momentum_step(
-                sketcher, plan, drawn, reading, 0.5, ScaledLeaf(gradient), momentum
+                sketcher, plan, drawn, reading, 2, 0.5, ScaledLeaf(gradient), momentum
             )
             for reading in UNCOMPRESSED
         }
