@@ -1,0 +1,1 @@
+"""One training on a screen each, for the usual ways to hold parameters."""

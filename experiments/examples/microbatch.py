@@ -1,0 +1,55 @@
+"""Sketched gradients accumulated over micro-batches, in one jitted step.
+
+python -m experiments.examples.microbatch
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import flora_jax as fj
+
+RANK = 64
+
+
+def loss(params, batch):
+    """Mean squared error of a network with one hidden layer."""
+    x, y = batch
+    return jnp.mean((jax.nn.relu(x @ params["up"]) @ params["down"] - y) ** 2)
+
+
+def main() -> None:
+    """Trains, and prints the loss."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "up": jax.random.normal(keys[0], (256, 1024)) / 16,
+        "down": jax.random.normal(keys[1], (1024, 256)) / 32,
+    }
+    x = jax.random.normal(keys[2], (512, 256))
+    y = jnp.sin(x @ jax.random.normal(keys[3], (256, 256)) / 16)
+    tx = optax.adafactor(0.1)
+
+    @jax.jit
+    def step(params, state, i):
+        # The step draws the projection: the same for sketches and accumulator.
+        shared = {"rank": RANK, "key": 0, "step": i}
+        grad = optax.microbatching.microbatch(
+            lambda *arguments: fj.sketched_value_and_grad(loss, **shared)(*arguments)[
+                1
+            ],
+            argnums=1,
+            microbatch_size=128,
+            accumulator=fj.compressed_accumulator(**shared),
+        )(params, (x, y))
+        updates, state = tx.update(grad, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for i in range(41):
+        if i % 20 == 0:
+            print(f"update {i}: loss {loss(params, (x, y)):.4f}")
+        params, state = step(params, state, i)
+
+
+if __name__ == "__main__":
+    main()
