@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import optax
@@ -15,6 +15,8 @@ from flora_jax._rules import collected_plans, named_leaves
 from flora_jax.memory import _tables
 from flora_jax.memory._budget import array_bytes
 from flora_jax.sharding import state_sharding
+
+_Keys: TypeAlias = tuple[Any, ...]
 
 
 class LeafMemory(NamedTuple):
@@ -120,20 +122,23 @@ def memory_plan(
       state       1.05 MiB             7%
     """
     tx = _checks.check_transformation("tx", tx)
+    cut = {} if shardings is None else dict(named_leaves(shardings))
+    if jax.sharding.get_abstract_mesh().empty and any(
+        isinstance(x, jax.P) for x in cut.values()
+    ):
+        raise ValueError(
+            "`shardings` of PartitionSpecs need the mesh of jax.set_mesh, got none;"
+            " call memory_plan under it, or give NamedShardings"
+        )
     if compare is None:
-        compare = _peers()
-    shapes = jax.eval_shape(lambda tree: tree, _unboxed(params))
+        compare = default_peers()
+    shapes = jax.eval_shape(lambda tree: tree, params)
     with collected_plans() as plans:
         by_path, other = _by_parameter(tx, shapes, shardings)
-    peers = {
-        name: sum(
-            jax.tree.leaves(
-                _sizes(_checks.check_transformation(name, peer), shapes, shardings)
-            )
-        )
-        for name, peer in compare.items()
-    }
-    cut = {} if shardings is None else dict(named_leaves(shardings))
+    peers = {}
+    for name, peer in compare.items():
+        peer = _checks.check_transformation(name, peer)
+        peers[name] = sum(size for _, size in _sizes(peer, shapes, shardings))
     leaves = []
     for path, leaf in named_leaves(shapes):
         mine = [plan for plan in plans if plan.path == path]
@@ -152,7 +157,8 @@ def memory_plan(
     return MemoryPlan(tuple(leaves), other, peers, shardings is not None)
 
 
-def _peers() -> dict[str, optax.GradientTransformation]:
+def default_peers() -> dict[str, optax.GradientTransformation]:
+    """What a plan is compared with; the rates are not part of the states."""
     multi_steps = optax.MultiSteps(optax.adafactor(1e-3), every_k_schedule=2)
     return {
         "optax.adamw": optax.adamw(1e-3),
@@ -162,23 +168,27 @@ def _peers() -> dict[str, optax.GradientTransformation]:
     }
 
 
-def _unboxed(params: Any) -> Any:
-    """Without the metadata of Variables and boxes."""
-
-    def inner(box: Any) -> Any:
-        (leaf,) = jax.tree.leaves(box)
-        return leaf
-
-    return jax.tree.map(inner, params, is_leaf=_state.is_box)
-
-
-def _sizes(tx: Any, shapes: Any, shardings: Any) -> Any:
-    """Bytes of each array of a state, in the state's structure."""
+def _sizes(tx: Any, shapes: Any, shardings: Any) -> list[tuple[_Keys, int]]:
+    """Keys and bytes of each array of a state; 0 bytes where another's leaf is."""
     # Of a function that is new each time: JAX would not run init again for the plans.
+    # Variables and boxes stay: masks and labels of the user may have their structure.
     state = jax.eval_shape(lambda params: tx.init(params), shapes)
+    arrays = _leaves(state)
     if shardings is None:
-        return jax.tree.map(array_bytes, state)
-    return jax.tree.map(_device_bytes, state, state_sharding(tx, shapes, shardings))
+        places = [None] * len(arrays)
+    else:
+        places = [x for _, x in _leaves(state_sharding(tx, shapes, shardings))]
+    return [
+        (keys, 0 if _state.is_masked(leaf) else _device_bytes(leaf, place))
+        for (keys, leaf), place in zip(arrays, places, strict=True)
+    ]
+
+
+def _leaves(tree: Any) -> list[tuple[_Keys, Any]]:
+    """Leaves, and what stands for those of others, without the keys of boxes."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_state.is_masked)
+    value = jax.tree_util.GetAttrKey("value")
+    return [(path[:-1] if path[-1:] == (value,) else path, leaf) for path, leaf in flat]
 
 
 def _device_bytes(leaf: Any, sharding: Any) -> int:
@@ -193,18 +203,23 @@ def _device_bytes(leaf: Any, sharding: Any) -> int:
 def _by_parameter(tx: Any, shapes: Any, shardings: Any) -> tuple[dict[str, int], int]:
     """Bytes of the state by path of the parameter, and of all that has none.
 
-    The arrays of a parameter-shaped tree end in the parameter's keys; the longest such
-    end decides.
+    A part of the state is shaped as the parameters are if below it each of their paths
+    is found; the name of one parameter alone may be that of something else.
     """
-    flat = jax.tree_util.tree_flatten_with_path
-    keys = [tuple(path) for path, _ in flat(shapes)[0]]
-    names = dict(zip(keys, (name for name, _ in named_leaves(shapes)), strict=True))
+    named = zip(_leaves(shapes), named_leaves(shapes), strict=True)
+    names = {keys: name for (keys, _), (name, _) in named}
+    sizes = _sizes(tx, shapes, shardings)
+    below: dict[_Keys, set[_Keys]] = {}
+    for keys, _ in sizes:
+        for i in range(len(keys) + 1):
+            if keys[i:] in names:
+                below.setdefault(keys[:i], set()).add(keys[i:])
     found, rest = dict.fromkeys(names.values(), 0), 0
-    for path, size in flat(_sizes(tx, shapes, shardings))[0]:
-        ends = (tuple(path[i:]) for i in range(len(path) + 1))
-        owner = next((names[end] for end in ends if end in names), None)
+    for keys, size in sizes:
+        starts = (i for i in range(len(keys) + 1) if keys[i:] in names)
+        owner = next((i for i in starts if len(below[keys[:i]]) == len(names)), None)
         if owner is None:
             rest += size
         else:
-            found[owner] += size
+            found[names[keys[owner:]]] += size
     return found, rest

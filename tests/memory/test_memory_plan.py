@@ -140,6 +140,32 @@ def test_boxes_and_variables():
         assert kernel.folds
 
 
+def test_masks_may_have_the_structure_of_variables():
+    state = nnx.state(nnx.Linear(16, 24, rngs=nnx.Rngs(0)), nnx.Param)
+    tree = jax.tree.map(lambda x: x.ndim > 1, state)
+
+    def by_variable(params):
+        return jax.tree.map(
+            lambda x: x.get_value().ndim > 1,
+            params,
+            is_leaf=lambda x: isinstance(x, nnx.Param),
+        )
+
+    for mask in (tree, by_variable):
+        tx = optax.masked(fj.flora(1.0, **FOLDS), mask)
+        plan = fj.memory_plan(tx, state, compare={})
+        bias, kernel = plan.leaves
+        assert plan.state_bytes == nbytes(tx.init(state))
+        assert (bias.state_bytes, bool(kernel.folds)) == (0, True)
+
+
+def test_a_parameter_of_the_name_of_a_setting():
+    params = {"w1": jnp.zeros((16, 24)), "b1": jnp.zeros(24)}
+    tx = optax.inject_hyperparams(optax.adam)(1.0)
+    b1, w1 = fj.memory_plan(tx, params, compare={}).leaves
+    assert (b1.state_bytes, w1.state_bytes) == (2 * 4 * 24, 2 * 4 * 16 * 24)
+
+
 @pytest.mark.parametrize("case", CASES[::4], ids=lambda case: case.name)
 def test_bytes_of_one_device(case):
     auto = jax.sharding.AxisType.Auto
@@ -193,6 +219,8 @@ def test_bad_input():
         fj.memory_plan(fj.flora(1.0, 4), layer(), compare={"mine": optax.adam})
     with pytest.raises(ValueError, match="`shardings` must have one entry for each"):
         fj.memory_plan(fj.flora(1.0, 4), layer(), shardings={})
+    with pytest.raises(ValueError, match="need the mesh of jax.set_mesh, got none"):
+        fj.memory_plan(fj.flora(1.0, 4), {"w": jnp.ones(4)}, shardings={"w": jax.P()})
 
 
 def test_the_largest_rank_that_fits():
