@@ -99,7 +99,8 @@ def memory_plan(
         :func:`flora_jax.state_sharding`; bytes are then those of one device.
 
     Returns:
-      The plan: ``print(plan)`` shows it as plain text, ``plan.print()`` with rich.
+      The plan: ``print(plan)`` shows it as plain text, ``plan.print()`` with rich, with
+      layers that differ in their numbers alone in one row.
 
     Raises:
       TypeError: for arguments of a wrong type.

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from flora_jax._plan import LeafPlan
-    from flora_jax.memory._memory_plan import MemoryPlan
+    from flora_jax.memory._memory_plan import LeafMemory, MemoryPlan
+
+# Of a layer: h.11.attn, layers/3/kernel, Dense_2.
+_NUMBER = re.compile(r"(?:(?<=[./_])|^)\d+(?=[./]|$)")
 
 
 class Table(NamedTuple):
@@ -36,18 +40,21 @@ def format_bytes(size: float) -> str:
 
 
 def leaf_table(plan: MemoryPlan) -> Table:
-    """A row per parameter, and one for the rest."""
+    """A row per parameter, those of equal layers in one, and one for the rest."""
     total = max(plan.state_bytes, 1)
-    rows = [
-        (
-            leaf.path,
-            _product(leaf.shape),
-            format_bytes(leaf.state_bytes),
-            f"{leaf.state_bytes / total:.0%}",
-            leaf.dense_reason or "; ".join(map(describe_fold, leaf.folds)),
-        )
-        for leaf in plan.leaves
-    ]
+    alike: dict[tuple[str, ...], list[LeafMemory]] = {}
+    for leaf in plan.leaves:
+        how = leaf.dense_reason or "; ".join(map(describe_fold, leaf.folds))
+        row = (_NUMBER.sub("*", leaf.path), _product(leaf.shape), how)
+        alike.setdefault((*row, str(leaf.state_bytes)), []).append(leaf)
+    rows = []
+    for (path, shape, how, _), leaves in alike.items():
+        size = sum(leaf.state_bytes for leaf in leaves)
+        if len(leaves) == 1:
+            path = leaves[0].path
+        else:
+            shape = f"{len(leaves)} of {shape}" if shape else f"{len(leaves)} numbers"
+        rows.append((path, shape, format_bytes(size), f"{size / total:.0%}", how))
     other = format_bytes(plan.other_bytes), f"{plan.other_bytes / total:.0%}"
     rows.append(("other", "", *other, "counters, keys"))
     where = " on a device" if plan.per_device else ""

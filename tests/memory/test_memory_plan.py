@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -210,6 +211,30 @@ def test_plain_text_and_rich(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     plan.print()
     assert capsys.readouterr().out == f"{plan}\n"
+
+
+def test_equal_layers_are_one_row():
+    matrix, other = jnp.zeros((16, 24)), jnp.zeros((16, 16))
+    params = {
+        "h": [{"w": matrix, "s": jnp.zeros(())} for _ in range(11)] + [{"w": other}],
+        "Dense_0": matrix,
+        "Dense_1": matrix,
+        "b1": jnp.zeros(3),
+        "b2": jnp.zeros(3),
+    }
+    tx = fj.compressed_momentum(0.5, 4, reading="paper", min_dim_size=8)
+    plan = fj.memory_plan(tx, params, compare={})
+    rows = [re.split(r"  +", line.strip()) for line in str(plan).splitlines()[1:7]]
+    assert len(plan.leaves) == 27
+    why = "it has fewer than two axes"
+    assert [[row[0], row[1], row[2], row[-1]] for row in rows] == [
+        ["Dense_*", "2 of 16x24", "768 B", "16x24 -> 4x24"],
+        ["b1", "3", "12 B", why],
+        ["b2", "3", "12 B", why],
+        ["h/*/s", "11 numbers", "44 B", why],
+        ["h/*/w", "11 of 16x24", "4.12 KiB", "16x24 -> 4x24"],
+        ["h/11/w", "16x16", "256 B", "16x16 -> 16x4"],
+    ]
 
 
 def test_bad_input():
