@@ -20,6 +20,9 @@ import jax.numpy as jnp
 Shapes: TypeAlias = dict[str, jax.ShapeDtypeStruct]
 
 _LARGEST_HEADER = 100 * 10**6  # As the format's own readers allow.
+_LARGEST_SIZE = 2**31 - 1  # No model has a longer axis.
+_MOST_LAYERS = 10**4
+_DAMAGED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 _DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -64,6 +67,8 @@ def read_shapes(path: str | pathlib.Path, dtype: str | None = None) -> Shapes:
                 f"{path}: neither an index of safetensors files (it has no"
                 " 'weight_map') nor a model's configuration (no 'model_type')"
             )
+    if not shapes:
+        raise ModelFileError(f"{path}: it holds no parameters")
     if dtype is not None:
         shapes = {k: jax.ShapeDtypeStruct(x.shape, dtype) for k, x in shapes.items()}
     return shapes
@@ -74,7 +79,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise ModelFileError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelFileError(
             f"{path}: not JSON ({error}); give a .safetensors file, its index, or a"
             " config.json"
@@ -101,10 +106,10 @@ def _safetensors(path: pathlib.Path) -> Shapes:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         shapes = {
-            name: (tuple(map(int, entry["shape"])), entry["dtype"])
+            name: (_shape(entry["shape"]), str(entry["dtype"]))
             for name, entry in entries.items()
         }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except _DAMAGED as error:
         raise ModelFileError(f"{path}: its safetensors header is damaged") from error
     for name, (_, dtype) in shapes.items():
         if dtype not in _DTYPES and not _BUFFER.search(name):
@@ -119,6 +124,18 @@ def _safetensors(path: pathlib.Path) -> Shapes:
     }
 
 
+def _shape(sizes: Any) -> tuple[int, ...]:
+    """A shape from a header, or ValueError for what is none."""
+    if not isinstance(sizes, list) or not all(map(_is_size, sizes)):
+        raise ValueError(sizes)
+    return tuple(sizes)
+
+
+def _is_size(value: Any) -> bool:
+    """Whether it is a positive int that an axis can have."""
+    return type(value) is int and 0 < value <= _LARGEST_SIZE
+
+
 def _index(path: pathlib.Path, content: dict[str, Any]) -> Shapes:
     files = content["weight_map"]
     if not isinstance(files, dict) or not all(
@@ -127,6 +144,10 @@ def _index(path: pathlib.Path, content: dict[str, Any]) -> Shapes:
         raise ModelFileError(f"{path}: 'weight_map' is no object of file names")
     shapes: Shapes = {}
     for name in sorted(set(files.values())):
+        if pathlib.PurePath(name).name != name:
+            raise ModelFileError(
+                f"{path}: {name!r} is not the name of a file beside it"
+            )
         shapes |= _safetensors(path.parent / name)
     missing = sorted(k for k in files if k not in shapes and not _BUFFER.search(k))
     if missing:
@@ -144,9 +165,10 @@ class _Config:
         """A positive int."""
         value = self._content.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not _is_size(value) or ("layer" in name and value > _MOST_LAYERS):
             raise ModelFileError(
-                f"{self._path}: '{name}' must be a positive integer, got {value!r}"
+                f"{self._path}: '{name}' must be a positive integer of a sensible size,"
+                f" got {value!r}"
             )
         return value
 
@@ -160,7 +182,7 @@ class _Config:
 
 
 def _config(path: pathlib.Path, content: dict[str, Any]) -> Shapes:
-    kind = content["model_type"]
+    kind = str(content["model_type"])
     if kind not in _FAMILIES:
         raise ModelFileError(
             f"{path}: model_type {kind!r} is not known, only"
@@ -168,12 +190,12 @@ def _config(path: pathlib.Path, content: dict[str, Any]) -> Shapes:
         )
     config = _Config(path, content)
     dtype = config.text("dtype", config.text("torch_dtype", "float32"))
-    try:
-        as_dtype = jnp.dtype(dtype)
-    except TypeError as error:
-        raise ModelFileError(f"{path}: dtype {dtype!r} is not known") from error
+    if dtype not in _DTYPES.values():
+        raise ModelFileError(
+            f"{path}: dtype {dtype!r} is not known, only {', '.join(_DTYPES.values())}"
+        )
     return {
-        name: jax.ShapeDtypeStruct(shape, as_dtype)
+        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
         for name, shape in _FAMILIES[kind](config).items()
     }
 

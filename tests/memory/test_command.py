@@ -136,6 +136,9 @@ def header(entries, length=None):
     return (len(text) if length is None else length).to_bytes(8, "little") + text
 
 
+DEEP = (200_000).to_bytes(8, "little") + b"[" * 200_000
+
+
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
@@ -145,6 +148,23 @@ def header(entries, length=None):
         ("m.safetensors", b"\4" + bytes(7) + b"{{}}", "header is damaged"),
         ("m.safetensors", header({"w": 3}), "header is damaged"),
         ("m.safetensors", header([]), "header is damaged"),
+        ("m.safetensors", header({"w": {"shape": "12"}}), "header is damaged"),
+        ("m.safetensors", header({"w": {"shape": [-1]}}), "header is damaged"),
+        ("m.safetensors", header({"w": {"shape": [2.5]}}), "header is damaged"),
+        ("m.safetensors", header({"w": {"shape": [True]}}), "header is damaged"),
+        ("m.safetensors", header({"w": {"shape": [2**40]}}), "header is damaged"),
+        ("m.safetensors", DEEP, "header is damaged"),
+        ("m.safetensors", header({}), "it holds no parameters"),
+        (
+            "m.safetensors",
+            header({"w": {"shape": [2], "dtype": []}}),
+            r"w is of dtype \[\], which is not trained",
+        ),
+        ("m.json", DEEP[8:], "not JSON .maximum recursion depth"),
+        ("m.json", {"weight_map": {"w": "../m.safetensors"}}, "not the name of a file"),
+        ("m.json", {"model_type": ["t5"]}, "is not known, only gpt2"),
+        ("m.json", GPT2 | {"n_layer": 10**9}, "'n_layer' must be .* got 1000000000"),
+        ("m.json", GPT2 | {"torch_dtype": "int32"}, "dtype 'int32' is not known"),
         (
             "m.safetensors",
             header({"w": {"shape": [2], "dtype": "I8"}}),
