@@ -1,8 +1,22 @@
 """The command line: ``python -m flora_jax plan --help``."""
 
+import os
 import sys
 
 from flora_jax.memory._command import main
 
+
+def run() -> int:
+    """Runs the command; what reads its output, such as head, may stop early."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Or Python would fail again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -14,12 +15,20 @@ import optax
 
 from flora_jax import optimizers
 from flora_jax.memory import _model_files, _picture, _tables
-from flora_jax.memory._budget import rank_for_budget
-from flora_jax.memory._memory_plan import MemoryPlan, memory_plan
+from flora_jax.memory._budget import array_bytes, rank_for_budget
+from flora_jax.memory._memory_plan import MemoryPlan, default_peers, memory_plan
 from flora_jax.transforms import compressed_accumulation
 
 _RATE = 1e-3  # Any: it is not part of the state.
-_SKETCHED = ("flora", "flora_adamw", "galore", "fira", "apollo", "dct_adamw")
+_SKETCHED = (
+    "flora",
+    "flora_adamw",
+    "galore",
+    "fira",
+    "apollo",
+    "apollo_mini",
+    "dct_adamw",
+)
 _PLAIN = {"adafactor": optax.adafactor, "adamw": optax.adamw}
 _EMBEDDING = re.compile(r"embed|wte|wpe|shared|lm_head")
 _UNITS = {
@@ -73,9 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if problem:
             plan_parser.error(f"--picture {given.picture}: {problem}")
     try:
-        return _plan(given, _model_files.read_shapes(given.shapes, given.dtype))
+        shapes = _model_files.read_shapes(given.shapes, given.dtype)
     except _model_files.ModelFileError as error:
         plan_parser.error(str(error))
+    return _plan(given, shapes)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,18 +115,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(given: argparse.Namespace, shapes: Any) -> int:
     make = functools.partial(_make, given)
-    own = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-    rank, left = given.rank, (given.budget or 0) - 2 * own
-    if rank is None:
-        try:
-            if left <= 0:
-                raise ValueError("parameters and gradients alone take more")
-            rank = rank_for_budget(make, shapes, left)
-        except ValueError as error:
-            _say_budget(given.budget, 2 * own)
-            print(f"no rank fits: {error}", file=sys.stderr)
-            return 1
-    plan = memory_plan(make(rank), shapes)
+    rank = given.rank or _largest_rank(make, shapes, given.budget)
+    plan = memory_plan(make(rank), shapes, compare=_peers(given, rank))
     plan.print()
     name = f"{given.optimizer}, rank {rank}"
     if given.accumulate is not None:
@@ -127,11 +127,32 @@ def _plan(given: argparse.Namespace, shapes: Any) -> int:
     print("Activations and temporaries come on top.")
     if not any(leaf.folds for leaf in plan.leaves):
         print(f"At rank {rank} nothing is sketched: this is the uncompressed state.")
+    print(f"In a script:\n{_script(given, rank)}")
     if given.picture is not None:
-        _picture.draw(plan, name, given.picture)
+        try:
+            _picture.draw(plan, name, given.picture, given.budget)
+        except OSError as error:
+            given.parser.error(f"--picture {given.picture}: {error.strerror}")
         print(f"picture: {given.picture}")
-    needed = 2 * plan.parameter_bytes + plan.state_bytes
-    return 0 if given.budget is None else _say_budget(given.budget, needed)
+    return 0 if given.budget is None else _say_budget(given, plan)
+
+
+def _largest_rank(make: Callable[[int], Any], shapes: Any, budget: int) -> int:
+    own = sum(map(array_bytes, shapes.values()))
+    try:
+        return rank_for_budget(make, shapes, max(budget - 2 * own, 1))
+    except ValueError:  # No rank fits, or nothing is sketched: the plan shows which.
+        return 1
+
+
+def _peers(given: argparse.Namespace, rank: int) -> dict[str, Any]:
+    """Those by default; with accumulation MultiSteps around the same optimizer."""
+    peers = default_peers()
+    if given.accumulate is not None:
+        inner = optax.MultiSteps(_inner(given, rank), given.accumulate)
+        name = f"optax.MultiSteps({given.optimizer})"
+        peers[name] = inner.gradient_transformation()
+    return peers
 
 
 def _sum(plan: MemoryPlan) -> str:
@@ -143,31 +164,52 @@ def _sum(plan: MemoryPlan) -> str:
     return f"{' + '.join(parts)} = {_tables.format_bytes(2 * own + state)}"
 
 
-def _say_budget(budget: int, needed: int) -> int:
-    left = budget - needed
+def _say_budget(given: argparse.Namespace, plan: MemoryPlan) -> int:
+    left = given.budget - 2 * plan.parameter_bytes - plan.state_bytes
     word = "left" if left >= 0 else "missing"
-    print(
-        f"budget {_tables.format_bytes(budget)}: {_tables.format_bytes(abs(left))}"
-        f" {word}"
-    )
+    size, rest = map(_tables.format_bytes, (given.budget, abs(left)))
+    print(f"budget {size}: {rest} {word}")
+    if left < 0 and given.rank is None:
+        print("no rank fits: rank 1 is shown", file=sys.stderr)
     return int(left < 0)
 
 
 def _make(given: argparse.Namespace, rank: int) -> Any:
-    """The transformation that the command line asks for."""
-
-    def mask(path: str, shape: tuple[int, ...]) -> bool:
-        del shape
-        return given.sketch_embeddings or not _EMBEDDING.search(path)
-
-    if given.optimizer in _PLAIN:
-        inner = _PLAIN[given.optimizer](_RATE)
-    else:
-        factory: Callable[..., Any] = getattr(optimizers, given.optimizer)
-        inner = factory(_RATE, rank, mask=mask)
+    """The transformation that the command line asks for; :func:`_script` writes it."""
+    inner = _inner(given, rank)
     if given.accumulate is None:
         return inner
-    return compressed_accumulation(inner, given.accumulate, rank, mask=mask)
+    return compressed_accumulation(inner, given.accumulate, rank, mask=_mask(given))
+
+
+def _inner(given: argparse.Namespace, rank: int) -> Any:
+    if given.optimizer in _PLAIN:
+        return _PLAIN[given.optimizer](_RATE)
+    factory: Callable[..., Any] = getattr(optimizers, given.optimizer)
+    return factory(_RATE, rank, mask=_mask(given))
+
+
+def _mask(given: argparse.Namespace) -> Any:
+    if given.sketch_embeddings:
+        return None
+    return lambda path, shape: not _EMBEDDING.search(path)
+
+
+def _script(given: argparse.Namespace, rank: int) -> str:
+    """The lines that make the same transformation in Python."""
+    lines, settings = [], f"rank={rank}"
+    if not given.sketch_embeddings:
+        lines.append(f'embedding = re.compile("{_EMBEDDING.pattern}")')
+        lines.append("mask = lambda path, shape: not embedding.search(path)")
+        settings += ", mask=mask"
+    if given.optimizer in _PLAIN:
+        made = f"optax.{given.optimizer}(learning_rate)"
+    else:
+        made = f"fj.{given.optimizer}(learning_rate, {settings})"
+    if given.accumulate is not None:
+        count = f"every_k={given.accumulate}"
+        made = f"fj.compressed_accumulation({made}, {count}, {settings})"
+    return "\n".join(f"  {line}" for line in [*lines, f"tx = {made}"])
 
 
 def _positive(text: str) -> int:
@@ -179,7 +221,7 @@ def _positive(text: str) -> int:
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
     size = float(match[1]) * _UNITS.get(match[2], 0) if match else 0
-    if size < 1:
+    if not 1 <= size < math.inf:
         raise argparse.ArgumentTypeError(
             f"must be a number with one of {', '.join(_UNITS)}, for example 24GiB, got"
             f" {text!r}"

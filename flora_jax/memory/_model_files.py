@@ -165,7 +165,8 @@ class _Config:
         """A positive int."""
         value = self._content.get(name)
         value = default if value is None else value
-        if not _is_size(value) or ("layer" in name and value > _MOST_LAYERS):
+        most = _MOST_LAYERS if "layer" in name else _LARGEST_SIZE
+        if not isinstance(value, int) or not _is_size(value) or value > most:
             raise ModelFileError(
                 f"{self._path}: '{name}' must be a positive integer of a sensible size,"
                 f" got {value!r}"

@@ -17,7 +17,7 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73")  # Of Okabe and Ito.
 def problem(path: str) -> str | None:
     """Why no picture can be drawn there, or None."""
     if importlib.util.find_spec("matplotlib") is None:
-        return "matplotlib is missing; pip install matplotlib"
+        return "matplotlib is missing; pip install 'flora-jax[experiments]'"
     if pathlib.Path(path).suffix.lower() != ".png":
         return "must end in .png"
     if not pathlib.Path(path).absolute().parent.is_dir():
@@ -25,13 +25,14 @@ def problem(path: str) -> str | None:
     return None
 
 
-def draw(plan: MemoryPlan, name: str, path: str) -> None:
+def draw(plan: MemoryPlan, name: str, path: str, budget: int | None = None) -> None:
     """Draws parameters, gradients and state, beside the peers' states.
 
     Args:
       plan: what to draw.
       name: of the transformation.
       path: the PNG file.
+      budget: where to draw a line, in bytes.
     """
     from matplotlib.figure import Figure
 
@@ -60,9 +61,12 @@ def draw(plan: MemoryPlan, name: str, path: str) -> None:
             va="center",
             fontsize=9,
         )
+    if budget is not None:
+        label = f"budget {format_bytes(budget)}"
+        axes.axvline(budget / unit, color="black", linestyle="--", label=label)
     axes.set_xlim(0, 1.45 * max(totals) / unit)
     axes.invert_yaxis()
-    axes.set_xlabel("GiB" if unit == 1024**3 else "MiB")
+    axes.set_xlabel(f"{'GiB' if unit == 1024**3 else 'MiB'}, without activations")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)

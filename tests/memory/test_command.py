@@ -3,15 +3,19 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import save_file
 
 import flora_jax as fj
 from flora_jax.memory import _command, _picture
 from flora_jax.memory._model_files import ModelFileError, read_shapes
+from flora_jax.memory._tables import format_bytes
 
 GPT2 = {
     "model_type": "gpt2",
@@ -41,7 +45,9 @@ SMALL = GPT2 | {"n_embd": 128, "n_layer": 1, "n_positions": 64, "vocab_size": 50
 
 
 @pytest.fixture
-def write(tmp_path):
+def write(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # Or rich breaks the rows.
+
     def write(content, name="config.json"):
         path = tmp_path / name
         if isinstance(content, dict):
@@ -204,6 +210,7 @@ def test_missing_files(tmp_path, capsys):
         ("--rank many", "must be a positive integer, got 'many'"),
         ("--budget 24", "must be a number with one of KiB, .* for example 24GiB"),
         ("--budget 24gib", "got '24gib'"),
+        (f"--budget {'9' * 400}GB", "must be a number with one of KiB"),
         ("--rank 4 --optimizer sgd", "invalid choice: 'sgd'"),
         ("--rank 4 --optimizer adamw", "give --accumulate for compressed"),
         ("--rank 4 --picture a.pdf", "must end in .png"),
@@ -228,7 +235,8 @@ def plan(write, *arguments):
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["flora", "flora_adamw", "galore", "fira", "apollo", "dct_adamw"]
+    "optimizer",
+    ["flora", "flora_adamw", "galore", "fira", "apollo", "apollo_mini", "dct_adamw"],
 )
 def test_every_optimizer(write, capsys, optimizer):
     assert plan(write, "--optimizer", optimizer, "--rank", "8") == 0
@@ -263,7 +271,10 @@ def test_a_budget_of_everything(write, capsys, tmp_path):
     assert "At rank 128 nothing is sketched: " in capsys.readouterr().out
     for size in (f"{2 * own / 1000}KB", f"{(2 * own + 99) / 1000}KB"):
         assert plan(write, "--budget", size) == 1
-        assert "no rank fits: " in capsys.readouterr().err
+        out, err = capsys.readouterr()
+        assert "flora, rank 1: " in out
+        assert "missing" in out
+        assert "no rank fits: rank 1 is shown" in err
 
 
 def test_accumulation_dtype_and_embeddings(write, capsys):
@@ -274,3 +285,65 @@ def test_accumulation_dtype_and_embeddings(write, capsys):
     assert apart.count("the mask leaves it out") == 2
     assert plan(write, *arguments, "--sketch-embeddings", "--dtype", "bfloat16") == 0
     assert "the mask leaves it out" not in capsys.readouterr().out
+    assert apart.count("optax.MultiSteps(adafactor)") == 1
+    assert plan(write, *arguments[:3], "adamw", *arguments[4:]) == 0
+    shapes = read_shapes(write(SMALL))
+    steps = optax.MultiSteps(optax.adamw(1.0), 4).gradient_transformation()
+    size = fj.memory_plan(steps, shapes, compare={}).state_bytes
+    row = rf"optax.MultiSteps\(adamw\) +│ +{format_bytes(size)} "
+    assert re.search(row, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--optimizer", "galore", "--sketch-embeddings"],
+        ["--optimizer", "adamw", "--accumulate", "4"],
+        ["--optimizer", "flora", "--accumulate", "4", "--sketch-embeddings"],
+    ],
+)
+def test_the_script_makes_what_was_planned(write, capsys, arguments):
+    assert plan(write, "--rank", "8", *arguments) == 0
+    out = capsys.readouterr().out
+    names = {"fj": fj, "optax": optax, "re": re, "learning_rate": 1.0}
+    for line in out.split("In a script:\n")[1].splitlines():
+        exec(line.strip(), names)
+    planned = fj.memory_plan(names["tx"], read_shapes(write(SMALL)), compare={})
+    assert f"+ {format_bytes(planned.state_bytes)} state" in out
+
+
+HIDDEN = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "rich" else find(name)
+"""
+RUN = "import runpy; runpy.run_module('flora_jax', run_name='__main__')"
+
+
+@pytest.mark.parametrize("code", [RUN, HIDDEN + RUN], ids=["rich", "plain"])
+def test_a_reader_that_stops_early(write, code):
+    command = [sys.executable, "-c", code, "plan", "--rank", "8", "--shapes"]
+    process = subprocess.Popen(
+        [*command, write(SMALL)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 1
+
+
+def test_nothing_is_sketched(write, capsys):
+    """A budget without a rank to choose is held against what is there."""
+    narrow = write(SMALL | {"n_embd": 64})
+    assert _command.main(["plan", "--shapes", narrow, "--budget", "1GiB"]) == 0
+    out, err = capsys.readouterr()
+    assert "At rank 1 nothing is sketched" in out
+    assert not err
+
+
+def test_a_picture_that_cannot_be_written(write, capsys, tmp_path):
+    (tmp_path / "bars.png").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        plan(write, "--rank", "8", "--picture", str(tmp_path / "bars.png"))
+    assert capsys.readouterr().err.endswith("bars.png: Is a directory\n")
