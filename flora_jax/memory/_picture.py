@@ -60,6 +60,7 @@ def draw(plan: MemoryPlan, name: str, path: str, budget: int | None = None) -> N
             f"{format_bytes(total)}, state {format_bytes(state)}",
             va="center",
             fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
     if budget is not None:
         label = f"budget {format_bytes(budget)}"
