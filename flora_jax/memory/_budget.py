@@ -23,10 +23,11 @@ def rank_for_budget(make: Callable[[int], Any], params: Any, budget_bytes: int) 
     nothing is sketched any more.
 
     A state grows with the rank until a leaf becomes dense, where the state of some
-    optimizers shrinks (a basis is no longer stored): the search bisects between ranks
-    that fit and do not, and returns one that fits and whose successor does not.
+    optimizers shrinks (a basis is no longer stored): the search starts at the largest
+    width whose state fits, and bisects up to the next.
 
-    Cost: about log2 of the widest side abstract evaluations of ``init``.
+    Cost: one abstract evaluation of ``init`` for each width, and about log2 of the
+    widest.
 
     Args:
       make: a callable from a rank to the transformation, for example
@@ -65,9 +66,13 @@ def rank_for_budget(make: Callable[[int], Any], params: Any, budget_bytes: int) 
             f" bytes, got budget_bytes={budget}; give more, sketch more leaves, or use"
             " an optimizer with less state for dense leaves"
         )
-    fits, too_large = 1, max(widths)
-    if state_bytes(make, too_large, params) <= budget:
-        return too_large
+    starts = sorted({1, *widths})
+    ends = [*starts[1:], starts[-1] + 1]
+    fits, too_large = next(
+        (start, end)
+        for start, end in zip(reversed(starts), reversed(ends), strict=True)
+        if start == 1 or state_bytes(make, start, params) <= budget
+    )
     while too_large - fits > 1:
         middle = (fits + too_large) // 2
         if state_bytes(make, middle, params) <= budget:

@@ -144,7 +144,7 @@ def _index(path: pathlib.Path, content: dict[str, Any]) -> Shapes:
         raise ModelFileError(f"{path}: 'weight_map' is no object of file names")
     shapes: Shapes = {}
     for name in sorted(set(files.values())):
-        if pathlib.PurePath(name).name != name:
+        if pathlib.PurePath(name).name != name or "\0" in name:
             raise ModelFileError(
                 f"{path}: {name!r} is not the name of a file beside it"
             )

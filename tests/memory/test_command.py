@@ -168,6 +168,7 @@ DEEP = (200_000).to_bytes(8, "little") + b"[" * 200_000
         ),
         ("m.json", DEEP[8:], "not JSON .maximum recursion depth"),
         ("m.json", {"weight_map": {"w": "../m.safetensors"}}, "not the name of a file"),
+        ("m.json", {"weight_map": {"w": "a\0b"}}, "not the name of a file"),
         ("m.json", {"model_type": ["t5"]}, "is not known, only gpt2"),
         ("m.json", GPT2 | {"n_layer": 10**9}, "'n_layer' must be .* got 1000000000"),
         ("m.json", GPT2 | {"torch_dtype": "int32"}, "dtype 'int32' is not known"),

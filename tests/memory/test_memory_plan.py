@@ -263,6 +263,20 @@ def test_the_largest_rank_that_fits():
         fj.rank_for_budget(make, params, sizes[0] - 1)
 
 
+def test_the_largest_rank_where_a_state_shrinks():
+    params = {"a": jnp.zeros((11, 11)), "b": jnp.zeros((20, 20))}
+
+    def make(rank):
+        return fj.galore(1.0, rank, min_dim_size=8)
+
+    sizes = [nbytes(make(rank).init(params)) for rank in range(1, 21)]
+    assert sizes[9] > sizes[10]  # The basis of a is no longer stored, at 20 b's.
+    assert sizes[18] > sizes[19]
+    for budget in {*sizes, sizes[0] + 1}:
+        largest = max(i for i, size in enumerate(sizes, 1) if size <= budget)
+        assert fj.rank_for_budget(make, params, budget) == largest
+
+
 def test_bad_input_of_the_rank():
     with pytest.raises(TypeError, match="`make` must be a callable"):
         fj.rank_for_budget(fj.flora(1.0, 4), layer(), 100)
