@@ -1,0 +1,286 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # What a projection does
+#
+# A gradient $G$ ($n \times m$) is kept as a sketch $C = G S^\top$ with a random $S$
+# ($r \times m$, $r \ll m$), and estimated as $\tilde G = C S = G S^\top S$. This
+# notebook shows what is lost and what is not, in five pictures.
+
+# %%
+import sys
+
+if "google.colab" in sys.modules:  # Elsewhere: pip install -e . in a clone.
+    import subprocess
+
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", "flora-jax"])
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+import flora_jax as fj
+
+device = jax.devices()[0]
+print(f"jax {jax.__version__} on {device.platform}: {device.device_kind}")
+
+BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
+N, M, RANK = 256, 512, 64
+STYLES = {
+    "Gaussian": (fj.Gaussian(), BLUE, "o"),
+    "CountSketch": (fj.CountSketch(), ORANGE, "s"),
+}
+gradient = jax.random.normal(jax.random.key(0), (N, M)) * jnp.linspace(0.1, 2, M)
+
+
+def estimate(projection, key, rank=RANK, g=gradient):
+    sketch = projection.sketch(key, g, rank, -1)  # (n, r), all that is kept
+    return projection.unsketch(key, sketch, g.shape[-1], -1)
+
+
+def norm(x):
+    return jnp.linalg.norm(x)
+
+
+# %% [markdown]
+# ## 1. Unbiased
+#
+# One estimate is far from the gradient, but its mean over keys is the gradient: the
+# error of the mean of $k$ estimates falls as $1/\sqrt k$, on the line that theory draws
+# from the error of one, $\sqrt{(m+1)/r}$ for a Gaussian and $\sqrt{m/r - 1}$ for
+# CountSketch.
+
+# %%
+COUNTS = 4 ** np.arange(6)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def total(projection, keys):
+    """The sum of the estimates of many keys."""
+
+    def add(sums, key):
+        return sums + estimate(projection, key), None
+
+    return jax.lax.scan(add, jnp.zeros_like(gradient), keys)[0]
+
+
+def errors_of_means(projection):
+    keys = jax.random.split(jax.random.key(1), COUNTS[-1])
+    sums, seen, errors = jnp.zeros_like(gradient), 0, []
+    for count in COUNTS:
+        sums, seen = sums + total(projection, keys[seen:count]), count
+        errors.append(norm(sums / count - gradient) / norm(gradient))
+    return np.asarray(errors)
+
+
+theory = {"Gaussian": ((M + 1) / RANK) ** 0.5, "CountSketch": (M / RANK - 1) ** 0.5}
+figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+for name, (projection, colour, mark) in STYLES.items():
+    axes.loglog(
+        COUNTS, theory[name] / COUNTS**0.5, "-", color=colour, label=f"{name}, theory"
+    )
+    axes.loglog(COUNTS, errors_of_means(projection), mark, color=colour, label=name)
+axes.set_xlabel("estimates in the mean, each of its own key")
+axes.set_ylabel("relative error of the mean")
+axes.legend(frameon=False)
+axes.grid(alpha=0.3, which="both")
+
+# %% [markdown]
+# ## 2. Variance against rank
+#
+# Twice the rank is half of the squared error. At a full rank CountSketch is exact, a
+# Gaussian is not: it wastes some of its rows, for they are not orthogonal. The right
+# picture is the angle between gradient and estimate, which is what an optimizer that
+# normalises sees.
+
+# %%
+RANKS = np.array([8, 16, 32, 64, 128, 256, 512])
+figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+for name, (projection, colour, mark) in STYLES.items():
+    squares, cosines = [], []
+    for rank in RANKS:
+
+        @jax.jit
+        def both(key, projection=projection, rank=int(rank)):
+            found = estimate(projection, key, rank)
+            error = norm(found - gradient) / norm(gradient)
+            return error**2, jnp.vdot(found, gradient) / norm(found) / norm(gradient)
+
+        pairs = [both(key) for key in jax.random.split(jax.random.key(2), 6)]
+        squares.append(np.mean([a for a, _ in pairs]))
+        cosines.append(np.mean([b for _, b in pairs]))
+    if name == "Gaussian":
+        variance, cosine = (M + 1) / RANKS, 1 / np.sqrt(1 + (M + 1) / RANKS)
+    else:
+        variance, cosine = M / RANKS - 1, np.sqrt(RANKS / M)
+    shown = variance > 0
+    panels[0].loglog(RANKS[shown], variance[shown], color=colour)
+    kept = np.asarray(squares) > 1e-6  # Exact at full rank: not on a logarithmic axis.
+    panels[0].loglog(RANKS[kept], np.asarray(squares)[kept], mark, color=colour)
+    panels[1].semilogx(RANKS, cosine, color=colour, label=f"{name}, theory")
+    panels[1].semilogx(RANKS, cosines, mark, color=colour, label=name)
+panels[0].set_ylabel("squared relative error")
+panels[1].set_ylabel("cosine of estimate and gradient")
+for axes in panels:
+    axes.set_xlabel(f"rank r (width m = {M})")
+    axes.set_xticks(RANKS, [str(r) for r in RANKS])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+panels[1].legend(frameon=False, fontsize=9)
+
+# %% [markdown]
+# ## 3. CountSketch against Gaussian: what they are
+#
+# A Gaussian $S$ is full: a sketch is a matrix product. CountSketch has one sign in each
+# column: a sketch is a signed sum of the gradient's columns in $r$ groups. It takes no
+# product, no $r \times m$ normal numbers, and its error is a little smaller, since its
+# rows are orthogonal.
+
+# %%
+figure, panels = plt.subplots(2, 1, figsize=(8, 2.9), layout="constrained")
+for axes, (name, (projection, *_)) in zip(panels, STYLES.items(), strict=True):
+    s = projection.matrix(jax.random.key(3), 8, 64)
+    limit = float(jnp.abs(s).max())
+    image = axes.imshow(s, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+    axes.set_title(f"{name}: S of 8 rows and 64 columns", fontsize=10)
+    axes.set_ylabel("row")
+    figure.colorbar(image, ax=axes, label="entry")
+panels[1].set_xlabel("column of the gradient")
+
+# %%
+large = jax.random.normal(jax.random.key(4), (1024, 4096))
+
+
+def milliseconds(function, *arguments):
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(times))
+
+
+ranks = [16, 64, 256]
+key = jax.random.key(5)
+figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+for i, (name, (projection, colour, _)) in enumerate(STYLES.items()):
+    times = [
+        milliseconds(
+            jax.jit(lambda g, k, p=projection, r=r: p.sketch(k, g, r, -2)), large, key
+        )
+        for r in ranks
+    ]
+    places = np.arange(len(ranks)) + 0.38 * (i - 0.5)
+    hatch = "//" if i else None
+    axes.bar(places, times, 0.36, color=colour, hatch=hatch, label=name, alpha=0.85)
+axes.set_xticks(range(len(ranks)), [str(r) for r in ranks])
+axes.set_xlabel("rank")
+axes.set_ylabel("ms, S included")
+axes.set_title(
+    f"to sketch the smaller side of 1024 x 4096 on {device.platform}, median of 5",
+    fontsize=10,
+)
+axes.legend(frameon=False)
+axes.grid(alpha=0.3, axis="y")
+
+# %% [markdown]
+# ## 4. Resampling, and the rank of the update
+#
+# With one $S$ for ever all updates lie in the $r$ directions of its rows: that is
+# LoRA. With a new $S$ in each step the directions add up. Here the gradients of 16
+# steps are estimated and summed; the singular values of the sum tell how many
+# directions it has.
+
+# %%
+STEPS, SMALL = 16, 16
+steps = [
+    jax.random.normal(jax.random.key(100 + i), (N, M)) + gradient for i in range(STEPS)
+]
+projection = fj.CountSketch()
+
+
+@jax.jit
+def one(key, g):
+    return estimate(projection, key, SMALL, g)
+
+
+sums = {
+    "one S for all steps": sum(one(jax.random.key(7), g) for g in steps),
+    "a new S in each step": sum(
+        one(jax.random.key(7 + i), g) for i, g in enumerate(steps)
+    ),
+    "no sketch": sum(steps),
+}
+figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+lines = zip(sums.items(), (BLUE, ORANGE, BLACK), ("-", "--", ":"), strict=True)
+for (name, total), colour, style in lines:
+    values = np.linalg.svd(np.asarray(total, np.float64), compute_uv=False)
+    rank = int((values > 1e-4 * values[0]).sum())
+    shown = np.maximum(values / values[0], 1e-4)
+    axes.semilogy(shown, style, color=colour, label=f"{name}: rank {rank}")
+axes.set_ylim(2e-3, 1.3)
+axes.set_xlabel(f"singular value of the sum of {STEPS} updates, by its number")
+axes.set_ylabel("over the largest")
+axes.set_title(f"sketches of rank {SMALL}", fontsize=10)
+axes.legend(frameon=False)
+axes.grid(alpha=0.3)
+
+# %% [markdown]
+# ## 5. What resampling costs a momentum
+#
+# A momentum is carried over to the new projection: decompressed with the old $S$,
+# compressed with the new. Each transfer multiplies its energy by $m/r$, and the decay
+# takes that back until the next one, if there are steps enough between: $\kappa >
+# \ln(m/r) / (2 \ln(1/\beta))$. Below that the momentum grows without end. The curve is
+# the norm of a sketched momentum of one constant gradient over that gradient's.
+
+# %%
+BETA, TOTAL, SHORT = 0.9, 120, 32
+limit = np.log(M / SHORT) / (2 * np.log(1 / BETA))
+figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+runs = zip((40, 20, 10), (GREEN, BLUE, ORANGE), ("-", "--", ":"), strict=True)
+for every, colour, style in runs:
+
+    @jax.jit
+    def advance(momentum, new, old, i, every=every):
+        moved = projection.unsketch(old, momentum, M, -1)
+        moved = projection.sketch(new, moved, SHORT, -1)
+        momentum = jnp.where((i > 0) & (i % every == 0), moved, momentum)
+        fresh = projection.sketch(new, gradient, SHORT, -1)
+        return BETA * momentum + (1 - BETA) * fresh
+
+    momentum, norms = jnp.zeros((N, SHORT)), []
+    for i in range(TOTAL):
+        new, old = (jax.random.key(i // every - back) for back in (0, 1))
+        momentum = advance(momentum, new, old if i >= every else new, i)
+        norms.append(norm(momentum) / norm(gradient))
+    axes.semilogy(norms, style, color=colour, label=f"resampled every {every} steps")
+axes.axhline(1, color=BLACK, linewidth=0.8)
+axes.set_xlabel("step")
+axes.set_ylabel("norm of momentum over gradient's")
+axes.set_title(
+    f"beta {BETA}, rank {SHORT} of {M}: limit {limit:.1f} steps", fontsize=10
+)
+axes.legend(frameon=False)
+axes.grid(alpha=0.3)
+
+# %% [markdown]
+# `fj.flora` and `fj.compressed_momentum` warn at `init` when an interval comes near
+# that limit, with the leaf and the number; `fj.diagnostics` measures error, cosine and
+# the momentum's norm in a training.
