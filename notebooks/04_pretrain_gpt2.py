@@ -114,7 +114,7 @@ axes.grid(alpha=0.3)
 # with several seeds.
 
 # %%
-UPDATES, BATCH = 80, 8
+UPDATES, BATCH = 60, 8
 settings = Config(
     model=GPT2Config(layers=2, width=128, heads=4, context=64, vocab_size=512),
     corpus_dir=pathlib.Path(
@@ -171,7 +171,7 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained
 colours, marks = (BLACK, GREEN, BLUE, ORANGE), "Do^s"
 for (name, losses), colour, mark in zip(curves.items(), colours, marks, strict=True):
     smooth = np.convolve(losses, np.ones(5) / 5, "valid")
-    left.plot(smooth, color=colour, marker=mark, markevery=15, markersize=5, label=name)
+    left.plot(smooth, color=colour, marker=mark, markevery=12, markersize=5, label=name)
     right.plot(sizes[name], losses[-10:].mean(), mark, color=colour, markersize=8)
     right.annotate(
         name,
