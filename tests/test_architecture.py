@@ -21,7 +21,8 @@ LAYERS = [
     ["__main__"],
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-FILES = sorted(ROOT.rglob("*.py"))
+# The site's configuration lies in docs, and is no part of the package.
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent.name != "docs")
 
 
 def imported(path):

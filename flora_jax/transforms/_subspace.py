@@ -88,7 +88,8 @@ def scale_in_subspace(
 
     - ``transport="keep"``: what they were (GaLore, APOLLO);
     - ``"squared"``: m T and v T∘T, T∘T being the elementwise square;
-    - ``"ldadam"``: m T and, with m̂ and v̂ free of bias, |(v̂ − m̂²) T∘T + (m̂ T)²|;
+    - ``"ldadam"``: m T and, with m̂ and v̂ free of bias, the absolute value of
+      (v̂ − m̂²) T∘T + (m̂ T)²;
     - ``"rms"``: √(m/r)·m T, and v T∘T with columns divided by their sums, so that an
       oblivious basis changes the size of neither;
     - ``"reset"``: what makes the step Adam's first: m̂ = R, v̂ = R², and sums zero.
