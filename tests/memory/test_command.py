@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -348,3 +349,30 @@ def test_a_picture_that_cannot_be_written(write, capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         plan(write, "--rank", "8", "--picture", str(tmp_path / "bars.png"))
     assert capsys.readouterr().err.endswith("bars.png: Is a directory\n")
+
+
+README = Path(fj.__file__).parents[1] / "README.md"
+PREDICTED = {
+    "flora": ["--optimizer", "flora"],
+    "flora_adamw": ["--optimizer", "flora_adamw"],
+    "compressed_accumulation(adafactor)": [
+        *("--optimizer", "adafactor", "--accumulate", "16")
+    ],
+}
+
+
+@pytest.mark.parametrize("name", PREDICTED)
+def test_the_readme_says_what_the_command_says(write, capsys, name):
+    """Its table of predictions, to the digits that it has."""
+    row = next(
+        line
+        for line in README.read_text().splitlines()
+        if line.startswith(f"| `{name}` |") and len(line.split("|")) == 7
+    )
+    stated = [float(cell) for cell in row.split("|")[2:-1]]
+    xl = GPT2 | {"n_embd": 1600, "n_layer": 48}
+    for config, value in ((xl, stated[0]), (T5, stated[2])):
+        arguments = ["plan", "--shapes", write(config), "--rank", "256"]
+        assert _command.main([*arguments, *PREDICTED[name]]) == 0
+        total = re.search(r"\+ (\S+) GiB state = ", capsys.readouterr().out)
+        assert float(total[1]) == pytest.approx(value, abs=0.006)
