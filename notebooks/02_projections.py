@@ -16,7 +16,7 @@
 #
 # A gradient $G$ ($n \times m$) is kept as a sketch $C = G S^\top$ with a random $S$
 # ($r \times m$, $r \ll m$), and estimated as $\tilde G = C S = G S^\top S$. This
-# notebook shows what is lost and what is not, in five pictures.
+# notebook shows what is lost and what is not, in five steps.
 
 # %%
 import sys
