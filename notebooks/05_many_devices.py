@@ -43,7 +43,7 @@ import optax
 import flora_jax as fj
 
 print(f"jax {jax.__version__} on {len(jax.devices())} x {jax.devices()[0].device_kind}")
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito
+BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito
 P, Auto = jax.P, jax.sharding.AxisType.Auto
 
 # %% [markdown]
@@ -161,7 +161,16 @@ axes.legend(frameon=False, ncols=2)
 axes.grid(alpha=0.3, axis="y")
 plan = fj.memory_plan(tx, shapes, shardings=layout)
 assert bytes_on(jax.devices()[0], state) == plan.state_bytes
-jax.debug.visualize_array_sharding(optax.tree.get(state, "momentum")["up"])
+
+momentum = optax.tree.get(state, "momentum")["up"]
+print(f"the sketched momentum of `up`, {momentum.shape}:")
+for shard in momentum.addressable_shards:
+    sides = zip(momentum.shape, shard.index, strict=True)
+    rows, columns = (range(side)[part] for side, part in sides)
+    print(
+        f"device {shard.device.id}: rows {rows[0]:2} to {rows[-1]:2},"
+        f" columns {columns[0]:4} to {columns[-1]:4}"
+    )
 
 # %% [markdown]
 # ## Sending less
