@@ -159,6 +159,7 @@ for name, make in optimizers.items():
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained", sharey=True)
+panels[0].set_ylabel("training loss (mean of 8 steps)")
 names = list(best)
 titles = ("momentum", "accumulation of 4 micro-batches")
 for axes, pair, title in zip(panels, (names[:2], names[2:]), titles, strict=True):
@@ -170,7 +171,6 @@ for axes, pair, title in zip(panels, (names[:2], names[2:]), titles, strict=True
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)
-panels[0].set_ylabel("training loss (mean of 8 steps)")
 
 # %% [markdown]
 # The sketched state is a fraction of the full one. What it costs is the noise of the

@@ -103,10 +103,10 @@ axes.grid(alpha=0.3, which="both")
 # %% [markdown]
 # ## 2. Variance against rank
 #
-# Twice the rank is half of the squared error. At a full rank CountSketch is exact, a
-# Gaussian is not: it wastes some of its rows, for they are not orthogonal. The right
-# picture is the angle between gradient and estimate, which is what an optimizer that
-# normalises sees.
+# Twice the rank is half of the squared error, or less. At a full rank CountSketch is
+# exact, a Gaussian is not: it wastes some of its rows, for they are not orthogonal. The
+# right picture is the angle between gradient and estimate, which is what an optimizer
+# that normalises sees.
 
 # %%
 RANKS = np.array([8, 16, 32, 64, 128, 256, 512])
@@ -136,12 +136,12 @@ for name, (projection, colour, mark) in STYLES.items():
     panels[1].semilogx(RANKS, cosines, mark, color=colour, label=name)
 panels[0].set_ylabel("squared relative error")
 panels[1].set_ylabel("cosine of estimate and gradient")
+panels[1].legend(frameon=False, fontsize=9)
 for axes in panels:
     axes.set_xlabel(f"rank r (width m = {M})")
     axes.set_xticks(RANKS, [str(r) for r in RANKS])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-panels[1].legend(frameon=False, fontsize=9)
 
 # %% [markdown]
 # ## 3. CountSketch against Gaussian: what they are
@@ -153,6 +153,7 @@ panels[1].legend(frameon=False, fontsize=9)
 
 # %%
 figure, panels = plt.subplots(2, 1, figsize=(8, 2.9), layout="constrained")
+panels[1].set_xlabel("column of the gradient")
 for axes, (name, (projection, *_)) in zip(panels, STYLES.items(), strict=True):
     s = projection.matrix(jax.random.key(3), 8, 64)
     limit = float(jnp.abs(s).max())
@@ -160,7 +161,10 @@ for axes, (name, (projection, *_)) in zip(panels, STYLES.items(), strict=True):
     axes.set_title(f"{name}: S of 8 rows and 64 columns", fontsize=10)
     axes.set_ylabel("row")
     figure.colorbar(image, ax=axes, label="entry")
-panels[1].set_xlabel("column of the gradient")
+
+# %% [markdown]
+# What that means for the time: the Gaussian's grows with the rank, since its product
+# and its normal numbers do; CountSketch reads the gradient once at any rank.
 
 # %%
 large = jax.random.normal(jax.random.key(4), (1024, 4096))
