@@ -28,9 +28,8 @@ if "google.colab" in sys.modules:  # Elsewhere: pip install -e '.[experiments]'.
     package = "flora-jax[experiments]"
     subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", package])
 if importlib.util.find_spec("experiments") is None:
-    sys.path.insert(
-        0, ".."
-    )  # The models and the data lie beside the notebooks' folder.
+    # The models and the data lie beside the notebooks' folder.
+    sys.path.insert(0, "..")
 if importlib.util.find_spec("experiments") is None:
     raise ImportError("run this notebook in a clone of the repository")
 
@@ -191,6 +190,12 @@ for axes in (left, right):
     axes.grid(alpha=0.3)
 
 # %% [markdown]
+# Look at the order of the ranks: a larger one ends lower. That some end below the full
+# momentum does not make a sketch better than what it is a sketch of: Adafactor's own
+# momentum is another chain (it averages after the learning rate and the parameter
+# scale), and this is a short training at one seed. In the README's longer one the full
+# momentum is ahead.
+#
 # What holds beyond this small case: take the largest rank that fits (an eighth of the
 # width costs FLORA's momentum some quality, the README has tables); leave embeddings
 # out; tune the learning rate again. For AdamW's quality at a fraction of its state
