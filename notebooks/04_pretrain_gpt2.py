@@ -22,10 +22,11 @@
 import importlib.util
 import sys
 
-if "google.colab" in sys.modules:  # Elsewhere: pip install -e '.[experiments]'.
+# In a clone: pip install -e '.[experiments]'. In Colab: clone, %cd to this folder.
+if "google.colab" in sys.modules:
     import subprocess
 
-    package = "flora-jax[experiments]"
+    package = "..[experiments]"
     subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", package])
 if importlib.util.find_spec("experiments") is None:
     # The models and the data lie beside the notebooks' folder.

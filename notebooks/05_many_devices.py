@@ -23,10 +23,11 @@
 import os
 import sys
 
-if "google.colab" in sys.modules:  # Elsewhere: pip install -e . in a clone.
+# In a clone: pip install -e . there. In Colab: clone, and %cd to this folder.
+if "google.colab" in sys.modules:
     import subprocess
 
-    subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", "flora-jax"])
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", ".."])
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # Before jax is imported.
