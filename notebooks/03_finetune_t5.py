@@ -126,7 +126,7 @@ print(fj.memory_plan(tx, prepared.params))
 # %%
 # A minute's progress bar is not worth its lines here; that of a day is.
 with contextlib.nullcontext() if XSUM else capture_output():
-    rows = run(config)
+    rows = run(config, prepared)
 for row in rows:
     print(
         f"{row['title']:28} state {row['state_bytes'] / 2**20:5.2f} MiB,"

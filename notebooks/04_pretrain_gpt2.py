@@ -73,9 +73,9 @@ def mask(path, shape):
 print(fj.memory_plan(fj.flora(1e-3, rank=256, mask=mask), shapes))
 
 # %% [markdown]
-# The same question the other way round: a card has 24 GB; parameters and gradients take
-# their share, activations want some; what is left is the optimizer's. `rank_for_budget`
-# finds the largest rank whose state fits. On the command line, for a checkpoint's file:
+# The same question the other way round: on a card of 24 GiB parameters and gradients
+# take their share, activations want some; what is left is the optimizer's.
+# `rank_for_budget` finds the largest rank whose state fits; for a checkpoint's file:
 # `python -m flora_jax plan --shapes model.safetensors --budget 24GiB`.
 
 # %%
@@ -85,6 +85,8 @@ recipes = {
     "flora_adamw": lambda rank: fj.flora_adamw(1e-3, rank, mask=mask),
     "galore": lambda rank: fj.galore(1e-3, rank, mask=mask),
 }
+left = 24 * GIB - 2 * parameters
+print(f"24 GiB less parameters and gradients: {left / GIB:.1f} GiB")
 ranks = [16, 64, 256, 512, 1024]
 figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
 styles = zip(recipes.items(), (BLUE, ORANGE, GREEN), "os^", strict=True)

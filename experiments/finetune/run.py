@@ -27,8 +27,12 @@ from experiments.run import versions
 from experiments.state_bytes import tree_bytes
 
 
-def run(config: Config) -> list[records.Row]:
+def run(config: Config, prepared: Prepared | None = None) -> list[records.Row]:
     """Trains and evaluates every method at every rank.
+
+    Args:
+        config: the settings.
+        prepared: what `prepare` makes of them, if it is there already.
 
     Returns:
         One row per training that is finished.
@@ -38,8 +42,9 @@ def run(config: Config) -> list[records.Row]:
         NonFiniteLossError: a training diverged.
     """
     console = make_console()
-    with console.status("Preparing data, vocabulary and model"):
-        prepared = prepare(config)
+    if prepared is None:
+        with console.status("Preparing data, vocabulary and model"):
+            prepared = prepare(config)
     _describe(config, prepared, console)
     wanted = [
         (name, rank)
