@@ -64,7 +64,8 @@ def diagnostics(
     The inner transformation of :func:`flora_jax.compressed_accumulation` is not looked
     into. Nor are wrappers that run the update under ``lax.cond``
     (``optax.apply_if_finite``, ``optax.MultiSteps``): give their inner transformation
-    with its state.
+    with its state. On a mesh with Explicit axes call it inside of
+    ``jax.sharding.auto_axes(…, out_sharding=jax.P())``.
 
     Cost: the estimate of each leaf, its norms, and an r x r matrix of products. With
     ``every=N`` it is paid in every N-th step alone, by ``lax.cond``.
@@ -104,6 +105,7 @@ def diagnostics(
             f"`step` is missing, got every={every}; pass the number of the step"
         )
     refuse_sketches("diagnostics", grads, "they are compared with gradients", "grads")
+    _refuse_explicit((grads, state, params))
 
     def measure() -> dict[str, dict[str, LeafDiagnostics]]:
         seen: list[Sketched] = []
@@ -118,9 +120,9 @@ def diagnostics(
             return _named(seen)
         except jax.errors.UnexpectedTracerError as error:
             raise ValueError(
-                "`tx` must sketch outside of lax.cond and of Explicit meshes, got one"
-                " that does so inside, such as optax.apply_if_finite or"
-                " optax.MultiSteps; give its inner transformation and that one's state"
+                "`tx` must sketch outside of lax.cond, got one that does so inside,"
+                " such as optax.apply_if_finite or optax.MultiSteps; give its inner"
+                " transformation and that one's state"
             ) from error
 
     if every == 1:
@@ -131,6 +133,18 @@ def diagnostics(
         measure,
         lambda: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), nothing),
     )
+
+
+def _refuse_explicit(trees: Any) -> None:
+    # There the sketches are made inside of jax.sharding.auto_axes, out of sight.
+    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(trees))
+    for mesh in meshes:
+        if jax.sharding.AxisType.Explicit in mesh.axis_types:
+            raise ValueError(
+                "`grads`, `state` and `params` must not lie on a mesh with Explicit"
+                f" axes, got {mesh.axis_names}; call diagnostics inside of"
+                " jax.sharding.auto_axes, with out_sharding=jax.P()"
+            )
 
 
 def _named(seen: Sequence[Sketched]) -> dict[str, dict[str, LeafDiagnostics]]:

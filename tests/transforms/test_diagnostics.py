@@ -276,7 +276,7 @@ def test_the_update_is_not_computed_twice():
             optax.apply_if_finite(fj.flora(0.1, 4, **RULES), 3),
             {},
             ValueError,
-            "`tx` must sketch outside of lax.cond .* give its inner",
+            "`tx` must sketch outside of lax.cond, .* give its inner",
         ),
     ],
 )
