@@ -9,7 +9,7 @@ import optax
 
 import flora_jax as fj
 
-RANK = 64
+RANK, MEAN = 64, optax.microbatching.AccumulationType.MEAN
 
 
 def loss(params, batch):
@@ -33,13 +33,12 @@ def main() -> None:
     def step(params, state, i):
         # The step draws the projection: the same for sketches and accumulator.
         shared = {"rank": RANK, "key": 0, "step": i}
-        grad = optax.microbatching.microbatch(
-            lambda *arguments: fj.sketched_value_and_grad(loss, **shared)(*arguments)[
-                1
-            ],
+        value_and_grad = fj.sketched_value_and_grad(loss, **shared)
+        _, grad = optax.microbatching.microbatch(
+            value_and_grad,
             argnums=1,
             microbatch_size=128,
-            accumulator=fj.compressed_accumulator(**shared),
+            accumulator=(MEAN, fj.compressed_accumulator(**shared)),
         )(params, (x, y))
         updates, state = tx.update(grad, state, params)
         return optax.apply_updates(params, updates), state

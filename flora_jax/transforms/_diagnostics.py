@@ -17,9 +17,11 @@ from flora_jax.transforms._watch import Sketched, watching
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+_EXACT = jax.lax.Precision.HIGHEST  # Accelerators round products by default.
+
 
 class LeafDiagnostics(NamedTuple):
-    """Numbers about one sketched leaf at one step: float32 scalars.
+    """Numbers about one sketched leaf at one step: float32 scalars, NaN where G is 0.
 
     With G what the transformation is given for the leaf, and G̃ the estimate from its
     sketch:
@@ -32,10 +34,10 @@ class LeafDiagnostics(NamedTuple):
         momentum, the accumulator, or for a subspace this step's sketch; the mean over
         the matrices of a stacked leaf. Between 1 and r; 0 where all is zero.
       momentum_ratio: ‖M‖ / (F·‖G‖) of a momentum, NaN of all else. F bounds a stable
-        one for gradients of norm ‖G‖: 1 without resampling, with it
-        max(1, √q (1−β^κ) / (1−√ρ)) where q = m/r and ρ = β^{2κ} q, infinite from ρ = 1
-        on. Numbers that stay above 1 mean gradients that shrink, or a momentum that
-        its transfers blow up.
+        one, in the root of the mean square, for gradients of norm ‖G‖: it is 1 without
+        resampling, with it max(1, √q (1−β^κ) / (1−√ρ)) where q = m/r and ρ = β^{2κ} q,
+        infinite from ρ = 1 on. Numbers that stay above 1 mean gradients that shrink, or
+        a momentum that its transfers blow up.
     """
 
     relative_error: Any
@@ -174,7 +176,7 @@ def _measure(leaf: Sketched) -> LeafDiagnostics:
         ratio = spread * _norm(leaf.memory) / (leaf.largest * norm)
     return LeafDiagnostics(
         relative_error=_norm(estimate - given) / norm,
-        cosine=jnp.vdot(estimate, given) / (norm * size),
+        cosine=jnp.vdot(estimate, given, precision=_EXACT) / (norm * size),
         effective_rank=_effective_rank(leaf.plan.fold(leaf.memory), leaf.plan.axis),
         momentum_ratio=ratio,
     )
@@ -188,7 +190,7 @@ def _effective_rank(sketch: Float[Array, "*batch n m"], axis: int) -> Float[Arra
     """Participation ratio of the squared singular values, by the r x r products."""
     x = sketch.astype(jnp.float32)
     x = jnp.swapaxes(x, -1, -2) if axis == -1 else x
-    products = x @ jnp.swapaxes(x, -1, -2)
+    products = jnp.matmul(x, jnp.swapaxes(x, -1, -2), precision=_EXACT)
     trace = jnp.trace(products, axis1=-2, axis2=-1)
     squares = jnp.sum(jnp.square(products), (-2, -1))
     return jnp.mean(jnp.where(squares > 0, trace**2 / squares, 0.0))
