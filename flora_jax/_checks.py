@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
+import reprlib
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -159,7 +160,8 @@ def check_transformation(
     """Returns a transformation that takes extra arguments, or raises TypeError."""
     if not (hasattr(value, "init") and hasattr(value, "update")):
         raise TypeError(
-            f"`{name}` must be an optax transformation, got {value!r}; call the factory"
+            f"`{name}` must be an optax transformation, got {reprlib.repr(value)}; call"
+            " the factory"
         )
     return optax.with_extra_args_support(value)
 

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from flora_jax import _checks
+
 FORMAT = 2
 _WORDS = 64
 _HEADER = 4  # Format, checksum of the whole text, and the two words of the root key.
@@ -63,6 +65,7 @@ def verify_state(tx: optax.GradientTransformation, state: Any) -> None:
       >>> state = fj.flora(1e-3, rank=8, key=0).init({"w": jnp.zeros((256, 256))})
       >>> fj.verify_state(fj.flora(1e-3, rank=8, key=0), state)
     """
+    tx = _checks.check_transformation("tx", tx)
     fresh = []
 
     def init(params: Any) -> Any:
@@ -71,7 +74,15 @@ def verify_state(tx: optax.GradientTransformation, state: Any) -> None:
         fresh.append(tx.init(params))
         return fresh[0]
 
-    jax.tree.map(lambda _: None, optax.tree.map_params(init, lambda x: x, state))
+    try:
+        jax.tree.map(lambda _: None, optax.tree.map_params(init, lambda x: x, state))
+    except (TypeError, ValueError) as error:
+        if not fresh:
+            raise
+        raise ValueError(
+            "`state` must have the structure that `tx` gives it, got another one;"
+            " restore the checkpoint into the structure of tx.init(params)"
+        ) from error
     expected, found = _specs(fresh[0]), _specs(state)
     if expected.keys() != found.keys():
         raise ValueError(

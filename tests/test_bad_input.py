@@ -390,3 +390,43 @@ def test_isometric_transfers_shrink_and_do_not_warn():
     projection = fj.CountSketch(scale="isometric")
     tx = fj.compressed_momentum(0.9, 8, resample_every=2, projection=projection)
     tx.init(PARAMS)
+
+
+@pytest.mark.parametrize("make", [fj.flora, fj.flora_adamw, fj.galore, fj.apollo])
+@pytest.mark.parametrize("rate", [None, "1e-3", np.nan])
+def test_learning_rate(make, rate):
+    match = "`learning_rate` must be .* got .*; pass one, or a schedule"
+    with pytest.raises((TypeError, ValueError), match=match):
+        make(rate, 8)
+
+
+@pytest.mark.parametrize("wrong", [PARAMS, None], ids=["gradients", "nothing"])
+def test_what_is_no_state(wrong):
+    tx = fj.flora(1e-3, 8)
+    match = "`state` must be what tx.init returned, got .*call tx.update"
+    with pytest.raises(TypeError, match=match):
+        tx.update(PARAMS, wrong, PARAMS)
+    with pytest.raises(TypeError, match=match):
+        fj.diagnostics(tx, wrong, PARAMS, PARAMS)
+
+
+def test_verify_state_the_other_way_round_and_of_another_optimizer():
+    tx = fj.flora(1e-3, 8)
+    state = tx.init(PARAMS)
+    with pytest.raises(TypeError, match="`tx` must be an optax transformation"):
+        fj.verify_state(state, tx)
+    with pytest.raises(ValueError, match="`state` must have the structure that `tx`"):
+        fj.verify_state(optax.adam(1e-3), state)
+
+
+def test_a_make_that_makes_no_transformation():
+    match = r"`make\(rank\)` must be an optax transformation, got 1; call"
+    with pytest.raises(TypeError, match=match):
+        fj.rank_for_budget(lambda rank: rank, PARAMS, 10**9)
+
+
+def test_argnums_beyond_the_arguments():
+    gradient = fj.sketched_value_and_grad(lambda w: jnp.sum(w), 8, key=0, argnums=1)
+    match = "`argnums` must name positional arguments, got argnums=1 for 1 of them"
+    with pytest.raises(ValueError, match=match):
+        gradient(PARAMS["w"])

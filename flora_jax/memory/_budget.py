@@ -100,7 +100,7 @@ def state_bytes(make: Callable[[Any], Any], rank: Any, params: Any) -> int:
     with warnings.catch_warnings():
         # They are about one candidate: whoever trains with it is told again.
         warnings.simplefilter("ignore", UserWarning)
-        tx = make(rank)
+        tx = _checks.check_transformation("make(rank)", make(rank))
         # A function that is new each time: JAX would not run init again for the plans.
         state = jax.eval_shape(lambda params: tx.init(params), params)
     return sum(map(array_bytes, jax.tree.leaves(state)))

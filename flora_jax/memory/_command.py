@@ -8,7 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import optax
@@ -58,6 +58,13 @@ _DTYPE = "of parameters and gradients; the file's by default"
 _EMBEDDINGS = "also leaves with embed, wte, wpe, shared or lm_head in their names"
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that tells an error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
@@ -89,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m flora_jax",
         description="Optimizer state and gradient accumulation as sketches.",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import optax
@@ -82,6 +83,10 @@ def decay_and_rate(
     learning_rate: optax.ScalarOrSchedule,
 ) -> list[optax.GradientTransformation]:
     """How every recipe ends: decoupled weight decay, and the learning rate."""
+    if not callable(learning_rate):
+        _checks.check_number(
+            "learning_rate", learning_rate, -math.inf, None, "pass one, or a schedule"
+        )
     rate = optax.scale_by_learning_rate(learning_rate)
     if weight_decay is None:
         return [rate]

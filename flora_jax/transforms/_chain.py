@@ -30,6 +30,7 @@ def recipe(
       a recipe and the chain that it stands for read each other's checkpoints.
 
     Raises:
+      TypeError: from update, if ``state`` is none.
       ValueError: from update, if ``params`` are needed and missing.
     """
     rest = optax.with_extra_args_support(optax.chain(*transformations))
@@ -47,6 +48,11 @@ def recipe(
             raise ValueError(
                 f"`params` must be given for {params_for}, got params=None; call"
                 " tx.update(grads, state, params)"
+            )
+        if not isinstance(state, tuple):
+            raise TypeError(
+                f"`state` must be what tx.init returned, got {type(state).__name__};"
+                " call tx.update(grads, state, params)"
             )
         inner, outer = state[: len(parts)], state[len(parts) :]
         new_updates = updates

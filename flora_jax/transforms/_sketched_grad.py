@@ -90,6 +90,11 @@ def _trace(
     kwargs: dict[str, Any],
 ) -> _Traced:
     places = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
+    if not all(-len(args) <= i < len(args) for i in places):
+        raise ValueError(
+            f"`argnums` must name positional arguments, got argnums={argnums} for"
+            f" {len(args)} of them; pass what is differentiated by position"
+        )
     gradient = jax.value_and_grad(fun, argnums, has_aux)
     values = []
 
@@ -200,7 +205,7 @@ def sketched_value_and_grad(
     Raises:
       TypeError: for arguments of a wrong type, such as a projection that is chosen from
         the gradient.
-      ValueError: for arguments out of range.
+      ValueError: for arguments out of range; from the function, for ``argnums``.
 
     Example:
       >>> import jax, jax.numpy as jnp

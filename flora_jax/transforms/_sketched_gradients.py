@@ -81,9 +81,16 @@ class SketchedGradients:
         for ours, theirs in zip(self.plans, plans, strict=True):  # Of the same leaves.
             if ours != theirs:
                 raise ValueError(
-                    f"`updates` of {name} have leaf {ours.path!r} planned as {ours},"
-                    f" but its own plan is {theirs}; give both the same rank and rules"
+                    f"`updates` of {name} have leaf {ours.path!r} planned as"
+                    f" {_where_not(ours, theirs)}, but its own plan is"
+                    f" {_where_not(theirs, ours)}; give both the same rank and rules"
                 )
+
+
+def _where_not(plan: LeafPlan, other: LeafPlan) -> str:
+    """The fields in which a plan differs from another."""
+    pairs = dataclasses.asdict(plan), dataclasses.asdict(other)
+    return ", ".join(f"{k}={v!r}" for k, v in pairs[0].items() if pairs[1][k] != v)
 
 
 def gradient_shapes(updates: Any) -> Any:

@@ -193,8 +193,8 @@ def test_bad_files(write, capsys, name, content, match):
         read_shapes(path)
     with pytest.raises(SystemExit, match="2"):
         _command.main(["plan", "--shapes", path, "--rank", "4"])
-    *_, last = capsys.readouterr().err.splitlines()
-    assert last.startswith(f"python -m flora_jax plan: error: {path}: ")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"python -m flora_jax plan: error: {path}: ")
 
 
 def test_missing_files(tmp_path, capsys):
