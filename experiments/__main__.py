@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import tyro
 
-from experiments.command import execute
-from experiments.config import Config
+from experiments.common.command import execute
+from experiments.main_job.config import Config
 
 _DESCRIPTION = """\
 Trains a small GPT-2 from scratch on the sources of Python's standard library, four
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     return execute(
         config,
-        "experiments.run",
+        "experiments.main_job.run",
         "interrupted; --resume continues from the last checkpoint",
         distributed=True,
     )

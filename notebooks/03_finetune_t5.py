@@ -48,10 +48,10 @@ import optax
 from IPython.utils.capture import capture_output
 
 import flora_jax as fj
+from experiments.common.optimizers import matrices_only
 from experiments.finetune.prepare import prepare
 from experiments.finetune.published import PRESETS
 from experiments.finetune.run import run
-from experiments.optimizers import matrices_only
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 device = jax.devices()[0]

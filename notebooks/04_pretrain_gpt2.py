@@ -45,8 +45,8 @@ import numpy as np
 import optax
 
 import flora_jax as fj
-from experiments import data
-from experiments.config import Config
+from experiments.data import packing as data
+from experiments.main_job.config import Config
 from experiments.models import GPT2Config, build
 
 logging.getLogger("absl").setLevel(logging.ERROR)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from experiments.command import execute
+from experiments.common.command import execute
 from experiments.finetune.published import PRESETS
 
 _DESCRIPTION = """\

@@ -8,12 +8,8 @@ import math
 import pathlib
 from typing import Any, Literal
 
-from experiments.config import (
-    ConfigError,
-    check_projection,
-    check_sketched_gradients,
-    flag,
-)
+from experiments.common.errors import ConfigError, check_projection, flag
+from experiments.main_job.config import check_sketched_gradients
 
 ModelName = Literal[
     "t5-tiny",

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from experiments.datasets import batches, metrics
+from experiments.data import batches, metrics
 from experiments.finetune.config import Config
 from experiments.finetune.prepare import Prepared, spread
 from experiments.models import T5Config, decode

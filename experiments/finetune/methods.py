@@ -4,7 +4,7 @@ import dataclasses
 
 import optax
 
-from experiments import optimizers
+from experiments.common import optimizers
 from experiments.finetune.config import Config
 
 

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments import processes
-from experiments.config import ConfigError
-from experiments.datasets import batches
-from experiments.datasets import vocabulary as vocabularies
-from experiments.datasets.pairs import Pair, Splits
-from experiments.datasets.registry import DATASETS, Dataset
+from experiments.common import processes
+from experiments.common.errors import ConfigError
+from experiments.data import batches
+from experiments.data import vocabulary as vocabularies
+from experiments.data.pairs import Pair, Splits
+from experiments.data.registry import DATASETS, Dataset
 from experiments.finetune.config import Config
 from experiments.models import (
     PUBLISHED,

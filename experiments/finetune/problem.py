@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import devices, gradients, loop, lora
-from experiments.checkpoints import State
-from experiments.datasets import batches
+from experiments.common import devices, gradients, loop, lora
+from experiments.common.checkpoints import State
+from experiments.data import batches
 from experiments.finetune import methods
 from experiments.finetune.config import Config
 from experiments.finetune.methods import METHODS

@@ -13,18 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 import flora_jax as fj
-from experiments import devices, loop, lora, processes, records
-from experiments.config import ConfigError, flag
-from experiments.display import Display, make_console
+from experiments.common import devices, loop, lora, processes, records
+from experiments.common.display import Display, make_console
+from experiments.common.errors import ConfigError, flag
+from experiments.common.optimizers import matrices_only
+from experiments.common.state_bytes import tree_bytes
 from experiments.finetune import methods, problem
 from experiments.finetune.config import Config
 from experiments.finetune.evaluate import Sample, evaluate
 from experiments.finetune.methods import METHODS
 from experiments.finetune.prepare import Prepared, prepare
+from experiments.main_job.run import versions
 from experiments.models import save
-from experiments.optimizers import matrices_only
-from experiments.run import versions
-from experiments.state_bytes import tree_bytes
 
 
 def run(config: Config, prepared: Prepared | None = None) -> list[records.Row]:

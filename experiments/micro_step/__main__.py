@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from experiments.command import execute
+from experiments.common.command import execute
 from experiments.micro_step.config import Config
 
 _DESCRIPTION = """\

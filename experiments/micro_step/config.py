@@ -7,7 +7,7 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-from experiments.config import PROJECTIONS, ConfigError, flag
+from experiments.common.errors import PROJECTIONS, ConfigError, flag
 from experiments.models.config import PUBLISHED, GPT2Config
 
 
@@ -16,7 +16,7 @@ class Config:
     """What is measured."""
 
     model: tuple[str, ...] = ("gpt2", "t5-small")
-    """Published sizes of the blocks; see `python -m experiments.memory --help`."""
+    """Published sizes of the blocks; see `python -m experiments.step_memory --help`."""
     blocks: int = 1
     """Blocks of a GPT-2; encoder blocks and decoder blocks of a T5."""
     batch_size: int = 2

@@ -16,12 +16,12 @@ import optax
 from rich.progress import track
 
 import flora_jax as fj
-from experiments import records
-from experiments.benchmark.run import machine
+from experiments.common import records
+from experiments.common.optimizers import matrices_only
 from experiments.micro_step import report
 from experiments.micro_step.config import Config
 from experiments.models import PUBLISHED, GPT2Config, T5Config, create, mean_loss
-from experiments.optimizers import matrices_only
+from experiments.step_time.run import machine
 
 _VOCABULARY = 257  # So that embedding and head are next to nothing beside a block.
 _CYCLE = 1000  # Micro-steps; none of those that are timed is the last of one.

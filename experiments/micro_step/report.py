@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from experiments.sweep_report import PALETTE
+from experiments.sweep.report import PALETTE
 
 Row = dict[str, Any]
 

@@ -7,6 +7,8 @@ import dataclasses
 import math
 from typing import Literal
 
+from experiments.common.errors import ConfigError
+
 Compute = Literal["float32", "bfloat16"]
 
 
@@ -121,9 +123,6 @@ def _check_buckets(config: T5Config) -> None:
 
 
 def _refuse(field: str, message: str) -> None:
-    # Imported here, so that `experiments.config` may import this module at its top.
-    from experiments.config import ConfigError
-
     raise ConfigError(f"`--model.{field.replace('_', '-')}` {message}")
 
 

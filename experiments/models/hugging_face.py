@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from experiments.config import ConfigError
+from experiments.common.errors import ConfigError
 from experiments.models import blocks, hugging_face_config
 from experiments.models.build import Params, create
 from experiments.models.config import Config, GPT2Config, validate

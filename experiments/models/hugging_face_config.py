@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from experiments.config import ConfigError
+from experiments.common.errors import ConfigError
 from experiments.models.config import Config, GPT2Config, T5Config
 
 _GPT2_FIELDS = {

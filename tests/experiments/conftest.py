@@ -42,7 +42,7 @@ def _executables(tmp_path_factory):
 @pytest.fixture(autouse=True, scope="package")
 def _one_device():
     """Not all eight: they share the cores, and would all do the same work."""
-    from experiments import devices
+    from experiments.common import devices
 
     one = jax.sharding.Mesh(jax.devices()[:1], ("data",))
     with pytest.MonkeyPatch.context() as patch:
@@ -75,7 +75,7 @@ def tiny(tmp_path_factory, sources):
 @pytest.fixture(scope="package")
 def finished(tmp_path_factory, tiny):
     """The tiny job, uninterrupted: its configuration and its summaries."""
-    from experiments.run import run
+    from experiments.main_job.run import run
 
     folder = tmp_path_factory.mktemp("finished")
     config = dataclasses.replace(tiny, output_dir=folder)

@@ -1,6 +1,6 @@
 """A tiny job that has every part of the real one."""
 
-from experiments.config import Config
+from experiments.main_job.config import Config
 from experiments.models import GPT2Config
 
 UPDATES = 7

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from experiments.datasets.pairs import Pair
-from experiments.datasets.registry import DATASETS
+from experiments.data.pairs import Pair
+from experiments.data.registry import DATASETS
 from experiments.finetune import prepare
 from experiments.models import GPT2Config
 

@@ -8,9 +8,9 @@ import optax
 import pytest
 
 import flora_jax as fj
-from experiments.benchmark import contenders, measure, plot, trees
-from experiments.benchmark.__main__ import main
 from experiments.models import GPT2Config
+from experiments.step_time import contenders, measure, plot, trees
+from experiments.step_time.__main__ import main
 
 
 @pytest.fixture

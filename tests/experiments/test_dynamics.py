@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from experiments import dynamics
-from experiments.config import ConfigError
-from experiments.dynamics import Config, Run, decompose
+from experiments.common.errors import ConfigError
+from experiments.dynamics import run as dynamics
+from experiments.dynamics.run import Config, Run, decompose
 from experiments.finetune.config import Config as FinetuneConfig
 from experiments.finetune.prepare import prepare
 from experiments.models import save

@@ -6,8 +6,11 @@ import jax
 import pytest
 
 import flora_jax as fj
-from experiments import family, lora, records, sweep, sweep_report
+from experiments.common import lora, records
+from experiments.family import recipes as family
 from experiments.models import create
+from experiments.sweep import report as sweep_report
+from experiments.sweep import run as sweep
 from tests.experiments.job import TINY
 
 WIDTH, RANK = TINY.model.width, TINY.rank

@@ -6,11 +6,11 @@ import jax
 import pytest
 
 import flora_jax as fj
-from experiments.memory import __main__ as command
-from experiments.memory import measure
-from experiments.memory.config import Config
+from experiments.common.state_bytes import tree_bytes
 from experiments.models import PUBLISHED, T5Config
-from experiments.state_bytes import tree_bytes
+from experiments.step_memory import __main__ as command
+from experiments.step_memory import measure
+from experiments.step_memory.config import Config
 
 GIB = 2**30
 # float32 accumulators under the paper's rules: matrices of an aspect up to 16.

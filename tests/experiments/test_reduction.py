@@ -6,10 +6,11 @@ import jax
 import pytest
 
 import flora_jax as fj
-from experiments import devices, records, reduction
-from experiments.config import ConfigError
+from experiments.common import devices, records
+from experiments.common.errors import ConfigError
+from experiments.common.optimizers import matrices_only
 from experiments.models import create
-from experiments.optimizers import matrices_only
+from experiments.reduction import run as reduction
 from tests.experiments.job import TINY
 
 

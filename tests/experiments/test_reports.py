@@ -4,13 +4,11 @@ import math
 
 import pytest
 
-from experiments import (
-    claims_report,
-    family_report,
-    resampling_report,
-    sweep_report,
-)
-from experiments.sweep_report import Cell
+from experiments.claims import report as claims_report
+from experiments.claims import resampling as resampling_report
+from experiments.family import report as family_report
+from experiments.sweep import report as sweep_report
+from experiments.sweep.report import Cell
 
 
 def cell(losses, *, method="adamw", matrices=1_000_000, options="", **others):

@@ -8,10 +8,13 @@ import pathlib
 
 import pytest
 
-from experiments import family, records, sweep, sweep_report
-from experiments.config import ConfigError
+from experiments.common import records
+from experiments.common.errors import ConfigError
+from experiments.family import recipes as family
 from experiments.finetune.config import Config as FinetuneConfig
-from experiments.sweep_tasks import Sources, config_of
+from experiments.sweep import report as sweep_report
+from experiments.sweep import run as sweep
+from experiments.sweep.tasks import Sources, config_of
 from tests.experiments.job import TINY
 
 FOLDER = pathlib.Path(sweep.__file__).parent

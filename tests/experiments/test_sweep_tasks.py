@@ -8,9 +8,11 @@ import optax
 import pytest
 from flax import traverse_util
 
-from experiments import family, lora, records, sweep
-from experiments.sweep_bench import Bench
-from experiments.sweep_tasks import Sources
+from experiments.common import lora, records
+from experiments.family import recipes as family
+from experiments.sweep import run as sweep
+from experiments.sweep.bench import Bench
+from experiments.sweep.tasks import Sources
 from tests.experiments import phrases
 from tests.experiments.job import TINY
 

@@ -12,7 +12,7 @@ import pytest
 import flora_jax as fj
 from experiments.models import build
 from experiments.models.config import GPT2Config, T5Config
-from experiments.optimizers import matrices_only
+from experiments.common.optimizers import matrices_only
 from tests.transforms.draws import case_id, jit
 
 RULES = {"min_dim_size": 8, "mask": matrices_only}

@@ -15,9 +15,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import checkpoints, records
-from experiments.config import ConfigError
-from experiments.datasets.registry import DATASETS
+from experiments.common import checkpoints, records
+from experiments.common.errors import ConfigError
+from experiments.common.loop import training_step
+from experiments.data.registry import DATASETS
 from experiments.finetune import prepare as prepare_module
 from experiments.finetune import problem
 from experiments.finetune.__main__ import main
@@ -26,7 +27,6 @@ from experiments.finetune.methods import METHODS
 from experiments.finetune.prepare import prepare
 from experiments.finetune.published import PRESETS
 from experiments.finetune.run import run
-from experiments.loop import training_step
 from experiments.models import T5Config, create, load, mean_loss, read_config, save
 
 # One worker runs them all, and makes data and programs once.
@@ -219,7 +219,7 @@ def test_a_killed_run_ends_with_the_same_bits(data_dir, tmp_path, monkeypatch):
     monkeypatch.undo()  # The other processes have all layers.
     devices = jax.sharding.Mesh(jax.devices(), ("data",))
     assert devices.size == 8
-    monkeypatch.setattr("experiments.devices.mesh", lambda: devices)
+    monkeypatch.setattr("experiments.common.devices.mesh", lambda: devices)
     many = tmp_path / "many"
     assert main(command(data_dir, many)[3:]) == 0
     # Sums in another order; Adafactor makes much of what is nearly zero, so that single

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from experiments import models
-from experiments.config import ConfigError
+from experiments.common.errors import ConfigError
 from experiments.models import PUBLISHED, GPT2Config, T5Config
 from tests.experiments.models.tiny import CONFIGS
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import models
-from experiments.config import ConfigError
+from experiments.common.errors import ConfigError
 from experiments.models import PUBLISHED
 from tests.experiments.models.tiny import CONFIGS, GPT2, T5, randomised
 

@@ -1,0 +1,1 @@
+"""What every question uses: command lines, processes, checkpoints, reports."""

@@ -1,0 +1,38 @@
+"""What goes wrong in an experiment, and the exit status that it ends with.
+
+Nothing here imports jax: a refused command line answers at once.
+"""
+
+import errno
+
+PROJECTIONS = ("Gaussian", "Rademacher", "CountSketch", "Orthogonal", "SRHT")
+"""Projections that flora_jax offers, by the names of their classes."""
+
+
+class ConfigError(ValueError):
+    """A setting that makes no sense; the message names it and says what does."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training diverged; the message says where and what to lower."""
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the system's errors for a write that found no room."""
+
+
+class DiskError(RuntimeError):
+    """A checkpoint could not be written; the message says which, why and what helps."""
+
+
+def flag(field: str) -> str:
+    """Returns the command-line flag of a field: `stop_after` is `--stop-after`."""
+    return "--" + field.replace("_", "-")
+
+
+def check_projection(name: str) -> None:
+    """Raises ConfigError if there is no projection of that name."""
+    if name not in PROJECTIONS:
+        raise ConfigError(
+            f"`--projection` must be one of {', '.join(PROJECTIONS)}, got {name!r}"
+        )

@@ -1,0 +1,254 @@
+"""The training loop: one model, one optimizer, from any checkpoint to the last update.
+
+An update is a function of the state and of the update's number: its batch and its
+dropout masks are drawn from that number. So a checkpoint is the state and a number,
+and a run that was killed ends with the same parameters as one that was not.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from tensorboardX import SummaryWriter
+
+import flora_jax as fj
+from experiments.common import devices, gradients, processes, records
+from experiments.common.checkpoints import Checkpoints, State
+from experiments.common.display import Display
+from experiments.common.errors import ConfigError, NonFiniteLossError
+from experiments.common.gradients import Gradient, Loss
+from experiments.common.state_bytes import step_bytes
+
+_DROPOUT = zlib.crc32(b"dropout")
+
+Batch = Any
+
+
+class Problem(NamedTuple):
+    """What is trained, on what, and how it is judged."""
+
+    loss: Loss
+    frozen: Any
+    """Parameters that are not trained; an empty tree where all are."""
+    batches: Sequence[Batch]
+    """Item i is the batch of update i + 1: NumPy arrays, (examples, ...)."""
+    tokens: int
+    """Tokens in a batch, padding included."""
+    evaluate: Callable[[Any, Any], dict[str, float]]
+    """Metrics of params and frozen; "validation_loss" among them."""
+    gradient: Gradient = gradients.full
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How long a training is, and what happens when."""
+
+    updates: int
+    micro_batches: int
+    """Calls of the optimizer in one update, each on an equal part of its batch."""
+    eval_every: int
+    checkpoint_every: int
+    stop_after: int | None
+    seed: int
+    """Of the dropout masks."""
+
+
+def training_step(
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    state: State,
+    frozen: Any,
+    batch: Batch,
+    key: jax.Array,
+    gradient: Gradient = gradients.full,
+) -> tuple[State, jax.Array]:
+    """One call of the optimizer.
+
+    An accumulating optimizer is called for each micro-batch; its updates are zeros
+    until the last one of a cycle.
+    """
+    value_and_grad = gradient(loss, state.opt_state)
+    value, grads = value_and_grad(state.params, frozen, batch, key)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    return State(optax.apply_updates(state.params, updates), opt_state), value
+
+
+class Training:
+    """A training that goes on by one update when it is told to.
+
+    So several can take turns, and what else the machine does slows all of them alike.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        problem: Problem,
+        state: State,
+        tx: optax.GradientTransformation,
+        schedule: optax.Schedule,
+        pace: Pace,
+        folder: pathlib.Path,
+        identity: dict[str, Any],
+        display: Display,
+        *,
+        rate_flag: str,
+        resume: bool,
+    ):
+        """Starts the training, or takes it up again.
+
+        Args:
+            title: its name on the screen.
+            problem: what is trained.
+            state: the state that it starts from.
+            tx: the optimizer.
+            schedule: its learning rate, which is recorded.
+            pace: how long it is.
+            folder: where metrics and checkpoints are kept.
+            identity: the settings, by flag, that a checkpoint has to agree with.
+            display: where progress is shown.
+            rate_flag: the setting to lower when the loss diverges.
+            resume: continue from the last checkpoint in the folder, if there is one.
+
+        Raises:
+            ConfigError: the checkpoint to resume from was made with other settings, or
+                the processes of this run see different ones.
+        """
+        self.title = title
+        self.problem = problem
+        self.pace = pace
+        self._schedule, self._rate_flag = schedule, rate_flag
+        self._step = functools.partial(
+            training_step, problem.loss, tx, gradient=problem.gradient
+        )
+        self._kept = Checkpoints(folder / "checkpoints", identity)
+        self.state, self.done = devices.replicated(state), 0
+        self.frozen = devices.replicated(problem.frozen)
+        fresh = not resume or self._kept.latest() is None
+        processes.check_same(f"the last checkpoint in {folder}", fresh)
+        if not fresh:
+            self._restore(tx)
+        first = processes.is_first()
+        self.metrics = records.MetricsFile(
+            folder / "metrics.jsonl",
+            keep_until=-1 if fresh else self.done,
+            write=first,
+        )
+        self._board = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=self.done + 1, write_to_disk=first
+        )
+        self._bar = display.add(title, pace.updates, self.done)
+        self._compile()
+        if fresh:
+            self._log({"update": 0, "tokens": 0} | self._evaluate())
+
+    def _restore(self, tx: optax.GradientTransformation) -> None:
+        """Goes back to the last checkpoint that can be read.
+
+        Its settings agree, as far as they have flags. What the optimizer wrote into its
+        own state says the rest: a sketch read with another projection is noise.
+        """
+        self.done, self.state = self._kept.restore(self.state)
+        processes.check_same(f"the checkpoint in {self._kept.folder}", self.done)
+        try:
+            fj.verify_state(tx, self.state.opt_state)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{self._kept.folder} holds a checkpoint of another optimizer: {error}"
+            ) from error
+
+    def _compile(self) -> None:
+        started = time.perf_counter()
+        step = jax.jit(self._step, donate_argnums=0, out_shardings=devices.on_all())
+        part = self._parts(1)[0]
+        lowered = step.lower(self.state, self.frozen, part, self._key(1, 0))
+        self._compiled = lowered.compile()
+        self.step_bytes = step_bytes(self._compiled)
+        self.compile_seconds = time.perf_counter() - started
+
+    def _parts(self, number: int) -> list[Batch]:
+        """The micro-batches of update `number`, on the devices."""
+        batch = self.problem.batches[number - 1]
+        leaves, treedef = jax.tree.flatten(batch)
+        parts = zip(
+            *(np.split(leaf, self.pace.micro_batches) for leaf in leaves), strict=True
+        )
+        return [devices.split(jax.tree.unflatten(treedef, part)) for part in parts]
+
+    def _key(self, number: int, part: int) -> jax.Array:
+        """The dropout key of one micro-batch."""
+        # Salted: models draw their parameters from the bare key of the same seed.
+        root = jax.random.fold_in(jax.random.key(self.pace.seed), _DROPOUT)
+        draw = np.uint32(number * self.pace.micro_batches + part)
+        return jax.random.fold_in(root, draw)
+
+    def advance(self, number: int) -> None:
+        """Does update `number`, counted from 1, unless a checkpoint holds it already.
+
+        Raises:
+            NonFiniteLossError: the loss is infinite or no number.
+        """
+        if number <= self.done:
+            return
+        pace = self.pace
+        row = self._update(number)
+        if number % pace.eval_every == 0 or number == pace.updates:
+            row |= self._evaluate()
+            self._check_finite(row, row["validation_loss"])
+        self._log(row)  # before the checkpoint, which vouches for it
+        last = number in (pace.updates, pace.stop_after)
+        if number % pace.checkpoint_every == 0 or last:
+            self._kept.save(number, self.state)
+        self.done = number
+        self._bar.show(row)
+
+    def _evaluate(self) -> dict[str, float]:
+        return self.problem.evaluate(self.state.params, self.frozen)
+
+    def _update(self, number: int) -> records.Row:
+        losses = []
+        started = time.perf_counter()
+        parts = self._parts(number)
+        for i, batch in enumerate(parts):
+            key = self._key(number, i)
+            self.state, loss = self._compiled(self.state, self.frozen, batch, key)
+            losses.append(loss)
+        jax.block_until_ready(self.state)
+        seconds = time.perf_counter() - started
+        row = {
+            "update": number,
+            "tokens": number * self.problem.tokens,
+            "loss": float(np.mean([float(loss) for loss in losses])),
+            "learning_rate": float(self._schedule(number - 1)),
+            "seconds": seconds,
+            "tokens_per_second": self.problem.tokens / seconds,
+            "step_bytes": self.step_bytes,
+            "process_peak_bytes": devices.peak_bytes(),
+        }
+        self._check_finite(row, row["loss"])
+        return row
+
+    def _check_finite(self, row: records.Row, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"{self.title}: the loss is {loss} at update {row['update']}, learning "
+                f"rate {row['learning_rate']:.3g}; lower `{self._rate_flag}`"
+            )
+
+    def _log(self, row: records.Row) -> None:
+        self.metrics.append(row)
+        for name, value in row.items():
+            if name not in ("update", "tokens"):
+                self._board.add_scalar(name, value, row["update"])
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._board.close()
+        self._kept.close()

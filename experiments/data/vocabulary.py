@@ -1,0 +1,230 @@
+"""Texts to token ids and back: T5's SentencePiece and GPT-2's byte-level BPE.
+
+Either is trained on the spot or read from the files in which pretrained models are
+published. Nothing is downloaded.
+"""
+
+import hashlib
+import io
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import sentencepiece as spm
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from experiments.common.errors import ConfigError
+from experiments.data import corpus
+
+
+class Vocabulary(Protocol):
+    """What batches and evaluation ask of a tokenizer."""
+
+    size: int
+    """Number of tokens; every id is below it."""
+    pad: int
+    """Fills up rows; no part of a text."""
+    eos: int
+    """Ends a text."""
+    fingerprint: str
+    """Identifies the vocabulary by its content."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text, without `eos`."""
+        ...
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Writes the file that the model's name for it goes by into `folder`."""
+        ...
+
+    def decode(self, rows: Iterable[Sequence[int]]) -> list[str]:
+        """Returns the text of each row up to its first `eos`.
+
+        `pad` is dropped, and so are ids beyond `size`, which a model may produce
+        whose output layer is larger than the vocabulary.
+        """
+        ...
+
+
+class SentencePiece:
+    """A SentencePiece model with the special tokens of T5."""
+
+    def __init__(self, proto: bytes):
+        """Reads a serialised model, the content of a spiece.model."""
+        self._proto = proto
+        self._model = spm.SentencePieceProcessor(model_proto=proto)
+        self.size: int = self._model.vocab_size()
+        self.pad: int = self._model.pad_id()
+        self.eos: int = self._model.eos_id()
+        self.fingerprint = _fingerprint(proto)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Vocabulary`."""
+        return self._model.encode(list(texts))
+
+    def save(self, folder: pathlib.Path) -> None:
+        """See `Vocabulary`: spiece.model."""
+        (folder / "spiece.model").write_bytes(self._proto)
+
+    def decode(self, rows: Iterable[Sequence[int]]) -> list[str]:
+        """See `Vocabulary`."""
+        return [self._model.decode(ids) for ids in _texts(rows, self)]
+
+
+class BytePair:
+    """A byte-level BPE in which one token ends texts and fills up rows, as GPT-2's."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        """Takes over a tokenizer that has the token `<|endoftext|>`."""
+        # "<|endoftext|>" in a text is text, never the end of it.
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.size: int = tokenizer.get_vocab_size()
+        self.eos: int = tokenizer.token_to_id(corpus.END_OF_TEXT)
+        self.pad = self.eos
+        self.fingerprint = _fingerprint(tokenizer.to_str().encode())
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Vocabulary`."""
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def save(self, folder: pathlib.Path) -> None:
+        """See `Vocabulary`: tokenizer.json."""
+        self._tokenizer.save(str(folder / "tokenizer.json"))
+
+    def decode(self, rows: Iterable[Sequence[int]]) -> list[str]:
+        """See `Vocabulary`."""
+        return self._tokenizer.decode_batch(_texts(rows, self))
+
+
+def sentencepiece(texts: Iterable[str], size: int) -> SentencePiece:
+    """Trains a unigram model (Kudo, 2018) as T5's: pad 0, eos 1, unknown 2.
+
+    Every character of the texts becomes a token, so that each of them can be written;
+    others are unknown. Runs of white space count as one space.
+
+    Args:
+        texts: what to train on; the same texts always give the same model.
+        size: tokens. Little text may yield fewer, never more.
+
+    Raises:
+        ConfigError: there is no text, or `size` is too small for its characters.
+    """
+    model = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=size,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            max_sentence_length=16384,  # bytes; longer texts are ignored
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ConfigError(
+            f"`--vocab-size` {size} makes no SentencePiece vocabulary of these texts; "
+            f"give more tokens, or more text ({error})"
+        ) from error
+    return SentencePiece(model.getvalue())
+
+
+def load_sentencepiece(file: pathlib.Path) -> SentencePiece:
+    """Reads the spiece.model of a T5.
+
+    Raises:
+        ConfigError: there is no such file, or it is no such model.
+    """
+    remedy = "give the spiece.model of a T5"
+    if not file.is_file():
+        raise ConfigError(f"`--tokenizer` {file} is no file; {remedy}")
+    try:
+        vocabulary = SentencePiece(file.read_bytes())
+    except RuntimeError as error:
+        raise ConfigError(f"{file} is no SentencePiece model; {remedy}") from error
+    if vocabulary.pad != 0 or vocabulary.eos < 0:
+        raise ConfigError(
+            f"{file} has pad id {vocabulary.pad} and end {vocabulary.eos}, but T5 pads "
+            f"with 0 and has an end; {remedy}"
+        )
+    return vocabulary
+
+
+def byte_pair(texts: Iterable[str], size: int) -> BytePair:
+    """Trains a byte-level BPE as GPT-2's; every text survives it unchanged.
+
+    Args:
+        texts: what to train on; the same texts always give the same vocabulary.
+        size: tokens, at least the 256 bytes and the end of text. Little text may
+            yield fewer, never more.
+
+    Raises:
+        ConfigError: `size` is too small for the bytes.
+    """
+    if size < 257:
+        raise ConfigError(
+            "`--vocab-size` must be at least 257 (the bytes and the end of text), got "
+            f"{size}"
+        )
+    return BytePair(corpus.train_tokenizer(texts, size))
+
+
+def load_byte_pair(path: pathlib.Path) -> BytePair:
+    """Reads the vocabulary of a GPT-2.
+
+    Args:
+        path: a tokenizer.json, or a folder with one or with vocab.json and merges.txt.
+
+    Raises:
+        ConfigError: there are no such files, or they are no such vocabulary.
+    """
+    remedy = "give the tokenizer.json of a GPT-2, or a folder with it"
+    file = path / "tokenizer.json" if path.is_dir() else path
+    parts = [path / "vocab.json", path / "merges.txt"]
+    try:
+        if file.is_file():
+            tokenizer = Tokenizer.from_file(str(file))
+        elif all(part.is_file() for part in parts):
+            tokenizer = _from_parts(*parts)
+        else:
+            raise ConfigError(
+                f"{path} has neither tokenizer.json nor vocab.json and merges.txt; "
+                f"{remedy}"
+            )
+    except ConfigError:
+        raise
+    except Exception as error:  # the library raises nothing more particular
+        raise ConfigError(f"{path} is no byte-level BPE: {error}; {remedy}") from error
+    if tokenizer.token_to_id(corpus.END_OF_TEXT) is None:
+        raise ConfigError(f"{path} lacks the token {corpus.END_OF_TEXT}; {remedy}")
+    return BytePair(tokenizer)
+
+
+def _from_parts(vocab: pathlib.Path, merges: pathlib.Path) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if tokenizer.token_to_id(corpus.END_OF_TEXT) is not None:
+        tokenizer.add_special_tokens([corpus.END_OF_TEXT])
+    return tokenizer
+
+
+def _fingerprint(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def _texts(rows: Iterable[Sequence[int]], vocabulary: Vocabulary) -> list[list[int]]:
+    """Returns the ids of each row that stand for text, as ints."""
+    kept = []
+    for row in rows:
+        ids = [int(token) for token in row]
+        if vocabulary.eos in ids:
+            ids = ids[: ids.index(vocabulary.eos)]
+        kept.append([i for i in ids if i != vocabulary.pad and i < vocabulary.size])
+    return kept

@@ -1,0 +1,1 @@
+"""What LoRA and FLORA do to the weights: `python -m experiments.dynamics`."""

@@ -1,0 +1,1 @@
+"""The low-rank family compared, each at its tuned learning rate."""

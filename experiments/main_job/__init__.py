@@ -1,0 +1,1 @@
+"""The main job, a small GPT-2 with FLORA and without: `python -m experiments`."""

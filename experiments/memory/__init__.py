@@ -1,1 +1,0 @@
-"""Memory of one training step of any model: `python -m experiments.memory`."""

@@ -1,0 +1,1 @@
+"""Data parallelism that reduces sketches: `python -m experiments.reduction`."""

@@ -1,0 +1,1 @@
+"""Memory of one training step of any model: `python -m experiments.step_memory`."""

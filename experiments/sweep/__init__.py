@@ -1,0 +1,1 @@
+"""A grid of short runs, one JSON line each: `python -m experiments.sweep`."""

@@ -1,0 +1,140 @@
+"""Arrays of examples against rows written out by hand, and the order of batches."""
+
+import numpy as np
+import pytest
+
+from experiments.common.errors import ConfigError
+from experiments.data import batches, vocabulary
+from experiments.data.pairs import Pair
+
+
+class Letters:
+    """One token a letter: pad 0, eos 1, then "a" is 2. Other characters are dropped."""
+
+    size, pad, eos, fingerprint = 28, 0, 1, "letters"
+
+    def encode(self, texts):
+        return [[ord(c) - 95 for c in text if c.isalpha()] for text in texts]
+
+    def decode(self, rows):
+        raise NotImplementedError
+
+
+class Spaced(Letters):
+    """Also " " is 30, "=" is 31 and ">" is 32; padding is the end, as in GPT-2."""
+
+    size, pad, eos = 33, 1, 1
+
+    def encode(self, texts):
+        others = {" ": 30, "=": 31, ">": 32}
+        return [[others.get(c, ord(c) - 95) for c in text] for text in texts]
+
+
+PAIRS = [Pair("ab", "c"), Pair("abcdefgh", "ghijkl"), Pair("", "")]
+_, SPACE, EQUALS, GREATER = 1, 30, 31, 32
+ARROW = [SPACE, EQUALS, GREATER]
+
+
+def test_encoder_decoder():
+    first, long, empty = batches.encoder_decoder(
+        PAIRS, Letters(), prefix="z: ", source_length=6, target_length=4
+    )
+    np.testing.assert_array_equal(first["source"], [27, 2, 3, 1, 0, 0])
+    np.testing.assert_array_equal(first["target"], [4, 1, 0, 0])
+    np.testing.assert_array_equal(long["source"], [27, 2, 3, 4, 5, 1])
+    np.testing.assert_array_equal(long["target"], [8, 9, 10, 1])
+    np.testing.assert_array_equal(empty["source"], [27, 1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(empty["target"], [1, 0, 0, 0])
+    assert first["source"].dtype == first["target"].dtype == np.int32
+
+
+def test_decoder_only():
+    first, long, empty = batches.decoder_only(
+        PAIRS, Spaced(), prefix="z", source_length=7, target_length=4
+    )
+    row = [27, 2, 3, *ARROW, SPACE, 4, 1, 1, 1, 1]  # z ab =>  c, end, padding
+    np.testing.assert_array_equal(first["tokens"], row)
+    np.testing.assert_array_equal(first["weights"], [0] * 5 + [1, 1, 1] + [0] * 3)
+    row = [27, 2, 3, 4, *ARROW, SPACE, 8, 9, 1, 1]  # both are cut, the arrow is not
+    np.testing.assert_array_equal(long["tokens"], row)
+    np.testing.assert_array_equal(long["weights"], [0] * 6 + [1] * 4 + [0])
+    row = [27, *ARROW, SPACE, 1, 1, 1, 1, 1, 1, 1]
+    np.testing.assert_array_equal(empty["tokens"], row)
+    np.testing.assert_array_equal(empty["weights"], [0] * 3 + [1, 1] + [0] * 6)
+    assert first["tokens"].dtype == np.int32
+    assert first["weights"].dtype == np.float32
+
+
+def test_prompts_are_left_padded():
+    first, long, empty = batches.prompts(PAIRS, Spaced(), prefix="z", source_length=7)
+    np.testing.assert_array_equal(first["prompt"], [1, 27, 2, 3, *ARROW])
+    np.testing.assert_array_equal(first["prompt_mask"], [False] + [True] * 6)
+    np.testing.assert_array_equal(long["prompt"], [27, 2, 3, 4, *ARROW])
+    np.testing.assert_array_equal(long["prompt_mask"], [True] * 7)
+    np.testing.assert_array_equal(empty["prompt"], [1, 1, 1, 27, *ARROW])
+    np.testing.assert_array_equal(empty["prompt_mask"], [False] * 3 + [True] * 4)
+    assert first["prompt"].dtype == np.int32
+    assert first["prompt_mask"].dtype == bool
+
+
+def test_a_prompt_is_what_stood_before_the_target():
+    pairs = [Pair("Der Hund bellt" * n, "The dog barks") for n in range(1, 5)]
+    vocab = vocabulary.byte_pair([text for pair in pairs for text in pair], 280)
+    options = {"prefix": "translate: ", "source_length": 20}
+    rows = batches.decoder_only(pairs, vocab, target_length=16, **options)
+    for row, start in zip(rows, batches.prompts(pairs, vocab, **options), strict=True):
+        prompt = start["prompt"][start["prompt_mask"]]
+        np.testing.assert_array_equal(row["tokens"][: len(prompt)], prompt)
+        assert np.argmax(row["weights"]) == len(prompt) - 1
+        labels = row["tokens"][1:][row["weights"] == 1]
+        assert vocab.decode([labels]) == [" The dog barks"]
+
+
+def test_lengths_are_too_small():
+    def make(function, **lengths):
+        return function(PAIRS, Spaced(), prefix="", **lengths)
+
+    with pytest.raises(ConfigError, match="`--source-length` must be at least 2 .* 1$"):
+        make(batches.encoder_decoder, source_length=1, target_length=2)
+    for function in (batches.encoder_decoder, batches.decoder_only):
+        with pytest.raises(ConfigError, match="`--target-length` must be at least 2 "):
+            make(function, source_length=9, target_length=1)
+    with pytest.raises(ConfigError, match=r"`--source-length` must be at least 4 \(th"):
+        make(batches.prompts, source_length=3)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return [{"x": np.array([i, -i], np.int32)} for i in range(10)]
+
+
+def test_batches_are_a_function_of_seed_and_number(examples):
+    first, again = (batches.batched(examples, 4, seed=1) for _ in range(2))
+    assert first[0]["x"].shape == (4, 2)
+    assert first[0]["x"].dtype == np.int32
+    np.testing.assert_array_equal(first[7]["x"], again[7]["x"])
+    other = batches.batched(examples, 4, seed=2)
+    assert any(not np.array_equal(first[i]["x"], other[i]["x"]) for i in range(3))
+
+
+def test_an_epoch_shows_every_example_once(examples):
+    order = batches.batched(examples, 4, seed=0)
+    seen = np.concatenate([order[i]["x"][:, 0] for i in range(10)])  # 4 epochs
+    epochs = seen.reshape(4, 10)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(10), (4, 1)))
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_in_order_fills_up_the_last_batch(examples):
+    made = batches.in_order(examples, 4)
+    assert [real for _, real in made] == [4, 4, 2]
+    rows = [batch["x"][:, 0].tolist() for batch, _ in made]
+    assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 9, 9]]
+    assert [real for _, real in batches.in_order(examples, 5)] == [5, 5]
+
+
+def test_nothing_to_make_batches_of(examples):
+    with pytest.raises(ConfigError, match="there is no example to make batches of; "):
+        batches.batched([], 2, seed=0)
+    with pytest.raises(ConfigError, match="`--batch-size` must be at least 1, got 0"):
+        batches.in_order(examples, 0)

@@ -1,0 +1,73 @@
+"""The table of data sets: complete, honest, and free of heavy imports."""
+
+import subprocess
+import sys
+
+import pytest
+
+from experiments.common.errors import ConfigError
+from experiments.data import builders, docstrings, iwslt, metrics, phrases
+from experiments.data.registry import DATASETS
+
+
+def test_names():
+    assert list(DATASETS) == [
+        "docstrings",
+        "phrases",
+        "xsum",
+        "billsum",
+        "iwslt2017",
+        "opus",
+    ]
+    assert all(name == dataset.name for name, dataset in DATASETS.items())
+
+
+def test_metrics_exist_and_fit():
+    for dataset in DATASETS.values():
+        assert set(dataset.metrics) <= set(metrics.METRICS)
+        summaries = "rougeL" in dataset.metrics
+        assert summaries != ("bleu" in dataset.metrics)
+        assert summaries == (dataset.prefix == "summarize: ")
+        assert summaries != (dataset.prefix == "translate German to English: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("docstrings", "XSum"), ("phrases", "IWSLT")]
+)
+def test_offline_data_sets_say_what_they_are(name, published):
+    description = DATASETS[name].description
+    assert description.startswith(f"A smoke-scale task, not {published}: ")
+
+
+def test_published_data_sets_are_not_fetched_unasked(tmp_path):
+    for name in ("xsum", "billsum", "iwslt2017", "opus"):
+        with pytest.raises(ConfigError, match="`--data-dir` .* (lacks|has no) "):
+            DATASETS[name].load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "function", "passed"),
+    [
+        ("docstrings", docstrings, "load", 1),
+        ("phrases", phrases, "load", 0),
+        ("xsum", builders, "load_xsum", 1),
+        ("billsum", builders, "load_billsum", 2),
+        ("iwslt2017", iwslt, "load", 1),
+        ("opus", builders, "load_opus", 2),
+    ],
+)
+def test_arguments_arrive(name, module, function, passed, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, function, lambda *arguments: arguments)
+    arguments = (tmp_path, True)
+    assert DATASETS[name].load(tmp_path, download=True) == arguments[:passed]
+
+
+def test_naming_imports_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from experiments.datasets import registry\n"
+        "heavy = {'babel', 'grain', 'jax', 'numpy', 'sentencepiece',\n"
+        "    'tensorflow_datasets'}\n"
+        "sys.exit(bool(heavy & set(sys.modules)))\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -1,0 +1,249 @@
+"""The tiny job: what it writes, and that an interruption changes no number."""
+
+import contextlib
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import flora_jax as fj
+from experiments.common import checkpoints, records, state_bytes
+from experiments.common.errors import ConfigError, NonFiniteLossError
+from experiments.data import packing as data
+from experiments.main_job import methods
+from experiments.main_job.config import METHODS, Config
+from experiments.main_job.run import run
+from experiments.main_job.training import identity
+from experiments.models import create
+from tests.experiments.job import UPDATES
+
+# One worker runs the tiny job for all of them (pytest-xdist, `--dist loadgroup`).
+pytestmark = pytest.mark.xdist_group("experiments")
+
+STOP = 4
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory, tiny):
+    """The tiny job, stopped and resumed: its configuration and the rows before."""
+    folder = tmp_path_factory.mktemp("resumed")
+    config = dataclasses.replace(tiny, output_dir=folder)
+    assert run(dataclasses.replace(config, stop_after=STOP)) == []
+    rows = {name: read_rows(config, name) for name in METHODS}
+    assert not (folder / "report.md").exists()
+    # A kill would have come later than the last checkpoint, in the middle of a line.
+    for name in METHODS:
+        with (folder / name / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"update": STOP + 1, "loss": 0.0}) + "\n")
+            file.write('{"update": ')
+    run(dataclasses.replace(config, resume=True))
+    return config, rows
+
+
+def read_rows(config, name):
+    return records.read_rows(config.output_dir / name / "metrics.jsonl")
+
+
+def without_times(rows):
+    times = ("seconds", "tokens_per_second", "process_peak_bytes")
+    return [{k: v for k, v in row.items() if k not in times} for row in rows]
+
+
+def read_state(config, name):
+    dataset = data.load(config)
+    params = create(config.model, config.seed)[1]
+    tx = methods.optimizer(config, name)
+    folder = config.output_dir / name / "checkpoints"
+    kept = checkpoints.Checkpoints(folder, identity(config, name, dataset))
+    with contextlib.closing(kept):
+        return kept.restore(checkpoints.State(params, tx.init(params)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resumed_run_is_the_uninterrupted_one(finished, resumed, name):
+    config, before = resumed
+    rows = read_rows(config, name)
+    assert [row["update"] for row in rows] == list(range(UPDATES + 1))
+    assert rows[: STOP + 1] == before[name]  # to the second: it was not run again
+    assert without_times(rows) == without_times(read_rows(finished[0], name))
+    update, state = read_state(config, name)
+    assert update == UPDATES
+    expected = read_state(finished[0], name)[1]
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_learns_and_is_logged(finished, name):
+    rows = read_rows(finished[0], name)
+    evaluated = [row["update"] for row in rows if "validation_loss" in row]
+    assert evaluated == [0, 3, 6, 7]
+    assert rows[0]["validation_loss"] == pytest.approx(np.log(300), abs=0.3)
+    assert rows[-1]["validation_loss"] < rows[0]["validation_loss"]
+    assert [row["tokens"] for row in rows] == [4 * 16 * i for i in range(8)]
+    assert all(row["seconds"] > 0 for row in rows[1:])
+
+
+def test_all_methods_start_from_the_same_model_and_batch(finished):
+    rows = [read_rows(finished[0], name) for name in METHODS]
+    assert len({row[0]["validation_loss"] for row in rows}) == 1
+    first = [row[1]["loss"] for row in rows]
+    # Two micro-batches sum in another order than one batch.
+    np.testing.assert_allclose(first, first[0], rtol=1e-6)
+
+
+def test_learning_rate_warms_up_and_decays(tiny):
+    config = dataclasses.replace(tiny, updates=200, learning_rate=0.5)
+    rates = [float(methods.schedule(config, "flora_momentum")(i)) for i in range(201)]
+    assert 0 < rates[0] < 0.05
+    assert int(np.argmax(rates)) == 20
+    assert rates[20] == pytest.approx(0.5)
+    assert rates[200] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 8])
+def test_learning_rate_of_a_short_run(tiny, updates):
+    config = dataclasses.replace(tiny, updates=updates)
+    rates = [methods.schedule(config, "flora_momentum")(i) for i in range(updates)]
+    assert all(float(rate) > 0 for rate in rates)
+
+
+def test_compressed_buffers_have_rank_over_width(finished):
+    config, summaries = finished
+    # 12 W^2 in the one block, all of width 128 and rank 16.
+    full = 4 * 12 * 128**2
+    parameters = 4 * sum(x.size for x in jax.tree.leaves(create(config.model, 0)[1]))
+    for summary in summaries:
+        kept = full // 8 if summary.compressed else full
+        assert summary.bytes.compressible_in_full == full
+        assert summary.bytes.compressible == kept
+        assert summary.bytes.rank_over_width == summary.compressed
+        assert summary.bytes.buffer == parameters - full + kept
+        assert summary.bytes.parameters == parameters
+        assert 0 < summary.bytes.rest < 0.1 * parameters
+
+
+def test_default_job_is_no_toy():
+    config = Config()
+    params = jax.eval_shape(lambda: create(config.model, 0)[1])
+    plans = state_bytes.leaf_plans(config, params)
+    compressed = [plan for plan in plans if plan.dense_reason is None]
+    share = sum(np.prod(plan.shape) for plan in compressed)
+    assert share / sum(x.size for x in jax.tree.leaves(params)) >= 0.7
+    assert config.model.width >= 256
+    assert config.model.layers >= 4
+    assert config.updates >= 200
+    assert {plan.width / plan.rank for plan in compressed} == {8}
+    assert not any(plan.path.startswith(("wte", "wpe")) for plan in compressed)
+
+
+def test_report_files(finished):
+    config, summaries = finished
+    report = (config.output_dir / "report.md").read_text()
+    table = [line for line in report.splitlines() if line.startswith("| ")]
+    assert len(table) == 2 + len(METHODS)
+    for line, summary in zip(table[2:], summaries, strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[0] == summary.title
+        assert cells[3] == f"{summary.bytes.compressible:,}"
+        assert cells[4] == ("1/8" if summary.compressed else "1")
+    assert report.count("1/8, which is rank/width, to the byte, in every leaf") == 2
+    for name in ("loss_curves.png", "memory.png"):
+        assert (config.output_dir / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_summary_json(finished):
+    config, summaries = finished
+    content = json.loads((config.output_dir / "summary.json").read_text())
+    assert set(content["versions"]) >= {"python", "jax", "flax", "optax"}
+    assert content["config"]["rank"] == 16
+    assert content["config"]["output_dir"] == str(config.output_dir)
+    assert [method["method"] for method in content["methods"]] == list(METHODS)
+    for method, summary in zip(content["methods"], summaries, strict=True):
+        assert method["bytes"]["state"] == summary.bytes.state
+        assert method["step_peak_bytes"] > summary.bytes.state
+        assert method["validation_loss"] == summary.validation_loss
+        own = config.output_dir / summary.method / "summary.json"
+        assert json.loads(own.read_text()) == method
+
+
+def test_resuming_a_finished_run_only_reports(finished):
+    config, summaries = finished
+    names = ("flora_momentum",)
+    rows = read_rows(config, names[0])
+    (again,) = run(dataclasses.replace(config, resume=True, methods=names))
+    assert read_rows(config, names[0]) == rows
+    assert again.validation_loss == summaries[1].validation_loss
+
+
+def test_checkpoint_of_other_settings(finished):
+    config = dataclasses.replace(
+        finished[0], resume=True, seed=3, methods=("flora_momentum",)
+    )
+    with pytest.raises(ConfigError, match="made with --seed 0, but this run has --se"):
+        run(config)
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(finished):
+    with pytest.raises(ConfigError, match=r"already holds .*; give --resume to cont"):
+        run(finished[0])
+
+
+def test_overwrite_starts_again(tiny, tmp_path):
+    folder = tmp_path / "full_accumulation"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"update": 0, "loss": 1.0}\n')
+    config = dataclasses.replace(
+        tiny,
+        output_dir=tmp_path,
+        overwrite=True,
+        methods=("full_accumulation",),
+        stop_after=1,
+    )
+    run(config)
+    assert [row["update"] for row in read_rows(config, "full_accumulation")] == [0, 1]
+
+
+def test_sketched_gradients_train_the_same(finished, tiny, tmp_path, monkeypatch):
+    """To rounding, with the gradients that FLORA's accumulation gets as sketches."""
+    asked = []
+
+    def spy(loss, **settings):
+        asked.append(settings)
+        return original(loss, **settings)
+
+    original = fj.sketched_value_and_grad
+    monkeypatch.setattr(fj, "sketched_value_and_grad", spy)
+    names = ("flora_accumulation",)
+    config = dataclasses.replace(
+        tiny, output_dir=tmp_path, sketched_gradients=True, methods=names
+    )
+    run(config)
+    assert asked[0]["rank"] == tiny.rank
+    rows = [read_rows(each, *names) for each in (config, finished[0])]
+    for name in ("loss", "validation_loss"):
+        found = [[row[name] for row in each if name in row] for each in rows]
+        np.testing.assert_allclose(*found, rtol=2e-4)
+
+
+def test_divergence_stops_the_run(tiny, tmp_path):
+    config = dataclasses.replace(
+        tiny,
+        output_dir=tmp_path,
+        learning_rate=1e30,
+        warmup_fraction=0.0,
+        methods=("adafactor_momentum",),
+    )
+    message = r"Adafactor \+ momentum: the loss is (nan|inf) at update \d, .*lower"
+    with pytest.raises(NonFiniteLossError, match=message):
+        run(config)
+    rows = read_rows(config, "adafactor_momentum")
+    assert all(np.isfinite(row.get("loss", 0)) for row in rows)
+
+
+def test_nothing_to_compress(tiny, tmp_path):
+    model = dataclasses.replace(tiny.model, width=64)
+    config = dataclasses.replace(tiny, output_dir=tmp_path, model=model)
+    with pytest.raises(ConfigError, match="nothing would be compressed: h/0/attn/c_at"):
+        run(config)
