@@ -17,7 +17,21 @@ from experiments.sweep import run as sweep
 from experiments.sweep.tasks import Sources, config_of
 from tests.experiments.job import TINY
 
-FOLDER = pathlib.Path(sweep.__file__).parent
+EXPERIMENTS = pathlib.Path(sweep.__file__).parent.parent
+GRIDS = [
+    EXPERIMENTS / f"{name}.json"
+    for name in (
+        "projections/results/projections",
+        "family/results/pareto",
+        "family/results/longer",
+        "family/results/ablations",
+        "claims/results/momentum",
+        "claims/results/resampling",
+        "claims/results/accumulation",
+        "claims/results/gpt2",
+        "claims/results/t5",
+    )
+]
 SETTINGS = {
     "model": vars(TINY.model),
     "updates": 3,
@@ -111,7 +125,7 @@ def test_cells_with_options():
 
 
 @pytest.mark.parametrize(
-    "path", sorted(FOLDER.glob("sweeps/*.json")), ids=lambda path: path.stem
+    "path", GRIDS, ids=lambda path: path.stem
 )
 def test_grids_make_sense(path):
     """Found out before the hours that they take."""
@@ -136,24 +150,11 @@ def test_grids_make_sense(path):
                 config_of(settings | own | options).validate()
 
 
-@pytest.mark.parametrize(
-    ("name", "results"),
-    [
-        ("projections", "projections/projections"),
-        ("pareto", "pareto/pareto"),
-        ("longer", "pareto/longer"),
-        ("ablations", "ablations/ablations"),
-        ("claims_momentum", "claims/momentum"),
-        ("claims_resampling", "claims/resampling"),
-        ("claims_accumulation", "claims/accumulation"),
-        ("claims_gpt2", "claims/gpt2"),
-        ("claims_t5", "claims/t5"),
-    ],
-)
-def test_results_in_the_repository_are_those_of_their_grid(name, results):
-    grid = json.loads((FOLDER / f"sweeps/{name}.json").read_text())
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_results_in_the_repository_are_those_of_their_grid(path):
+    grid = json.loads(path.read_text())
     known = [cell for part in sweep.parts(grid) for cell in sweep.cells(part)]
-    rows = records.read_rows(FOLDER / f"results/{results}.jsonl")
+    rows = records.read_rows(path.with_suffix(".jsonl"))
     axes = ("method", "projection", "rank", "b2", "options")
     found = [{key: row[key] for key in axes if key in row} for row in rows]
     assert all(cell in known for cell in found)
