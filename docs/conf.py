@@ -1,31 +1,45 @@
 """Configuration of the documentation site.
 
-From the clone's root, with the ``docs`` extra installed and no network:
+From the root of the clone, with the ``docs`` extra installed; no network is needed:
 
-  python -m sphinx -W --keep-going -b html flora_jax/docs build/docs
+  python -m sphinx -W --keep-going -q -b html docs build/docs
 
-Sphinx with MyST and the book theme, as jax, flax, optax and chex have it: autodoc reads
-the docstrings that the package already has. mkdocs-material, the other candidate, takes
-no new features any more.
+With FLORA_JAX_DOCS_ONLINE set, names of jax, optax and Python link to their own sites,
+whose inventories are fetched for it.
 """
+
+import os
 
 project = "flora_jax"
 author = "the flora_jax authors"
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",  # Fetched when a page is read, not when it is built.
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
 ]
 html_theme = "sphinx_book_theme"
 html_title = "flora_jax"
 html_theme_options = {"show_toc_level": 2}
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
+add_module_names = False
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # The docstrings say more, in fewer words.
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
 autodoc_preserve_defaults = True
+autosummary_generate = False  # The tables link to entries of the same page.
 python_use_unqualified_type_names = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_use_rtype = False
+napoleon_use_rtype = True
+# Offline builds must pass with warnings as errors, and have no inventory to fetch.
+if os.environ.get("FLORA_JAX_DOCS_ONLINE"):
+    intersphinx_mapping = {
+        "jax": ("https://docs.jax.dev/en/latest", None),
+        "optax": ("https://optax.readthedocs.io/en/latest", None),
+        "python": ("https://docs.python.org/3", None),
+    }
