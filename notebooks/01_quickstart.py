@@ -14,10 +14,10 @@
 # %% [markdown]
 # # Quickstart
 #
-# An optimizer keeps numbers beside the parameters: a momentum, an accumulator of
+# An optimizer keeps state next to the parameters: a momentum, an accumulator of
 # gradients. Each is as large as the model. `flora_jax` keeps *sketches* of them: random
-# projections to a few rows, which a key in the state makes anew when they are needed.
-# In a script that uses optax one line changes.
+# projections to a few rows, where the projection is regenerated from a key in the state
+# whenever it is needed. In a script that uses optax, one line changes.
 
 # %%
 import sys
@@ -40,10 +40,10 @@ device = jax.devices()[0]
 print(f"jax {jax.__version__} on {device.platform}: {device.device_kind}")
 
 # %% [markdown]
-# ## A small training
+# ## A small problem
 #
-# A network with two hidden layers of width 512 learns from a random teacher. Nothing
-# here knows of `flora_jax`.
+# A network with two hidden layers of width 512 learns from a random teacher. None of
+# this code depends on `flora_jax`.
 
 # %%
 WIDTH, UPDATES = 512, 160
@@ -80,27 +80,27 @@ def batch_of(step):
 # %% [markdown]
 # ## The line that changes
 #
-# Two pairs: Adafactor with a momentum, and gradient accumulation over four
-# micro-batches. Each time the second line is in place of the first.
+# Two pairs: Adafactor with momentum, and gradient accumulation over four
+# micro-batches. In each, the second line replaces the first.
 
 # %%
-RANK = 64
+sketch = fj.Sketch(rank=64)
 
 optimizers = {
     "adafactor, momentum": lambda rate: optax.adafactor(rate, momentum=0.9),
-    "flora": lambda rate: fj.flora(rate, rank=RANK),
+    "flora": lambda rate: fj.flora(rate, sketch),
     "MultiSteps(adafactor)": lambda rate: optax.MultiSteps(optax.adafactor(rate), 4),
     "compressed_accumulation": lambda rate: fj.compressed_accumulation(
-        optax.adafactor(rate), every_k=4, rank=RANK
+        optax.adafactor(rate), 4, sketch
     ),
 }
 
 # %% [markdown]
 # ## Memory, before anything is allocated
 #
-# `fj.memory_plan` says what the state takes, leaf by leaf: how each matrix is sketched,
-# and why a leaf stays as it is. Biases do; so would narrow matrices, where there is
-# nothing to gain.
+# `fj.memory_plan` reports the size of the state leaf by leaf: how each matrix is
+# sketched, and why a leaf stays dense. Biases do, and so would narrow matrices, where
+# there is nothing to gain.
 
 # %%
 print(fj.memory_plan(optimizers["flora"](0.1), params))
@@ -125,15 +125,15 @@ axes.spines[["top", "right"]].set_visible(False)
 # %% [markdown]
 # ## Training
 #
-# Each optimizer is tried at the same learning rates, and shown at its best one: rates
-# do not carry over from one to the other. The batches are the same.
+# Each optimizer is run at the same learning rates and shown at its best one, since
+# learning rates do not carry over from one to the other. The batches are the same.
 
 # %%
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 
 def train(make):
-    """The losses of all steps, by rate."""
+    """The losses of all steps, by learning rate."""
 
     @jax.jit
     def run(rate):
@@ -156,7 +156,8 @@ for name, make in optimizers.items():
     runs = train(make)
     rate = min(runs, key=lambda rate: runs[rate][-20:].mean())
     best[name] = runs[rate]
-    print(f"{name:24} rate {rate:4}: {runs[rate][-20:].mean():.3f} (last 20 steps)")
+    end = runs[rate][-20:].mean()
+    print(f"{name:24} learning rate {rate:4}: {end:.3f} (last 20 steps)")
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained", sharey=True)
@@ -174,8 +175,8 @@ for axes, pair, title in zip(panels, (names[:2], names[2:]), titles, strict=True
     axes.legend(frameon=False, fontsize=9)
 
 # %% [markdown]
-# The sketched state is a fraction of the full one. What it costs is the noise of the
+# The sketched state is a fraction of the full one. Its price is the noise of the
 # sketch: the curve lies above, most of all at the start of the accumulation, whose
-# rate is higher here. The noise falls with the rank: set `RANK` to 96 and look again.
-# How a sketch works, and what its noise is, shows the next notebook, `02_projections`;
-# which rank fits into your memory, `04_pretrain_gpt2`.
+# learning rate is higher here. The noise falls as the rank grows: set it to 96 and run
+# again. `02_projections` shows how a sketch works and what its noise is;
+# `04_pretrain_gpt2` shows which rank fits in memory.

@@ -16,7 +16,7 @@
 #
 # A gradient $G$ ($n \times m$) is kept as a sketch $C = G S^\top$ with a random $S$
 # ($r \times m$, $r \ll m$), and estimated as $\tilde G = C S = G S^\top S$. This
-# notebook shows what is lost and what is not, in five steps.
+# notebook shows in five steps what is lost and what is not.
 
 # %%
 import sys
@@ -43,8 +43,8 @@ print(f"jax {jax.__version__} on {device.platform}: {device.device_kind}")
 BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
 N, M, RANK = 256, 512, 64
 STYLES = {
-    "Gaussian": (fj.Gaussian(), BLUE, "o"),
-    "CountSketch": (fj.CountSketch(), ORANGE, "s"),
+    "Gaussian": (fj.Gaussian(normalization="unbiased"), BLUE, "o"),
+    "CountSketch": (fj.CountSketch(normalization="unbiased"), ORANGE, "s"),
 }
 gradient = jax.random.normal(jax.random.key(0), (N, M)) * jnp.linspace(0.1, 2, M)
 
@@ -62,8 +62,8 @@ def norm(x):
 # ## 1. Unbiased
 #
 # One estimate is far from the gradient, but its mean over keys is the gradient: the
-# error of the mean of $k$ estimates falls as $1/\sqrt k$, on the line that theory draws
-# from the error of one, $\sqrt{(m+1)/r}$ for a Gaussian and $\sqrt{m/r - 1}$ for
+# error of the mean of $k$ estimates falls as $1/\sqrt k$, starting from the error of
+# one, which theory gives as $\sqrt{(m+1)/r}$ for a Gaussian and $\sqrt{m/r - 1}$ for
 # CountSketch.
 
 # %%
@@ -96,7 +96,7 @@ for name, (projection, colour, mark) in STYLES.items():
         COUNTS, theory[name] / COUNTS**0.5, "-", color=colour, label=f"{name}, theory"
     )
     axes.loglog(COUNTS, errors_of_means(projection), mark, color=colour, label=name)
-axes.set_xlabel("estimates in the mean, each of its own key")
+axes.set_xlabel("number of estimates averaged, each with its own key")
 axes.set_ylabel("relative error of the mean")
 axes.legend(frameon=False)
 axes.grid(alpha=0.3, which="both")
@@ -104,10 +104,10 @@ axes.grid(alpha=0.3, which="both")
 # %% [markdown]
 # ## 2. Variance against rank
 #
-# Twice the rank is half of the squared error, or less. At a full rank CountSketch is
-# exact, a Gaussian is not: it wastes some of its rows, for they are not orthogonal. The
-# right picture is the angle between gradient and estimate, which is what an optimizer
-# that normalises sees.
+# Doubling the rank halves the squared error, or better. At full rank CountSketch is
+# exact and a Gaussian is not, because its rows are not orthogonal. The right panel
+# shows the cosine between gradient and estimate, which is what matters to an optimizer
+# that normalizes its updates.
 
 # %%
 RANKS = np.array([8, 16, 32, 64, 128, 256, 512])
@@ -145,12 +145,12 @@ for axes in panels:
     axes.grid(alpha=0.3)
 
 # %% [markdown]
-# ## 3. CountSketch against Gaussian: what they are
+# ## 3. CountSketch versus Gaussian
 #
-# A Gaussian $S$ is full: a sketch is a matrix product. CountSketch has one sign in each
-# column: a sketch is a signed sum of the gradient's columns in $r$ groups. It takes no
-# product, no $r \times m$ normal numbers, and its error is a little smaller, since its
-# rows are orthogonal.
+# A Gaussian $S$ is dense, and sketching is a matrix product. CountSketch has one sign
+# in each column, and sketching is a signed sum of the gradient's columns in $r$ groups.
+# It needs no product and no $r \times m$ normal samples, and its error is slightly
+# smaller because its rows are orthogonal.
 
 # %%
 figure, panels = plt.subplots(2, 1, figsize=(8, 2.9), layout="constrained")
@@ -164,8 +164,8 @@ for axes, (name, (projection, *_)) in zip(panels, STYLES.items(), strict=True):
     figure.colorbar(image, ax=axes, label="entry")
 
 # %% [markdown]
-# What that means for the time: the Gaussian's grows with the rank, since its product
-# and its normal numbers do; CountSketch reads the gradient once at any rank.
+# Consequently the time of a Gaussian grows with the rank, as its product and its
+# samples do, while CountSketch reads the gradient once at any rank.
 
 # %%
 large = jax.random.normal(jax.random.key(4), (1024, 4096))
@@ -196,28 +196,27 @@ for i, (name, (projection, colour, _)) in enumerate(STYLES.items()):
     axes.bar(places, times, 0.36, color=colour, hatch=hatch, label=name, alpha=0.85)
 axes.set_xticks(range(len(ranks)), [str(r) for r in ranks])
 axes.set_xlabel("rank")
-axes.set_ylabel("ms, S included")
+axes.set_ylabel("ms, including sampling S")
 axes.set_title(
-    f"to sketch the smaller side of 1024 x 4096 on {device.platform}, median of 5",
+    f"sketching the smaller side of 1024 x 4096 on {device.platform}, median of 5",
     fontsize=10,
 )
 axes.legend(frameon=False)
 axes.grid(alpha=0.3, axis="y")
 
 # %% [markdown]
-# ## 4. Resampling, and the rank of the update
+# ## 4. Resampling and the rank of the update
 #
-# With one $S$ for ever all updates lie in the $r$ directions of its rows: that is
-# LoRA. With a new $S$ in each step the directions add up. Here the gradients of 16
-# steps are estimated and summed; the singular values of the sum tell how many
-# directions it has.
+# With a fixed $S$ all updates lie in the $r$ directions of its rows: that is LoRA. With
+# a new $S$ at each step the directions add up. Here the gradients of 16 steps are
+# estimated and summed; the singular values of the sum show how many directions it has.
 
 # %%
 STEPS, SMALL = 16, 16
 steps = [
     jax.random.normal(jax.random.key(100 + i), (N, M)) + gradient for i in range(STEPS)
 ]
-projection = fj.CountSketch()
+projection = fj.CountSketch(normalization="unbiased")
 
 
 @jax.jit
@@ -227,7 +226,7 @@ def one(key, g):
 
 sums = {
     "one S for all steps": sum(one(jax.random.key(7), g) for g in steps),
-    "a new S in each step": sum(
+    "a new S at each step": sum(
         one(jax.random.key(7 + i), g) for i, g in enumerate(steps)
     ),
     "no sketch": sum(steps),
@@ -240,8 +239,8 @@ for (name, total), colour, style in lines:
     shown = np.maximum(values / values[0], 1e-4)
     axes.semilogy(shown, style, color=colour, label=f"{name}: rank {rank}")
 axes.set_ylim(2e-3, 1.3)
-axes.set_xlabel(f"singular value of the sum of {STEPS} updates, by its number")
-axes.set_ylabel("over the largest")
+axes.set_xlabel(f"index of the singular value of the sum of {STEPS} updates")
+axes.set_ylabel("relative to the largest")
 axes.set_title(f"sketches of rank {SMALL}", fontsize=10)
 axes.legend(frameon=False)
 axes.grid(alpha=0.3)
@@ -249,11 +248,12 @@ axes.grid(alpha=0.3)
 # %% [markdown]
 # ## 5. What resampling costs a momentum
 #
-# A momentum is carried over to the new projection: decompressed with the old $S$,
-# compressed with the new. Each transfer multiplies its energy by $m/r$, and the decay
-# takes that back until the next one, if there are steps enough between: $\kappa >
-# \ln(m/r) / (2 \ln(1/\beta))$. Below that the momentum grows without end. The curve is
-# the norm of a sketched momentum of one constant gradient over that gradient's.
+# A momentum is transferred to the new projection: decompressed with the old $S$ and
+# compressed with the new one. Each transfer multiplies its energy by $m/r$, and the
+# decay compensates for that if there are enough steps before the next transfer: $\kappa
+# > \ln(m/r) / (2 \ln(1/\beta))$. Below that limit the momentum diverges. The curves
+# show the norm of a sketched momentum of one constant gradient, relative to that
+# gradient's.
 
 # %%
 BETA, TOTAL, SHORT = 0.9, 120, 32
@@ -278,7 +278,7 @@ for every, colour, style in runs:
     axes.semilogy(norms, style, color=colour, label=f"resampled every {every} steps")
 axes.axhline(1, color=BLACK, linewidth=0.8)
 axes.set_xlabel("step")
-axes.set_ylabel("norm of momentum over gradient's")
+axes.set_ylabel("norm relative to the gradient's")
 axes.set_title(
     f"beta {BETA}, rank {SHORT} of {M}: limit {limit:.1f} steps", fontsize=10
 )
@@ -286,6 +286,6 @@ axes.legend(frameon=False)
 axes.grid(alpha=0.3)
 
 # %% [markdown]
-# `fj.flora` and `fj.compressed_momentum` warn at `init` when an interval comes near
-# that limit, with the leaf and the number; `fj.diagnostics` measures error, cosine and
-# the momentum's norm in a training.
+# `fj.flora` and `fj.compressed_momentum` warn in `init` when an interval comes near
+# that limit, naming the leaf and the number. `fj.diagnostics` measures error, cosine
+# and the momentum's norm during training.

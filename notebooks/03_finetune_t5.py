@@ -15,9 +15,9 @@
 # # Fine-tuning T5 with FLORA's accumulation
 #
 # The paper's first experiment: gradients of many micro-batches are accumulated before
-# an update, and the accumulator is a sketch. Here with a T5 in Flax NNX, on pairs that
-# are made on the spot (German and English names, dates, numbers and units), so that
-# the notebook runs offline. Switches lead to XSum and to a checkpoint of your own.
+# an update, and the accumulator is a sketch. Here with a T5 in Flax NNX, on generated
+# pairs (German and English names, dates, numbers and units), so that the notebook runs
+# offline. Two settings switch to XSum and to a checkpoint of your own.
 
 # %%
 import importlib.util
@@ -30,7 +30,7 @@ if "google.colab" in sys.modules:
     package = "..[experiments]"
     subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", package])
 if importlib.util.find_spec("experiments") is None:
-    # The models and the data lie beside the notebooks' folder.
+    # The models and the data are next to the notebooks' folder.
     sys.path.insert(0, "..")
 if importlib.util.find_spec("experiments") is None:
     raise ImportError("run this notebook in a clone of the repository")
@@ -48,7 +48,6 @@ import optax
 from IPython.utils.capture import capture_output
 
 import flora_jax as fj
-from experiments.common.optimizers import matrices_only
 from experiments.finetune.prepare import prepare
 from experiments.finetune.published import PRESETS
 from experiments.finetune.run import run
@@ -61,10 +60,10 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito
 # %% [markdown]
 # ## Settings
 #
-# `XSUM` takes the paper's settings for T5-small in place of the offline ones; its data
-# is fetched by hand, and a message says how. `CHECKPOINT` is a folder with a Hugging
-# Face checkpoint (`config.json`, `model.safetensors`, the tokenizer) to start from; the
-# offline model starts from random numbers.
+# `XSUM` uses the paper's settings for T5-small in place of the offline ones; its data
+# has to be downloaded by hand, and a message says how. `CHECKPOINT` is a folder with a
+# Hugging Face checkpoint (`config.json`, `model.safetensors`, the tokenizer) to start
+# from; the offline model trains from scratch.
 
 # %%
 XSUM = False
@@ -106,25 +105,22 @@ print(f"for example {source!r} -> {target!r}")
 # ## What the accumulator takes
 #
 # Full accumulation keeps a gradient of every parameter between micro-steps. FLORA keeps
-# `rank` rows of each matrix; the embedding, biases and norms stay as they are.
+# `rank` rows of each matrix; the embedding, biases and norms stay dense.
 
 # %%
-tx = fj.compressed_accumulation(
-    optax.adafactor(1e-3),
-    every_k=config.micro_batches,
-    rank=config.ranks[0],
-    mask=matrices_only,
-)
+sketch = fj.Sketch(config.ranks[0], mask=fj.not_embeddings)
+tx = fj.compressed_accumulation(optax.adafactor(1e-3), config.micro_batches, sketch)
 print(fj.memory_plan(tx, prepared.params))
 
 # %% [markdown]
 # ## Training both
 #
 # `python -m experiments.finetune` is this job as a command; it also writes checkpoints
-# and goes on from them. Same model, same batches in the same order, same rate.
+# and continues from them. Same model, same batches in the same order, same learning
+# rate.
 
 # %%
-# A minute's progress bar is not worth its lines here; that of a day is.
+# The progress bar of a minute is not worth its output here; that of a day is.
 with contextlib.nullcontext() if XSUM else capture_output():
     rows = run(config, prepared)
 for row in rows:
@@ -166,8 +162,8 @@ right.spines[["top", "right"]].set_visible(False)
 # %% [markdown]
 # ## What the model writes
 #
-# After so few updates from random numbers: little. The README's longer trainings
-# translate.
+# After so few updates from scratch: not much. The longer runs in
+# `docs/benchmarks/finetuning.md` translate.
 
 # %%
 name = f"flora_accumulation-r{config.ranks[0]}"
@@ -175,6 +171,6 @@ print((config.output_dir / name / "samples.txt").read_text())
 
 # %% [markdown]
 # The gap between the curves is the noise of a sketch of 16 rows out of 128, at a
-# learning rate that was not tuned for it. The README compares tuned ones, with LoRA
-# beside them; in your own script the accumulator is one line:
-# `fj.compressed_accumulation(optax.adafactor(rate), every_k=16, rank=256)`.
+# learning rate that was not tuned for it. `docs/benchmarks/claims.md` compares tuned
+# runs, LoRA included. In your own script the accumulator is one line:
+# `fj.compressed_accumulation(optax.adafactor(learning_rate), 16, fj.Sketch(256))`.

@@ -14,9 +14,9 @@
 # %% [markdown]
 # # Pretraining GPT-2: what fits, and which rank
 #
-# Before a training there are two questions: does it fit, and what does a rank cost?
-# The planner answers the first from shapes alone; short trainings of a small GPT-2
-# answer the second. The text is Python's standard library: nothing is downloaded.
+# Two questions before training: does it fit, and what does a rank cost? The planner
+# answers the first from shapes alone; short runs of a small GPT-2 answer the second.
+# The text is Python's standard library, so nothing is downloaded.
 
 # %%
 import importlib.util
@@ -29,7 +29,7 @@ if "google.colab" in sys.modules:
     package = "..[experiments]"
     subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", package])
 if importlib.util.find_spec("experiments") is None:
-    # The models and the data lie beside the notebooks' folder.
+    # The models and the data are next to the notebooks' folder.
     sys.path.insert(0, "..")
 if importlib.util.find_spec("experiments") is None:
     raise ImportError("run this notebook in a clone of the repository")
@@ -58,32 +58,32 @@ GIB = 2**30
 # %% [markdown]
 # ## Will it fit?
 #
-# GPT-2 XL, 1.5 billion parameters, as shapes: nothing is allocated. Embeddings are left
-# out of the sketches by a mask, as is best; the 48 layers are stacked.
+# GPT-2 XL, 1.5 billion parameters, as shapes: nothing is allocated. A mask leaves the
+# embeddings dense, as is best; the 48 layers are stacked.
 
 # %%
 xl = GPT2Config(48, width=1600, heads=25, context=1024, vocab_size=50257, scan=True)
 _, shapes = build.abstract(lambda: build.create(xl, 0))
 
 
-def mask(path, shape):
-    return "wte" not in path and "wpe" not in path
+def sketch(rank):
+    return fj.Sketch(rank, mask=fj.not_embeddings)
 
 
-print(fj.memory_plan(fj.flora(1e-3, rank=256, mask=mask), shapes))
+print(fj.memory_plan(fj.flora(1e-3, sketch(256)), shapes))
 
 # %% [markdown]
-# The same question the other way round: on a card of 24 GiB parameters and gradients
-# take their share, activations want some; what is left is the optimizer's.
-# `rank_for_budget` finds the largest rank whose state fits; for a checkpoint's file:
-# `python -m flora_jax plan --shapes model.safetensors --budget 24GiB`.
+# The same question the other way round: on a device of 24 GiB, parameters, gradients
+# and activations take their share, and the optimizer gets what is left.
+# `rank_for_budget` finds the largest rank whose state fits; for a checkpoint file there
+# is `python -m flora_jax plan --shapes model.safetensors --budget 24GiB`.
 
 # %%
 parameters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 recipes = {
-    "flora": lambda rank: fj.flora(1e-3, rank, mask=mask),
-    "flora_adamw": lambda rank: fj.flora_adamw(1e-3, rank, mask=mask),
-    "galore": lambda rank: fj.galore(1e-3, rank, mask=mask),
+    "flora": lambda rank: fj.flora(1e-3, sketch(rank)),
+    "flora_adamw": lambda rank: fj.flora_adamw(1e-3, sketch(rank)),
+    "galore": lambda rank: fj.galore(1e-3, sketch(rank)),
 }
 left = 24 * GIB - 2 * parameters
 print(f"24 GiB less parameters and gradients: {left / GIB:.1f} GiB")
@@ -110,10 +110,10 @@ axes.grid(alpha=0.3)
 # %% [markdown]
 # ## What does a rank cost?
 #
-# The same training of a small GPT-2 at several ranks, beside Adafactor with a full
-# momentum: same data in the same order, same seed, and each at the best of three
-# learning rates. It is short, so that it runs anywhere; the README has longer ones,
-# with several seeds.
+# A small GPT-2 at several ranks, compared with Adafactor with a full momentum: same
+# data in the same order, same seed, and each at the best of three learning rates. The
+# runs are short, so that they finish anywhere; `docs/benchmarks` has longer ones, with
+# several seeds.
 
 # %%
 UPDATES, BATCH = 60, 8
@@ -152,19 +152,19 @@ def train(make):
     return {rate: np.asarray(run(rate)) for rate in (0.03, 0.1, 0.3)}
 
 
-trainings = {"full momentum": lambda rate: optax.adafactor(rate, momentum=0.9)}
+optimizers = {"full momentum": lambda rate: optax.adafactor(rate, momentum=0.9)}
 for rank in (8, 32, 96):
-    trainings[f"flora, rank {rank}"] = lambda rate, rank=rank: fj.flora(
-        rate, rank, resample_every=None, mask=mask
+    optimizers[f"flora, rank {rank}"] = lambda rate, rank=rank: fj.flora(
+        rate, sketch(rank), resample_every=None
     )
 curves, sizes = {}, {}
-for name, make in trainings.items():
+for name, make in optimizers.items():
     runs = train(make)
     rate = min(runs, key=lambda rate: runs[rate][-10:].mean())
     curves[name] = runs[rate]
     sizes[name] = fj.memory_plan(make(rate), start, compare={}).state_bytes / 2**20
     print(
-        f"{name:15} {sizes[name]:5.2f} MiB, rate {rate}:"
+        f"{name:15} {sizes[name]:5.2f} MiB, learning rate {rate}:"
         f" loss {curves[name][-10:].mean():.3f} (last 10 updates)"
     )
 
@@ -194,12 +194,12 @@ for axes in (left, right):
 
 # %% [markdown]
 # Look at the order of the ranks: a larger one ends lower. That some end below the full
-# momentum does not make a sketch better than what it is a sketch of: Adafactor's own
-# momentum is another chain (it averages after the learning rate and the parameter
-# scale), and this is a short training at one seed. In the README's longer one the full
-# momentum is ahead.
+# momentum does not make a sketch better than what it sketches: Adafactor's own momentum
+# is a different chain (it averages after the learning rate and the parameter scale),
+# and this is a short run with one seed. In the longer run of
+# `docs/benchmarks/main_job.md` the full momentum is ahead.
 #
 # What holds beyond this small case: take the largest rank that fits (an eighth of the
-# width costs FLORA's momentum some quality, the README has tables); leave embeddings
-# out; tune the learning rate again. For AdamW's quality at a fraction of its state
-# `fj.flora_adamw` is the recipe.
+# width costs FLORA's momentum some quality), leave embeddings dense, and tune the
+# learning rate again. For AdamW's quality at a fraction of its state use
+# `fj.flora_adamw`.

@@ -14,10 +14,10 @@
 # %% [markdown]
 # # Many devices
 #
-# The optimizer's state lies where its parameters lie: on each device a part. This
-# notebook makes eight devices of one CPU and shows that training on them gives the same
-# numbers, what each device holds, and how to send less. On a machine with several GPUs
-# or TPU cores leave the first lines out, and the same program runs on them.
+# The optimizer state is sharded like its parameters. This notebook creates eight
+# devices on one CPU and shows that training on them gives the same losses, what each
+# device holds, and how to communicate less. On a machine with several GPUs or TPU
+# cores, remove the first lines and the same program runs on them.
 
 # %%
 import os
@@ -31,7 +31,7 @@ if "google.colab" in sys.modules:
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # Before jax is imported.
-os.environ["NPROC"] = "32"  # With few cores XLA's threads can wait for one another.
+os.environ["NPROC"] = "32"  # With few cores XLA's threads can deadlock.
 
 import re
 
@@ -48,10 +48,11 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito
 P, Auto = jax.P, jax.sharding.AxisType.Auto
 
 # %% [markdown]
-# ## A model, and where it lies
+# ## A sharded model
 #
-# The mesh has four devices along `data` and two along `model`. Weights are cut along
-# both (fully sharded data parallelism and tensor parallelism), the batch along `data`.
+# The mesh has four devices along `data` and two along `model`. Weights are sharded
+# along both (fully sharded data parallelism and tensor parallelism), the batch along
+# `data`.
 
 # %%
 mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(Auto, Auto))
@@ -80,7 +81,7 @@ def loss(params, x, y):
     return jnp.mean((hidden @ params["down"] + params["bias"] - y) ** 2)
 
 
-tx = fj.flora(3e-2, rank=64)
+tx = fj.flora(3e-2, fj.Sketch(rank=64))
 
 
 def step(params, state, x, y):
@@ -90,7 +91,7 @@ def step(params, state, x, y):
 
 
 # %% [markdown]
-# ## The state's layout
+# ## The sharding of the state
 #
 # `fj.state_sharding` gives the sharding of every array of the state: a sketch keeps the
 # parameter's mesh axes wherever they fit. `fj.memory_plan` then counts the bytes of one
@@ -104,8 +105,8 @@ print(fj.memory_plan(tx, shapes, shardings=layout))
 # %% [markdown]
 # ## Training, on eight devices and on one
 #
-# `jax.set_mesh` lets the projections know of the mesh: a side that is cut is sketched
-# as a sum over devices, and nothing of a gradient's size is gathered.
+# `jax.set_mesh` makes the mesh known to the projections: a sharded side is sketched as
+# a sum over devices, and nothing of a gradient's size is gathered.
 
 # %%
 with jax.set_mesh(mesh):
@@ -136,8 +137,8 @@ print(f"largest difference of the losses: {difference:.1e}")
 assert difference < 1e-3
 
 # %% [markdown]
-# What a device holds of it, measured on the arrays themselves. The state of AdamW would
-# be twice the parameters.
+# What each device holds, measured on the arrays themselves. AdamW's state would be
+# twice the parameters.
 
 
 # %%
@@ -176,9 +177,9 @@ for shard in momentum.addressable_shards:
 # %% [markdown]
 # ## Sending less
 #
-# Where parameters are whole on each device, gradients are averaged over the devices.
-# The mean of sketches is the sketch of the mean: `fj.compressed_pmean` averages those.
-# Below, the bytes that the compiled program reduces.
+# Where parameters are replicated, gradients are averaged over the devices. The mean of
+# sketches is the sketch of the mean, so `fj.compressed_pmean` averages those. Below,
+# the bytes that the compiled program all-reduces.
 
 # %%
 devices = jax.make_mesh((8,), ("data",), axis_types=(Auto,))
@@ -204,7 +205,7 @@ def reduced_bytes(function):
 means = {"gradients": lambda g: jax.lax.pmean(g, "data")}
 for rank in (256, 64, 16):
     means[f"sketches, rank {rank}"] = lambda g, rank=rank: fj.compressed_pmean(
-        g, "data", rank=rank, key=0, step=0
+        g, "data", fj.Sketch(rank), step=0
     )
 sent = {name: reduced_bytes(averaged(mean)) / 2**20 for name, mean in means.items()}
 figure, axes = plt.subplots(figsize=(6.5, 2.4), layout="constrained")
@@ -213,10 +214,10 @@ bars = axes.barh(list(sent), list(sent.values()), color=colours)
 axes.bar_label(bars, fmt="%.2f", padding=3)
 axes.invert_yaxis()
 axes.set_xlim(0, 1.15 * max(sent.values()))
-axes.set_xlabel("MiB that are reduced per step")
+axes.set_xlabel("MiB all-reduced per step")
 axes.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# What comes back is an estimate of the mean gradient, with the noise that
-# `02_projections` shows. Clusters, several processes and checkpoints that are restored
-# on another number of devices are in the README, under "Many devices".
+# The result is an estimate of the mean gradient, with the noise that `02_projections`
+# shows. `docs/distributed.md` covers clusters, several processes, and checkpoints that
+# are restored on another number of devices.

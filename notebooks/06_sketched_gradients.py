@@ -12,11 +12,12 @@
 # ---
 
 # %% [markdown]
-# # Gradients that are born compressed
+# # Gradients sketched during backpropagation
 #
 # FLORA keeps a sketch of the accumulated gradient in place of the gradient. But a
 # training step first computes each gradient in full, writes it to memory, and reads it
-# back to sketch it. It need not: automatic differentiation can make the sketch itself.
+# back to sketch it. That is not necessary: automatic differentiation can compute the
+# sketch itself.
 
 # %%
 import sys
@@ -55,7 +56,7 @@ print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
 # The second form is what LoRA's $B$ receives as its gradient for $y = xW + (xS^\top)B$
 # at $B = 0$: a low-rank adapter at zero *is* a compressor of the gradient. Of the three
 # products of a layer (forward, $\delta W^\top$, $x^\top\delta$) it makes the third
-# $m/r$ times smaller. In numbers:
+# $m/r$ times smaller. Numerically:
 
 # %%
 tokens, rows, columns, rank = 480, 256, 512, 16
@@ -76,12 +77,12 @@ error = jnp.linalg.norm(adapter - s @ full) / jnp.linalg.norm(s @ full)
 print(f"gradient {full.shape}, sketch {adapter.shape}, relative error {error:.1e}")
 
 # %% [markdown]
-# ## For a model that knows nothing of it
+# ## Without changing the model
 #
-# `fj.sketched_value_and_grad` takes the place of `jax.value_and_grad`. It traces the
-# loss and moves $S$ from each weight's gradient back through casts, transposes, sums,
-# scans and rematerialisation to the product where the gradient begins. The model has no
-# adapters and is not changed. Here is a residual network whose layers are scanned:
+# `fj.sketched_value_and_grad` replaces `jax.value_and_grad`. It traces the loss and
+# moves $S$ from each weight's gradient back through casts, transposes, sums, scans and
+# rematerialization to the product where the gradient begins. The model has no adapters
+# and is not changed. Here is a residual network whose layers are scanned:
 
 
 # %%
@@ -116,31 +117,30 @@ def batch_of(step, size=480):
     return x, jnp.sin(2 * x @ teacher)
 
 
-tx = fj.compressed_accumulation(optax.adam(1e-3), every_k=4, rank=32, key=7)
+sketch = fj.Sketch(rank=32, key=7)  # The same object for both, so that S is the same.
+tx = fj.compressed_accumulation(optax.adam(1e-3), 4, sketch)
 state = tx.init(params)
 
 
 def sketched_gradient(params, state, batch):
-    # The key and the cycle of the accumulator, so that both mean the same S.
-    value_and_grad = fj.sketched_value_and_grad(
-        loss, rank=32, key=state.key, step=state.gradient_step
-    )
-    return value_and_grad(params, batch)
+    # The key and the cycle come from the state of the accumulation.
+    return fj.sketched_value_and_grad(loss, sketch)(state, params, batch)
 
 
 value, grads = jax.jit(sketched_gradient)(params, state, batch_of(0))
-for (path, sketch), (_, weight) in zip(
+for (path, leaf), (_, weight) in zip(
     jax.tree_util.tree_leaves_with_path(grads.tree),
     jax.tree_util.tree_leaves_with_path(params),
     strict=True,
 ):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    print(f"{name:12} {weight.shape!s:16} -> {sketch.shape}")
+    print(f"{name:12} {weight.shape!s:16} -> {leaf.shape}")
 
 # %% [markdown]
-# Where something else stands between a weight and its products, the value there is
-# computed in full and sketched: the result is right in any case. `fj.born_compressed`
-# lists what happened to each leaf. A weight that is squared on its way is such a case:
+# Where something else stands between a weight and its products, the gradient is
+# computed in full and then sketched, so the result is correct in any case.
+# `fj.explain_sketched_gradients` lists what happens to each leaf. A weight that is
+# squared before its use is such a case:
 
 # %%
 for name, fun in {
@@ -148,17 +148,14 @@ for name, fun in {
     "squared": lambda p, batch: loss(p | {"out": p["out"] ** 2}, batch),
 }.items():
     print(name)
-    for leaf in fj.born_compressed(fun, rank=32)(params, batch_of(0)):
-        why = leaf.dense_reason or "; ".join(
-            f"{stop.primitive} of {stop.shape}: {stop.reason}" for stop in leaf.stops
-        )
-        print(f"  {leaf.path:12} {'born compressed' if leaf.born_compressed else why}")
+    for leaf in fj.explain_sketched_gradients(fun, sketch)(params, batch_of(0)):
+        print(f"  {leaf}")
 
 # %% [markdown]
-# ## The same training
+# ## The same result
 #
-# The accumulator takes sketches in place of gradients; its state is the same, bit for
-# bit in structure and to rounding in value. Both runs below end at the same loss.
+# The accumulator takes sketches in place of gradients; its state has the same structure
+# and, up to rounding, the same values. Both runs below end at the same loss.
 
 
 # %%
@@ -196,10 +193,10 @@ assert difference < 0.02  # Much smaller on a CPU; GPUs round products to TF32.
 # %% [markdown]
 # ## What it saves
 #
-# Operations of the gradient function by XLA's count, over those of full gradients
-# (layers unrolled, since a loop's body is counted once). A third of them make the
-# weights' gradients, so that two thirds is the least there can be; a Gaussian $S$ costs
-# a product of its own.
+# FLOPs of the gradient function as XLA counts them, relative to full gradients (layers
+# unrolled, since a loop's body is counted once). A third of them compute the weights'
+# gradients, so two thirds is the lower bound; a Gaussian $S$ costs a product of its
+# own.
 
 
 # %%
@@ -216,12 +213,20 @@ def unstacked(params):
     return params | {"layers": layers}
 
 
-def operations(gradient):
+def flops(gradient):
     arguments = unstacked(params), batch_of(0)
     return jax.jit(gradient).lower(*arguments).compile().cost_analysis()["flops"]
 
 
-whole = operations(jax.value_and_grad(unrolled))
+whole = flops(jax.value_and_grad(unrolled))
+
+
+def share(rank, projection):
+    sketch = fj.Sketch(rank, projection)
+    gradient = fj.sketched_value_and_grad(unrolled, sketch)
+    return flops(lambda p, batch: gradient(sketch.cycle(0), p, batch)[1].tree) / whole
+
+
 ranks = [8, 16, 32, 64, 96]
 figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
 axes.axhline(1, color="black", linewidth=1, label="full gradients")
@@ -229,22 +234,12 @@ for projection, style, colour in (
     (fj.CountSketch(), "o-", ORANGE),
     (fj.Gaussian(), "s--", GREEN),
 ):
-    shares = [
-        operations(
-            lambda p, batch, rank=rank, projection=projection: (
-                fj.sketched_value_and_grad(
-                    unrolled, rank, key=0, projection=projection
-                )(p, batch)[1].tree
-            )
-        )
-        / whole
-        for rank in ranks
-    ]
+    shares = [share(rank, projection) for rank in ranks]
     name = type(projection).__name__
     axes.plot(ranks, shares, style, color=colour, label=f"sketched, {name}")
-axes.axhline(2 / 3, color="grey", linestyle=":", label="no weight gradients at all")
+axes.axhline(2 / 3, color="grey", linestyle=":", label="no weight gradients")
 axes.set_xlabel("rank of the sketch (widths are 128 and 256)")
-axes.set_ylabel("operations over full gradients'")
+axes.set_ylabel("FLOPs relative to full gradients")
 axes.set_ylim(0.6, 1.05)
 axes.legend(frameon=False, fontsize=8)
 axes.grid(alpha=0.3)
@@ -253,7 +248,8 @@ axes.grid(alpha=0.3)
 # ## The norm of a gradient that is never formed
 #
 # `grads.global_norm()` estimates it: the square is unbiased, for $\mathbb{E}\,\|S G\|^2
-# = \|G\|^2$. Log it, or clip by it, as an estimate. Over 300 keys:
+# = \|G\|^2$. Use it as an estimate, for logging or clipping. Over 300 cycles, each with
+# a projection of its own:
 
 # %%
 batch = batch_of(0)
@@ -261,20 +257,20 @@ exact = float(optax.tree.norm(jax.grad(loss)(params, batch)))
 
 
 @jax.jit
-def norms(seeds):
-    def one(seed):
-        gradient = fj.sketched_value_and_grad(loss, rank=32, key=jax.random.key(seed))
-        return gradient(params, batch)[1].global_norm()
+def norms(cycles):
+    def one(cycle):
+        gradient = fj.sketched_value_and_grad(loss, sketch)
+        return gradient(sketch.cycle(cycle), params, batch)[1].global_norm()
 
-    return jax.lax.map(one, seeds)
+    return jax.lax.map(one, cycles)
 
 
 found = np.asarray(norms(jnp.arange(300)))
 figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
-axes.hist(found, bins=24, color=BLUE, alpha=0.8, label="estimates, one per key")
+axes.hist(found, bins=24, color=BLUE, alpha=0.8, label="estimates, one per projection")
 axes.axvline(exact, color=ORANGE, linestyle="--", label="norm of the full gradient")
 axes.set_xlabel("global norm")
-axes.set_ylabel("keys")
+axes.set_ylabel("projections")
 axes.legend(frameon=False)
 mean_square = (found**2).mean()
 print(f"norm {exact:.4f}; root of the estimates' mean square {mean_square**0.5:.4f}")
