@@ -7,10 +7,10 @@ Hao, Cao, Mou, `FLORA: Low-Rank Adapters Are Secretly Gradient Compressors
 <https://arxiv.org/abs/2402.03293>`_, ICML 2024.
 """
 
-from flora_jax._checks import static_args
-from flora_jax._plan import LeafPlan
-from flora_jax._rules import plan_leaves
-from flora_jax._spec import verify_state
+from flora_jax._validation import static_args
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.rules import plan_leaves
+from flora_jax.leaves.spec import verify_state
 from flora_jax.memory import (
     LeafMemory,
     MemoryPlan,
@@ -40,27 +40,26 @@ from flora_jax.projections import (
     TopSVD,
 )
 from flora_jax.sharding import compressed_pmean, state_sharding
+from flora_jax.diagnostics import LeafDiagnostics, diagnostics
+from flora_jax.quantization import QuantizedState, quantize_state
+from flora_jax.sketched_grad import (
+    LeafReport,
+    born_compressed,
+    sketched_value_and_grad,
+)
+from flora_jax.sketching.sketched_gradients import SketchedGradients
+from flora_jax.subspace import SubspaceState, scale_in_subspace
 from flora_jax.transforms import (
     CompressedAccumulationState,
     CompressedAccumulatorCarry,
     CompressedMomentumState,
     FactoredRmsState,
-    LeafDiagnostics,
-    LeafReport,
-    QuantizedState,
-    SketchedGradients,
-    SubspaceState,
-    born_compressed,
     compressed_accumulation,
     compressed_accumulator,
     compressed_momentum,
-    diagnostics,
     has_updated,
     orthogonalize,
-    quantize_state,
     scale_by_factored_rms,
-    scale_in_subspace,
-    sketched_value_and_grad,
 )
 
 __all__ = [

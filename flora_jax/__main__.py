@@ -3,7 +3,7 @@
 import os
 import sys
 
-from flora_jax.memory._command import main
+from flora_jax.cli.plan import main
 
 
 def run() -> int:

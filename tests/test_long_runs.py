@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import flora_jax as fj
-from flora_jax import _keys
+from flora_jax.random import keys as _keys
 from tests.common import assert_close
 from tests.conformance.cases import CASES, assert_identical, jit, run_layer
 from tests.conformance.states import COUNTERS, INNER, own_states

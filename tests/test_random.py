@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flora_jax import _keys, _random
+from flora_jax.random import keys as _keys
+from flora_jax.random import bits as _random
 from tests.common import assert_close
 
 KEY = np.array([1, 2], np.uint32)

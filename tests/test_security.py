@@ -186,7 +186,7 @@ def test_the_rules_leave_the_rest_alone():
 )
 def test_an_index_names_files_of_its_own_folder(name, tmp_path):
     hugging_face = pytest.importorskip("experiments.models.hugging_face")
-    from experiments.config import ConfigError
+    from experiments.common.errors import ConfigError
     from tests.experiments.models.tiny import GPT2
 
     # The file is there, and still not read.
@@ -202,7 +202,7 @@ def test_an_index_names_files_of_its_own_folder(name, tmp_path):
 
 def test_an_archive_names_no_path(tmp_path):
     """The articles of XSum are read where they lie: nothing is written."""
-    builders = pytest.importorskip("experiments.datasets.builders")
+    builders = pytest.importorskip("experiments.data.builders")
     text = b"[XSUM]INTRODUCTION[XSUM]\nb\n[XSUM]RESTBODY[XSUM]\na\n"
     file = tmp_path / "inside" / "articles.tar.gz"
     file.parent.mkdir()

@@ -1,11 +1,11 @@
 """Named recipes: a paper's optimizer as a chain of parts."""
 
-from flora_jax.optimizers._apollo import apollo, apollo_mini
-from flora_jax.optimizers._dct_adamw import dct_adamw
-from flora_jax.optimizers._fira import fira
-from flora_jax.optimizers._flora import flora
-from flora_jax.optimizers._flora_adamw import flora_adamw
-from flora_jax.optimizers._galore import galore
+from flora_jax.optimizers.apollo import apollo, apollo_mini
+from flora_jax.optimizers.dct_adamw import dct_adamw
+from flora_jax.optimizers.fira import fira
+from flora_jax.optimizers.flora import flora
+from flora_jax.optimizers.flora_adamw import flora_adamw
+from flora_jax.optimizers.galore import galore
 
 __all__ = [
     "apollo",

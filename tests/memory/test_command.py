@@ -14,9 +14,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import flora_jax as fj
-from flora_jax.memory import _command, _picture
-from flora_jax.memory._model_files import ModelFileError, read_shapes
-from flora_jax.memory._tables import format_bytes
+from flora_jax.cli import plan as _command
+from flora_jax.cli import picture as _picture
+from flora_jax.cli.model_files import ModelFileError, read_shapes
+from flora_jax.memory.tables import format_bytes
 
 GPT2 = {
     "model_type": "gpt2",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import flora_jax as fj
-from flora_jax._keys import leaf_keys
+from flora_jax.random.keys import leaf_keys
 
 KEYS, WIDTH = 2000, 48
 NORMAL = statistics.NormalDist()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flora_jax import _random
+from flora_jax.random import bits as _random
 from flora_jax.quantization import CODES, code_dtype, decode, encode, scale_shape
 
 BLOCK = 8

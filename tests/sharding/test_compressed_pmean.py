@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import flora_jax as fj
-from flora_jax import _keys
+from flora_jax.random import keys as _keys
 from tests.common import assert_close
 
 P = jax.P

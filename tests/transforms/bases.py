@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flora_jax as fj
-from flora_jax import _keys
+from flora_jax.random import keys as _keys
 from tests.conformance.cases import jit
 from tests.reference import dct, folds
 

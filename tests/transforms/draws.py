@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax import Projection, _keys
+from flora_jax.random import keys as _keys
+from flora_jax import Projection
 from tests.reference.folds import RANKS, width
 
 # Unoptimised programs: these tests compile much and compute little.

@@ -7,9 +7,9 @@ import optax
 import pytest
 
 import flora_jax as fj
-from flora_jax._plan import LeafPlan
-from flora_jax._rules import LeafRules
-from flora_jax.transforms._sketch import Sketcher, accumulate_leaf
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.rules import LeafRules
+from flora_jax.sketching.sketcher import Sketcher, accumulate_leaf
 from tests.common import assert_close
 from tests.reference import folds
 from tests.reference.accumulation import sketched_accumulation

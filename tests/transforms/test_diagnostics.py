@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import flora_jax as fj
-from flora_jax import _keys
+from flora_jax.random import keys as _keys
 from tests.transforms.draws import jit
 
 RULES = {"min_dim_size": 8}

@@ -6,11 +6,11 @@ import optax
 import pytest
 
 import flora_jax as fj
-from flora_jax._plan import LeafPlan
-from flora_jax._rules import LeafRules
-from flora_jax.transforms._leafwise import ScaledLeaf, clip_step
-from flora_jax.transforms._parameter_scale import scale_by_parameter_scale
-from flora_jax.transforms._sketch import Sketcher
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.rules import LeafRules
+from flora_jax.transforms.parts import ScaledLeaf, clip_step
+from flora_jax.transforms.parameter_scale import scale_by_parameter_scale
+from flora_jax.sketching.sketcher import Sketcher
 from tests.common import assert_close
 from tests.transforms.draws import jit
 

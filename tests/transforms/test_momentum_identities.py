@@ -10,11 +10,11 @@ import optax
 import pytest
 
 import flora_jax as fj
-from flora_jax._plan import LeafPlan
-from flora_jax._rules import LeafRules
-from flora_jax.transforms._leafwise import ScaledLeaf
-from flora_jax.transforms._momentum_step import momentum_step
-from flora_jax.transforms._sketch import Sketcher, moved_sketch
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.rules import LeafRules
+from flora_jax.transforms.parts import ScaledLeaf
+from flora_jax.transforms.momentum_step import momentum_step
+from flora_jax.sketching.sketcher import Sketcher, moved_sketch
 from tests.common import assert_close
 from tests.transforms.draws import jit, run
 

@@ -10,7 +10,7 @@ import pytest
 
 import flora_jax as fj
 from flora_jax.quantization import decode
-from flora_jax.transforms._quantize_state import quantize_state
+from flora_jax.quantization.quantize_state import quantize_state
 from tests.common import assert_close
 from tests.conformance.cases import assert_identical, jit
 

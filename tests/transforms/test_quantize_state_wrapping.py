@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import flora_jax as fj
-from flora_jax.transforms._quantize_state import quantize_state
+from flora_jax.quantization.quantize_state import quantize_state
 from tests.common import assert_close
 from tests.conformance.cases import assert_identical, jit
 from tests.transforms.test_quantize_state import (

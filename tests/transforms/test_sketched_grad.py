@@ -11,12 +11,12 @@ import pytest
 from flax import linen, nnx
 
 import flora_jax as fj
-from flora_jax import _keys
-from flora_jax._rules import LeafRules
-from flora_jax.transforms._accumulation import NAME
-from flora_jax.transforms._leafwise import ScaledLeaf
-from flora_jax.transforms._push_moves import axes_before_reshape
-from flora_jax.transforms._sketch import Sketcher
+from flora_jax.random import keys as _keys
+from flora_jax.leaves.rules import LeafRules
+from flora_jax.transforms.accumulation import NAME
+from flora_jax.transforms.parts import ScaledLeaf
+from flora_jax.sketched_grad.moves import axes_before_reshape
+from flora_jax.sketching.sketcher import Sketcher
 from tests.transforms.draws import case_id, jit
 
 RULES = {"min_dim_size": 8}

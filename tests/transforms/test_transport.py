@@ -7,8 +7,8 @@ import optax
 import pytest
 
 import flora_jax as fj
-from flora_jax.transforms._moments import FIRST, SECOND, SUM
-from flora_jax.transforms._transport import TRANSPORTS, transport_leaf
+from flora_jax.leaves.moments import FIRST, SECOND, SUM
+from flora_jax.subspace.transports import TRANSPORTS, transport_leaf
 from tests.common import assert_close
 from tests.conformance.cases import jit
 from tests.reference import folds

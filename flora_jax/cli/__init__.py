@@ -1,0 +1,1 @@
+"""The command line: ``python -m flora_jax plan``."""

@@ -1,0 +1,288 @@
+"""The interface of all projections."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from flora_jax import _validation as _checks
+from flora_jax.random import keys as _keys
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+
+SCALES = ("unbiased", "isometric")
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection(abc.ABC):
+    """A matrix S (rank x width) that takes one side of a gradient to its sketch.
+
+    Instances are static settings: frozen, hashable and deliberately not callable
+    (``optax.inject_hyperparams`` takes every callable argument for a schedule). Where S
+    comes from is a subclass's matter: :class:`ObliviousProjection` regenerates it from
+    a key, :class:`AdaptiveProjection` reads it from what it chose and stored. Either
+    gives ``drawn``, a tree of arrays that fixes S, and the methods here apply it.
+
+    Attributes:
+      scale: ``"unbiased"``: E[SᵀS] = I, so that ``expand(compress(G))`` is an unbiased
+        estimate of G. ``"isometric"``: S Sᵀ = I, so that it is the orthogonal
+        projection of G, which shrinks it.
+    """
+
+    scale: str = "unbiased"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown scale."""
+        _checks.check_choice("scale", self.scale, SCALES)
+
+    @abc.abstractmethod
+    def compress(
+        self,
+        drawn: Any,
+        matrix: Float[Array, "*batch n m"],
+        rank: int,
+        axis: int,
+        weights: Float[Array, "*batch m"] | None = None,
+    ) -> Float[Array, "*batch _ _"]:
+        """Sketches one side of a matrix: G Sᵀ for axis -1, S G for axis -2.
+
+        Args:
+          drawn: what fixes S.
+          matrix: shape (batch…, n, m), of any float dtype; arithmetic is in float32.
+          rank: r.
+          axis: the side to sketch, -1 or -2.
+          weights: float32, of the size of that side (and batch axes, or ones): S times
+            this diagonal matrix is applied in place of S.
+
+        Returns:
+          Float32, shape (batch…, n, r) or (batch…, r, m).
+        """
+
+    @abc.abstractmethod
+    def expand(
+        self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
+    ) -> Float[Array, "*batch n m"]:
+        """The adjoint of :meth:`compress`: C S for axis -1, Sᵀ C for axis -2.
+
+        Args:
+          drawn: what fixes S.
+          sketch: shape (batch…, n, r) or (batch…, r, m), float32.
+          width: size of the sketched side before sketching.
+          axis: the sketched side, -1 or -2.
+
+        Returns:
+          Float32, shape (batch…, n, m).
+        """
+
+    def transfer(
+        self, old: Any, new: Any, rank: int, width: int
+    ) -> Float[Array, "*batch rank rank"]:
+        """S S′ᵀ of two draws: it takes a sketch C = G Sᵀ to C S S′ᵀ."""
+        s = self.expand(old, jnp.eye(rank, dtype=jnp.float32), width, -1)
+        return self.compress(new, s, rank, -1)
+
+    @abc.abstractmethod
+    def entries(
+        self, drawn: Any, rank: int, width: int
+    ) -> Float[Array, "*batch rank width"]:
+        """S itself."""
+
+    @abc.abstractmethod
+    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
+        """The diagonal of S Sᵀ where that matrix is diagonal for every key, else None.
+
+        Args:
+          rank: r.
+          width: m.
+
+        Returns:
+          Float32, shape (r,), or None if the rows of S are not orthogonal.
+        """
+
+
+class ObliviousProjection(Projection):
+    """A random S, regenerated from a key and never stored.
+
+    It is written as two steps. :meth:`draw` turns a key into the few numbers that fix
+    S, for many leaves in one operation; :meth:`Projection.compress` and
+    :meth:`Projection.expand` apply S to one matrix.
+    """
+
+    def sketch(
+        self,
+        key: PRNGKeyArray,
+        matrix: Float[Array, "*batch n m"],
+        rank: int,
+        axis: int,
+    ) -> Float[Array, "*batch _ _"]:
+        """Sketches one side of a matrix: G Sᵀ for axis -1, S G for axis -2.
+
+        Args:
+          key: typed key or key data; the same key gives the same S on either axis.
+          matrix: shape (batch…, n, m), float32; the batch shares one S.
+          rank: r, at least 1 and at most the size of the sketched side.
+          axis: the side to sketch, -1 or -2.
+
+        Returns:
+          Float32, shape (batch…, n, r) or (batch…, r, m).
+        """
+        drawn = self.draw(jnp.asarray(_keys.raw_key(key)), rank, matrix.shape[axis])
+        return self.compress(drawn, matrix, rank, axis)
+
+    def unsketch(
+        self,
+        key: PRNGKeyArray,
+        sketch: Float[Array, "*batch _ _"],
+        width: int,
+        axis: int,
+    ) -> Float[Array, "*batch n m"]:
+        """The adjoint of :meth:`sketch`: C S for axis -1, Sᵀ C for axis -2.
+
+        Args:
+          key: the key that the sketch was made with.
+          sketch: shape (batch…, n, r) or (batch…, r, m), float32.
+          width: size of the sketched side before sketching.
+          axis: the sketched side, -1 or -2.
+
+        Returns:
+          Float32, shape (batch…, n, m).
+        """
+        drawn = self.draw(jnp.asarray(_keys.raw_key(key)), sketch.shape[axis], width)
+        return self.expand(drawn, sketch, width, axis)
+
+    def matrix(
+        self, key: PRNGKeyArray, rank: int, width: int
+    ) -> Float[Array, "rank width"]:
+        """S itself, for tests and teaching; optimizers never form it from here."""
+        drawn = self.draw(jnp.asarray(_keys.raw_key(key)), rank, width)
+        return self.entries(drawn, rank, width)
+
+    @abc.abstractmethod
+    def draw(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
+        """What a key decides, in a tree of small arrays; mapped over many keys.
+
+        Args:
+          key: key data, uint32 of shape (2,).
+          rank: r.
+          width: m.
+
+        Returns:
+          A tree of numeric arrays, O(m) numbers, for :meth:`compress` and
+          :meth:`expand`.
+        """
+
+
+class AdaptiveProjection(Projection):
+    """An orthonormal S that is chosen from a gradient, and kept in the state.
+
+    Each matrix of a stacked leaf has its own. What is kept is an array with the folded
+    gradient's axes: one of its sides, or both, have other sizes.
+
+    Attributes:
+      dtype: of what is kept.
+    """
+
+    dtype: ClassVar[Any] = jnp.float32
+
+    @abc.abstractmethod
+    def stored_sizes(self, rank: int) -> tuple[int | None, int]:
+        """Sizes of the sketched and the other side of what is kept; None: as it is."""
+
+    @abc.abstractmethod
+    def directions(self, sketched: int, other: int) -> int:
+        """How many rows S can have for a matrix with sides of these sizes."""
+
+    @abc.abstractmethod
+    def choose(
+        self,
+        key: UInt32[Array, "2"],
+        matrix: Float[Array, "*batch n m"],
+        rank: int,
+        axis: int,
+    ) -> Array:
+        """What is kept of the basis that suits a matrix.
+
+        Args:
+          key: key data, uint32 of shape (2,), for choices that are random.
+          matrix: shape (batch…, n, m), float32.
+          rank: r.
+          axis: the sketched side, -1 or -2.
+
+        Returns:
+          Shape (batch…, n, m) with the sides that :meth:`stored_sizes` names changed.
+        """
+
+    @abc.abstractmethod
+    def read(self, stored: Array, axis: int) -> Any:
+        """From what :meth:`choose` gave to what :meth:`compress` takes."""
+
+    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"]:
+        """Ones: the rows of S are orthonormal."""
+        del width
+        return jnp.ones(rank, jnp.float32)
+
+
+class MatrixProjection(Projection):
+    """S is formed as a matrix and applied by products."""
+
+    def compress(
+        self,
+        drawn: Any,
+        matrix: Float[Array, "*batch n m"],
+        rank: int,
+        axis: int,
+        weights: Float[Array, "*batch m"] | None = None,
+    ) -> Float[Array, "*batch _ _"]:
+        """G Sᵀ or S G; see :meth:`Projection.compress`."""
+        s = self.entries(drawn, rank, matrix.shape[axis])
+        return multiply(s, matrix, axis, weights)
+
+    def expand(
+        self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
+    ) -> Float[Array, "*batch n m"]:
+        """C S or Sᵀ C; see :meth:`Projection.expand`."""
+        return product(sketch, self.entries(drawn, sketch.shape[axis], width), axis)
+
+
+class ScaledIsometry(ObliviousProjection):
+    """S is √(m/r) times orthonormal rows: S Sᵀ = (m/r)·I, or I if isometric."""
+
+    def row_norm(self, rank: int, width: int) -> float:
+        """What the orthonormal rows are multiplied by: √(m/r), or 1 if isometric."""
+        return 1.0 if self.scale == "isometric" else (width / rank) ** 0.5
+
+    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
+        """m/r, or ones for the isometric scale."""
+        return jnp.full(rank, self.row_norm(rank, width) ** 2, jnp.float32)
+
+
+def along(vector: Float[Array, "*batch m"], axis: int) -> jax.Array:
+    """Reshapes a vector so that it broadcasts along an axis of a matrix."""
+    return jnp.expand_dims(vector, -3 - axis)
+
+
+def weigh(vector: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """The vector times weights, or itself where there are none."""
+    return vector if weights is None else vector * weights
+
+
+def multiply(
+    s: jax.Array, matrix: jax.Array, axis: int, weights: jax.Array | None
+) -> jax.Array:
+    """G W Sᵀ for axis -1, S W G for axis -2, with weights W on the sketched side."""
+    s = s if weights is None else s * weights[..., None, :]
+    return product(matrix.astype(jnp.float32), s.swapaxes(-1, -2), axis)
+
+
+def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:
+    """X R for axis -1, Rᵀ X for axis -2, in full float32 on every device."""
+    chex.assert_axis_dimension(x, axis, right.shape[-2])
+    # Accelerators multiply float32 in bfloat16 or TF32 unless told otherwise.
+    subscripts = "...nm,...mr->...nr" if axis == -1 else "...nm,...nr->...rm"
+    return jnp.einsum(subscripts, x, right, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,209 @@
+"""A sketch without matrix products: signed sums over buckets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax.leaves import mesh as _mesh
+from flora_jax.random.bits import bits, signs
+from flora_jax.projections.base import ObliviousProjection, along, multiply, weigh
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, UInt32
+
+
+_UNROLL = 8  # More chunks of rows than this are added in a loop.
+
+
+@dataclasses.dataclass(frozen=True)
+class CountSketch(ObliviousProjection):
+    """Deals the m columns to r buckets at random, and sums each with random signs.
+
+    The columns are dealt in chunks of r, each to all r buckets in cyclic order from a
+    random first one. If r does not divide m the last chunk has t = m mod r columns, for
+    the buckets 0…t−1, and the columns are first rotated at random, so that all meet it
+    alike. Two columns share a bucket with probability 1/r, or never if they share a
+    chunk; bucket sizes differ by at most one. E[SᵀS] = I, and
+
+      E‖G SᵀS − G‖² = (m/r − 1 + t(r−t)/(r m))·‖G‖².
+
+    S Sᵀ is the diagonal matrix of the bucket sizes, (m/r)·I if r divides m: then it is
+    a scaled isometry with the variance of a Haar-orthogonal projection, √(r/m) being
+    the cosine between G and its estimate.
+
+    Costs one pass over G for a sketch and one for an estimate, whatever the rank; no
+    r x m matrix and no matrix product; m + m/r random words.
+
+    Under ``jax.set_mesh`` with several devices a sketch is a product with S instead,
+    2·n·m·r operations: a sum over a side that is cut, where a permutation would gather
+    it.
+
+    Weaker than dense projections where few columns of G matter: two of them meet with
+    probability 1/r, and then cancel or double, where a product would mix them. The
+    variance of ‖C‖² is no larger, its tails are.
+
+    Raises:
+      ValueError: for an unknown scale.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flora_jax as fj
+      >>> gradient = jnp.ones((4, 64))
+      >>> fj.CountSketch().sketch(jax.random.key(0), gradient, rank=8, axis=-1).shape
+      (4, 8)
+
+    References:
+      Charikar et al., `Finding Frequent Items in Data Streams
+      <https://doi.org/10.1016/S0304-3975(03)00400-6>`_, 2004
+    """
+
+    def draw(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
+        """Signs and buckets of the columns (m,), offsets of the chunks, and a shift."""
+        full, tail = divmod(width, rank)
+        # The remainder prefers small numbers by less than rank / 2**32.
+        offsets = bits(key, (full,), 1) % np.uint32(rank)
+        shift = bits(key, (), 2) % np.uint32(width if tail else 1)
+        offsets, shift = offsets.astype(jnp.int32), shift.astype(jnp.int32)
+        place = (jnp.arange(width, dtype=jnp.int32) - shift) % width
+        buckets = (place + jnp.append(offsets, 0)[place // rank]) % rank
+        return signs(key, (width,), 0), buckets, offsets, shift
+
+    def compress(
+        self,
+        drawn: Any,
+        matrix: Float[Array, "*batch n m"],
+        rank: int,
+        axis: int,
+        weights: Float[Array, "*batch m"] | None = None,
+    ) -> Float[Array, "*batch _ _"]:
+        """G Sᵀ or S G; see :meth:`Projection.compress`."""
+        if _mesh.cuts_arrays():
+            return multiply(
+                self.entries(drawn, rank, matrix.shape[axis]), matrix, axis, weights
+            )
+        flips, _, offsets, shift = drawn
+        flips = weigh(flips, weights)
+        width = matrix.shape[axis]
+        full, tail = divmod(width, rank)
+        turned = shift if tail else None
+        if axis == -2:
+            total = _sum_rows(matrix, flips, offsets, turned, rank)
+        else:
+            total = _sum_columns(matrix, flips, offsets, turned, rank)
+        if tail:
+            rest = _wrapped(matrix, flips, shift + full * rank, tail, axis)
+            pad = [(0, 0)] * rest.ndim
+            pad[axis] = (0, rank - tail)
+            total = total + jnp.pad(rest, pad)
+        return total * along(self._row_scale(rank, width), axis)
+
+    def expand(
+        self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
+    ) -> Float[Array, "*batch n m"]:
+        """C S or Sᵀ C; see :meth:`Projection.expand`."""
+        flips, buckets, *_ = drawn
+        rank = sketch.shape[axis]
+        scaled = sketch * along(self._row_scale(rank, width), axis)
+        # XLA fuses the gather into what reads the estimate, such as the addition to the
+        # parameter; along columns it is a gather of single numbers, about half as fast.
+        return jnp.take(scaled, buckets, axis=axis, mode="clip") * along(flips, axis)
+
+    def entries(self, drawn: Any, rank: int, width: int) -> Float[Array, "rank width"]:
+        """S, float32 of shape (rank, width)."""
+        flips, buckets, *_ = drawn
+        one_hot = jax.nn.one_hot(buckets, rank, axis=0, dtype=jnp.float32)
+        return one_hot * flips * self._row_scale(rank, width)[:, None]
+
+    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
+        """The bucket sizes, or ones for the isometric scale."""
+        return _bucket_sizes(rank, width) * self._row_scale(rank, width) ** 2
+
+    def _row_scale(self, rank: int, width: int) -> jax.Array:
+        if self.scale == "isometric":
+            return _bucket_sizes(rank, width) ** -0.5
+        return jnp.ones(rank, jnp.float32)
+
+
+def _wrapped(
+    matrix: jax.Array, flips: jax.Array, start: Any, size: int, axis: int
+) -> jax.Array:
+    """Columns start…start+size with their signs, float32; the first follow the last."""
+    source = (start + jnp.arange(size, dtype=jnp.int32)) % matrix.shape[axis]
+    columns = jnp.take(matrix, source, axis=axis, mode="clip")
+    return columns.astype(jnp.float32) * along(flips[..., source], axis)
+
+
+def _sum_columns(
+    matrix: jax.Array, flips: jax.Array, offsets: jax.Array, shift: Any, rank: int
+) -> jax.Array:
+    """The sum of all whole chunks, each turned by its offset.
+
+    With a shift the chunks begin there. One of them may then wrap around the matrix: it
+    is gathered, where the others are slices.
+    """
+    full, width = offsets.shape[0], matrix.shape[-1]
+    seam: Any = None
+    if shift is not None:
+        seam = jnp.minimum((width - shift) // rank, full - 1)
+
+    def add(i: Any, buckets: jax.Array, chunk: jax.Array) -> jax.Array:
+        here = jax.lax.dynamic_slice_in_dim(buckets, offsets[i], rank, -1)
+        return jax.lax.dynamic_update_slice_in_dim(
+            buckets, here + chunk, offsets[i], -1
+        )
+
+    def add_slice(i: Any, buckets: jax.Array) -> jax.Array:
+        i = i if shift is None else i + (i >= seam)
+        start = i * rank if shift is None else (i * rank + shift) % width
+        columns = jax.lax.dynamic_slice_in_dim(matrix, start, rank, -1)
+        own_flips = jax.lax.dynamic_slice_in_dim(flips, start, rank, -1)
+        return add(i, buckets, columns.astype(jnp.float32) * along(own_flips, -1))
+
+    # Two rounds of buckets, so that no chunk wraps around. XLA on CPU compiles the body
+    # to one kernel that adds a chunk to the buckets in place, and no copy of either.
+    buckets = _zeros(matrix, (*matrix.shape[:-1], 2 * rank))
+    slices = full if shift is None else full - 1
+    buckets = jax.lax.fori_loop(0, slices, add_slice, buckets)
+    if shift is not None:
+        chunk = _wrapped(matrix, flips, seam * rank + shift, rank, -1)
+        buckets = add(seam, buckets, chunk)
+    first, second = jnp.split(buckets, 2, -1)
+    return first + second
+
+
+def _sum_rows(
+    matrix: jax.Array, flips: jax.Array, offsets: jax.Array, shift: Any, rank: int
+) -> jax.Array:
+    """:func:`_sum_columns` of rows: whole rows are gathered from where they lie.
+
+    XLA on CPU compiles a chunk to one kernel, the row's number outside of its
+    inner loop, that gathers, signs and adds; few chunks become one kernel together.
+    """
+    place = jnp.arange(rank, dtype=jnp.int32)
+
+    def add(i: Any, total: jax.Array) -> jax.Array:
+        source = i * rank + (place - offsets[i]) % rank
+        source = source if shift is None else (source + shift) % matrix.shape[-2]
+        rows = jnp.take(matrix, source, axis=-2, mode="clip").astype(jnp.float32)
+        return total + rows * along(flips[..., source], -2)
+
+    full, shape = offsets.shape[0], (*matrix.shape[:-2], rank, matrix.shape[-1])
+    zeros = _zeros(matrix, shape)
+    return jax.lax.fori_loop(0, full, add, zeros, unroll=full <= _UNROLL)
+
+
+def _zeros(like: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Float32 zeros that vary over the same mesh axes as an array in a shard_map."""
+    return jax.lax.full_like(like, 0, jnp.float32, tuple(shape))
+
+
+def _bucket_sizes(rank: int, width: int) -> jax.Array:
+    sizes = np.full(rank, width // rank)
+    sizes[: width % rank] += 1
+    return jnp.asarray(sizes, jnp.float32)

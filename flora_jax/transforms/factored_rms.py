@@ -1,0 +1,208 @@
+"""Adafactor's factored second moment, in a layout that keeps every parameter axis."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax import _validation as _checks
+from flora_jax.leaves import trees as _state
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.rules import LeafRules
+from flora_jax.transforms.parts import Part, ScaledLeaf, leafwise
+from flora_jax.sketching.sketched_gradients import refuse_sketches
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+_NAME = "scale_by_factored_rms"
+
+
+class FactoredRmsState(NamedTuple):
+    """State of :func:`scale_by_factored_rms`.
+
+    Attributes:
+      count: number of updates so far, int32.
+      v_row: tree of second moments averaged over the larger side of each matrix.
+      v_col: tree of second moments averaged over the smaller side.
+      v: tree of unfactored second moments.
+
+    Each tree has one array per parameter leaf, with the parameter's number of axes;
+    those that a leaf does not use have size 1.
+    """
+
+    count: Any
+    v_row: Any
+    v_col: Any
+    v: Any
+
+
+def scale_by_factored_rms(
+    decay_rate: jax.typing.ArrayLike = 0.8,
+    *,
+    epsilon: jax.typing.ArrayLike = 1e-30,
+    min_dim_size_to_factor: int = 128,
+    weight_dimension_numbers: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Divides updates by a factored estimate of their root mean square.
+
+    With β_t = 1 − (t+1)^−decay_rate and, for a leaf folded to G (n x m),
+
+      R ← β_t R + (1−β_t) mean_over_larger_side(G² + ε),
+      C ← β_t C + (1−β_t) mean_over_smaller_side(G² + ε),
+      update = G · (R / mean(R))^−½ · C^−½.
+
+    The same numbers as ``optax.scale_by_factored_rms`` where both factor the same two
+    axes: matrices, and stacks of fewer matrices than their smaller side. Otherwise
+    optax takes the two largest axes and this the fold of the plan: (768, 12, 64) is
+    factored as 768 x 768, where optax keeps a full second moment. And the statistics
+    keep every axis of the parameter (reduced ones have size 1), so that the state can
+    be created under sharding metadata.
+
+    Memory: n + m float32 numbers per factored leaf, the leaf's size otherwise. There is
+    no coarser dtype: its last steps, 1−β_t, would be lost to rounding.
+
+    Args:
+      decay_rate: exponent of the decay schedule; 0.8 as in Adafactor.
+      epsilon: added to the squared gradient; 1e-30 as in Adafactor.
+      min_dim_size_to_factor: smallest side of a matrix that is factored.
+      weight_dimension_numbers: which axes form the matrix, in optax's convention.
+
+    Returns:
+      The gradient transformation. Updates have the dtype of the gradients.
+
+    Raises:
+      TypeError: for arguments of a wrong type.
+      ValueError: for arguments out of range; from update, if gradients and state do
+        not match.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import flora_jax as fj
+      >>> state = fj.scale_by_factored_rms().init({"w": jnp.ones((12, 256, 512))})
+      >>> state.v_row["w"].shape, state.v_col["w"].shape, state.v["w"].shape
+      ((12, 256, 1), (12, 1, 512), (1, 1, 1))
+
+    References:
+      Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
+      <https://arxiv.org/abs/1804.04235>`_, 2018
+    """
+    return leafwise(
+        factored_rms_part(
+            decay_rate, epsilon, min_dim_size_to_factor, weight_dimension_numbers
+        )
+    )
+
+
+def factored_rms_part(
+    decay_rate: jax.typing.ArrayLike,
+    epsilon: jax.typing.ArrayLike,
+    min_dim_size_to_factor: int,
+    weight_dimension_numbers: Any,
+) -> Part:
+    """:func:`scale_by_factored_rms` as a part of a chain."""
+    _checks.check_number("decay_rate", decay_rate, 0, None, "0.8 is Adafactor's")
+    _checks.check_number("epsilon", epsilon, 0, None, "1e-30 is Adafactor's")
+    min_dim_size = _checks.check_positive_int(
+        "min_dim_size_to_factor", min_dim_size_to_factor, "128 is Adafactor's"
+    )
+    rules = LeafRules(
+        # Rank 1 of a side of 1 would be dense, but so small a matrix needs no factors.
+        rank=1,
+        min_dim_size=min_dim_size,
+        max_aspect_ratio=math.inf,
+        weight_dimension_numbers=weight_dimension_numbers,
+        sketches=False,
+    )
+
+    def init(params: Any) -> FactoredRmsState:
+        shapes = [_statistics_shapes(plan) for plan in rules.plan(params)]
+        row, column, full = (
+            _state.zeros_tree(params, [shape[i] for shape in shapes], jnp.float32)
+            for i in range(3)
+        )
+        return FactoredRmsState(jnp.zeros([], jnp.int32), row, column, full)
+
+    def plan(updates: Any, state: Any) -> list[LeafPlan]:
+        refuse_sketches(_NAME, updates, "it averages the squares of the gradients")
+        plans = rules.plan(updates)
+        shapes = [_statistics_shapes(plan) for plan in plans]
+        for i, field in enumerate(("v_row", "v_col", "v")):
+            _state.matching_leaves(
+                _NAME, field, getattr(state, field), plans, [s[i] for s in shapes]
+            )
+        return plans
+
+    def step(
+        plans: list[LeafPlan],
+        leaves: list[ScaledLeaf],
+        state: Any,
+        decay_rate: Any,
+        epsilon: Any,
+    ) -> tuple[list[ScaledLeaf], FactoredRmsState]:
+        decay = 1 - (state.count.astype(jnp.float32) + 1) ** -decay_rate
+        trees = (state.v_row, state.v_col, state.v)
+        results = [
+            factored_rms_step(plan, decay, epsilon, *leaf)
+            for plan, *leaf in zip(
+                plans, leaves, *map(jax.tree.leaves, trees), strict=True
+            )
+        ]
+        scaled, *statistics = zip(*results, strict=True) if results else 4 * [()]
+        return list(scaled), FactoredRmsState(
+            optax.safe_increment(state.count),
+            *map(_state.rebuild, trees, statistics),
+        )
+
+    return Part(init, plan, step, (decay_rate, epsilon))
+
+
+def _larger_smaller(plan: LeafPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Axes of the larger side and of the smaller one; the columns if square."""
+    if plan.columns >= plan.rows:
+        return plan.column_axes, plan.row_axes
+    return plan.row_axes, plan.column_axes
+
+
+def _statistics_shapes(plan: LeafPlan) -> tuple[tuple[int, ...], ...]:
+    """Shapes of v_row, v_col and v of one leaf."""
+    ones = (1,) * len(plan.shape)
+    if plan.dense_reason is not None:
+        return ones, ones, plan.shape
+    larger, smaller = _larger_smaller(plan)
+    row, column = (
+        tuple(1 if i in axes else n for i, n in enumerate(plan.shape))
+        for axes in (larger, smaller)
+    )
+    return row, column, ones
+
+
+def factored_rms_step(
+    plan: LeafPlan,
+    decay: jax.Array,
+    epsilon: Any,
+    grad: ScaledLeaf,
+    v_row: Float[Array, "..."],
+    v_col: Float[Array, "..."],
+    v: Float[Array, "..."],
+) -> tuple[ScaledLeaf, jax.Array, jax.Array, jax.Array]:
+    """One leaf with the factors that scale it, and its new v_row, v_col and v."""
+    full = grad.value()
+    if plan.dense_reason is not None:
+        new = decay * v + (1 - decay) * (full * full + epsilon)
+        return grad.times(jax.lax.rsqrt(new)), v_row, v_col, new.astype(v.dtype)
+    # XLA writes an operand of two reductions to memory, here the squares, but fuses
+    # that of one: behind a barrier it does not see that the squares are the same.
+    again = ScaledLeaf(jax.lax.optimization_barrier(grad.leaf), grad.factors).value()
+    larger, smaller = _larger_smaller(plan)
+    row_mean_square = jnp.mean(full * full, axis=larger, keepdims=True)
+    column_mean_square = jnp.mean(again * again, axis=smaller, keepdims=True)
+    row = decay * v_row + (1 - decay) * (row_mean_square + epsilon)
+    column = decay * v_col + (1 - decay) * (column_mean_square + epsilon)
+    row_mean = jnp.mean(row, axis=smaller, keepdims=True)
+    scaled = grad.times(jax.lax.rsqrt(row / row_mean), jax.lax.rsqrt(column))
+    return scaled, row.astype(v_row.dtype), column.astype(v_col.dtype), v
