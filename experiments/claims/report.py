@@ -1,103 +1,73 @@
-"""What trainings on the paper's claims found: metrics beside memory, by method."""
+"""Metrics and memory of each method: a table, and a panel of dots for each metric."""
 
-import math
 import pathlib
 from collections.abc import Sequence
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from experiments.family import report as family_report
-from experiments.sweep.report import PALETTE, Cell
+from experiments.common import plots, report
+from experiments.common.report import megabytes
+from experiments.sweep.results import Result, finished, read
 
 _METRICS = {
-    "validation_loss": "validation loss (nats per token)",
+    "validation_loss": plots.LOSS,
     "rouge1": "ROUGE-1",
     "rougeL": "ROUGE-L",
     "bleu": "BLEU",
     "exact_match": "exact match (%)",
 }
-_KINDS = ("flora", "lora")
-"""In the names of methods; those of the uncompressed ones have neither."""
 
 
-def title(cell: Cell) -> str:
-    """Returns the name of a cell's method, with rank and what was set."""
-    name = family_report.title(cell)
-    return name if cell.rank is None else f"{name}, r={cell.rank}"
+def write(path: pathlib.Path) -> None:
+    """Writes the table (.md) and the picture (.png) beside the runs."""
+    results = read(path)
+    path.with_suffix(".md").write_text(table(results))
+    draw(results, path.with_suffix(".png"))
 
 
-def _metrics(cells: Sequence[Cell]) -> list[str]:
-    return [name for name in _METRICS if all(name in c.rows[0] for c in cells)]
+def _metrics(results: Sequence[Result]) -> list[str]:
+    return [name for name in _METRICS if all(name in r.rows[0] for r in results)]
 
 
-def table(cells: Sequence[Cell]) -> str:
-    """Returns the cells as a Markdown table, the lowest loss first."""
-    names = _metrics(cells)
-    heads = [_METRICS[name].split(" (")[0] for name in names]
-    columns = [
-        "method",
-        "learning rate",
-        *heads,
-        "trained, MB",
-        "state, MB",
-        "step, MB",
-    ]
-    lines = [_line(columns), _line(["---"] + ["---:"] * (len(columns) - 1))]
-    for cell in sorted(cells, key=lambda cell: cell.mean):
-        sizes = [cell.rows[0][f"{name}_bytes"] for name in ("trained", "state", "step")]
-        digits = [3 if name == "validation_loss" else 1 for name in names]
-        scores = map(cell.written, names, digits)
-        lines.append(
-            _line(
-                [
-                    title(cell),
-                    f"{cell.learning_rate:g}",
-                    *scores,
-                    *(f"{size / 1e6:.2f}" for size in sizes),
-                ]
-            )
+def table(results: Sequence[Result]) -> str:
+    """Returns the results as a Markdown table, the lowest loss first."""
+    columns = {
+        "method": lambda r: r.ranked_title,
+        "learning rate": lambda r: f"{r.learning_rate:g}",
+    }
+    for name in _metrics(results):
+        digits = 3 if name == "validation_loss" else 1
+        columns[_METRICS[name].split(" (")[0]] = lambda r, name=name, digits=digits: (
+            report.written(r.values(name), digits)
         )
-    return "\n".join(lines) + "\n"
+    for name in ("trained", "state", "step"):
+        columns[f"{name}, MB"] = lambda r, name=name: megabytes(
+            r.of_first(f"{name}_bytes")
+        )
+    return report.markdown(columns, sorted(results, key=lambda result: result.mean))
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:
+def draw(results: Sequence[Result], path: pathlib.Path) -> None:
     """Draws a panel per metric, with a row per method; bars are standard errors."""
-    cells = [cell for cell in cells if math.isfinite(cell.mean)]
-    cells.sort(key=lambda cell: cell.mean)
-    if not cells:
+    results = finished(results)
+    if not results:
         return  # The table says so.
-    names = _metrics(cells)
-    titles = [title(cell) for cell in cells]
+    names = _metrics(results)
+    titles = [result.ranked_title for result in results]
     longest = 0.085 * max(map(len, titles))  # Inches.
-    size = longest + 3.2 * len(names), 1.2 + 0.28 * len(cells)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
-        _dots(axes, cells, name)
-        axes.set_xlabel(_METRICS[name])
-    panels[0].set_yticks(range(len(cells)), titles)
-    panels[0].invert_yaxis()
-    figure.suptitle("Mean and standard error over seeds", fontsize=10)
-    figure.savefig(path, dpi=150)
+    size, shape = (
+        (longest + 3.2 * len(names), 1.2 + 0.28 * len(titles)),
+        (1, len(names)),
+    )
+    with plots.picture(path, size, shape, plots.SEEDS, sharey=True) as panels:
+        for axes, name in zip(panels[0], names, strict=True):
+            for place, result in enumerate(results):
+                mean, error = report.mean_and_error(result.values(name))
+                number = 0 if result.method.compressed else 1 + result.method.adapters
+                look = {"color": plots.PALETTE[number], "marker": plots.MARKS[number]}
+                axes.errorbar(mean, place, xerr=error, capsize=3, **look)
+            axes.set_xlabel(_METRICS[name])
+        panels[0, 0].set_yticks(range(len(titles)), titles)
+        panels[0, 0].invert_yaxis()
 
 
-def _dots(axes: Axes, cells: Sequence[Cell], name: str) -> None:
-    for place, cell in enumerate(cells):
-        mean, error = cell.statistics(name)
-        kinds = [kind in cell.method for kind in _KINDS]
-        look = kinds.index(True) if any(kinds) else len(_KINDS)
-        axes.errorbar(
-            [mean],
-            [place],
-            xerr=[error],
-            color=PALETTE[look],
-            marker="osD"[look],
-            linestyle="none",
-            capsize=3,
-        )
-    axes.grid(alpha=0.3)
+if __name__ == "__main__":
+    report.main(write)

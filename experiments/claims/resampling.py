@@ -1,13 +1,11 @@
-"""What trainings found that differ in how often the momentum is resampled."""
+"""Loss over the interval between two projections of the momentum."""
 
 import math
 import pathlib
-from collections.abc import Sequence
 
-from matplotlib.figure import Figure
-
-from experiments.claims.report import table as table
-from experiments.sweep.report import PALETTE, Cell
+from experiments.claims.report import table
+from experiments.common import plots, report
+from experiments.sweep.results import finished, read
 
 
 def stability_limit(decay: float, rank: int, width: int) -> float:
@@ -19,46 +17,47 @@ def stability_limit(decay: float, rank: int, width: int) -> float:
     return math.log(width / rank) / (2 * math.log(1 / decay))
 
 
-def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:
-    """Draws loss over the interval, "never" at the right, and the stability limit.
+def write(path: pathlib.Path) -> None:
+    """Writes the table (.md) and the picture (.png) beside the runs.
 
-    All cells are of one rank, whose limit it is.
+    The picture has "never" at the right, and the stability limit. All runs are of one
+    rank, whose limit it is.
     """
-    cells = [cell for cell in cells if math.isfinite(cell.mean)]
-    if not cells:
+    path.with_suffix(".md").write_text(table(read(path)))
+    found = {
+        result.of_first("options")["resample_every"] or math.inf: result
+        for result in finished(read(path))
+    }
+    if not found:
         return  # The table says so.
-    row = cells[0].rows[0]
-    found = {cell.rows[0]["options"]["resample_every"]: cell for cell in cells}
-    finite = sorted(every for every in found if every is not None)
-    never = 10 * max(finite, default=1)
-    ordered = [*finite, *([None] if None in found else [])]
-    places = [never if every is None else every for every in ordered]
-    means = [found[every].mean for every in ordered]
-    errors = [found[every].error for every in ordered]
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    look = {"color": PALETTE[0], "marker": "o", "linestyle": ":", "capsize": 3}
-    axes.errorbar(places, means, errors, **look, label=f"FLORA, r={row['rank']}")
+    row = next(iter(found.values())).rows[0]
+    every = sorted(found)
+    never = 10 * max(x for x in (1, *every) if x < math.inf)
+    places = [min(x, never) for x in every]
     limit = stability_limit(row["momentum"], row["rank"], row["model"]["width"])
-    axes.axvline(limit, color=PALETTE[1], linestyle="--")
-    axes.axvspan(0.5, limit, color=PALETTE[1], alpha=0.12)
-    axes.annotate(
-        f"the momentum grows\nwithout bound\nbelow {limit:.1f}",
-        (limit, 0.98),
-        xycoords=("data", "axes fraction"),
-        xytext=(-4, 0),
-        textcoords="offset points",
-        horizontalalignment="right",
-        verticalalignment="top",
-        fontsize=9,
-    )
-    axes.set_xscale("log")
-    axes.set_xlim(0.5, 2 * max(places))
-    axes.set_xticks(places, ["never" if x is None else str(x) for x in ordered])
-    axes.minorticks_off()
-    axes.set_xlabel("updates between two projections")
-    axes.set_ylabel("validation loss (nats per token)")
-    axes.set_title("Mean and standard error over seeds", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    with plots.picture(path.with_suffix(".png"), title=plots.SEEDS) as panels:
+        axes = panels[0, 0]
+        values = [found[x].values() for x in every]
+        plots.points(axes, places, values, 0, label=f"FLORA, r={row['rank']}")
+        axes.axvline(limit, color=plots.PALETTE[1], linestyle="--")
+        axes.axvspan(0.5, limit, color=plots.PALETTE[1], alpha=0.12)
+        axes.annotate(
+            f"the momentum grows\nwithout bound\nbelow {limit:.1f}",
+            (limit, 0.98),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4, 0),
+            textcoords="offset points",
+            horizontalalignment="right",
+            verticalalignment="top",
+            fontsize=9,
+        )
+        labels = ["never" if x == math.inf else x for x in every]
+        plots.log_ticks(axes, places, labels)
+        axes.set_xlim(0.5, 2 * max(places))
+        axes.set_xlabel("updates between two projections")
+        axes.set_ylabel(plots.LOSS)
+        axes.legend(frameon=False)
+
+
+if __name__ == "__main__":
+    report.main(write)

@@ -2,56 +2,38 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from experiments.common import lora, optimizers
+from experiments.common import lora, problem
 from experiments.common.checkpoints import State
 from experiments.common.errors import ConfigError
-from experiments.common.gradients import Loss
-from experiments.common.loop import Batch
-from experiments.data import packing as corpora
-from experiments.data.packing import Data, batches
-from experiments.family import recipes as family
-from experiments.family.recipes import FAMILY
+from experiments.common.loop import Problem
+from experiments.common.methods import METHODS, Method, matrices, settings_of
 from experiments.finetune.config import Config as FinetuneConfig
 from experiments.finetune.evaluate import evaluate as decode_and_score
-from experiments.finetune.methods import METHODS
-from experiments.finetune.prepare import Prepared, prepare
-from experiments.finetune.problem import build
-from experiments.main_job import methods, training
+from experiments.finetune.prepare import Prepared
+from experiments.finetune.prepare import prepare as prepare_pairs
 from experiments.main_job.config import Config
+from experiments.main_job.prepare import prepare as prepare_corpus
 from experiments.models import GPT2Config, create
-
-Cell = dict[str, Any]
-"""What a grid varies: method, rank, b2, projection, options."""
-
-# The main job calls one of the seven otherwise.
-_ALIASES = {"adafactor_momentum": "full_momentum"}
-
-
-class Start(NamedTuple):
-    """Where a training starts from, by its seed."""
-
-    state: State
-    frozen: Any
-    batches: Sequence[Batch]
+from experiments.sweep.grid import Cell
 
 
 class Task(NamedTuple):
-    """A training but for its learning rate and its seed."""
+    """A run but for its learning rate and its seed."""
 
-    updates: int
-    micro_batches: int
-    loss: Loss
-    optimizer: Callable[[jax.typing.ArrayLike], optax.GradientTransformation]
-    """By its peak learning rate, which may be traced."""
-    start: Callable[[int], Start]
-    judge: Callable[[Any, Any], dict[str, float]]
-    """Metrics of params and frozen at the end; "validation_loss" among them."""
+    method: Method
+    config: Config | FinetuneConfig
+    optimizer: Callable[[jax.typing.ArrayLike, int], optax.GradientTransformation]
+    """By its peak learning rate, which may be traced, and the seed of projections."""
+    start: Callable[[int], tuple[Problem, State]]
+    """By the seed."""
+    judge: Callable[[Problem, State], dict[str, float]]
+    """Metrics at the end; "validation_loss" among them."""
 
 
 class Sources:
@@ -64,149 +46,96 @@ class Sources:
         corpus_dir: pathlib.Path | None,
     ):
         """Loads or makes the corpus, or the pairs of a fine-tuning."""
-        self.settings = settings
-        if settings.get("sketched_gradients"):
-            raise ConfigError(
-                "`sketched_gradients` of the grid changes no loss; leave it out, or "
-                "train with it by python -m experiments"
-            )
-        self.config: Config | FinetuneConfig
-        self.data: Data | Prepared
-        if "dataset" in settings:
-            fields = dict(settings)
-            if "checkpoint" in fields:
-                fields["checkpoint"] = pathlib.Path(fields["checkpoint"])
-            self.config = FinetuneConfig(**fields, data_dir=data_dir)
-            self.data = prepare(self.config)
+        self._config, self._dense_rate = config_of(settings)
+        self._config = dataclasses.replace(self._config, data_dir=data_dir)
+        if isinstance(self._config, FinetuneConfig):
+            self._data = prepare_pairs(self._config)
         else:
-            fields = dict(settings)
-            self.dense_rate = fields.pop("dense_learning_rate", None)
-            self.config = config_of(fields)
-            places = {"data_dir": data_dir, "corpus_dir": corpus_dir}
-            self.data = corpora.load(dataclasses.replace(self.config, **places))
+            self._config = dataclasses.replace(self._config, corpus_dir=corpus_dir)
+            self._data = prepare_corpus(self._config)
+        if self._data.model.dropout:
+            raise ConfigError("a grid trains without dropout; leave it out of settings")
 
     @property
     def fingerprint(self) -> str:
         """Identifies the data."""
-        return self.data.fingerprint
+        return self._data.fingerprint
 
     def task(self, cell: Cell) -> Task:
-        """Returns the training of a cell."""
-        if isinstance(self.config, FinetuneConfig):
-            return _finetuning(cell, self.config, self.data)
-        return _pretraining(cell, self.config, self.dense_rate, self.data)
+        """Returns what a cell trains.
 
-
-def config_of(settings: dict[str, Any]) -> Config:
-    """Returns the settings that all pretrainings of a grid share."""
-    fields = dict(settings)
-    model = GPT2Config(**fields.pop("model", {}))
-    return Config(model=model, **fields)
-
-
-def _pretraining(
-    cell: Cell, config: Config, dense_rate: float | None, data: Data
-) -> Task:
-    """Next-token prediction on the corpus, from random numbers.
-
-    With `dense_rate`, the peak rate of an Adam for everything but the matrices, which
-    is the same for all methods: they then differ in what they do to the matrices only.
-    """
-    name, options = cell["method"], cell.get("options", {})
-    own = {key: cell[key] for key in ("projection", "rank") if key in cell}
-    if name not in FAMILY:
-        own |= options
-    config = dataclasses.replace(config, learning_rate=1.0, **own)
-    config.validate()
-    if config.model.dropout:
-        raise ConfigError("a grid trains without dropout; leave it out of the settings")
-    method = METHODS.get(_ALIASES.get(name, name))
-    if method is not None and dense_rate is not None:
-        raise ConfigError(
-            f"`dense_learning_rate` is for the optimizers of the family, got method "
-            f"{name!r}; leave it out"
-        )
-    schedule = methods.schedule(config, name)
-
-    def unit(seed: int) -> optax.GradientTransformation:
-        """At a peak of 1: updates are linear in the learning rate."""
-        if method is not None:
-            seeded = dataclasses.replace(config, seed=seed)
-            kept = method.accumulation, method.momentum
-            return optimizers.make(
-                optimizers.recipe(seeded, config.rank, *kept), schedule
+        With a dense learning rate, that of an Adam for everything but the matrices, all
+        methods differ in what they do to the matrices only.
+        """
+        name, rank, data = cell["method"], cell.get("rank"), self._data
+        method, dense_rate = METHODS[name], self._dense_rate
+        config, settings = split(self._config, cell)
+        config.validate()
+        if dense_rate is not None and (
+            method.kind == "accumulation" or method.adapters
+        ):
+            raise ConfigError(
+                "`dense_learning_rate` is for optimizers that neither accumulate nor "
+                f"train adapters, got method {name!r}; leave it out"
             )
-        b2 = cell.get("b2", 0.999)
-        setting = family.Setting(config.rank, config.resample_every, seed, b2, options)
-        return FAMILY[name].make(schedule, setting)
+        schedule = problem.learning_rate(config, name)
 
-    def optimizer(
-        rate: jax.typing.ArrayLike, seed: int = 0
-    ) -> optax.GradientTransformation:
-        tx = optax.chain(unit(seed), optax.scale(rate))
-        if dense_rate is None:
-            return tx
-        rest = optax.adam(lambda count: dense_rate * schedule(count), b2=0.99)
-        return optax.partition({True: tx, False: rest}, family.matrices)
+        def optimizer(
+            rate: jax.typing.ArrayLike, seed: int = 0
+        ) -> optax.GradientTransformation:
+            # At a peak of 1: updates are linear in the learning rate.
+            tx = method.optimizer(schedule, settings_of(config, rank, seed, **settings))
+            tx = optax.chain(tx, optax.scale(rate))
+            if dense_rate is None:
+                return tx
+            rest = optax.adam(lambda count: dense_rate * schedule(count), b2=0.99)
+            return optax.partition({True: tx, False: rest}, matrices)
 
-    def divided(seed: int) -> tuple[Any, Any, Any]:
-        graphdef, params = create(config.model, seed)
-        if method is None or not method.adapters:
-            return graphdef, params, {}
-        graphdef, params = lora.add(graphdef, params, config.rank, config.rank, seed)
-        return graphdef, *lora.divide(params, tune_rest=True)
+        def start(seed: int) -> tuple[Problem, State]:
+            own = data
+            if getattr(config, "checkpoint", None) is None:
+                own = dataclasses.replace(data, params=create(data.model, seed)[1])
+            seeded = dataclasses.replace(config, seed=seed)
+            made, (params, _), _ = problem.build(seeded, own, name, rank)
+            return made, State(params, optimizer(1.0, seed).init(params))
 
-    def start(seed: int) -> Start:
-        _, trained, frozen = divided(seed)
-        state = State(trained, optimizer(1.0, seed).init(trained))
-        return Start(state, frozen, batches(data, config.batch_size, seed))
+        def judge(made: Problem, state: State) -> dict[str, float]:
+            scores = made.evaluate(state.params, made.frozen)
+            if not isinstance(data, Prepared):
+                return {"validation_loss": scores["validation_loss"]}
+            params = lora.join(state.params, made.frozen)
+            if method.adapters:
+                params = lora.merge(params, rank, config.alpha(rank))
+            return scores | decode_and_score(config, data, params)[0]
 
-    problem = training.problem(config, data, divided(0)[0])
-    return Task(
-        updates=config.updates,
-        micro_batches=1 if method is None else method.micro_batches(config),
-        loss=problem.loss,
-        optimizer=optimizer,
-        start=start,
-        judge=problem.evaluate,
-    )
+        return Task(method, config, optimizer, start, judge)
 
 
-def _finetuning(cell: Cell, config: FinetuneConfig, prepared: Prepared) -> Task:
-    """One of the methods of a fine-tuning; its output is decoded and scored."""
-    name, rank = cell["method"], cell.get("rank")
-    config = dataclasses.replace(
-        config, learning_rate=1.0, lora_learning_rate=1.0, **cell.get("options", {})
-    )
-    config.validate()
-    if config.dropout:
-        raise ConfigError("a grid trains without dropout; leave it out of the settings")
+def config_of(
+    settings: dict[str, Any],
+) -> tuple[Config | FinetuneConfig, float | None]:
+    """Returns the settings that all runs of a grid share, and the dense rate."""
+    fields = dict(settings)
+    dense_rate = fields.pop("dense_learning_rate", None)
+    if "dataset" not in fields:
+        model = GPT2Config(**fields.pop("model", {}))
+        return Config(model=model, **fields), dense_rate
+    if "checkpoint" in fields:
+        fields["checkpoint"] = pathlib.Path(fields["checkpoint"])
+    return FinetuneConfig(**fields), dense_rate
 
-    def built(seed: int) -> tuple[Any, State, Any]:
-        data = prepared
-        if config.checkpoint is None:
-            data = prepared._replace(params=create(prepared.model, seed)[1])
-        return build(dataclasses.replace(config, seed=seed), data, name, rank)
 
-    def start(seed: int) -> Start:
-        problem, (params, state), _ = built(seed)
-        chained = state, optax.scale(1.0).init(params)
-        return Start(State(params, chained), problem.frozen, problem.batches)
+def split(
+    config: Config | FinetuneConfig, cell: Cell
+) -> tuple[Config | FinetuneConfig, dict[str, Any]]:
+    """Divides a cell between the settings of the job and those of its method.
 
-    problem, _, tx = built(0)
-
-    def judge(trained: Any, frozen: Any) -> dict[str, float]:
-        params = lora.join(trained, frozen)
-        if METHODS[name].adapters:
-            params = lora.merge(params, rank, config.alpha(rank))
-        scores, _ = decode_and_score(config, prepared, params)
-        return problem.evaluate(trained, frozen) | scores
-
-    return Task(
-        updates=config.updates,
-        micro_batches=METHODS[name].micro_batches(config),
-        loss=problem.loss,
-        optimizer=lambda rate: optax.chain(tx, optax.scale(rate)),
-        start=start,
-        judge=judge,
-    )
+    An option that the job has a setting of that name for replaces it; the others are
+    arguments of the optimizer. Without a projection each method has its own.
+    """
+    names = {field.name for field in dataclasses.fields(config)} - {"projection"}
+    options = {"projection": cell.get("projection")} | cell.get("options", {})
+    own = {name: options.pop(name) for name in names & set(options)}
+    rates = {"learning_rate": 1.0, "lora_learning_rate": 1.0}
+    config = dataclasses.replace(config, **rates | own)
+    return config, {"options": options, "b2": cell.get("b2", 0.999)}

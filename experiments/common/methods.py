@@ -1,0 +1,400 @@
+"""The methods that are compared: the one list that every command reads.
+
+A new method is one entry of `METHODS`. Command lines read its name before anything
+heavy is needed, so that `--help` and a refused setting answer at once: optax, jax and
+flora_jax are imported when the first optimizer is made.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import optax
+
+    import flora_jax as fj
+
+
+class _OnUse:
+    """A module that is imported when something of it is asked for."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+if not TYPE_CHECKING:
+    fj, jax, optax = _OnUse("flora_jax"), _OnUse("jax"), _OnUse("optax")
+
+Base = Literal["adafactor", "adam", "sgd"]
+Kind = Literal["momentum", "accumulation", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run sets besides the learning rate; each method reads what it uses."""
+
+    sketch: "fj.Sketch | int" = 1
+    base: Base = "adafactor"
+    """The optimizer whose gradients or momentum are kept."""
+    micro_batches: int = 1
+    """Calls in one cycle of an accumulation."""
+    b1: float = 0.9
+    """Decay of the momentum."""
+    b2: float = 0.999
+    """Decay of the second moment, where it is Adam's."""
+    refresh_every: int | None = 200
+    """Updates between two projections; None keeps the first."""
+    estimator: str = "paper"
+    """Of a sketched momentum."""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Further arguments of the recipe, by name, which replace what is shared."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One row of a table: an optimizer, and what it keeps."""
+
+    name: str
+    title: str
+    make: "Callable[[optax.ScalarOrSchedule, Settings], Any]"
+    """From a learning rate, or a schedule of it."""
+    kind: Kind = "none"
+    """What FLORA compresses in it, or would: the buffer that tables are about."""
+    ranked: bool = False
+    """Whether a rank is chosen."""
+    adapters: bool = False
+    """Train LoRA's adapters in place of the matrices."""
+    sketched_gradients: bool = False
+    """Gradients are sketched during backpropagation."""
+    base: Base | None = None
+    """Its base optimizer, unless that is for the run to choose."""
+    peers: tuple[str, ...] = ()
+    """The uncompressed methods that it is compared with."""
+
+    @property
+    def buffer(self) -> str:
+        """Name of the buffer in the optimizer's state."""
+        if self.kind == "accumulation":
+            return "acc_grads"
+        return "momentum" if self.compressed else "ema"
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the buffer is a sketch."""
+        return self.ranked and not self.adapters
+
+    def micro_batches(self, config: Any) -> int:
+        """Returns the number of parts in which an update sees its batch."""
+        return config.micro_batches if self.kind == "accumulation" else 1
+
+    def optimizer(
+        self, learning_rate: "optax.ScalarOrSchedule", settings: Settings
+    ) -> "optax.GradientTransformationExtraArgs":
+        """Returns the optimizer."""
+        if self.base is not None:
+            settings = dataclasses.replace(settings, base=self.base)
+        return self.make(learning_rate, with_options(settings, settings.options))
+
+
+def settings_of(
+    config: Any, rank: int | None, seed: int | None = None, **changes: Any
+) -> Settings:
+    """Returns what the settings of a pretraining or a fine-tuning say of a method.
+
+    Args:
+        config: of either.
+        rank: None where no rank is chosen.
+        seed: of the projections, in place of the one of `config`.
+        **changes: other fields.
+    """
+    sketch = fj.Sketch(
+        1 if rank is None else rank,
+        projection=built(config.projection),
+        key=config.seed if seed is None else seed,
+        mask=fj.not_embeddings,
+    )
+    fields = {
+        "sketch": sketch,
+        "base": config.optimizer,
+        "micro_batches": config.micro_batches,
+        "b1": config.momentum,
+        "refresh_every": config.resample_every,
+        "estimator": config.estimator,
+    }
+    return Settings(**fields | changes)
+
+
+def with_options(settings: Settings, options: Mapping[str, Any]) -> Settings:
+    """Returns the settings with options that belong to the sketch moved into it.
+
+    Objects are written as in JSON: `"SRHT"`, `{"Fira": {"limiter": null}}`.
+    """
+    options = {name: built(value) for name, value in options.items()}
+    names = {field.name for field in dataclasses.fields(fj.Sketch)}
+    own = {name: options.pop(name) for name in names & set(options)}
+    sketch = settings.sketch
+    if isinstance(sketch, int):
+        sketch = fj.Sketch(sketch)
+    sketch = dataclasses.replace(sketch, **own)
+    return dataclasses.replace(settings, sketch=sketch, options=options)
+
+
+def built(value: Any) -> Any:
+    """Returns flora_jax's object of a name, or of {name: arguments}; all else as is."""
+    if isinstance(value, str) and value[:1].isupper():
+        return getattr(fj, value)()
+    if isinstance(value, dict):
+        ((name, arguments),) = value.items()
+        return getattr(fj, name)(**arguments)
+    return value
+
+
+def matrices(params: Any) -> Any:
+    """Returns whether each parameter is one that sketches are taken of."""
+    plans = fj.plan_leaves(params, fj.Sketch(1, mask=fj.not_embeddings))
+    return jax.tree.map(
+        lambda plan: plan.dense_reason is None,
+        plans,
+        is_leaf=lambda node: isinstance(node, fj.LeafPlan),
+    )
+
+
+def schedule(
+    peak: float, updates: int, warmup_fraction: float, *, end: float
+) -> "optax.Schedule":
+    """Linear warm-up to the peak, then a cosine down to `end` of it."""
+    warmup = round(warmup_fraction * updates)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=peak / (warmup + 1),  # at 0 the first update would be lost
+        peak_value=peak,
+        warmup_steps=warmup,
+        decay_steps=max(updates, warmup + 1),
+        end_value=peak * end,
+    )
+
+
+def _base(rate: Any, s: Settings) -> Any:
+    """The base optimizer; Adam's own momentum is not what is compared."""
+    match s.base:
+        case "adafactor":
+            return optax.adafactor(rate)
+        case "adam":
+            return optax.adam(rate, b1=s.b1)
+        case "sgd":
+            return optax.sgd(rate)
+
+
+def _full_momentum(rate: Any, s: Settings) -> Any:
+    if s.base == "adafactor":
+        return optax.adafactor(rate, momentum=s.b1)
+    return _averaged(optax.ema(s.b1, debias=False), rate, s)
+
+
+def _momentum(rate: Any, s: Settings) -> Any:
+    own = {"resample_every": s.refresh_every, "estimator": s.estimator} | s.options
+    if s.base == "adafactor":
+        return fj.flora(rate, s.sketch, **{"b1": s.b1} | own)
+    return _averaged(fj.compressed_momentum(s.b1, s.sketch, **own), rate, s)
+
+
+def _averaged(momentum: Any, rate: Any, s: Settings) -> Any:
+    if s.base == "adam":
+        raise ValueError(
+            "`base` must be adafactor or sgd for a method with a momentum, got 'adam', "
+            "which has one of its own"
+        )
+    return optax.chain(momentum, optax.scale_by_learning_rate(rate))
+
+
+def _multi_steps(rate: Any, s: Settings) -> Any:
+    return optax.MultiSteps(_base(rate, s), s.micro_batches).gradient_transformation()
+
+
+def _accumulation(rate: Any, s: Settings) -> Any:
+    return fj.compressed_accumulation(_base(rate, s), s.micro_batches, s.sketch)
+
+
+def _in_subspace(recipe: str, **shared: Any) -> Callable[[Any, Settings], Any]:
+    """A recipe of flora_jax that has Adam's second moment and renews its basis."""
+
+    def make(rate: Any, s: Settings) -> Any:
+        own = {"b2": s.b2, "refresh_every": s.refresh_every} | shared | s.options
+        return getattr(fj, recipe)(rate, s.sketch, **own)
+
+    return make
+
+
+def _apollo_mini(rate: Any, s: Settings) -> Any:
+    sketch = dataclasses.replace(s.sketch, rank=1)
+    return _in_subspace("apollo_mini")(rate, dataclasses.replace(s, sketch=sketch))
+
+
+def _flora_muon(rate: Any, s: Settings) -> Any:
+    own = {"refresh_every": s.refresh_every} | s.options
+    return fj.flora_muon(rate, s.sketch, **own)
+
+
+def _adamw(rate: Any, s: Settings) -> Any:
+    return _coded(optax.adamw(rate, b2=s.b2, weight_decay=0.0), s)
+
+
+def _muon(rate: Any, s: Settings) -> Any:
+    """Muon for the matrices that others sketch, Adam for all else, at one rate.
+
+    Its update has the size of Adam's (consistent_rms = 0.2), as its authors advise
+    where the two share a learning rate.
+    """
+
+    def specs(params: Any) -> Any:
+        return jax.tree.map(
+            lambda plan: (
+                None
+                if plan.dense_reason
+                else optax.contrib.MuonDimensionNumbers(plan.row_axes, plan.column_axes)
+            ),
+            fj.plan_leaves(params, dataclasses.replace(s.sketch, rank=1)),
+            is_leaf=lambda node: isinstance(node, fj.LeafPlan),
+        )
+
+    tx = optax.contrib.muon(
+        rate, adam_b2=s.b2, consistent_rms=0.2, muon_weight_dimension_numbers=specs
+    )
+    return _coded(tx, s)
+
+
+def _coded(tx: Any, s: Settings) -> Any:
+    dtype = s.options.get("state_dtype")
+    return tx if dtype is None else fj.quantize_state(tx, dtype)
+
+
+def _orthogonalized(momentum: Any, rate: Any, s: Settings) -> Any:
+    """Muon's step."""
+    rules = fj.LeafRules(mask=s.sketch.mask)
+    step = optax.scale_by_learning_rate(rate)
+    return optax.chain(momentum, fj.orthogonalize(rules=rules), step)
+
+
+def _adamw_orthogonal(rate: Any, s: Settings) -> Any:
+    return _orthogonalized(optax.scale_by_adam(b2=s.b2), rate, s)
+
+
+def _sketched_muon(rate: Any, s: Settings) -> Any:
+    momentum = fj.compressed_momentum(
+        0.95, s.sketch, resample_every=s.refresh_every, estimator="nesterov"
+    )
+    return _orthogonalized(momentum, rate, s)
+
+
+def _optax_galore(rate: Any, s: Settings) -> Any:
+    rank, every = s.sketch.rank, s.refresh_every
+    return optax.contrib.galore(rate, rank=rank, update_proj_gap=every)
+
+
+# Settings that entries share; the peers are the uncompressed methods.
+_ACCUMULATION: Any = {"kind": "accumulation", "peers": ("full_accumulation",)}
+_MOMENTUM: Any = {"kind": "momentum", "peers": ("full_momentum",)}
+_RANKED: Any = {"ranked": True, "peers": ("adamw",)}
+_SKETCHED: Any = {"ranked": True, "sketched_gradients": True}
+_LORA: Any = {"ranked": True, "adapters": True}
+
+METHODS = {
+    method.name: method
+    for method in (
+        # What is kept of the gradients of a base optimizer that the run chooses.
+        Method("none", "No accumulation", _base),
+        Method("full_accumulation", "Full accumulation", _multi_steps, "accumulation"),
+        Method(
+            "flora_accumulation",
+            "FLORA accumulation",
+            _accumulation,
+            ranked=True,
+            **_ACCUMULATION,
+        ),
+        Method(
+            "sketched_accumulation",
+            "FLORA accumulation, sketched gradients",
+            _accumulation,
+            **_ACCUMULATION | _SKETCHED,
+        ),
+        Method(
+            "lora_accumulation",
+            "LoRA accumulation",
+            _multi_steps,
+            **_ACCUMULATION | _LORA,
+        ),
+        Method(
+            "adam_accumulation",
+            "Adam, full accumulation",
+            _multi_steps,
+            "accumulation",
+            base="adam",
+        ),
+        Method("full_momentum", "Full momentum", _full_momentum, "momentum"),
+        Method("flora_momentum", "FLORA momentum", _momentum, ranked=True, **_MOMENTUM),
+        Method("lora_momentum", "LoRA momentum", _full_momentum, **_MOMENTUM | _LORA),
+        # Optimizers as they are called, without weight decay.
+        Method("sgd", "SGD", _base, base="sgd"),
+        Method("adam", "Adam", _base, base="adam"),
+        Method("adamw", "AdamW", _adamw),
+        Method("adamw_orthogonal", "AdamW, orthogonalized", _adamw_orthogonal),
+        Method("adafactor", "Adafactor", _base, base="adafactor"),
+        Method(
+            "adafactor_momentum",
+            "Adafactor + momentum",
+            _full_momentum,
+            "momentum",
+            base="adafactor",
+        ),
+        Method("muon", "Muon", _muon),
+        Method("optax_galore", "GaLore of optax", _optax_galore, **_RANKED),
+        Method(
+            "flora",
+            "FLORA",
+            _momentum,
+            "momentum",
+            ranked=True,
+            base="adafactor",
+            peers=("adafactor_momentum",),
+        ),
+        Method("galore", "GaLore", _in_subspace("galore"), **_RANKED),
+        Method("fira", "Fira", _in_subspace("fira"), **_RANKED),
+        Method("apollo", "APOLLO", _in_subspace("apollo"), **_RANKED),
+        Method("apollo_mini", "APOLLO-Mini", _apollo_mini, peers=("adamw",)),
+        Method(
+            "dct_adamw",
+            "DCT-AdamW",
+            _in_subspace("dct_adamw", refresh_every=1),
+            **_RANKED,
+        ),
+        Method(
+            "flora_adamw", "AdamW on sketches", _in_subspace("flora_adamw"), **_RANKED
+        ),
+        Method("flora_muon", "FLORA-Muon", _flora_muon, ranked=True, peers=("muon",)),
+        Method(
+            "sketched_muon",
+            "Muon, sketched",
+            _sketched_muon,
+            ranked=True,
+            peers=("muon",),
+        ),
+    )
+}
+
+MAIN = ("full_momentum", "flora_momentum", "full_accumulation", "flora_accumulation")
+"""Methods of the main job: two uncompressed ones, each with its compressed peer."""
+
+FINETUNE = (
+    "none",
+    "full_accumulation",
+    "flora_accumulation",
+    "sketched_accumulation",
+    "lora_accumulation",
+    "full_momentum",
+    "flora_momentum",
+    "lora_momentum",
+)
+"""Methods of a fine-tuning: the rows of the paper's tables."""

@@ -1,0 +1,79 @@
+"""What every report is made of: mean ± standard error, and Markdown tables.
+
+A report is a function of the file with the data: it writes table and pictures beside
+it. `python -m experiments.<question>.report FILE` does so again without a measurement.
+"""
+
+import math
+import pathlib
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+
+def mean_and_error(values: Sequence[float | None]) -> tuple[float, float]:
+    """Returns mean and standard error over seeds.
+
+    Args:
+        values: one for each seed, None where the run diverged.
+
+    Returns:
+        (infinity, 0) if one diverged; an error of 0 for a single seed.
+    """
+    finite = [value for value in values if value is not None]
+    if len(finite) < len(values):
+        return math.inf, 0.0
+    error = 0.0
+    if len(finite) > 1:
+        error = statistics.stdev(finite) / math.sqrt(len(finite))
+    return statistics.fmean(finite), error
+
+
+def written(values: Sequence[float | None], digits: int = 3, sign: str = "") -> str:
+    """Returns "mean ± error", without the error of a single seed, or "diverged"."""
+    mean, error = mean_and_error(values)
+    if not math.isfinite(mean):
+        return "diverged"
+    spread = f" ± {error:.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:{sign}.{digits}f}{spread}"
+
+
+def markdown(columns: Mapping[str, Callable[[Any], Any]], rows: Iterable[Any]) -> str:
+    """Returns a Markdown table: a line for each row.
+
+    Args:
+        columns: from a row to each of its cells, by the heading. Those that hold
+            numbers are aligned right; None is an empty cell.
+        rows: of any type.
+    """
+    cells = [[_text(make(row)) for make in columns.values()] for row in rows]
+    numeric = [_is_numeric(column) for column in zip(*cells, strict=True)]
+    rules = ["---:" if right else "---" for right in numeric or [False] * len(columns)]
+    lines = [list(columns), rules, *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _text(cell: Any) -> str:
+    return "" if cell is None else str(cell)
+
+
+def _is_numeric(column: Iterable[str]) -> bool:
+    filled = [cell for cell in column if cell not in ("", "diverged")]
+    return all(cell.lstrip("+-")[:1].isdigit() for cell in filled)
+
+
+def megabytes(count: float, digits: int = 2) -> str:
+    """Returns bytes in MB (10⁶)."""
+    return f"{count / 1e6:.{digits}f}"
+
+
+def ranked(title: str, rank: int | None) -> str:
+    """Returns a title with its rank, if there is one."""
+    return title if rank is None else f"{title}, r={rank}"
+
+
+def main(write: Callable[[pathlib.Path], None]) -> None:
+    """Writes the reports of the files that the command line names."""
+    for name in sys.argv[1:]:
+        write(pathlib.Path(name))

@@ -1,0 +1,1 @@
+"""Which projection trains best at which rank."""
