@@ -177,8 +177,8 @@ def schedule(
     )
 
 
-def _base(rate: Any, s: Settings) -> Any:
-    """The base optimizer; Adam's own momentum is not what is compared."""
+def base_optimizer(rate: Any, s: Settings) -> Any:
+    """Returns the base optimizer; Adam's own momentum is not what is compared."""
     match s.base:
         case "adafactor":
             return optax.adafactor(rate)
@@ -211,11 +211,15 @@ def _averaged(momentum: Any, rate: Any, s: Settings) -> Any:
 
 
 def _multi_steps(rate: Any, s: Settings) -> Any:
-    return optax.MultiSteps(_base(rate, s), s.micro_batches).gradient_transformation()
+    return optax.MultiSteps(
+        base_optimizer(rate, s), s.micro_batches
+    ).gradient_transformation()
 
 
 def _accumulation(rate: Any, s: Settings) -> Any:
-    return fj.compressed_accumulation(_base(rate, s), s.micro_batches, s.sketch)
+    return fj.compressed_accumulation(
+        base_optimizer(rate, s), s.micro_batches, s.sketch
+    )
 
 
 def _in_subspace(recipe: str, **shared: Any) -> Callable[[Any, Settings], Any]:
@@ -305,7 +309,7 @@ METHODS = {
     method.name: method
     for method in (
         # What is kept of the gradients of a base optimizer that the run chooses.
-        Method("none", "No accumulation", _base),
+        Method("none", "No accumulation", base_optimizer),
         Method("full_accumulation", "Full accumulation", _multi_steps, "accumulation"),
         Method(
             "flora_accumulation",
@@ -337,11 +341,11 @@ METHODS = {
         Method("flora_momentum", "FLORA momentum", _momentum, ranked=True, **_MOMENTUM),
         Method("lora_momentum", "LoRA momentum", _full_momentum, **_MOMENTUM | _LORA),
         # Optimizers as they are called, without weight decay.
-        Method("sgd", "SGD", _base, base="sgd"),
-        Method("adam", "Adam", _base, base="adam"),
+        Method("sgd", "SGD", base_optimizer, base="sgd"),
+        Method("adam", "Adam", base_optimizer, base="adam"),
         Method("adamw", "AdamW", _adamw),
         Method("adamw_orthogonal", "AdamW, orthogonalized", _adamw_orthogonal),
-        Method("adafactor", "Adafactor", _base, base="adafactor"),
+        Method("adafactor", "Adafactor", base_optimizer, base="adafactor"),
         Method(
             "adafactor_momentum",
             "Adafactor + momentum",

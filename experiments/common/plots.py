@@ -15,6 +15,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5
 """Of Okabe and Ito, told apart by the colour-blind too; marks differ in shape."""
 GREY = "#BBBBBB"
 MARKS = "osD^v<>Phd*pX"
+DASHES = ("-", "--", "-.", ":")
 LOSS = "validation loss (nats per token)"
 SEEDS = "Mean and standard error over seeds"
 
@@ -87,7 +88,7 @@ def bars(
     Returns:
         The length of each bar.
     """
-    colours = (GREY, PALETTE[4], PALETTE[1], PALETTE[5])
+    colours = (GREY, PALETTE[4], PALETTE[1], "#F0E442")
     left = np.zeros(len(labels))
     for (name, widths), colour in zip(parts.items(), colours, strict=False):
         axes.barh(labels, widths, left=left, color=colour, edgecolor="w", label=name)

@@ -1,12 +1,20 @@
-"""Command line: `python -m experiments.dynamics`."""
+"""What LoRA and FLORA do to the weights of a fine-tuning from a checkpoint.
+
+How close LoRA's change stays to the projected accumulated gradient, and the spectrum of
+what each method changes. Writes the numbers, two tables and two pictures.
+"""
 
 import sys
 
-import tyro
+from experiments.common import command
+from experiments.dynamics.config import Config
 
-from experiments.common.command import execute
-from experiments.dynamics.run import Config
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status of `command.execute`."""
+    name = "experiments.dynamics"
+    return command.main(Config, f"{name}.run", f"python -m {name}", __doc__, arguments)
+
 
 if __name__ == "__main__":
-    settings = tyro.cli(Config, prog="python -m experiments.dynamics")
-    sys.exit(execute(settings, "experiments.dynamics.run", "interrupted; run it again"))
+    sys.exit(main())

@@ -7,16 +7,20 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-from experiments.common.errors import PROJECTIONS, ConfigError, flag
+from experiments.common.config import check_at_least, check_choices
+from experiments.common.errors import ConfigError, flag
 from experiments.models.config import PUBLISHED, GPT2Config
+
+ModelName = Literal[tuple(PUBLISHED)]
+Projection = Literal["CountSketch", "Gaussian", "Rademacher", "Orthogonal", "SRHT"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What is measured."""
 
-    model: tuple[str, ...] = ("gpt2", "t5-small")
-    """Published sizes of the blocks; see `python -m experiments.step_memory --help`."""
+    models: tuple[ModelName, ...] = ("gpt2", "t5-small")
+    """Published sizes of the blocks."""
     blocks: int = 1
     """Blocks of a GPT-2; encoder blocks and decoder blocks of a T5."""
     batch_size: int = 2
@@ -25,41 +29,31 @@ class Config:
     """Tokens of an example; for a T5 of its source and of its target."""
     ranks: tuple[int, ...] = (16, 64, 256)
     """Ranks of the sketches."""
-    projections: tuple[str, ...] = ("CountSketch", "Gaussian")
+    projections: tuple[Projection, ...] = ("CountSketch", "Gaussian")
     """How matrices are sketched."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters and sketches are float32."""
     rounds: int = 7
     """Timed micro-steps of each contender, after two that are not timed."""
     output_dir: pathlib.Path = pathlib.Path("runs/micro_step")
-    """Where micro_step.json, micro_step.md and micro_step.png go."""
+    """Where micro_step.json, table and picture go."""
 
     def validate(self) -> None:
-        """Refuse settings that make no sense.
+        """Refuses settings that make no sense.
 
         Raises:
             ConfigError: naming the argument, its value, and what to give instead.
         """
-        for name in ("model", "ranks", "projections"):
+        check_choices(self)
+        check_at_least(self, "ranks blocks batch_size length")
+        check_at_least(self, "rounds", least=2)  # For a median and quartiles.
+        for name in ("models", "ranks", "projections"):
             if not getattr(self, name):
                 raise ConfigError(f"`{flag(name)}` must name at least one, got none")
-        choices = {"model": tuple(PUBLISHED), "projections": PROJECTIONS}
-        for name, known in choices.items():
-            for value in getattr(self, name):
-                if value not in known:
-                    raise ConfigError(
-                        f"`{flag(name)}` must be of {', '.join(known)}, got {value!r}"
-                    )
-        for name in ("blocks", "batch_size", "length", "rounds", "ranks"):
-            values = getattr(self, name)
-            if any(x < 1 for x in (values if name == "ranks" else (values,))):
-                raise ConfigError(f"`{flag(name)}` must be at least 1, got {values}")
-        for name in self.model:
+        for name in self.models:
             size = PUBLISHED[name]
             if isinstance(size, GPT2Config) and self.length > size.context:
                 raise ConfigError(
                     f"`--length` must be at most {size.context}, the context of {name},"
                     f" got {self.length}"
                 )
-        if self.rounds < 2:
-            raise ConfigError("`--rounds` must be at least 2, for a median, got 1")

@@ -1,12 +1,20 @@
-"""Command line: `python -m experiments.reduction`."""
+"""Trains a small GPT-2 on several devices that average gradients, or sketches.
+
+Without and with error feedback; counts the bytes that are all-reduced. On a machine
+without accelerators JAX_NUM_CPU_DEVICES=8 makes eight devices.
+"""
 
 import sys
 
-import tyro
+from experiments.common import command
+from experiments.reduction.config import Config
 
-from experiments.common.command import execute
-from experiments.reduction.run import Config
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status of `command.execute`."""
+    name = "experiments.reduction"
+    return command.main(Config, f"{name}.run", f"python -m {name}", __doc__, arguments)
+
 
 if __name__ == "__main__":
-    settings = tyro.cli(Config, prog="python -m experiments.reduction")
-    sys.exit(execute(settings, "experiments.reduction.run"))
+    sys.exit(main())

@@ -1,92 +1,90 @@
 """What ways of averaging gradients over devices came to: table and picture."""
 
-import math
 import pathlib
-import statistics
-from typing import NamedTuple
 
-from matplotlib.figure import Figure
+from experiments.common import plots, report
+from experiments.common.records import Row, read_rows
 
-from experiments.common import records
-
-# From the palette of Okabe and Ito.
-_COLOURS = {"plain": "#0072B2", "sketch": "#D55E00", "feedback": "#009E73"}
-_LINES = ("-", "--", ":", "-.")
-
-
-class Way(NamedTuple):
-    """How gradients are averaged."""
-
-    name: str
-    """plain, sketch or feedback."""
-    rank: int = 0
-
-    @property
-    def title(self) -> str:
-        """For people."""
-        kinds = {"plain": "gradients", "sketch": "sketches", "feedback": "sketches, EF"}
-        return kinds[self.name] + (f", r={self.rank}" if self.rank else "")
+_TITLES = {
+    "plain": "gradients",
+    "sketch": "sketches",
+    "feedback": "sketches, error feedback",
+}
+_VARIED = ("way", "rank", "learning_rate", "seed", "validation_loss", "curve")
+_VARIED += ("bytes_all_reduced",)
 
 
-def _mean_and_error(losses: list[float]) -> tuple[float, float]:
-    """Mean and standard error over seeds."""
-    spread = statistics.stdev(losses) if len(losses) > 1 else math.nan
-    return statistics.mean(losses), spread / math.sqrt(len(losses))
+def write(path: pathlib.Path) -> None:
+    """Writes the table (.md) and the picture (.png) beside the runs."""
+    best = _best(read_rows(path))
+    whole = best[0][0]["bytes_all_reduced"]
+    columns = {
+        "averaged": _title,
+        "learning rate": lambda rows: f"{rows[0]['learning_rate']:g}",
+        "seeds": len,
+        "bytes all-reduced per update": lambda rows: (
+            f"{rows[0]['bytes_all_reduced']:,}"
+        ),
+        "fraction": lambda rows: f"{rows[0]['bytes_all_reduced'] / whole:.3f}",
+        "validation loss": lambda rows: report.written(_losses(rows)),
+    }
+    path.with_suffix(".md").write_text(report.markdown(columns, best))
+    _draw(best, path.with_suffix(".png"))
 
 
-def _title(row: records.Row) -> str:
-    return Way(row["way"], row["rank"]).title
+def _title(rows: list[Row]) -> str:
+    return report.ranked(_TITLES[rows[0]["way"]], rows[0]["rank"] or None)
 
 
-def table(best: list[list[records.Row]]) -> str:
-    """Returns a Markdown table, a line for each way."""
-    lines = [
-        "| averaged | learning rate | seeds | bytes reduced per update | part of all |"
-        " validation loss |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+def _losses(rows: list[Row]) -> list[float | None]:
+    return [row["validation_loss"] for row in rows]
+
+
+def _best(rows: list[Row]) -> list[list[Row]]:
+    """The rows of all seeds of each way, at the learning rate of the lowest mean.
+
+    Rows of other settings than those of the last one are left out.
+    """
+    shared = {name: x for name, x in rows[-1].items() if name not in _VARIED}
+    ways: dict[tuple[str, int], dict[float, list[Row]]] = {}
+    for row in rows:
+        if shared.items() <= row.items():
+            rates = ways.setdefault((row["way"], row["rank"]), {})
+            rates.setdefault(row["learning_rate"], []).append(row)
+    return [
+        min(rates.values(), key=lambda rows: report.mean_and_error(_losses(rows)))
+        for rates in ways.values()
     ]
-    whole = best[0][0]["bytes_reduced"]
-    for rows in best:
-        mean, error = _mean_and_error([row["validation_loss"] for row in rows])
-        sent = rows[0]["bytes_reduced"]
-        lines.append(
-            f"| {_title(rows[0])} | {rows[0]['learning_rate']:g} | {len(rows)} "
-            f"| {sent:,} | {sent / whole:.3f} | {mean:.3f} ± {error:.3f} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
-def draw(best: list[list[records.Row]], path: pathlib.Path) -> None:
+def _draw(best: list[list[Row]], path: pathlib.Path) -> None:
     """Draws the validation loss over the updates: mean and standard error."""
-    figure = Figure(figsize=(7.6, 4.6), layout="constrained")
-    axes = figure.subplots()
+    first = best[0][0]
     ranks = sorted({rows[0]["rank"] for rows in best})
-    styles = dict(zip(ranks, _LINES * len(ranks), strict=False))
-    whole = best[0][0]["bytes_reduced"]
-    for rows in best:
-        points = list(zip(*(row["curve"] for row in rows), strict=True))
-        losses = [[loss for _, loss in point] for point in points]
-        label = (
-            f"{_title(rows[0])}: {rows[0]['bytes_reduced'] / whole:.0%} of the bytes"
-        )
-        axes.errorbar(
-            [point[0][0] for point in points],
-            *zip(*map(_mean_and_error, losses), strict=True),
-            color=_COLOURS[rows[0]["way"]],
-            linestyle=styles[rows[0]["rank"]],
-            marker="o",
-            markersize=4,
-            capsize=3,
-            label=label,
-        )
-    axes.set_xlabel("update")
-    axes.set_ylabel("validation loss (nats per token)")
-    count = best[0][0]["devices"]
-    axes.set_title(
-        f"What {count} devices average, each way at its best learning rate;"
-        f" {len(best[0])} seeds",
-        fontsize=10,
+    title = (
+        f"What {first['devices']} devices average, each way at its best learning rate; "
+        f"{len(best[0])} seeds"
     )
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    with plots.picture(path, (7.6, 4.6), title=title) as panels:
+        axes = panels[0, 0]
+        for rows in best:
+            if None in _losses(rows):
+                continue  # The table says so.
+            share = rows[0]["bytes_all_reduced"] / first["bytes_all_reduced"]
+            points = list(zip(*(row["curve"] for row in rows), strict=True))
+            plots.points(
+                axes,
+                [point[0][0] for point in points],
+                [[loss for _, loss in point] for point in points],
+                list(_TITLES).index(rows[0]["way"]),
+                linestyle=plots.DASHES[ranks.index(rows[0]["rank"]) % 4],
+                markersize=4,
+                label=f"{_title(rows)}: {share:.0%} of the bytes",
+            )
+        axes.set_xlabel("update")
+        axes.set_ylabel(plots.LOSS)
+        axes.legend(frameon=False, fontsize=9)
+
+
+if __name__ == "__main__":
+    report.main(write)

@@ -1,105 +1,73 @@
 """The table and the picture of the memory of a training step."""
 
+import json
 import pathlib
-from collections.abc import Sequence
+from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from experiments.step_memory.config import Config
-from experiments.step_memory.measure import Row
+from experiments.common import plots, report
+from experiments.common.methods import METHODS
+from experiments.common.records import Row
 
 _GIB = 2**30
-_TITLES = {
-    "adam": "Adam, full accumulation",
-    "naive": "Adafactor, full accumulation",
-    "lora": "LoRA",
-    "flora": "FLORA",
-    "sketched": "FLORA, sketched gradients",
-}
-_COLUMNS = (
-    "model",
-    "method",
-    "rank",
-    "parameters",
-    "optimizer",
-    "accumulator",
-    "accumulate step",
-    "apply step",
-)
-# From the palette of Okabe and Ito.
-_PARTS = (
-    ("parameters", "#BBBBBB", None),
-    ("optimizer state", "#56B4E9", None),
-    ("accumulator", "#D55E00", None),
-    ("temporaries of the larger step", "#F0E442", "///"),
-)
+_SIZES = ("parameters", "optimizer", "accumulator", "accumulate_step", "apply_step")
 
 
-def label(row: Row) -> str:
-    """Returns the name of a method, with its rank."""
-    title = _TITLES[row.method]
-    return title if row.rank is None else f"{title}, rank {row.rank}"
-
-
-def table(config: Config, rows: Sequence[Row]) -> str:
-    """Returns a Markdown table, in GiB, under what it was measured with."""
-    layers = "scanned" if config.scan else "unrolled"
-    activations = "computed again" if config.remat else "kept"
-    lines = [
-        f"GiB; {config.dtype} computation, float32 parameters and state; micro-batches "
-        f"of {config.batch_size} with {config.source_length} + {config.target_length} "
-        f"tokens; layers {layers}, activations {activations}.",
-        "",
-        f"| {' | '.join(_COLUMNS)} |",
-        "| --- | --- |" + " ---: |" * (len(_COLUMNS) - 2),
-    ]
-    for row in rows:
-        sizes = (
-            row.parameters,
-            row.optimizer,
-            row.accumulator,
-            row.accumulate_step,
-            row.apply_step,
+def write(path: pathlib.Path) -> None:
+    """Writes the table (.md) and the picture (.png) beside the data."""
+    content = json.loads(path.read_text())
+    rows = content["rows"]
+    columns: dict[str, Any] = {
+        "model": lambda row: row["model"],
+        "method": lambda row: METHODS[row["method"]].title,
+        "rank": lambda row: row["rank"],
+    }
+    for name in _SIZES:
+        columns[name.replace("_", " ")] = lambda row, name=name: (
+            f"{row[name] / _GIB:.3f}"
         )
-        cells = " | ".join(f"{size / _GIB:.3f}" for size in sizes)
-        name = f"{row.model} | {_TITLES[row.method]} | {row.rank or ''}"
-        lines.append(f"| {name} | {cells} |")
-    return "\n".join(lines) + "\n"
+    text = f"{_caption(content['config'])}\n\n{report.markdown(columns, rows)}"
+    path.with_suffix(".md").write_text(text)
+    _draw(rows, path.with_suffix(".png"))
 
 
-def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
+def _caption(config: dict[str, Any]) -> str:
+    layers = "scanned" if config["scan"] else "unrolled"
+    activations = "recomputed" if config["remat"] else "kept"
+    return (
+        f"GiB; Adafactor unless Adam is said; {config['dtype']} computation, float32 "
+        f"parameters and state; micro-batches of {config['batch_size']} with "
+        f"{config['source_length']} + {config['target_length']} tokens; layers "
+        f"{layers}, activations {activations}."
+    )
+
+
+def _draw(rows: list[Row], path: pathlib.Path) -> None:
     """Draws a panel of bars per model."""
-    models = list(dict.fromkeys(row.model for row in rows))
-    groups = [[row for row in rows if row.model == model] for model in models]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    groups = [[row for row in rows if row["model"] == model] for model in models]
     heights = [len(group) + 1.5 for group in groups]
-    figure = Figure(figsize=(9, 0.34 * sum(heights) + 1.2), layout="constrained")
-    panels = figure.subplots(len(models), squeeze=False, height_ratios=heights)[:, 0]
-    for axes, model, group in zip(panels, models, groups, strict=True):
-        _bars(axes, group)
-        axes.set_title(model, fontsize=10)
-    panels[-1].set_xlabel("GiB of one device")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=150)
+    size, shape = (9, 0.34 * sum(heights) + 1.2), (len(models), 1)
+    with plots.picture(path, size, shape, height_ratios=heights) as panels:
+        for axes, model, group in zip(panels[:, 0], models, groups, strict=True):
+            _bars(axes, group)
+            axes.set_title(model, fontsize=10)
+        axes.set_xlabel("GiB of one device")
+        plots.legend_below(axes)
 
 
-def _bars(axes: Axes, rows: Sequence[Row]) -> None:
-    left = [0.0] * len(rows)
-    for i, (name, colour, hatch) in enumerate(_PARTS):
-        widths = [_parts(row)[i] / _GIB for row in rows]
-        axes.barh(
-            [label(row) for row in rows],
-            widths,
-            left=left,
-            color=colour,
-            hatch=hatch,
-            edgecolor="white",
-            label=name,
-        )
-        left = [start + width for start, width in zip(left, widths, strict=True)]
+def _bars(axes: plots.Axes, rows: list[Row]) -> None:
+    labels = [report.ranked(METHODS[row["method"]].title, row["rank"]) for row in rows]
+    parts = {
+        name: [row[name] / _GIB for row in rows]
+        for name in ("parameters", "optimizer", "accumulator")
+    }
+    parts["temporaries of the larger step"] = [
+        max(row["accumulate_temporaries"], row["apply_temporaries"]) / _GIB
+        for row in rows
+    ]
+    totals = plots.bars(axes, labels, parts)
     axes.plot(
-        [row.accumulate_step / _GIB for row in rows],
+        [row["accumulate_step"] / _GIB for row in rows],
         range(len(rows)),
         color="black",
         marker="|",
@@ -108,13 +76,10 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
         linestyle="none",
         label="accumulate step alone",
     )
-    for y, total in enumerate(left):
+    for y, total in enumerate(totals):
         axes.text(total, y, f" {total:.1f}", va="center", fontsize=8)
-    axes.set_xlim(0, 1.1 * max(left))
-    axes.invert_yaxis()
-    axes.tick_params(labelsize=8)
+    axes.set_xlim(0, 1.1 * max(totals))
 
 
-def _parts(row: Row) -> tuple[int, int, int, int]:
-    temporaries = max(row.accumulate_temporaries, row.apply_temporaries)
-    return row.parameters, row.optimizer, row.accumulator, temporaries
+if __name__ == "__main__":
+    report.main(write)

@@ -1,34 +1,19 @@
-"""Command line: `python -m experiments.step_time`."""
+"""Times one optimizer step on trees of GPT-2's shapes.
+
+optax's optimizers and ours, in one process and in turns. Writes the data, a table and a
+picture.
+"""
 
 import sys
-from collections.abc import Sequence
 
-import tyro
-
-from experiments.common.command import execute
-from experiments.step_time.config import BenchmarkConfig
-
-_DESCRIPTION = """\
-Times one optimizer step on trees of GPT-2's shapes: optax's optimizers and ours, in one
-process and in turns. Writes a JSON file and a picture."""
+from experiments.common import command
+from experiments.step_time.config import Config
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        arguments: in place of the command line's own.
-
-    Returns:
-        The exit status: 0, or 2 for settings that make no sense.
-    """
-    config = tyro.cli(
-        BenchmarkConfig,
-        prog="python -m experiments.step_time",
-        description=_DESCRIPTION,
-        args=arguments,
-    )
-    return execute(config, "experiments.step_time.run")
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status of `command.execute`."""
+    name = "experiments.step_time"
+    return command.main(Config, f"{name}.run", f"python -m {name}", __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""Settings of the benchmark. Nothing here imports jax."""
+"""What is timed. Nothing here imports jax: `--help` answers at once."""
 
 import dataclasses
 import pathlib
 from typing import Literal
 
-from experiments.common.errors import ConfigError
+from experiments.common.config import check_at_least
 
 Tree = Literal["gpt2", "gpt2-stacked", "gpt2-xl", "gpt2-xl-stacked"]
-
 Which = Literal["flora", "family"]
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchmarkConfig:
+class Config:
     """What is measured."""
 
     contenders: Which = "flora"
@@ -31,23 +30,14 @@ class BenchmarkConfig:
     """Tree of 48 layers whose compile times are compared; nothing is allocated."""
     rounds: int = 7
     """Timed steps of each optimizer, after two that are not timed."""
-    output_dir: pathlib.Path = pathlib.Path("runs/benchmark")
-    """Where benchmark.json, benchmark.md and benchmark.png go."""
+    output_dir: pathlib.Path = pathlib.Path("runs/step_time")
+    """Where flora.json or family.json, the table and the picture go."""
 
     def validate(self) -> None:
-        """Refuse settings that make no sense.
+        """Refuses settings that make no sense.
 
         Raises:
             ConfigError: naming the argument, its value, and what to give instead.
         """
-        if self.rounds < 2:
-            raise ConfigError(
-                f"`--rounds` must be at least 2, for a median and quartiles, got "
-                f"{self.rounds}"
-            )
-        for name in ("ranks", "other_ranks"):
-            if any(rank < 1 for rank in getattr(self, name)):
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(
-                    f"`{flag}` must be at least 1, got {getattr(self, name)}"
-                )
+        check_at_least(self, "rounds", least=2)  # For a median and quartiles.
+        check_at_least(self, "ranks other_ranks")

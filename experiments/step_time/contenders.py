@@ -10,29 +10,35 @@ import jax.numpy as jnp
 import optax
 
 import flora_jax as fj
+from experiments.common.methods import METHODS, Settings
+from experiments.step_time.config import Which
 
-_RATE = 1e-4
-_NEVER = 10**6  # micro-steps per cycle: the last one of a cycle is not timed
-PROJECTIONS = (
-    fj.CountSketch(),
-    fj.Gaussian(),
-    fj.Rademacher(),
-    fj.SRHT(),
-    fj.Orthogonal(),
-)
+_NEVER = 10**6  # Micro-steps in a cycle: the last one of a cycle is not timed.
+_INTERVAL = 200  # Updates between two projections or bases.
+PROJECTIONS = ("CountSketch", "Gaussian", "Rademacher", "SRHT", "Orthogonal")
+_OPTAX = {
+    "sgd": "optax.sgd",
+    "adam": "optax.adam",
+    "adamw": "optax.adamw",
+    "adafactor": "optax.adafactor",
+    "adafactor_momentum": "optax.adafactor(momentum)",
+    "full_accumulation": "optax.MultiSteps(adafactor)",
+    "muon": "optax.contrib.muon",
+    "optax_galore": "optax.contrib.galore",
+}
+_PEERS = {
+    "flora": ("sgd", "adam", "adafactor", "adafactor_momentum", "full_accumulation"),
+    "family": ("adamw", "muon", "adam", "adafactor_momentum"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A step to time: `step(params, state, grads)` returns new params and state.
-
-    In this order: JAX gives a donated argument to the first result of its shape, and
-    would otherwise put the new parameters where the old moments are, with a copy.
-    """
+    """A step to time: `step(params, state, grads)` returns new params and state."""
 
     name: str
     kind: str
-    """optimizer, micro-step, accumulator, resampling or refresh."""
+    """optimizer, micro-step, accumulator or renewal (of projection or basis)."""
     init: Callable[[Any], Any]
     step: Callable[[Any, Any, Any], tuple[Any, Any]]
     rank: int | None = None
@@ -41,29 +47,39 @@ class Contender:
     once: bool = False
     """Takes one step in all, since that takes a minute."""
 
+    def renewing(self, count: int, *, once: bool = False) -> "Contender":
+        """The same step where it is the one that renews projection or basis."""
+        before = functools.partial(_counted, count)
+        return dataclasses.replace(self, kind="renewal", before=before, once=once)
+
 
 def _optimizer(
-    name: str, tx: optax.GradientTransformation, kind: str = "optimizer", **rest: Any
+    method: str,
+    rank: int | None = None,
+    name: str = "",
+    kind: str = "optimizer",
+    **options: Any,
 ) -> Contender:
+    settings = Settings(rank or 1, micro_batches=_NEVER, refresh_every=_INTERVAL)
+    settings = dataclasses.replace(settings, options=options)
+    tx = METHODS[method].optimizer(1e-4, settings)
+
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return Contender(name, kind, tx.init, step, **rest)
+    return Contender(name or _OPTAX.get(method, method), kind, tx.init, step, rank)
 
 
-def _accumulator(projection: fj.Projection, rank: int) -> Contender:
-    accumulator = fj.compressed_accumulator(rank, key=0, projection=projection)
+def _accumulator(projection: str, rank: int) -> Contender:
+    sketch = fj.Sketch(rank, getattr(fj, projection)())
+    accumulator = fj.compressed_accumulator(sketch)
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         return params, accumulator.update(state, grads, 1)
 
-    name = f"compressed_accumulator({_name(projection)})"
+    name = f"compressed_accumulator({projection})"
     return Contender(name, "accumulator", accumulator.init, step, rank)
-
-
-def _name(projection: fj.Projection) -> str:
-    return type(projection).__name__
 
 
 def _counted(number: int, state: Any) -> Any:
@@ -76,117 +92,74 @@ def _counted(number: int, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(set_count, state)
 
 
-_resampling = functools.partial(_counted, 1000)  # A multiple of all our intervals.
-
-
-def peers(stacked: bool, dtype: str) -> Iterator[Contender]:
+def peers(which: Which, stacked: bool, dtype: str) -> Iterator[Contender]:
     """What optax offers, at its own defaults."""
-    yield _optimizer("optax.sgd", optax.sgd(_RATE))
-    yield _optimizer("optax.adam", optax.adam(_RATE))
-    yield _optimizer("optax.adafactor", optax.adafactor(_RATE))
-    yield _optimizer("optax.adafactor(momentum)", optax.adafactor(_RATE, momentum=0.9))
-    multi = optax.MultiSteps(optax.adafactor(_RATE), _NEVER)
-    yield _optimizer(
-        "optax.MultiSteps(adafactor)", multi.gradient_transformation(), "micro-step"
-    )
+    for method in _PEERS[which]:
+        kind = "micro-step" if METHODS[method].kind == "accumulation" else "optimizer"
+        yield _optimizer(method, kind=kind)
     if not stacked and dtype == "float32":  # It takes neither 3-D leaves nor bfloat16.
-        galore = optax.contrib.galore(_RATE, rank=64, update_proj_gap=_NEVER)
-        yield _optimizer("optax.contrib.galore", galore, rank=64)
+        yield _optimizer("optax_galore", 64)
 
 
-def ours(ranks: Sequence[int]) -> Iterator[Contender]:
+def ours(which: Which, ranks: Sequence[int]) -> Iterator[Contender]:
+    """Returns FLORA, or the family, at all ranks."""
+    if which == "family":
+        yield from _both("apollo_mini", 1)
+    for rank in ranks:
+        yield from {"flora": _flora, "family": _family}[which](rank)
+
+
+def _flora(rank: int) -> Iterator[Contender]:
     """FLORA with each projection, the accumulations with the two that matter."""
-    for rank in ranks:
-        for projection in PROJECTIONS:
-            tx = fj.flora(_RATE, rank, reading="paper", projection=projection)
-            yield _optimizer(f"flora({_name(projection)})", tx, rank=rank)
-        for projection in PROJECTIONS[:2]:
-            tx = fj.compressed_accumulation(
-                optax.adafactor(_RATE), _NEVER, rank, projection=projection
-            )
-            name = f"compressed_accumulation({_name(projection)})"
-            yield _optimizer(name, tx, "micro-step", rank=rank)
-            yield _accumulator(projection, rank)
-            tx = fj.flora(_RATE, rank, reading="paper", projection=projection)
-            yield _optimizer(
-                f"flora({_name(projection)})",
-                tx,
-                "resampling",
-                rank=rank,
-                before=_resampling,
-            )
+    for name in PROJECTIONS:
+        flora = _optimizer("flora", rank, f"flora({name})", projection=name)
+        yield flora
+        if name not in PROJECTIONS[:2]:
+            continue
+        title = f"compressed_accumulation({name})"
+        kind = "micro-step"
+        yield _optimizer("flora_accumulation", rank, title, kind, projection=name)
+        yield _accumulator(name, rank)
+        # The momentum moves at the end of the update that completes an interval.
+        yield flora.renewing(_INTERVAL - 1)
 
 
-def _muon_axes(params: Any) -> Any:
-    """Muon for the matrices that ours sketch; the embeddings get its Adam."""
-    return jax.tree.map(
-        lambda plan: (
-            None
-            if plan.dense_reason
-            else optax.contrib.MuonDimensionNumbers(plan.row_axes, plan.column_axes)
-        ),
-        fj.plan_leaves(params, 1),
-        is_leaf=lambda node: isinstance(node, fj.LeafPlan),
-    )
-
-
-def family_peers(stacked: bool, dtype: str) -> Iterator[Contender]:
-    """What optax offers beside the family, at its own defaults."""
-    yield _optimizer("optax.adamw", optax.adamw(_RATE))
-    muon = optax.contrib.muon(_RATE, muon_weight_dimension_numbers=_muon_axes)
-    yield _optimizer("optax.contrib.muon", muon)
-    wanted = ("optax.adam", "optax.adafactor(momentum)", "optax.contrib.galore")
-    yield from (each for each in peers(stacked, dtype) if each.name in wanted)
-
-
-def family(ranks: Sequence[int]) -> Iterator[Contender]:
+def _family(rank: int) -> Iterator[Contender]:
     """Each recipe without a new basis, and with new ones for all matrices at once."""
-    randomized, plain = fj.TopSVD(method="randomized"), {"orthogonal": False}
-    yield from _both("apollo_mini", fj.apollo_mini(_RATE), 1)
-    for rank in ranks:
-        yield from _both("galore(exact)", fj.galore(_RATE, rank), rank, slow=True)
-        for name, recipe, settings in (
-            ("galore(randomized)", fj.galore, {"projection": randomized}),
-            (
-                "galore(randomized, int8)",
-                fj.galore,
-                {"projection": randomized, "state_dtype": "int8"},
-            ),
-            ("fira(randomized)", fj.fira, {"projection": randomized}),
-            ("apollo", fj.apollo, {}),
-            ("dct_adamw(refresh_every=200)", fj.dct_adamw, {"refresh_every": 200}),
-            ("flora_adamw(orthogonal=False)", fj.flora_adamw, plain),
-            (
-                "flora_adamw(orthogonal=False, int8)",
-                fj.flora_adamw,
-                plain | {"state_dtype": "int8"},
-            ),
-        ):
-            yield from _both(name, recipe(_RATE, rank, **settings), rank)
-        yield _optimizer("dct_adamw", fj.dct_adamw(_RATE, rank), rank=rank)
-        yield _optimizer("flora_adamw", fj.flora_adamw(_RATE, rank), rank=rank)
-        yield _optimizer("flora", fj.flora(_RATE, rank), rank=rank)
+    randomized = fj.TopSVD(method="randomized")
+    yield from _both("galore", rank, "galore(exact)", once=True)
+    for method, name, options in (
+        ("galore", "galore(randomized)", {"projection": randomized}),
+        (
+            "galore",
+            "galore(randomized, int8)",
+            {"projection": randomized, "state_dtype": "int8"},
+        ),
+        ("fira", "fira(randomized)", {"projection": randomized}),
+        ("apollo", "apollo", {}),
+        ("dct_adamw", "dct_adamw(refresh_every=200)", {"refresh_every": _INTERVAL}),
+        ("flora_adamw", "flora_adamw", {}),
+        ("flora_adamw", "flora_adamw(int8)", {"state_dtype": "int8"}),
+    ):
+        yield from _both(method, rank, name, **options)
+    yield _optimizer("dct_adamw", rank)
+    name = "flora_adamw(orthogonal=True)"
+    yield _optimizer("flora_adamw", rank, name, orthogonal=True)
+    yield _optimizer("flora", rank)
 
 
 def _both(
-    name: str, tx: optax.GradientTransformation, rank: int, *, slow: bool = False
+    method: str, rank: int, name: str = "", *, once: bool = False, **options: Any
 ) -> Iterator[Contender]:
     """A step in the basis of the first, untimed step; one that renews all bases."""
-    step = _optimizer(name, tx, rank=rank)
+    step = _optimizer(method, rank, name, **options)
     yield step
-    yield dataclasses.replace(step, kind="refresh", before=_resampling, once=slow)
+    yield step.renewing(_INTERVAL, once=once)
 
 
 def compiled_only(rank: int = 64) -> Iterator[Contender]:
     """Those whose compile times are compared."""
-    yield _optimizer("optax.adafactor", optax.adafactor(_RATE))
-    yield _optimizer("optax.adafactor(momentum)", optax.adafactor(_RATE, momentum=0.9))
-    for projection in PROJECTIONS[:2]:
-        tx = fj.flora(_RATE, rank, reading="paper", projection=projection)
-        yield _optimizer(f"flora({_name(projection)})", tx, rank=rank)
-
-
-def state_bytes(contender: Contender, params: Any) -> int:
-    """Bytes of a contender's state; nothing is allocated."""
-    state = jax.eval_shape(contender.init, params)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    yield _optimizer("adafactor")
+    yield _optimizer("adafactor_momentum")
+    for name in PROJECTIONS[:2]:
+        yield _optimizer("flora", rank, f"flora({name})", projection=name)

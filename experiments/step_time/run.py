@@ -1,78 +1,205 @@
-"""Runs the benchmark and writes what it found."""
+"""Interleaved timings: every contender takes one step, then all of them again."""
 
-import json
-import os
-import pathlib
-import platform
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
-from experiments.main_job.run import versions
-from experiments.step_time import contenders, measure, plot, table
-from experiments.step_time.config import BenchmarkConfig
+from experiments.common import records, timing
+from experiments.common.records import Row
+from experiments.common.state_bytes import tree_bytes
+from experiments.models import PUBLISHED, create
+from experiments.models.build import Params
+from experiments.step_time import contenders, report
+from experiments.step_time.config import Config, Which
+from experiments.step_time.contenders import Contender
 
 
-def machine() -> dict[str, Any]:
-    """Describes the machine and the packages."""
-    device = jax.devices()[0]
-    found = {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "devices": jax.device_count(),
-        "cores": len(os.sched_getaffinity(0)),
-        "architecture": platform.machine(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "versions": versions(),
-    }
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [x for x in cpuinfo.read_text().splitlines() if "model name" in x]
-        found["processor"] = lines[0].split(":")[1].strip() if lines else "unknown"
-    return found
-
-
-def run(config: BenchmarkConfig) -> None:
-    """Times every contender; the JSON file is written after each tree."""
+def run(config: Config) -> None:
+    """Times every contender; the data is written after each tree."""
     console = Console()
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    path = config.output_dir / "benchmark.json"
-    result: dict[str, Any] = {"machine": machine(), "steps": []}
+    path = config.output_dir / f"{config.contenders}.json"
+    result: Row = records.provenance(config) | {"machine": timing.machine()}
+    result["steps"] = []
+    places = [(tree, dtype) for tree in config.trees for dtype in config.dtypes]
     with console.status("") as status:
-        for i, (tree, dtype) in enumerate(
-            (tree, dtype) for tree in config.trees for dtype in config.dtypes
-        ):
+        for i, (tree, dtype) in enumerate(places):
             ranks = config.other_ranks if i else config.ranks
-            result["steps"] += measure.time_all(
+            result["steps"] += time_all(
                 tree, dtype, ranks, config.rounds, status.update, config.contenders
             )
-            path.write_text(json.dumps(result, indent=1) + "\n")
+            records.write_json(path, result)
         if config.compile_tree is not None:
             status.update(f"compile times on {config.compile_tree}")
-            result["compile"] = measure.compile_times(
+            result["compile"] = compile_times(
                 config.compile_tree, contenders.compiled_only()
             )
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    if config.contenders == "family":
-        path.with_suffix(".md").write_text(table.of_family(result["steps"]))
-    plot.draw(result, config.output_dir / "benchmark.png")
-    _print(result, console)
-    console.print(f"Table and picture are in {config.output_dir}")
+    records.write_json(path, result)
+    report.write(path)
+    print(path.with_suffix(".md").read_text(), end="")
+    console.print(f"Table, picture and data are in {config.output_dir}")
 
 
-def _print(result: dict[str, Any], console: Console) -> None:
-    for row in result["steps"]:
-        console.print(
-            f"{row['tree']:13} {row['dtype']:9} {row['kind']:11} {row['name']:40}"
-            f" {row['rank'] or '':>4} {row['milliseconds']:8.1f} ms"
-            f" {row['over_adam']:6.2f} of adam {row['over_floor']:6.1f} of the floor"
-            f" {row['compile_seconds']:6.1f} s to compile",
-            highlight=False,
+class _Runner:
+    """One contender and its times; those with the same step share a program."""
+
+    def __init__(self, contender: Contender, program: timing.Program):
+        self.contender, self.program = contender, program
+        self.seconds: list[float] = []
+
+    def run(self, grads: Any, params: Any, timed: bool) -> Any:
+        if self.contender.before is not None:
+            self.program.state = self.contender.before(self.program.state)
+        params, seconds = self.program.run(params, grads)
+        if timed:
+            self.seconds.append(seconds)
+        return params
+
+    def row(self, params: Any) -> Row:
+        memory = self.program.compiled.memory_analysis()
+        return {
+            "name": self.contender.name,
+            "kind": self.contender.kind,
+            "rank": self.contender.rank,
+            **timing.median_and_quartiles(self.seconds),
+            "steps": len(self.seconds),
+            "compile_seconds": self.program.compile_seconds,
+            "state_bytes": tree_bytes(jax.eval_shape(self.contender.init, params)),
+            "temp_bytes": memory.temp_size_in_bytes,
+        }
+
+
+def time_all(
+    tree: str,
+    dtype: str,
+    ranks: Sequence[int],
+    rounds: int,
+    tell: Callable[[str], None],
+    which: Which = "flora",
+) -> list[Row]:
+    """Times every contender on one tree, in one process, in turns.
+
+    Args:
+        tree: name of the tree.
+        dtype: of parameters and gradients.
+        ranks: of our contenders.
+        rounds: timed steps of each.
+        tell: called with a line on the progress.
+        which: of our contenders.
+
+    Returns:
+        One row per contender, with its time relative to Adam's (and AdamW's, if that is
+        a peer) and to the floor.
+    """
+    like = shapes(tree, dtype)
+    params, grads = random_like(like, 0), random_like(like, 1)
+    floor = 1e3 * _floor_seconds(params, rounds)
+    stacked = tree.endswith("-stacked")
+    runners, programs = [], {}
+    for contender in (
+        *contenders.peers(which, stacked, dtype),
+        *contenders.ours(which, ranks),
+    ):
+        tell(f"{tree} {dtype}: compiling {contender.name} {contender.rank or ''}")
+        if contender.step not in programs:
+            state = jax.jit(contender.init)(params)
+            program = timing.Program(contender.step, params, state, grads)
+            programs[contender.step] = program
+        runners.append(_Runner(contender, programs[contender.step]))
+    for number in range(timing.UNTIMED + rounds):
+        tell(f"{tree} {dtype}: round {number + 1} of {timing.UNTIMED + rounds}")
+        for runner in runners:
+            if not runner.contender.once or number == timing.UNTIMED:
+                params = runner.run(grads, params, number >= timing.UNTIMED)
+    rows = [runner.row(params) for runner in runners]
+    over_floor = {"floor_milliseconds": floor}
+    return [
+        {"tree": tree, "dtype": dtype}
+        | row
+        | _ratios(row, rows)
+        | over_floor
+        | {"over_floor": row["milliseconds"] / floor}
+        for row in rows
+    ]
+
+
+def _ratios(row: Row, rows: Sequence[Row]) -> Row:
+    """Times relative to those that they are compared with, where these are there."""
+    compared = {
+        "over_adam": ("optax.adam", "optimizer", None),
+        "over_adamw": ("optax.adamw", "optimizer", None),
+    }
+    times = {(r["name"], r["kind"], r["rank"]): r["milliseconds"] for r in rows}
+    return {
+        name: row["milliseconds"] / times[key]
+        for name, key in compared.items()
+        if key in times
+    }
+
+
+def _floor_seconds(params: Any, rounds: int) -> float:
+    """Reading gradients and parameters and writing parameters, at a copy's bandwidth.
+
+    The copy negates the parameters in place: one pass of reading, one of writing.
+    """
+
+    def copy(tree: Any, state: Any, given: Any) -> Any:
+        return jax.tree.map(lambda x: -x, tree), state
+
+    tree = jax.tree.map(lambda x: x + 0, params)
+    program, seconds = timing.Program(copy, tree, (), ()), []
+    for _ in range(timing.UNTIMED + rounds):
+        tree, taken = program.run(tree, ())
+        seconds.append(taken)
+    return 1.5 * statistics.median(seconds[timing.UNTIMED :])
+
+
+def compile_times(tree: str, all_of: Iterable[Contender]) -> list[Row]:
+    """Times tracing and compilation on a tree of any size; nothing is allocated."""
+    params = shapes(tree, "float32")
+    rows = []
+    for contender in all_of:
+        state = jax.eval_shape(contender.init, params)
+        program = timing.Program(contender.step, params, state, params)
+        rows.append(
+            {
+                "tree": tree,
+                "name": contender.name,
+                "rank": contender.rank,
+                "trace_seconds": program.trace_seconds,
+                "compile_seconds": program.compile_seconds,
+                "temp_bytes": program.compiled.memory_analysis().temp_size_in_bytes,
+            }
         )
-    for row in result.get("compile", ()):
-        console.print(
-            f"{row['tree']}: {row['name']} traced in {row['trace_seconds']:.1f} s,"
-            f" compiled in {row['compile_seconds']:.1f} s",
-            highlight=False,
-        )
+    return rows
+
+
+def shapes(name: str, dtype: str) -> Params:
+    """Returns a tree of ShapeDtypeStructs.
+
+    Args:
+        name: of a published size, with -stacked for one array per weight of all layers.
+        dtype: of every leaf.
+    """
+    size = name.removesuffix("-stacked")
+    config = dataclasses.replace(PUBLISHED[size], scan=name != size)
+    params = jax.eval_shape(lambda: create(config, 0)[1])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), params
+    )
+
+
+def random_like(tree: Params, seed: int) -> Params:
+    """Returns normal numbers of standard deviation 0.02 in the shapes of a tree."""
+    generator = np.random.default_rng(seed)
+
+    def sample(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        numbers = generator.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(0.02 * numbers, leaf.dtype)
+
+    return jax.tree.map(sample, tree)
