@@ -63,17 +63,32 @@ class Method:
     make: "Callable[[optax.ScalarOrSchedule, Settings], Any]"
     """From a learning rate, or a schedule of it."""
     kind: Kind = "none"
-    """What FLORA compresses in it, or would: the buffer that tables are about."""
-    ranked: bool = False
-    """Whether a rank is chosen."""
-    adapters: bool = False
-    """Train LoRA's adapters in place of the matrices."""
-    sketched_gradients: bool = False
-    """Gradients are sketched during backpropagation."""
+    """What it keeps besides second moments: the buffer that tables are about."""
+    keeps: Literal["full", "sketch", "sketched gradients", "adapters"] = "full"
+    """How: as it is, as a sketch, as a sketch of gradients that are sketched during
+    backpropagation, or of LoRA's adapters in place of the matrices."""
     base: Base | None = None
     """Its base optimizer, unless that is for the run to choose."""
-    peers: tuple[str, ...] = ()
-    """The uncompressed methods that it is compared with."""
+
+    @property
+    def ranked(self) -> bool:
+        """Whether a rank is chosen."""
+        return self.keeps != "full"
+
+    @property
+    def adapters(self) -> bool:
+        """Whether LoRA's adapters are trained."""
+        return self.keeps == "adapters"
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the buffer is a sketch."""
+        return self.ranked and not self.adapters
+
+    @property
+    def sketched_gradients(self) -> bool:
+        """Whether gradients are sketched during backpropagation."""
+        return self.keeps == "sketched gradients"
 
     @property
     def buffer(self) -> str:
@@ -81,11 +96,6 @@ class Method:
         if self.kind == "accumulation":
             return "acc_grads"
         return "momentum" if self.compressed else "ema"
-
-    @property
-    def compressed(self) -> bool:
-        """Whether the buffer is a sketch."""
-        return self.ranked and not self.adapters
 
     def micro_batches(self, config: Any) -> int:
         """Returns the number of parts in which an update sees its batch."""
@@ -222,11 +232,13 @@ def _accumulation(rate: Any, s: Settings) -> Any:
     )
 
 
-def _in_subspace(recipe: str, **shared: Any) -> Callable[[Any, Settings], Any]:
+def _in_subspace(recipe: str) -> Callable[[Any, Settings], Any]:
     """A recipe of flora_jax that has Adam's second moment and renews its basis."""
 
     def make(rate: Any, s: Settings) -> Any:
-        own = {"b2": s.b2, "refresh_every": s.refresh_every} | shared | s.options
+        # DCT-AdamW's bases cost so little that each update has its own.
+        every = 1 if recipe == "dct_adamw" else s.refresh_every
+        own = {"b2": s.b2, "refresh_every": every} | s.options
         return getattr(fj, recipe)(rate, s.sketch, **own)
 
     return make
@@ -298,95 +310,55 @@ def _optax_galore(rate: Any, s: Settings) -> Any:
     return optax.contrib.galore(rate, rank=rank, update_proj_gap=every)
 
 
-# Settings that entries share; the peers are the uncompressed methods.
-_ACCUMULATION: Any = {"kind": "accumulation", "peers": ("full_accumulation",)}
-_MOMENTUM: Any = {"kind": "momentum", "peers": ("full_momentum",)}
-_RANKED: Any = {"ranked": True, "peers": ("adamw",)}
-_SKETCHED: Any = {"ranked": True, "sketched_gradients": True}
-_LORA: Any = {"ranked": True, "adapters": True}
+_ACC, _MOM = "accumulation", "momentum"
 
-METHODS = {
-    method.name: method
-    for method in (
-        # What is kept of the gradients of a base optimizer that the run chooses.
-        Method("none", "No accumulation", base_optimizer),
-        Method("full_accumulation", "Full accumulation", _multi_steps, "accumulation"),
-        Method(
-            "flora_accumulation",
-            "FLORA accumulation",
-            _accumulation,
-            ranked=True,
-            **_ACCUMULATION,
-        ),
-        Method(
-            "sketched_accumulation",
-            "FLORA accumulation, sketched gradients",
-            _accumulation,
-            **_ACCUMULATION | _SKETCHED,
-        ),
-        Method(
-            "lora_accumulation",
-            "LoRA accumulation",
-            _multi_steps,
-            **_ACCUMULATION | _LORA,
-        ),
-        Method(
-            "adam_accumulation",
-            "Adam, full accumulation",
-            _multi_steps,
-            "accumulation",
-            base="adam",
-        ),
-        Method("full_momentum", "Full momentum", _full_momentum, "momentum"),
-        Method("flora_momentum", "FLORA momentum", _momentum, ranked=True, **_MOMENTUM),
-        Method("lora_momentum", "LoRA momentum", _full_momentum, **_MOMENTUM | _LORA),
-        # Optimizers as they are called, without weight decay.
-        Method("sgd", "SGD", base_optimizer, base="sgd"),
-        Method("adam", "Adam", base_optimizer, base="adam"),
-        Method("adamw", "AdamW", _adamw),
-        Method("adamw_orthogonal", "AdamW, orthogonalized", _adamw_orthogonal),
-        Method("adafactor", "Adafactor", base_optimizer, base="adafactor"),
-        Method(
-            "adafactor_momentum",
-            "Adafactor + momentum",
-            _full_momentum,
-            "momentum",
-            base="adafactor",
-        ),
-        Method("muon", "Muon", _muon),
-        Method("optax_galore", "GaLore of optax", _optax_galore, **_RANKED),
-        Method(
-            "flora",
-            "FLORA",
-            _momentum,
-            "momentum",
-            ranked=True,
-            base="adafactor",
-            peers=("adafactor_momentum",),
-        ),
-        Method("galore", "GaLore", _in_subspace("galore"), **_RANKED),
-        Method("fira", "Fira", _in_subspace("fira"), **_RANKED),
-        Method("apollo", "APOLLO", _in_subspace("apollo"), **_RANKED),
-        Method("apollo_mini", "APOLLO-Mini", _apollo_mini, peers=("adamw",)),
-        Method(
-            "dct_adamw",
-            "DCT-AdamW",
-            _in_subspace("dct_adamw", refresh_every=1),
-            **_RANKED,
-        ),
-        Method(
-            "flora_adamw", "AdamW on sketches", _in_subspace("flora_adamw"), **_RANKED
-        ),
-        Method("flora_muon", "FLORA-Muon", _flora_muon, ranked=True, peers=("muon",)),
-        Method(
-            "sketched_muon",
-            "Muon, sketched",
-            _sketched_muon,
-            ranked=True,
-            peers=("muon",),
-        ),
-    )
-}
+_ALL = (
+    # What is kept of the gradients of a base optimizer that the run chooses.
+    Method("none", "No accumulation", base_optimizer),
+    Method("full_accumulation", "Full accumulation", _multi_steps, _ACC),
+    Method("flora_accumulation", "FLORA accumulation", _accumulation, _ACC, "sketch"),
+    Method(
+        "sketched_accumulation",
+        "FLORA accumulation, sketched gradients",
+        _accumulation,
+        _ACC,
+        "sketched gradients",
+    ),
+    Method("lora_accumulation", "LoRA accumulation", _multi_steps, _ACC, "adapters"),
+    Method("full_momentum", "Full momentum", _full_momentum, _MOM),
+    Method("flora_momentum", "FLORA momentum", _momentum, _MOM, "sketch"),
+    Method("lora_momentum", "LoRA momentum", _full_momentum, _MOM, "adapters"),
+    Method(
+        "adam_accumulation", "Adam, full accumulation", _multi_steps, _ACC, base="adam"
+    ),
+    # Optimizers as they are called, without weight decay.
+    Method("sgd", "SGD", base_optimizer, base="sgd"),
+    Method("adam", "Adam", base_optimizer, base="adam"),
+    Method("adamw", "AdamW", _adamw),
+    Method("adamw_orthogonal", "AdamW, orthogonalized", _adamw_orthogonal),
+    Method("adafactor", "Adafactor", base_optimizer, base="adafactor"),
+    Method(
+        "adafactor_momentum",
+        "Adafactor + momentum",
+        _full_momentum,
+        _MOM,
+        base="adafactor",
+    ),
+    Method("muon", "Muon", _muon),
+    Method("optax_galore", "GaLore of optax", _optax_galore, keeps="sketch"),
+    Method("flora", "FLORA", _momentum, _MOM, "sketch", "adafactor"),
+    Method("galore", "GaLore", _in_subspace("galore"), keeps="sketch"),
+    Method("fira", "Fira", _in_subspace("fira"), keeps="sketch"),
+    Method("apollo", "APOLLO", _in_subspace("apollo"), keeps="sketch"),
+    Method("apollo_mini", "APOLLO-Mini", _apollo_mini),
+    Method("dct_adamw", "DCT-AdamW", _in_subspace("dct_adamw"), keeps="sketch"),
+    Method(
+        "flora_adamw", "AdamW on sketches", _in_subspace("flora_adamw"), keeps="sketch"
+    ),
+    Method("flora_muon", "FLORA-Muon", _flora_muon, keeps="sketch"),
+    Method("sketched_muon", "Muon, sketched", _sketched_muon, keeps="sketch"),
+)
+METHODS = {method.name: method for method in _ALL}
 
 MAIN = ("full_momentum", "flora_momentum", "full_accumulation", "flora_accumulation")
 """Methods of the main job: two uncompressed ones, each with its compressed peer."""
