@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import numbers
+import os
 import reprlib
+import sys
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -14,51 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-_STATIC = frozenset(
-    {
-        "block",
-        "dtype",
-        "every_k",
-        "key",
-        "mask",
-        "max_aspect_ratio",
-        "min_dim_size",
-        "min_dim_size_to_factor",
-        "min_size",
-        "projection",
-        "rank",
-        "refresh_every",
-        "resample_every",
-        "should_skip_update_fn",
-        "steps",
-        "weight_decay_mask",
-        "weight_dimension_numbers",
-    }
+_LIBRARIES = os.path.dirname(os.path.dirname(jax.__file__))
+# Frames that are not the user's: generated code, this package, and its callers.
+_INSIDE = (
+    "<string>",
+    os.path.dirname(__file__) + os.sep,
+    *(os.path.join(_LIBRARIES, name, "") for name in ("jax", "optax", "flax")),
 )
-
-
-def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of a factory's arguments that must stay static under inject_hyperparams.
-
-    ``optax.inject_hyperparams`` turns ints into traced arrays and callables into
-    schedules. Ranks, intervals and keys decide shapes and programs and cannot be
-    traced: name them in its ``static_args``. The other numbers take the parameters'
-    dtype, in which a decay of 0.999 may be 1: with half-precision parameters pass
-    ``hyperparam_dtype=jnp.float32`` as well.
-
-    Args:
-      factory: a factory of this package, for example ``flora_jax.flora``.
-
-    Returns:
-      The names, sorted, that ``factory`` takes and that must be static.
-
-    Example:
-      >>> import optax, flora_jax as fj
-      >>> make = optax.inject_hyperparams(
-      ...     fj.flora, static_args=fj.static_args(fj.flora))
-      >>> tx = make(learning_rate=optax.linear_schedule(1e-3, 0.0, 100), rank=8)
-    """
-    return tuple(sorted(_STATIC & set(inspect.signature(factory).parameters)))
 
 
 def check_positive_int(name: str, value: Any, remedy: str) -> int:
@@ -76,7 +41,11 @@ def check_positive_int(name: str, value: Any, remedy: str) -> int:
       TypeError: for bools, floats, strings and arrays (traced ones included).
       ValueError: for zero and negative numbers.
     """
-    _refuse_array(name, value)
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"`{name}` must be a static Python int, got the array {value}, which"
+            f" optax.inject_hyperparams may have made of an int; {remedy}"
+        )
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"`{name}` must be an int, got {name}={value!r}; {remedy}")
     if value <= 0:
@@ -84,8 +53,31 @@ def check_positive_int(name: str, value: Any, remedy: str) -> int:
     return int(value)
 
 
-def check_steps(name: str, value: Any, remedy: str) -> int:
-    """Returns a number of steps as :func:`check_positive_int`, if counters reach it."""
+def check_steps(name: str, value: Any, remedy: str) -> int | jax.Array:
+    """Returns a number of steps that int32 counters reach; scalar arrays pass.
+
+    Args:
+      name: the argument's name.
+      value: an int, or an integer scalar array, traced or not.
+      remedy: what to do instead, the end of the message.
+
+    Returns:
+      The value, as a Python int unless it is an array.
+
+    Raises:
+      TypeError: for bools, floats, strings and other arrays.
+      ValueError: for numbers below 1 or from 2**31 on.
+    """
+    if isinstance(value, jax.Array | np.ndarray) and not value.shape:
+        if not jnp.issubdtype(value.dtype, jnp.integer):
+            raise TypeError(
+                f"`{name}` must be an integer, got an array of dtype {value.dtype};"
+                f" {remedy}"
+            )
+        if isinstance(value, jax.core.Tracer):
+            return value
+        check_steps(name, int(value), remedy)
+        return jnp.asarray(value)
     steps = check_positive_int(name, value, remedy)
     if steps >= 2**31:
         raise ValueError(
@@ -93,15 +85,6 @@ def check_steps(name: str, value: Any, remedy: str) -> int:
             f" {name}={steps}; {remedy}"
         )
     return steps
-
-
-def _refuse_array(name: str, value: Any) -> None:
-    if isinstance(value, jax.Array):
-        raise TypeError(
-            f"`{name}` must be a static Python number, got the array {value}; it"
-            " decides shapes or the program: under optax.inject_hyperparams pass"
-            " static_args=flora_jax.static_args(factory)"
-        )
 
 
 def check_number(
@@ -120,8 +103,6 @@ def check_number(
       TypeError: for anything that is not a real number.
       ValueError: for numbers outside the range, and NaN.
     """
-    if name in _STATIC:
-        _refuse_array(name, value)
     if isinstance(value, jax.Array | np.ndarray):
         if value.shape or not jnp.issubdtype(value.dtype, jnp.number):
             raise TypeError(
@@ -155,15 +136,29 @@ def check_axis_name(name: str, value: Any) -> None:
 
 
 def check_transformation(
-    name: str, value: Any
+    name: str, value: Any, following: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns a transformation that takes extra arguments, or raises TypeError."""
-    if not (hasattr(value, "init") and hasattr(value, "update")):
+    """Returns a transformation that takes extra arguments, or raises TypeError.
+
+    Args:
+      name: the argument's name.
+      value: what was given for it.
+      following: the next argument, which may have been taken for this one.
+    """
+    if not _is_transformation(value):
+        swapped = _is_transformation(following)
+        remedy = (
+            "are the arguments in the other order?" if swapped else "call the factory"
+        )
         raise TypeError(
-            f"`{name}` must be an optax transformation, got {reprlib.repr(value)}; call"
-            " the factory"
+            f"`{name}` must be an optax transformation, got {reprlib.repr(value)};"
+            f" {remedy}"
         )
     return optax.with_extra_args_support(value)
+
+
+def _is_transformation(value: Any) -> bool:
+    return hasattr(value, "init") and hasattr(value, "update")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
@@ -199,3 +194,15 @@ def check_leaf_rule(name: str, rule: Any) -> None:
             f"`{name}` must be a callable of (path, shape), got {rule!r}: {error};"
             " unlike optax's masks it is asked for each leaf"
         ) from error
+
+
+def warn(message: str) -> None:
+    """Warns at the line of the user's code that led here.
+
+    That is the first frame outside of this package and of the libraries that call it,
+    however many of their frames lie between.
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

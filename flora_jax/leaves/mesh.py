@@ -1,7 +1,7 @@
-"""What the compiler is told where arrays are cut over a mesh.
+"""What the compiler is told where arrays are sharded over a mesh.
 
 Only ``jax.set_mesh`` tells a transformation that there is a mesh: under it the
-projections use forms that a cut side goes into as partial sums.
+projections use forms that a sharded side enters as partial sums.
 """
 
 from __future__ import annotations
@@ -12,42 +12,44 @@ from typing import Any
 import jax
 import jax.core
 
+from flora_jax._typing import AxisNames, PyTree
+
 _Type = jax.sharding.AxisType
 
 
-def cuts_arrays() -> bool:
-    """Whether the compiler may cut arrays here, over the axes of a mesh."""
+def is_sharded() -> bool:
+    """Whether the compiler may shard arrays here, over the axes of a mesh."""
     return math.prod(_axes().values()) > 1
 
 
-def whole_along(x: jax.Array, axis: int) -> jax.Array:
-    """The array with one axis whole on each device, the others as they come.
+def replicated_along(x: jax.Array, axis: int) -> jax.Array:
+    """The array with one axis unsharded, the others as they come.
 
     Left alone, the compiler may rather gather a gradient than sum up its sketches.
     """
-    return _constrained(x, {axis: None}) if cuts_arrays() else x
+    return _constrained(x, {axis: None})
 
 
-def whole(x: jax.Array) -> jax.Array:
-    """The array whole on each device: leaves that are cut differently share it."""
-    return _constrained(x, dict.fromkeys(range(x.ndim))) if cuts_arrays() else x
+def replicated(x: jax.Array) -> jax.Array:
+    """The array on each device: leaves with different shardings share it."""
+    return _constrained(x, dict.fromkeys(range(x.ndim)))
 
 
-def spread_over(x: jax.Array, axis: int, uncut: int) -> jax.Array:
-    """The array cut along one axis over all devices, and whole along another one.
+def sharded_along(x: jax.Array, axis: int, unsharded: int) -> jax.Array:
+    """The array sharded along one axis over all devices, and unsharded along another.
 
-    For work that needs one side whole: each device does its share of the other. An axis
-    that the devices cannot share evenly is left as it comes.
+    For work that needs one side in full: each device does its share of the other. An
+    axis that the devices cannot share evenly is left as it comes.
     """
     names = _axes()
-    devices = math.prod(names.values())
-    if x.shape[axis] % devices or not cuts_arrays():
+    if x.shape[axis] % math.prod(names.values()):
         return x
-    return _constrained(x, {axis: tuple(names), uncut: None})
+    return _constrained(x, {axis: tuple(names), unsharded: None})
 
 
 def _constrained(x: jax.Array, axes: dict[int, Any]) -> jax.Array:
-    if not isinstance(x, jax.core.Tracer):  # Lies where it lies.
+    # A concrete array stays where it is.
+    if not isinstance(x, jax.core.Tracer) or not is_sharded():
         return x
     spec: list[Any] = [jax.P.UNCONSTRAINED] * x.ndim
     for axis, names in axes.items():
@@ -55,7 +57,7 @@ def _constrained(x: jax.Array, axes: dict[int, Any]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, jax.P(*spec))
 
 
-def varying(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
+def varying(tree: PyTree, axis_name: AxisNames | None) -> PyTree:
     """The arrays as ones that differ over axes of ``jax.shard_map``; others pass."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     manual = tuple(name for name in names if name in _axes(_Type.Manual))
@@ -63,7 +65,9 @@ def varying(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
 
 
 def _axes(wanted: jax.sharding.AxisType = _Type.Auto) -> dict[str, int]:
-    """Mesh axes of a type, and their sizes; Auto ones are the compiler's to cut."""
+    """Mesh axes of a type, and their sizes; the compiler shards over Auto ones."""
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return {}
     axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {name: size for name, size, kind in axes if kind is wanted}

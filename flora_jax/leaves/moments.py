@@ -1,12 +1,17 @@
-"""Where a state keeps its moments: by the names that optax gives their fields."""
+"""Locate the moments inside an optimizer state by the names of optax's fields."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection
+from typing import Any
 
-# What a tree holds decides how it is moved to another basis, and how it is coded.
+import jax
+import jax.numpy as jnp
+
+from flora_jax._typing import PyTree
+from flora_jax.leaves.paths import named_leaves
+
+# What a tree holds decides how it follows a change of basis, and how it is coded.
 FIRST, SECOND, SUM = "first", "second", "sum"
 KINDS = {
     "mu": FIRST,
@@ -19,58 +24,73 @@ KINDS = {
 }
 
 
-def map_moments(fn: Callable[..., Any], state: Any, *others: Any) -> Any:
-    """Replaces the parameter-shaped trees of moments inside a state.
+def find_moments(
+    state: Any, params: PyTree, fields: Collection[str] = tuple(KINDS)
+) -> list[dict[str, PyTree]]:
+    """Trees of moments inside an optimizer state.
+
+    A tree counts if its field has one of the names and its leaves are like the
+    parameters: every path is that of a parameter with as many axes. A user's scalar
+    ``error`` or a loss's ``trace`` does not.
 
     Args:
-      fn: called with the field's name and that tree of each state; returns a tree.
-      state: any optimizer state: NamedTuples, tuples, lists and dicts of them.
-      *others: states of the same structure around the moments.
+      state: any optimizer state.
+      params: the parameters, or any tree with their paths and numbers of axes; None
+        to take every tree under these names.
+      fields: names out of :data:`KINDS`.
 
     Returns:
-      The state with those trees replaced; nothing else is changed.
+      For each NamedTuple with such fields, these by name.
     """
-    if isinstance(state, tuple) and hasattr(state, "_fields"):
-        fields = {}
-        for name in cast(Any, state)._fields:
-            values = [getattr(x, name) for x in (state, *others)]
-            fields[name] = (
-                fn(name, *values) if name in KINDS else map_moments(fn, *values)
-            )
-        return type(state)(**fields)
-    if isinstance(state, tuple | list):
-        return type(state)(
-            map_moments(fn, *values) for values in zip(state, *others, strict=True)
-        )
-    if isinstance(state, dict):
-        new = state.copy()  # Of the same kind: an OrderedDict has an order of its own.
-        # As jax flattens the others: under jit they come back in that order.
-        keys = state if isinstance(state, OrderedDict) else sorted(state)
-        for key in keys:
-            new[key] = map_moments(fn, *(x[key] for x in (state, *others)))
-        return new
-    return state
+    groups: list[dict[str, PyTree]] = []
 
+    def note(group: dict[str, PyTree]) -> dict[str, PyTree]:
+        groups.append(group)
+        return group
 
-def find_moments(
-    state: Any, fields: Collection[str] = tuple(KINDS)
-) -> tuple[list[str], list[Any]]:
-    """Field names and trees of the moments inside a state, in its order."""
-    names, trees = [], []
-
-    def note(name: str, tree: Any) -> Any:
-        if name in fields:
-            names.append(name)
-            trees.append(tree)
-        return tree
-
-    map_moments(note, state)
-    return names, trees
+    map_moments(note, state, params, fields)
+    return groups
 
 
 def replace_moments(
-    state: Any, trees: Sequence[Any], fields: Collection[str] = tuple(KINDS)
+    state: Any,
+    params: PyTree,
+    groups: list[dict[str, PyTree]],
+    fields: Collection[str] = tuple(KINDS),
 ) -> Any:
     """The state with other trees in the places that :func:`find_moments` finds."""
-    rest = iter(trees)
-    return map_moments(lambda name, x: next(rest) if name in fields else x, state)
+    rest = iter(groups)
+    return map_moments(lambda group: next(rest), state, params, fields)
+
+
+def map_moments(
+    function: Callable[[dict[str, PyTree]], dict[str, PyTree]],
+    state: Any,
+    params: PyTree,
+    fields: Collection[str] = tuple(KINDS),
+) -> Any:
+    """Replaces the moments of each NamedTuple; see :func:`find_moments`."""
+    axes = {path: jnp.ndim(leaf) for path, leaf in named_leaves(params)}
+
+    def is_moment(tree: Any) -> bool:
+        if params is None:
+            return True
+        found = [(path, jnp.ndim(leaf)) for path, leaf in named_leaves(tree)]
+        return bool(found or not axes) and set(found) <= axes.items()
+
+    def has_fields(node: Any) -> bool:
+        return not set(fields).isdisjoint(getattr(node, "_fields", ()))
+
+    def replaced(node: Any) -> Any:
+        if not has_fields(node):
+            return node
+        values = node._asdict()
+        group = {k: v for k, v in values.items() if k in fields and is_moment(v)}
+        others = {k: visit(v) for k, v in values.items() if k not in group}
+        return node._replace(**others, **(function(group) if group else {}))
+
+    def visit(node: Any) -> Any:
+        nodes, treedef = jax.tree.flatten(node, is_leaf=has_fields)
+        return jax.tree.unflatten(treedef, [replaced(x) for x in nodes])
+
+    return visit(state)

@@ -7,65 +7,182 @@ vector of fixed length, and :func:`verify_state` compares it on the host.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import zlib
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flora_jax import _validation as _checks
+from flora_jax import _validation as check
+from flora_jax.leaves.boxes import is_masked
+from flora_jax.leaves.owners import abstract_state
+from flora_jax.leaves.paths import named_arrays
 
-FORMAT = 2
+FORMAT = 3
 _WORDS = 64
-_HEADER = 4  # Format, checksum of the whole text, and the two words of the root key.
+_HEADER = 5  # Format, checksum of the whole text, identity, two words of the root key.
 _TEXT_BYTES = 4 * (_WORDS - _HEADER)
+_MOST_DIFFERENCES = 8  # More of them say nothing new.
+_LONGEST_VALUE = 64  # The settings of one transformation share about 240 bytes.
+# Settings that act through the leaf plans alone, which the identity covers.
+_PLANNING = {
+    "rank",
+    "mask",
+    "side",
+    "min_dim_size",
+    "max_aspect_ratio",
+    "weight_dimension_numbers",
+}
 
 
-def make_spec(name: str, key: Any, **settings: Any) -> jax.Array:
+def make_spec(name: str, key: Any, identity: int = 0, **settings: Any) -> jax.Array:
     """Encodes the settings under which a state can be read.
 
     Args:
       name: the transformation's name.
-      key: its root key data, uint32 of shape (2,), possibly traced.
-      **settings: what else decides the meaning of the state, in this order.
+      key: its root key data, uint32 of shape (2,).
+      identity: checksum of what the sketches mean: their projection and the leaf plans.
+      **settings: what else decides the meaning of the state; those that are None are
+        left out. See :func:`describe` for how they are written.
 
     Returns:
-      A uint32 vector of 64 words.
+      A uint32 vector of 64 words: concrete even where ``init`` is traced, unless the
+      key is.
     """
-    pairs = {"transformation": name, **settings}
+    given = {k: describe(v) for k, v in settings.items() if v is not None}
+    pairs = {"transformation": name, **given}
     text = "; ".join(f"{k}: {v}" for k, v in pairs.items()).encode()
     padded = text[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
     words = np.frombuffer(padded, "<u4").astype(np.uint32)
-    head = np.array([FORMAT, zlib.crc32(text)], np.uint32)
-    return jnp.concatenate([head, key, words])
+    head = np.array([FORMAT, zlib.crc32(text), identity], np.uint32)
+    if isinstance(key, jax.core.Tracer):
+        return jnp.concatenate([head, key, words])
+    with jax.ensure_compile_time_eval():  # verify_state reads it from an abstract init.
+        return jnp.concatenate([head, key, words])
 
 
-def verify_state(tx: optax.GradientTransformation, state: Any) -> None:
+def describe(value: Any) -> str:
+    """Writes a setting as a text that is the same in every process and version.
+
+    Of a dataclass only the fields that differ from their defaults are written, so that
+    a field added later does not change the meaning of old states. Functions go by their
+    qualified name, arrays by the word "traced" (``optax.inject_hyperparams`` makes
+    arrays of numbers), and long values by a checksum.
+
+    Args:
+      value: the setting.
+
+    Returns:
+      The text.
+    """
+    text = value if isinstance(value, str) else _text(value)
+    if len(text) > _LONGEST_VALUE:
+        text = f"checksum {zlib.crc32(text.encode()):08x}"
+    return text
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, jax.Array | np.ndarray):
+        return "traced"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = (
+            (field.name, getattr(value, field.name), field)
+            for field in dataclasses.fields(value)
+        )
+        settings = ", ".join(
+            f"{name}={_text(x)}" for name, x, field in fields if x != _default(field)
+        )
+        return f"{type(value).__name__}({settings})"
+    if isinstance(value, functools.partial):
+        return f"partial({_text(value.func)}, {value.args}, {value.keywords})"
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    if isinstance(value, dict):
+        pairs = sorted((str(k), _text(v)) for k, v in value.items())
+        return "{" + ", ".join(f"{k}: {v}" for k, v in pairs) + "}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_text, value))})"
+    # 16 and 16.0 are one setting.
+    return f"{value:.9g}" if isinstance(value, float | np.floating) else repr(value)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def verify_state(
+    tx: optax.GradientTransformation, state: Any, params: Any = None
+) -> None:
     """Raises if ``state`` was made under other settings than those of ``tx``.
 
     Call it after restoring a checkpoint: a state of the same shapes but of another
     seed, projection or interval would train on noise without an error. It compares
     host values and cannot be jitted. Settings that only change what is done with a
-    state (rates, decays, readings) may differ; those that plan leaves may not, even
-    where they would plan the same.
+    state (learning rates, decays, estimators) may differ.
+
+    Without ``params``, masks, ranks and dimension numbers that are functions are
+    compared by their names. With ``params`` they are compared by what they decide for
+    each leaf, and the shapes and dtypes of the whole state are checked as well.
 
     Args:
       tx: the transformation that will use the state, in any chain or wrapper.
       state: its state, restored into the structure that ``tx.init`` gives.
+      params: the parameters, or ShapeDtypeStructs of them; None to compare settings
+        alone.
 
     Raises:
       TypeError: if a spec is no longer uint32, because the whole state was cast.
-      ValueError: if settings differ, naming both, or if a spec is missing or stacked.
+      ValueError: if settings, shapes or dtypes differ, naming both, or if a spec is
+        missing or stacked.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import flora_jax as fj
-      >>> state = fj.flora(1e-3, rank=8, key=0).init({"w": jnp.zeros((256, 256))})
-      >>> fj.verify_state(fj.flora(1e-3, rank=8, key=0), state)
+      >>> params = {"w": jnp.zeros((256, 256))}
+      >>> state = fj.flora(1e-3, fj.Sketch(8)).init(params)
+      >>> fj.verify_state(fj.flora(1e-3, fj.Sketch(8)), state, params)
     """
-    tx = _checks.check_transformation("tx", tx)
+    tx = check.check_transformation("tx", tx, state)
+    if params is None:
+        expected, shapes = _specs_of_settings(tx, state), None
+    else:
+        expected, shapes = _specs_and_shapes(tx, state, params)
+    found = _specs(state)
+    if expected.keys() != found.keys():
+        raise ValueError(
+            "`state` must hold the specs that `tx` writes, got specs at"
+            f" {sorted(found)}, expected at {sorted(expected)}; restore the checkpoint"
+            " into the structure of tx.init(params)"
+        )
+    differences = [
+        f"{path or 'state'}: {line}"
+        for path, spec in expected.items()
+        for line in _differences(np.asarray(found[path]), spec, params is not None)
+    ]
+    if not differences and shapes is not None:
+        actual = _shapes(state)
+        differences = [
+            f"{path}: {actual[path]} in the state, {shape} in tx"
+            for path, shape in shapes.items()
+            if actual[path] != shape
+        ]
+    if differences:
+        raise ValueError(
+            "`state` was made under other settings than `tx` has, got "
+            + "; ".join(differences[:_MOST_DIFFERENCES])
+            + ". Use the settings of the run that saved it, or start a new state with"
+            " tx.init"
+        )
+
+
+def _specs_of_settings(tx: Any, state: Any) -> dict[str, np.ndarray]:
     fresh = []
 
     def init(params: Any) -> Any:
@@ -83,40 +200,54 @@ def verify_state(tx: optax.GradientTransformation, state: Any) -> None:
             "`state` must have the structure that `tx` gives it, got another one;"
             " restore the checkpoint into the structure of tx.init(params)"
         ) from error
-    expected, found = _specs(fresh[0]), _specs(state)
-    if expected.keys() != found.keys():
+    return _concrete(_specs(fresh[0]))
+
+
+def _specs_and_shapes(
+    tx: Any, state: Any, params: Any
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    specs: dict[str, np.ndarray] = {}
+
+    def init(params: Any) -> Any:
+        new = tx.init(params)
+        specs.update(_concrete(_specs(new)))
+        return new
+
+    shapes = _shapes(abstract_state(init, params))
+    different = sorted(shapes.keys() ^ _shapes(state).keys())
+    if different:
         raise ValueError(
-            "`state` must hold the specs that `tx` writes, got specs at"
-            f" {sorted(found)}, expected at {sorted(expected)}; restore the checkpoint"
-            " into the structure of tx.init(params)"
+            "`state` must have the structure that `tx` gives it for these parameters,"
+            f" got trees that differ at {different[:4]}; restore the checkpoint into"
+            " the structure of tx.init(params)"
         )
-    differences = [
-        f"{path or 'state'}: {line}"
-        for path, spec in expected.items()
-        for line in _differences(found[path], spec)
-    ]
-    if differences:
-        raise ValueError(
-            "`state` was made under other settings than `tx` has, got "
-            + "; ".join(differences)
-            + ". Use the settings of the run that saved it, or start a new state with"
-            " tx.init"
-        )
+    return specs, shapes
 
 
-def _specs(tree: Any) -> dict[str, np.ndarray]:
-    """All fields named ``spec``, by the path of the state they stand in."""
-    specs = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
-        if names[-1:] == ["value"]:  # NNX keeps each array of the state in a Variable.
-            names.pop()
-        if names and names[-1] == "spec":
-            specs["/".join(names[:-1])] = np.asarray(leaf)
-    return specs
+def _concrete(specs: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {path: np.asarray(spec) for path, spec in specs.items()}
 
 
-def _differences(found: np.ndarray, expected: np.ndarray) -> list[str]:
+def _shapes(tree: Any) -> dict[str, str]:
+    """Dtype and shape of each array, by path."""
+    arrays = (("/".join(names), x) for names, x in named_arrays(tree))
+    return {
+        path: f"{jnp.result_type(x)}{list(jnp.shape(x))}"
+        for path, x in arrays
+        if not is_masked(x)
+    }
+
+
+def _specs(tree: Any) -> dict[str, Any]:
+    """All fields named ``spec``, by the path of the state that they are part of."""
+    return {
+        "/".join(names[:-1]): leaf
+        for names, leaf in named_arrays(tree)
+        if names[-1:] == ("spec",)
+    }
+
+
+def _differences(found: np.ndarray, expected: np.ndarray, planned: bool) -> list[str]:
     if found.dtype != np.uint32:
         raise TypeError(
             f"`state.spec` must be uint32, got {found.dtype}; the whole state was cast:"
@@ -127,21 +258,26 @@ def _differences(found: np.ndarray, expected: np.ndarray) -> list[str]:
             f"`state.spec` must have shape {expected.shape}, got {found.shape}; pass"
             " the states of a vmapped ensemble one by one"
         )
-    if (found == expected).all():
-        return []
     if found[0] != expected[0]:
         return [f"state format {found[0]} in the state, {expected[0]} in tx"]
     ours, theirs = _decode(expected), _decode(found)
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    same_plans = planned and found[2] == expected[2]
     lines = [
-        f"{name} {theirs.get(name, 'absent')} in the state, {value} in tx"
-        for name, value in ours.items()
-        if theirs.get(name) != value
+        f"{name} {theirs.get(name, 'default')} in the state,"
+        f" {ours.get(name, 'default')} in tx"
+        for name in names
+        if not (same_plans and name in _PLANNING)
     ]
-    return lines or [f"settings {theirs} in the state, {ours} in tx"]
+    if planned and not same_plans and not lines:
+        return ["its mask, ranks or dimension numbers decide otherwise for some leaf"]
+    if found[1] != expected[1] and not names:  # Beyond the end of the vector.
+        return [f"settings {theirs} in the state, {ours} in tx"]
+    return lines
 
 
 def _decode(spec: np.ndarray) -> dict[str, str]:
     text = spec[_HEADER:].astype("<u4").tobytes().rstrip(b"\0").decode(errors="replace")
     pairs = (item.partition(": ") for item in text.split("; "))
     settings = {name: value for name, _, value in pairs}
-    return {**settings, "key data": str(spec[2:_HEADER].tolist())}
+    return {**settings, "key data": str(spec[3:_HEADER].tolist())}

@@ -10,13 +10,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from flora_jax import _validation as _checks
-from flora_jax.random import keys as _keys
+from flora_jax import _validation
+from flora_jax._typing import KeyLike
+from flora_jax.random import raw_key
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+    from jaxtyping import Array, Float, UInt32
 
-SCALES = ("unbiased", "isometric")
+NORMALIZATIONS = ("unbiased", "isometric")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,24 +28,35 @@ class Projection(abc.ABC):
     (``optax.inject_hyperparams`` takes every callable argument for a schedule). Where S
     comes from is a subclass's matter: :class:`ObliviousProjection` regenerates it from
     a key, :class:`AdaptiveProjection` reads it from what it chose and stored. Either
-    gives ``drawn``, a tree of arrays that fixes S, and the methods here apply it.
+    gives ``sampled``, a tree of arrays that determines S, and the methods here apply
+    it.
 
     Attributes:
-      scale: ``"unbiased"``: E[SᵀS] = I, so that ``expand(compress(G))`` is an unbiased
-        estimate of G. ``"isometric"``: S Sᵀ = I, so that it is the orthogonal
-        projection of G, which shrinks it.
+      normalization: ``"unbiased"``: E[SᵀS] = I, so that ``expand(compress(G))`` is an
+        unbiased estimate of G. ``"isometric"``: S Sᵀ = I, so that it is the orthogonal
+        projection of G, which shrinks it. None: that of the recipe which uses the
+        projection; ``"unbiased"`` where it is used by itself.
     """
 
-    scale: str = "unbiased"
+    normalization: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an unknown scale."""
-        _checks.check_choice("scale", self.scale, SCALES)
+        """Raises ValueError for an unknown normalization."""
+        if self.normalization is not None:
+            _validation.check_choice(
+                "normalization", self.normalization, NORMALIZATIONS
+            )
+
+    def normalized_as(self, other: Projection) -> Projection:
+        """This projection, with the normalization of another if it has none."""
+        if self.normalization is not None:
+            return self
+        return dataclasses.replace(self, normalization=other.normalization)
 
     @abc.abstractmethod
     def compress(
         self,
-        drawn: Any,
+        sampled: Any,
         matrix: Float[Array, "*batch n m"],
         rank: int,
         axis: int,
@@ -53,7 +65,7 @@ class Projection(abc.ABC):
         """Sketches one side of a matrix: G Sᵀ for axis -1, S G for axis -2.
 
         Args:
-          drawn: what fixes S.
+          sampled: what determines S.
           matrix: shape (batch…, n, m), of any float dtype; arithmetic is in float32.
           rank: r.
           axis: the side to sketch, -1 or -2.
@@ -66,12 +78,12 @@ class Projection(abc.ABC):
 
     @abc.abstractmethod
     def expand(
-        self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
+        self, sampled: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
     ) -> Float[Array, "*batch n m"]:
         """The adjoint of :meth:`compress`: C S for axis -1, Sᵀ C for axis -2.
 
         Args:
-          drawn: what fixes S.
+          sampled: what determines S.
           sketch: shape (batch…, n, r) or (batch…, r, m), float32.
           width: size of the sketched side before sketching.
           axis: the sketched side, -1 or -2.
@@ -83,13 +95,13 @@ class Projection(abc.ABC):
     def transfer(
         self, old: Any, new: Any, rank: int, width: int
     ) -> Float[Array, "*batch rank rank"]:
-        """S S′ᵀ of two draws: it takes a sketch C = G Sᵀ to C S S′ᵀ."""
+        """S S′ᵀ of two samples: it takes a sketch C = G Sᵀ to C S S′ᵀ."""
         s = self.expand(old, jnp.eye(rank, dtype=jnp.float32), width, -1)
         return self.compress(new, s, rank, -1)
 
     @abc.abstractmethod
-    def entries(
-        self, drawn: Any, rank: int, width: int
+    def as_matrix(
+        self, sampled: Any, rank: int, width: int
     ) -> Float[Array, "*batch rank width"]:
         """S itself."""
 
@@ -109,14 +121,14 @@ class Projection(abc.ABC):
 class ObliviousProjection(Projection):
     """A random S, regenerated from a key and never stored.
 
-    It is written as two steps. :meth:`draw` turns a key into the few numbers that fix
-    S, for many leaves in one operation; :meth:`Projection.compress` and
+    It is written as two steps. :meth:`sample` turns a key into the few numbers that
+    determine S, for many leaves in one operation; :meth:`Projection.compress` and
     :meth:`Projection.expand` apply S to one matrix.
     """
 
     def sketch(
         self,
-        key: PRNGKeyArray,
+        key: KeyLike,
         matrix: Float[Array, "*batch n m"],
         rank: int,
         axis: int,
@@ -132,12 +144,12 @@ class ObliviousProjection(Projection):
         Returns:
           Float32, shape (batch…, n, r) or (batch…, r, m).
         """
-        drawn = self.draw(jnp.asarray(_keys.raw_key(key)), rank, matrix.shape[axis])
-        return self.compress(drawn, matrix, rank, axis)
+        sampled = self.sample(jnp.asarray(raw_key(key)), rank, matrix.shape[axis])
+        return self.compress(sampled, matrix, rank, axis)
 
     def unsketch(
         self,
-        key: PRNGKeyArray,
+        key: KeyLike,
         sketch: Float[Array, "*batch _ _"],
         width: int,
         axis: int,
@@ -153,18 +165,16 @@ class ObliviousProjection(Projection):
         Returns:
           Float32, shape (batch…, n, m).
         """
-        drawn = self.draw(jnp.asarray(_keys.raw_key(key)), sketch.shape[axis], width)
-        return self.expand(drawn, sketch, width, axis)
+        sampled = self.sample(jnp.asarray(raw_key(key)), sketch.shape[axis], width)
+        return self.expand(sampled, sketch, width, axis)
 
-    def matrix(
-        self, key: PRNGKeyArray, rank: int, width: int
-    ) -> Float[Array, "rank width"]:
+    def matrix(self, key: KeyLike, rank: int, width: int) -> Float[Array, "rank width"]:
         """S itself, for tests and teaching; optimizers never form it from here."""
-        drawn = self.draw(jnp.asarray(_keys.raw_key(key)), rank, width)
-        return self.entries(drawn, rank, width)
+        sampled = self.sample(jnp.asarray(raw_key(key)), rank, width)
+        return self.as_matrix(sampled, rank, width)
 
     @abc.abstractmethod
-    def draw(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
+    def sample(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
         """What a key decides, in a tree of small arrays; mapped over many keys.
 
         Args:
@@ -173,7 +183,7 @@ class ObliviousProjection(Projection):
           width: m.
 
         Returns:
-          A tree of numeric arrays, O(m) numbers, for :meth:`compress` and
+          A tree of numeric arrays, O(m) elements, for :meth:`compress` and
           :meth:`expand`.
         """
 
@@ -219,7 +229,7 @@ class AdaptiveProjection(Projection):
         """
 
     @abc.abstractmethod
-    def read(self, stored: Array, axis: int) -> Any:
+    def from_stored(self, stored: Array, axis: int) -> Any:
         """From what :meth:`choose` gave to what :meth:`compress` takes."""
 
     def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"]:
@@ -233,21 +243,51 @@ class MatrixProjection(Projection):
 
     def compress(
         self,
-        drawn: Any,
+        sampled: Any,
         matrix: Float[Array, "*batch n m"],
         rank: int,
         axis: int,
         weights: Float[Array, "*batch m"] | None = None,
     ) -> Float[Array, "*batch _ _"]:
         """G Sᵀ or S G; see :meth:`Projection.compress`."""
-        s = self.entries(drawn, rank, matrix.shape[axis])
+        s = self.as_matrix(sampled, rank, matrix.shape[axis])
         return multiply(s, matrix, axis, weights)
 
     def expand(
-        self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
+        self, sampled: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
     ) -> Float[Array, "*batch n m"]:
         """C S or Sᵀ C; see :meth:`Projection.expand`."""
-        return product(sketch, self.entries(drawn, sketch.shape[axis], width), axis)
+        return product(sketch, self.as_matrix(sampled, sketch.shape[axis], width), axis)
+
+
+class DenseProjection(MatrixProjection, ObliviousProjection):
+    """S is sampled as a matrix, each time that it is used."""
+
+    def sample(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
+        """The key itself: matrices of many leaves at once would be a state's size."""
+        del rank, width
+        return key
+
+
+@dataclasses.dataclass(frozen=True)
+class IndependentEntries(DenseProjection):
+    """S has independent entries, so that its rows are not orthogonal."""
+
+    normalization: str | None = "unbiased"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a normalization that it cannot have."""
+        super().__post_init__()
+        if self.normalization != "unbiased":
+            raise ValueError(
+                f"`normalization` of {type(self).__name__} must be 'unbiased', got"
+                f" normalization={self.normalization!r}: its rows are not orthogonal;"
+                " use Orthogonal(normalization='isometric')"
+            )
+
+    def gram_diagonal(self, rank: int, width: int) -> None:
+        """None: the rows of S are not orthogonal."""
+        del rank, width
 
 
 class ScaledIsometry(ObliviousProjection):
@@ -255,10 +295,10 @@ class ScaledIsometry(ObliviousProjection):
 
     def row_norm(self, rank: int, width: int) -> float:
         """What the orthonormal rows are multiplied by: √(m/r), or 1 if isometric."""
-        return 1.0 if self.scale == "isometric" else (width / rank) ** 0.5
+        return 1.0 if self.normalization == "isometric" else (width / rank) ** 0.5
 
     def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
-        """m/r, or ones for the isometric scale."""
+        """m/r, or ones if isometric."""
         return jnp.full(rank, self.row_norm(rank, width) ** 2, jnp.float32)
 
 

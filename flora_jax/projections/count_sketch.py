@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.leaves import mesh as _mesh
-from flora_jax.random.bits import bits, signs
+from flora_jax.leaves import is_sharded
 from flora_jax.projections.base import ObliviousProjection, along, multiply, weigh
+from flora_jax.random import bits, signs
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt32
@@ -41,15 +41,14 @@ class CountSketch(ObliviousProjection):
     r x m matrix and no matrix product; m + m/r random words.
 
     Under ``jax.set_mesh`` with several devices a sketch is a product with S instead,
-    2·n·m·r operations: a sum over a side that is cut, where a permutation would gather
-    it.
+    2·n·m·r operations: a sum over a sharded side, where a permutation would gather it.
 
     Weaker than dense projections where few columns of G matter: two of them meet with
     probability 1/r, and then cancel or double, where a product would mix them. The
     variance of ‖C‖² is no larger, its tails are.
 
     Raises:
-      ValueError: for an unknown scale.
+      ValueError: for an unknown normalization.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -63,7 +62,7 @@ class CountSketch(ObliviousProjection):
       <https://doi.org/10.1016/S0304-3975(03)00400-6>`_, 2004
     """
 
-    def draw(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
+    def sample(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
         """Signs and buckets of the columns (m,), offsets of the chunks, and a shift."""
         full, tail = divmod(width, rank)
         # The remainder prefers small numbers by less than rank / 2**32.
@@ -76,18 +75,18 @@ class CountSketch(ObliviousProjection):
 
     def compress(
         self,
-        drawn: Any,
+        sampled: Any,
         matrix: Float[Array, "*batch n m"],
         rank: int,
         axis: int,
         weights: Float[Array, "*batch m"] | None = None,
     ) -> Float[Array, "*batch _ _"]:
         """G Sᵀ or S G; see :meth:`Projection.compress`."""
-        if _mesh.cuts_arrays():
+        if is_sharded():
             return multiply(
-                self.entries(drawn, rank, matrix.shape[axis]), matrix, axis, weights
+                self.as_matrix(sampled, rank, matrix.shape[axis]), matrix, axis, weights
             )
-        flips, _, offsets, shift = drawn
+        flips, _, offsets, shift = sampled
         flips = weigh(flips, weights)
         width = matrix.shape[axis]
         full, tail = divmod(width, rank)
@@ -101,31 +100,33 @@ class CountSketch(ObliviousProjection):
             pad = [(0, 0)] * rest.ndim
             pad[axis] = (0, rank - tail)
             total = total + jnp.pad(rest, pad)
-        return total * along(self._row_scale(rank, width), axis)
+        return total * along(self._row_factor(rank, width), axis)
 
     def expand(
-        self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
+        self, sampled: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
     ) -> Float[Array, "*batch n m"]:
         """C S or Sᵀ C; see :meth:`Projection.expand`."""
-        flips, buckets, *_ = drawn
+        flips, buckets, *_ = sampled
         rank = sketch.shape[axis]
-        scaled = sketch * along(self._row_scale(rank, width), axis)
+        scaled = sketch * along(self._row_factor(rank, width), axis)
         # XLA fuses the gather into what reads the estimate, such as the addition to the
         # parameter; along columns it is a gather of single numbers, about half as fast.
         return jnp.take(scaled, buckets, axis=axis, mode="clip") * along(flips, axis)
 
-    def entries(self, drawn: Any, rank: int, width: int) -> Float[Array, "rank width"]:
+    def as_matrix(
+        self, sampled: Any, rank: int, width: int
+    ) -> Float[Array, "rank width"]:
         """S, float32 of shape (rank, width)."""
-        flips, buckets, *_ = drawn
+        flips, buckets, *_ = sampled
         one_hot = jax.nn.one_hot(buckets, rank, axis=0, dtype=jnp.float32)
-        return one_hot * flips * self._row_scale(rank, width)[:, None]
+        return one_hot * flips * self._row_factor(rank, width)[:, None]
 
     def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
-        """The bucket sizes, or ones for the isometric scale."""
-        return _bucket_sizes(rank, width) * self._row_scale(rank, width) ** 2
+        """The bucket sizes, or ones if isometric."""
+        return _bucket_sizes(rank, width) * self._row_factor(rank, width) ** 2
 
-    def _row_scale(self, rank: int, width: int) -> jax.Array:
-        if self.scale == "isometric":
+    def _row_factor(self, rank: int, width: int) -> jax.Array:
+        if self.normalization == "isometric":
             return _bucket_sizes(rank, width) ** -0.5
         return jnp.ones(rank, jnp.float32)
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.leaves import mesh as _mesh
-from flora_jax.random.bits import bits, signs
+from flora_jax.leaves import is_sharded
 from flora_jax.projections.base import ScaledIsometry, along, multiply, product, weigh
+from flora_jax.random import bits, signs
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt32
@@ -31,10 +31,10 @@ class SRHT(ScaledIsometry):
 
     Costs 2·m random words and 2·n·m·(a + b) operations for a sketch, whatever the rank,
     and temporary memory of G's size; 2·n·m² for a prime m. Under ``jax.set_mesh`` with
-    several devices S is applied as a matrix, by which a side that is cut stays cut.
+    several devices S is applied as a matrix, by which a sharded side stays sharded.
 
     Raises:
-      ValueError: for an unknown scale.
+      ValueError: for an unknown normalization.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -48,7 +48,7 @@ class SRHT(ScaledIsometry):
       <https://arxiv.org/abs/1011.1595>`_, 2011
     """
 
-    def draw(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
+    def sample(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
         """Signs, float32 (m,), and the rows to keep, int32 (r,)."""
         words = bits(key, (width,), 1)
         rows = jnp.argsort(words, stable=True)[:rank].astype(jnp.int32)
@@ -56,7 +56,7 @@ class SRHT(ScaledIsometry):
 
     def compress(
         self,
-        drawn: Any,
+        sampled: Any,
         matrix: Float[Array, "*batch n m"],
         rank: int,
         axis: int,
@@ -64,21 +64,23 @@ class SRHT(ScaledIsometry):
     ) -> Float[Array, "*batch _ _"]:
         """G Sᵀ or S G; see :meth:`Projection.compress`."""
         width = matrix.shape[axis]
-        if _mesh.cuts_arrays():
-            return multiply(self.entries(drawn, rank, width), matrix, axis, weights)
-        flips, rows = drawn
+        if is_sharded():
+            return multiply(self.as_matrix(sampled, rank, width), matrix, axis, weights)
+        flips, rows = sampled
         flipped = matrix.astype(jnp.float32) * along(weigh(flips, weights), axis)
         mixed = _transform(flipped, axis, inverse=False)
         kept = jnp.take(mixed, rows, axis=axis, mode="clip")
         return kept * self.row_norm(rank, width)
 
     def expand(
-        self, drawn: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
+        self, sampled: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
     ) -> Float[Array, "*batch n m"]:
         """C S or Sᵀ C; see :meth:`Projection.expand`."""
-        if _mesh.cuts_arrays():
-            return product(sketch, self.entries(drawn, sketch.shape[axis], width), axis)
-        flips, rows = drawn
+        if is_sharded():
+            return product(
+                sketch, self.as_matrix(sampled, sketch.shape[axis], width), axis
+            )
+        flips, rows = sampled
         scaled = sketch * self.row_norm(sketch.shape[axis], width)
         shape = list(sketch.shape)
         shape[axis] = width
@@ -86,9 +88,11 @@ class SRHT(ScaledIsometry):
         mixed = jnp.zeros(shape, jnp.float32).at[index].set(scaled)
         return _transform(mixed, axis, inverse=True) * along(flips, axis)
 
-    def entries(self, drawn: Any, rank: int, width: int) -> Float[Array, "rank width"]:
+    def as_matrix(
+        self, sampled: Any, rank: int, width: int
+    ) -> Float[Array, "rank width"]:
         """S, float32 of shape (rank, width)."""
-        flips, rows = drawn
+        flips, rows = sampled
         transform = np.kron(*map(_cosines, _factors(width)))
         return jnp.asarray(transform)[rows] * flips * self.row_norm(rank, width)
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax import _validation as _checks
-from flora_jax.leaves import mesh as _mesh
+from flora_jax import _validation
+from flora_jax.leaves import sharded_along
 from flora_jax.projections.base import (
     AdaptiveProjection,
     MatrixProjection,
@@ -41,15 +41,15 @@ class TopDCT(MatrixProjection, AdaptiveProjection):
     costs as much as any matrix of r rows. Stores r int32 numbers per matrix.
 
     Attributes:
-      scale: ``"isometric"``: the cosines are orthonormal.
+      normalization: ``"isometric"``: the cosines are orthonormal.
       norm: ``"l1"`` or ``"l2"``, of the transformed gradient along the other side.
 
     Raises:
-      ValueError: for an unknown norm or scale; from update, for widths above 46340.
+      ValueError: for an unknown norm or normalization; from update, for widths above 46340.
 
     Example:
       >>> import flora_jax as fj
-      >>> tx = fj.dct_adamw(1e-3, rank=8, projection=fj.TopDCT(norm="l2"))
+      >>> tx = fj.dct_adamw(1e-3, fj.Sketch(8, fj.TopDCT(norm="l2")))
 
     References:
       `SVD-Free Low-Rank Adaptive Gradient Optimization
@@ -58,13 +58,13 @@ class TopDCT(MatrixProjection, AdaptiveProjection):
 
     dtype: ClassVar[Any] = jnp.int32
 
-    scale: str = "isometric"
+    normalization: str | None = "isometric"
     norm: str = "l1"
 
     def __post_init__(self) -> None:
         """Raises on a choice that it does not have."""
-        _checks.check_choice("scale", self.scale, ("isometric",))
-        _checks.check_choice("norm", self.norm, NORMS)
+        _validation.check_choice("normalization", self.normalization, ("isometric",))
+        _validation.check_choice("norm", self.norm, NORMS)
 
     def stored_sizes(self, rank: int) -> tuple[int, int]:
         """Numbers of rows of Q: r along the sketched side."""
@@ -85,7 +85,7 @@ class TopDCT(MatrixProjection, AdaptiveProjection):
         """Numbers of rows of Q, (batch…, 1, r) for axis -1 or (batch…, r, 1) for -2."""
         del key
         width, other = matrix.shape[axis], -3 - axis
-        matrix = _mesh.spread_over(matrix, other, uncut=axis)
+        matrix = sharded_along(matrix, other, unsharded=axis)
         everything = _cosines(jnp.arange(width, dtype=jnp.int32), width)
         transformed = product(matrix, everything.T, axis)
         power = jnp.abs if self.norm == "l1" else jnp.square
@@ -93,18 +93,18 @@ class TopDCT(MatrixProjection, AdaptiveProjection):
         rows = jnp.sort(jax.lax.top_k(norms, rank)[1].astype(jnp.int32))
         return jnp.expand_dims(rows, other)
 
-    def read(
+    def from_stored(
         self, stored: Int32[Array, "*batch _ _"], axis: int
     ) -> Int32[Array, "*batch rank"]:
         """The numbers of S's rows in Q."""
         return stored.squeeze(-3 - axis)
 
-    def entries(
-        self, drawn: Any, rank: int, width: int
+    def as_matrix(
+        self, sampled: Any, rank: int, width: int
     ) -> Float[Array, "*batch rank width"]:
         """S, float32."""
         del rank
-        return _cosines(drawn, width)
+        return _cosines(sampled, width)
 
     def transfer(
         self, old: Any, new: Any, rank: int, width: int

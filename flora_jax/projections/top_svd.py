@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax import _validation as _checks
-from flora_jax.random.bits import normals
+from flora_jax import _validation
 from flora_jax.projections.base import AdaptiveProjection, MatrixProjection
+from flora_jax.random import normals
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt32
@@ -30,21 +30,21 @@ class TopSVD(MatrixProjection, AdaptiveProjection):
     4·(iterations + 1)·n·m·(r + 8) operations, most of them products. Singular vectors
     come with the signs that the decomposition gives them.
 
-    Stores r·width float32 numbers per matrix, also beside quantised moments.
+    Stores r·width float32 elements per matrix, also where moments are quantised.
 
     Attributes:
-      scale: ``"isometric"``: singular vectors are orthonormal.
+      normalization: ``"isometric"``: singular vectors are orthonormal.
       method: ``"exact"`` or ``"randomized"``.
       iterations: power iterations of the randomized method; more of them follow slowly
         falling spectra better.
 
     Raises:
       TypeError: if ``iterations`` is not an int.
-      ValueError: for an unknown method or scale, or no iteration.
+      ValueError: for an unknown method or normalization, or no iteration.
 
     Example:
       >>> import flora_jax as fj
-      >>> tx = fj.galore(1e-2, rank=8, projection=fj.TopSVD(method="randomized"))
+      >>> tx = fj.galore(1e-2, fj.Sketch(8, fj.TopSVD(method="randomized")))
 
     References:
       Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
@@ -54,15 +54,17 @@ class TopSVD(MatrixProjection, AdaptiveProjection):
       <https://arxiv.org/abs/0909.4061>`_, 2011, Algorithms 4.4 and 5.1
     """
 
-    scale: str = "isometric"
+    normalization: str | None = "isometric"
     method: str = "exact"
     iterations: int = 2
 
     def __post_init__(self) -> None:
         """Raises on a choice that it does not have."""
-        _checks.check_choice("scale", self.scale, ("isometric",))
-        _checks.check_choice("method", self.method, METHODS)
-        _checks.check_positive_int("iterations", self.iterations, "2 suits gradients")
+        _validation.check_choice("normalization", self.normalization, ("isometric",))
+        _validation.check_choice("method", self.method, METHODS)
+        _validation.check_positive_int(
+            "iterations", self.iterations, "2 suits gradients"
+        )
 
     def stored_sizes(self, rank: int) -> tuple[None, int]:
         """S or Sᵀ: the other side becomes r."""
@@ -88,18 +90,18 @@ class TopSVD(MatrixProjection, AdaptiveProjection):
         left = _leading(key, matrix, rank, self.iterations)
         return left if axis == -2 else left.swapaxes(-1, -2)
 
-    def read(
+    def from_stored(
         self, stored: Float[Array, "*batch _ _"], axis: int
     ) -> Float[Array, "*batch rank width"]:
         """S."""
         return stored if axis == -1 else stored.swapaxes(-1, -2)
 
-    def entries(
-        self, drawn: Any, rank: int, width: int
+    def as_matrix(
+        self, sampled: Any, rank: int, width: int
     ) -> Float[Array, "*batch rank width"]:
-        """S, which is what :meth:`read` gives."""
+        """S, which is what :meth:`from_stored` gives."""
         del rank, width
-        return drawn
+        return sampled
 
 
 def _leading(

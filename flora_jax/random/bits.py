@@ -1,6 +1,6 @@
 """Random bits that never change: the Threefry-2x32 hash, written out.
 
-A sketch in a checkpoint means nothing without its projection, which is drawn again from
+A sketch in a checkpoint means nothing without its projection, which is regenerated from
 a key for years to come. The bits of ``jax.random`` depend on a global flag
 (``jax_threefry_partitionable``) and its distributions on jax's version; these depend on
 nothing; normals made from them vary in the last place with a device's logarithm. They

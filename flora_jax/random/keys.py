@@ -1,6 +1,6 @@
 """PRNG keys: one raw root key in the state, one key per leaf and epoch from it.
 
-Two rules keep every draw independent. No key is both folded and sampled from: the chain
+Two rules keep all samples independent. No key is both folded and sampled from: the chain
 below only folds, and what it returns is only sampled. And a key is salted with the name
 of the transformation, so that two of them with the same seed do not share projections.
 """
@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.random import bits as _random
+from flora_jax._typing import KeyLike
+from flora_jax.random.bits import fold
+
 
 if TYPE_CHECKING:
     from jaxtyping import Array, UInt32
@@ -28,7 +30,7 @@ _REMEDY = (
 )
 
 
-def raw_key(key: Any) -> np.ndarray | jax.Array:
+def raw_key(key: KeyLike) -> np.ndarray | jax.Array:
     """Returns key data (uint32, shape (2,)) of a seed, a typed key or raw key data.
 
     Args:
@@ -41,7 +43,10 @@ def raw_key(key: Any) -> np.ndarray | jax.Array:
       TypeError: for other types, dtypes, shapes or PRNG implementations.
       ValueError: for an int outside the range.
     """
-    if isinstance(key, int) and not isinstance(key, bool):
+    if isinstance(key, tuple):  # The words of a key, as a Sketch keeps them.
+        return np.array(key, np.uint32)
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        key = int(key)
         if not 0 <= key < 2**64:
             raise ValueError(f"`key` must lie in [0, 2**64), got key={key}; {_REMEDY}")
         return np.array([key >> 32, key & 0xFFFFFFFF], np.uint32)
@@ -58,8 +63,7 @@ def raw_key(key: Any) -> np.ndarray | jax.Array:
             return key
         raise TypeError(
             f"`key` must be uint32 key data of shape (2,), got dtype {key.dtype} and"
-            f" shape {key.shape}; {_REMEDY}; under optax.inject_hyperparams pass"
-            " static_args=flora_jax.static_args(factory)"
+            f" shape {key.shape}; {_REMEDY}"
         )
     raise TypeError(f"`key` must be a seed or a PRNG key, got key={key!r}; {_REMEDY}")
 
@@ -90,40 +94,41 @@ def check_state_key(name: str, key: Any) -> None:
 def leaf_keys(
     root: jax.Array, name: str, paths: Sequence[str], epoch: Any
 ) -> UInt32[Array, "leaves 2"]:
-    """Returns the keys of many leaves in one epoch, drawn in one operation.
+    """Returns the keys of many leaves in one epoch, computed in one operation.
 
     Args:
       root: the state's key data, uint32 of shape (2,).
       name: the transformation's name, the salt.
       paths: the leaves' normalised paths; by path and not by index, so that masking a
         leaf does not move the randomness of the others.
-      epoch: how often the projection was drawn before, an int or an int32 scalar.
+      epoch: how often the projection was resampled before: an int, an int32 scalar, or
+        one for each leaf.
 
     Returns:
       Key data, uint32 of shape (leaves, 2), to be sampled from, never folded again.
     """
     salts = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
-    leaves = _random.fold(root, np.uint32(zlib.crc32(name.encode())), salts)
-    return _random.fold(leaves, jnp.asarray(epoch).astype(jnp.uint32), np.uint32(0))
+    leaves = fold(root, np.uint32(zlib.crc32(name.encode())), salts)
+    return fold(leaves, jnp.asarray(epoch).astype(jnp.uint32), np.uint32(0))
 
 
 def renewal(
-    count: Any, every: int, offset: jax.typing.ArrayLike = 0
+    count: Any, every: int | jax.Array, offset: jax.typing.ArrayLike = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """The epoch of a projection that is redrawn every T steps, and whether it is new.
+    """The epoch of a projection that is resampled every T steps, and whether it is new.
 
     Counted in uint32, where the offset cannot overflow. A counter that has saturated
     says the same at every later step: the projection then stays what it was before.
 
     Args:
       count: steps so far, an int32 scalar that ``optax.safe_increment`` counts.
-      every: T.
+      every: T; possibly traced, but the same at every step.
       offset: by how many steps a leaf is ahead; one number, or one for each leaf.
 
     Returns:
       The epoch, uint32, and whether it begins with this step; the first never does.
     """
-    steps = jnp.asarray(count).astype(jnp.uint32)
+    steps, period = (jnp.asarray(x).astype(jnp.uint32) for x in (count, every))
     ahead = jnp.minimum(steps, _LAST) + jnp.asarray(offset).astype(jnp.uint32)
-    new = (ahead % np.uint32(every) == 0) & (steps > 0) & (steps <= _LAST)
-    return ahead // np.uint32(every), new
+    new = (ahead % period == 0) & (steps > 0) & (steps <= _LAST)
+    return ahead // period, new

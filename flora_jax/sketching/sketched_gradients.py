@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves import LeafPlan
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +52,10 @@ class SketchedGradients:
         total = jnp.float32(0)
         for plan, leaf in zip(self.plans, jax.tree.leaves(self.tree), strict=True):
             size = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
-            if plan.dense_reason is None and self.projection.scale == "isometric":
+            if (
+                plan.dense_reason is None
+                and self.projection.normalization == "isometric"
+            ):
                 size = size * (plan.width / plan.rank)
             total = total + size
         return jnp.sqrt(total)

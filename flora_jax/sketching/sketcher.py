@@ -1,64 +1,102 @@
-"""One leaf to its sketch and back: a plan, a projection and what was drawn for it."""
+"""The leaves of a tree to their sketches and back: plans, a projection, and keys."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import numbers
 import operator
+import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.random import keys as _keys
-from flora_jax.leaves import mesh as _mesh
-from flora_jax.leaves.plan import LeafPlan
-from flora_jax.leaves.rules import LeafRules
-from flora_jax.leaves.spec import make_spec
-from flora_jax.projections import ObliviousProjection, Projection
-from flora_jax.projections.base import product
-from flora_jax.transforms.parts import ScaledLeaf
-from flora_jax.sketching.sketched_gradients import SketchedGradients
-from flora_jax.sketching.watch import Sketched, note
+from flora_jax._typing import PyTree
+from flora_jax._xla import materialized
+from flora_jax.leaves import (
+    LeafPlan,
+    describe,
+    make_spec,
+    replicated,
+    replicated_along,
+)
+from flora_jax.projections import product
+from flora_jax.random import leaf_keys
+from flora_jax.sketching.scaled_leaf import ScaledLeaf
+from flora_jax.sketching.sketch import Sketch
+from flora_jax.sketching.sketched_gradients import SketchedGradients, gradient_shapes
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 
+class Sketched(NamedTuple):
+    """One leaf of one transformation at one update, as told to ``on_sketch``.
+
+    Attributes:
+      sketcher: the transformation's name and sketch.
+      plan: the leaf's plan.
+      sampled: what determines S.
+      given: the ScaledLeaf that is sketched, G.
+      sketch: C, in the state's shape.
+      memory: what it goes into, in the state's shape: a momentum, an accumulator, or
+        the sketch itself.
+      largest: how many times ‖G‖ the norm of a stable memory may be, or None.
+    """
+
+    sketcher: Sketcher
+    plan: LeafPlan
+    sampled: Any
+    given: ScaledLeaf
+    sketch: Any
+    memory: Any
+    largest: Any = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Sketcher:
-    """The settings that decide what a sketch means.
+    """How one transformation sketches the leaves of a tree.
 
     Attributes:
       name: the transformation's name, the salt of its keys.
-      rules: which leaves are sketched, and on which side.
-      projection: how.
+      sketch: its sketch, with a projection that :func:`resolve` has filled in.
     """
 
     name: str
-    rules: LeafRules
-    projection: Any
+    sketch: Sketch
 
-    accepts: ClassVar[type] = ObliviousProjection
+    @functools.cached_property
+    def projection(self) -> Any:
+        """How a matrix is sketched."""
+        return self.sketch.projection
 
-    def __post_init__(self) -> None:
-        """Raises TypeError if the projection is none, or not of the kind needed."""
-        if not isinstance(self.projection, self.accepts):
-            kind = "" if self.accepts is Projection else " that a key regenerates"
-            raise TypeError(
-                f"`projection` must be a flora_jax projection{kind}, got"
-                f" {self.projection!r}; pass an instance such as"
-                " flora_jax.CountSketch()"
-            )
+    def plan(self, gradients: PyTree) -> tuple[LeafPlan, ...]:
+        """Plans of parameters or gradients, sketched or not.
 
-    def draw(self, plans: Sequence[LeafPlan], root: jax.Array, epoch: Any) -> list[Any]:
-        """What the keys of all leaves decide in one epoch; None for dense leaves.
+        Args:
+          gradients: a tree of arrays, or ``SketchedGradients``.
 
-        Leaves of equal rank and width are drawn together: the random numbers of a tree
-        of hundreds of leaves are a handful of operations.
+        Returns:
+          One plan per leaf.
+
+        Raises:
+          TypeError: for a leaf that is no array of a real floating dtype.
+          ValueError: if sketches were made in another way than this one's.
+        """
+        plans = self.sketch.plan(gradient_shapes(gradients))
+        if isinstance(gradients, SketchedGradients):
+            gradients.check(self.name, plans, self.projection)
+        return plans
+
+    def sample(
+        self, plans: Sequence[LeafPlan], root: jax.Array, epoch: Any
+    ) -> list[Any]:
+        """The projections of all leaves in one epoch; None for dense leaves.
+
+        Leaves of equal rank and width are sampled together: the random numbers of a
+        tree of hundreds of leaves are a handful of operations.
 
         Args:
           plans: of the leaves.
@@ -66,29 +104,35 @@ class Sketcher:
           epoch: the epoch, or an array of one for each leaf.
 
         Returns:
-          One tree per leaf.
+          One tree per leaf, which determines its S.
         """
-        drawn: list[Any] = [None] * len(plans)
+        sampled: list[Any] = [None] * len(plans)
         for (rank, width), members in _groups(plans).items():
             keys = self.keys(plans, members, root, epoch)
-            draw = functools.partial(self.projection.draw, rank=rank, width=width)
-            together = jax.tree.map(_mesh.whole, _written_out(jax.vmap(draw)(keys)))
+            sample = functools.partial(self.projection.sample, rank=rank, width=width)
+            arrays, tree = jax.tree.flatten(materialized(jax.vmap(sample)(keys)))
+            arrays = [replicated(x) for x in arrays]
             for place, i in enumerate(members):
-                drawn[i] = jax.tree.map(operator.itemgetter(place), together)
-        return drawn
+                sampled[i] = jax.tree.unflatten(tree, [x[place] for x in arrays])
+        return sampled
 
     def transfers(
-        self, plans: Sequence[LeafPlan], root: jax.Array, epoch: Any
+        self,
+        plans: Sequence[LeafPlan],
+        sampled: Sequence[Any],
+        root: jax.Array,
+        epoch: Any,
     ) -> list[jax.Array]:
-        """The matrices S S′ᵀ from the last epoch's projections to this one's.
+        """The matrices S S′ᵀ from the projections at hand to those of another epoch.
 
         Each leaf in turn: no matrix of a leaf's size is made, and leaves of equal rank
         and width share one compiled loop.
 
         Args:
           plans: of sketched leaves.
+          sampled: what determines each S.
           root: the state's key data.
-          epoch: the new epoch, or an array of one for each leaf.
+          epoch: the epoch of S′, or an array of one for each leaf.
 
         Returns:
           One r x r matrix per leaf, float32.
@@ -96,13 +140,14 @@ class Sketcher:
         matrices: list[Any] = [None] * len(plans)
         for (rank, width), members in _groups(plans).items():
 
-            def matrix(keys: jax.Array, rank: int = rank, width: int = width) -> Any:
-                old, new = (self.projection.draw(key, rank, width) for key in keys)
+            def matrix(pair: Any, rank: int = rank, width: int = width) -> jax.Array:
+                old, key = pair
+                new = self.projection.sample(key, rank, width)
                 return self.projection.transfer(old, new, rank, width)
 
-            epochs = (epoch - 1, epoch)
-            keys = [self.keys(plans, members, root, number) for number in epochs]
-            together = jax.lax.map(matrix, jnp.stack(keys, axis=1))
+            old = jax.tree.map(lambda *x: jnp.stack(x), *[sampled[i] for i in members])
+            keys = self.keys(plans, members, root, epoch)
+            together = jax.lax.map(matrix, (old, keys))
             for place, i in enumerate(members):
                 matrices[i] = together[place]
         return matrices
@@ -117,29 +162,31 @@ class Sketcher:
         """Key data of some of the leaves, uint32 of shape (members, 2)."""
         if jnp.ndim(epoch):
             epoch = jnp.asarray(epoch)[np.asarray(members)]
-        return _keys.leaf_keys(root, self.name, [plans[i].path for i in members], epoch)
+        return leaf_keys(root, self.name, [plans[i].path for i in members], epoch)
 
-    def sketch(
-        self, plan: LeafPlan, drawn: Any, leaf: ScaledLeaf
+    def sketch_leaf(
+        self, plan: LeafPlan, sampled: Any, leaf: ScaledLeaf
     ) -> Float[Array, "..."]:
         """Sketches a leaf: float32, in the state's shape; dense leaves pass.
 
-        So do leaves in the state's shape, which are sketches already.
-
         A factor that is constant along the sketched side multiplies the sketch, one
         that varies along it alone the columns of S: neither touches the whole leaf.
+
+        Args:
+          plan: the leaf's plan.
+          sampled: what determines S.
+          leaf: the leaf with its factors.
         """
-        # A full rank, which tests plan, would leave the shapes equal.
-        sketched = plan.rank < plan.width and leaf.leaf.shape == plan.state_shape
-        if sketched or plan.dense_reason is not None:
+        if plan.dense:
             return leaf.value()
         matrix, after, weights = plan.fold(leaf.leaf), [], None
         other = -3 - plan.axis
         for factor in leaf.factors:
             folded = plan.fold(factor) if factor.ndim else factor[None, None]
-            if folded.shape[plan.axis] == 1 and _spans(folded, matrix, other):
+            along, across = folded.shape[plan.axis], folded.shape[other]
+            if along == 1 and across in (1, matrix.shape[other]):
                 after.append(folded)
-            elif folded.shape[other] == 1 and _spans(folded, matrix, plan.axis):
+            elif across == 1 and along in (1, matrix.shape[plan.axis]):
                 squeezed = folded.squeeze(other)
                 weights = squeezed if weights is None else weights * squeezed
             else:
@@ -147,55 +194,66 @@ class Sketcher:
                 full = jnp.broadcast_to(factor, plan.shape)
                 matrix = matrix.astype(jnp.float32) * plan.fold(full)
         sketch = self.projection.compress(
-            drawn, matrix, plan.rank, plan.axis, weights=weights
+            sampled, matrix, plan.rank, plan.axis, weights=weights
         )
         sketch = functools.reduce(operator.mul, after, sketch)
-        return plan.unfold(_mesh.whole_along(sketch, plan.axis), plan.state_shape)
+        return plan.unfold(replicated_along(sketch, plan.axis), plan.state_shape)
 
-    def planned(self, gradients: Any) -> tuple[list[LeafPlan], Any]:
-        """Plans of gradients, sketched or not, and their shapes and dtypes.
+    def unsketch_leaf(
+        self, plan: LeafPlan, sampled: Any, sketch: Float[Array, "..."]
+    ) -> Float[Array, "..."]:
+        """Estimates a leaf from its sketch: float32, in the leaf's shape.
 
         Args:
-          gradients: gradients, or ``SketchedGradients``.
-
-        Returns:
-          The plans, and the gradients themselves or ShapeDtypeStructs in their place.
-
-        Raises:
-          ValueError: if sketches were made in another way than this one's.
+          plan: the leaf's plan.
+          sampled: what determines S.
+          sketch: C, in the state's shape; a dense leaf passes.
         """
-        if not isinstance(gradients, SketchedGradients):
-            return self.rules.plan(gradients), gradients
-        shapes = gradients.shapes()
-        plans = self.rules.plan(shapes)
-        gradients.check(self.name, plans, self.projection)
-        return plans, shapes
-
-    def unsketch(
-        self, plan: LeafPlan, drawn: Any, sketch: Float[Array, "..."]
-    ) -> Float[Array, "..."]:
-        """Estimates a leaf from its sketch: float32, in the leaf's shape."""
         sketch = sketch.astype(jnp.float32)
-        if plan.dense_reason is not None:
+        if plan.dense:
             return sketch
-        matrix = _mesh.whole_along(plan.fold(sketch), plan.axis)
-        estimate = self.projection.expand(drawn, matrix, plan.width, plan.axis)
+        matrix = replicated_along(plan.fold(sketch), plan.axis)
+        estimate = self.projection.expand(sampled, matrix, plan.width, plan.axis)
         return plan.unfold(estimate, plan.shape)
 
-    def spec(self, root: Any, **settings: Any) -> jax.Array:
-        """The ``spec`` of a state that holds such sketches."""
-        rules, axes = self.rules, self.rules.weight_dimension_numbers
+    def identity(self, plans: Sequence[LeafPlan]) -> int:
+        """A checksum of what the sketches of these leaves mean, but for the key."""
+        meaning = [
+            (p.path, p.batch_axes, p.row_axes, p.column_axes, p.axis, p.rank)
+            for p in plans
+        ]
+        text = f"{self.name} {describe(self.projection)} {sorted(meaning)}"
+        return zlib.crc32(text.encode())
+
+    def spec(self, plans: Sequence[LeafPlan], **settings: Any) -> jax.Array:
+        """The ``spec`` of a state that holds such sketches.
+
+        Args:
+          plans: of the leaves.
+          **settings: what else decides the meaning of the state.
+        """
+        rules = {
+            name: getattr(self.sketch, name)
+            for name, default in _DEFAULTS.items()
+            if getattr(self.sketch, name) != default
+        }
         return make_spec(
             self.name,
-            root,
+            self.sketch.key_data,
+            self.identity(plans),
             projection=self.projection,
-            rank=rules.rank if isinstance(rules.rank, numbers.Integral) else "by leaf",
-            side=rules.side,
-            min_dim_size=rules.min_dim_size,
-            max_aspect_ratio=f"{rules.max_aspect_ratio:g}",
-            weight_dimension_numbers="callable" if callable(axes) else axes,
+            rank=self.sketch.rank,
+            **rules,
             **settings,
         )
+
+
+# Rules that a spec names only where they are others: a new one changes no old state.
+_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(Sketch)
+    if field.name not in ("rank", "projection", "key")
+}
 
 
 def moved_sketch(
@@ -210,82 +268,6 @@ def _groups(plans: Sequence[LeafPlan]) -> dict[tuple[int, int], list[int]]:
     """Places of the sketched leaves, by rank and width."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, plan in enumerate(plans):
-        if plan.dense_reason is None:
+        if not plan.dense:
             groups.setdefault((plan.rank, plan.width), []).append(i)
     return groups
-
-
-def _written_out(tree: Any) -> Any:
-    """The same arrays, in memory before anything reads them.
-
-    XLA would fuse the hash behind a sign or an index into each loop that reads one, and
-    compute it anew for every element of the gradient; on CPU it drops barriers before
-    it fuses. The result of a loop it cannot fuse: this one negates twice.
-    """
-    return jax.lax.fori_loop(
-        0, 2, lambda _, arrays: jax.tree.map(operator.neg, arrays), tree
-    )
-
-
-def _spans(factor: jax.Array, matrix: jax.Array, axis: int) -> bool:
-    return factor.shape[axis] in (1, matrix.shape[axis])
-
-
-def accumulate(
-    sketcher: Sketcher,
-    plans: Sequence[LeafPlan],
-    use_mean: bool,
-    grads: Sequence[jax.Array],
-    acc: Sequence[jax.Array],
-    root: jax.Array,
-    i: Any,
-    cycle: Any,
-) -> list[jax.Array]:
-    """Adds micro-step i of a cycle to the accumulators of all leaves."""
-    return [
-        accumulate_leaf(sketcher, plan, drawn, use_mean, i, grad, leaf)
-        for plan, drawn, grad, leaf in zip(
-            plans, sketcher.draw(plans, root, cycle), grads, acc, strict=True
-        )
-    ]
-
-
-def accumulate_leaf(
-    sketcher: Sketcher,
-    plan: LeafPlan,
-    drawn: Any,
-    use_mean: bool,
-    i: Any,
-    grad: Float[Array, "..."],
-    acc: Float[Array, "..."],
-) -> Float[Array, "..."]:
-    """One leaf's running mean or sum of sketches, after micro-step i."""
-    total = acc.astype(jnp.float32)
-    given = ScaledLeaf(grad)
-    fresh = sketcher.sketch(plan, drawn, given)
-    total = total + ((fresh - total) / (i + 1) if use_mean else fresh)
-    note(plan, lambda: Sketched(sketcher, plan, drawn, given, fresh, total))
-    return total.astype(acc.dtype)
-
-
-def estimate(
-    sketcher: Sketcher,
-    plans: Sequence[LeafPlan],
-    axis_name: Any,
-    acc: Sequence[jax.Array],
-    root: jax.Array,
-    cycle: Any,
-) -> list[jax.Array]:
-    """What the accumulators of all leaves stand for: float32, in the leaves' shapes.
-
-    Of each device's own accumulators the mean over mesh axes, if there are any: the
-    mean of sketches is the sketch of the mean.
-    """
-    if axis_name is not None:
-        acc = jax.lax.pmean(list(acc), axis_name)
-    return [
-        sketcher.unsketch(plan, drawn, leaf)
-        for plan, drawn, leaf in zip(
-            plans, sketcher.draw(plans, root, cycle), acc, strict=True
-        )
-    ]

@@ -5,10 +5,6 @@ from flora_jax.transforms.accumulation import (
     compressed_accumulation,
     has_updated,
 )
-from flora_jax.transforms.accumulator import (
-    CompressedAccumulatorCarry,
-    compressed_accumulator,
-)
 from flora_jax.transforms.factored_rms import (
     FactoredRmsState,
     factored_rms_part,
@@ -19,25 +15,22 @@ from flora_jax.transforms.momentum import (
     compressed_momentum,
     momentum_part,
 )
-from flora_jax.transforms.orthogonalize import orthogonalize
 from flora_jax.transforms.parameter_scale import scale_by_parameter_scale
-from flora_jax.transforms.parts import clip_part
-from flora_jax.transforms.recipe import recipe
+from flora_jax.transforms.parts import OnSketch, Part, chain_parts, clip_part
 
 __all__ = [
     "CompressedAccumulationState",
-    "CompressedAccumulatorCarry",
     "CompressedMomentumState",
     "FactoredRmsState",
+    "OnSketch",
+    "Part",
+    "chain_parts",
     "clip_part",
     "compressed_accumulation",
-    "compressed_accumulator",
     "compressed_momentum",
     "factored_rms_part",
     "has_updated",
     "momentum_part",
-    "orthogonalize",
-    "recipe",
     "scale_by_factored_rms",
     "scale_by_parameter_scale",
 ]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax import _validation as _checks
-from flora_jax.leaves import trees as _state
-from flora_jax.leaves.plan import LeafPlan
-from flora_jax.leaves.rules import LeafRules
-from flora_jax.transforms.parts import Part, ScaledLeaf, leafwise
-from flora_jax.sketching.sketched_gradients import refuse_sketches
+from flora_jax import _validation
+from flora_jax._typing import PyTree, Shape
+from flora_jax._xla import unshared
+from flora_jax.leaves import LeafPlan, LeafRules, matching_leaves, rebuild, zeros_tree
+from flora_jax.sketching import ScaledLeaf, refuse_sketches
+from flora_jax.transforms.parts import OnSketch, Part, leafwise
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -36,17 +37,16 @@ class FactoredRmsState(NamedTuple):
     """
 
     count: Any
-    v_row: Any
-    v_col: Any
-    v: Any
+    v_row: PyTree
+    v_col: PyTree
+    v: PyTree
 
 
 def scale_by_factored_rms(
     decay_rate: jax.typing.ArrayLike = 0.8,
     *,
     epsilon: jax.typing.ArrayLike = 1e-30,
-    min_dim_size_to_factor: int = 128,
-    weight_dimension_numbers: Any = None,
+    rules: LeafRules = LeafRules(max_aspect_ratio=math.inf),  # noqa: B008 (frozen)
 ) -> optax.GradientTransformationExtraArgs:
     """Divides updates by a factored estimate of their root mean square.
 
@@ -56,21 +56,21 @@ def scale_by_factored_rms(
       C ← β_t C + (1−β_t) mean_over_smaller_side(G² + ε),
       update = G · (R / mean(R))^−½ · C^−½.
 
-    The same numbers as ``optax.scale_by_factored_rms`` where both factor the same two
-    axes: matrices, and stacks of fewer matrices than their smaller side. Otherwise
-    optax takes the two largest axes and this the fold of the plan: (768, 12, 64) is
-    factored as 768 x 768, where optax keeps a full second moment. And the statistics
-    keep every axis of the parameter (reduced ones have size 1), so that the state can
-    be created under sharding metadata.
+    The same as ``optax.scale_by_factored_rms`` where both factor the same two axes:
+    matrices, and stacks of fewer matrices than their smaller side. Otherwise optax
+    takes the two largest axes and this the fold of the plan: (768, 12, 64) is factored
+    as 768 x 768, where optax keeps a full second moment. And the statistics keep every
+    axis of the parameter (reduced ones have size 1), so that the state can be created
+    under sharding metadata.
 
-    Memory: n + m float32 numbers per factored leaf, the leaf's size otherwise. There is
-    no coarser dtype: its last steps, 1−β_t, would be lost to rounding.
+    Memory: n + m float32 elements per factored leaf, the leaf's size otherwise. There
+    is no coarser dtype: its last steps, 1−β_t, would be lost to rounding.
 
     Args:
       decay_rate: exponent of the decay schedule; 0.8 as in Adafactor.
       epsilon: added to the squared gradient; 1e-30 as in Adafactor.
-      min_dim_size_to_factor: smallest side of a matrix that is factored.
-      weight_dimension_numbers: which axes form the matrix, in optax's convention.
+      rules: which leaves are factored, and by which axes; sides of 128 or more, of any
+        aspect ratio, as in Adafactor.
 
     Returns:
       The gradient transformation. Updates have the dtype of the gradients.
@@ -91,94 +91,70 @@ def scale_by_factored_rms(
       Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
       <https://arxiv.org/abs/1804.04235>`_, 2018
     """
-    return leafwise(
-        factored_rms_part(
-            decay_rate, epsilon, min_dim_size_to_factor, weight_dimension_numbers
-        )
-    )
+    return leafwise(factored_rms_part(decay_rate, epsilon, rules))
 
 
 def factored_rms_part(
-    decay_rate: jax.typing.ArrayLike,
-    epsilon: jax.typing.ArrayLike,
-    min_dim_size_to_factor: int,
-    weight_dimension_numbers: Any,
+    decay_rate: jax.typing.ArrayLike, epsilon: jax.typing.ArrayLike, rules: LeafRules
 ) -> Part:
     """:func:`scale_by_factored_rms` as a part of a chain."""
-    _checks.check_number("decay_rate", decay_rate, 0, None, "0.8 is Adafactor's")
-    _checks.check_number("epsilon", epsilon, 0, None, "1e-30 is Adafactor's")
-    min_dim_size = _checks.check_positive_int(
-        "min_dim_size_to_factor", min_dim_size_to_factor, "128 is Adafactor's"
-    )
-    rules = LeafRules(
-        # Rank 1 of a side of 1 would be dense, but so small a matrix needs no factors.
-        rank=1,
-        min_dim_size=min_dim_size,
-        max_aspect_ratio=math.inf,
-        weight_dimension_numbers=weight_dimension_numbers,
-        sketches=False,
-    )
+    _validation.check_number("decay_rate", decay_rate, 0, None, "0.8 is Adafactor's")
+    _validation.check_number("epsilon", epsilon, 0, None, "1e-30 is Adafactor's")
+    if not isinstance(rules, LeafRules):
+        raise TypeError(
+            f"`rules` must be LeafRules, got {rules!r}; pass fj.LeafRules()"
+        )
 
-    def init(params: Any) -> FactoredRmsState:
+    def init(params: PyTree) -> FactoredRmsState:
         shapes = [_statistics_shapes(plan) for plan in rules.plan(params)]
         row, column, full = (
-            _state.zeros_tree(params, [shape[i] for shape in shapes], jnp.float32)
+            zeros_tree(params, [shape[i] for shape in shapes], jnp.float32)
             for i in range(3)
         )
         return FactoredRmsState(jnp.zeros([], jnp.int32), row, column, full)
 
-    def plan(updates: Any, state: Any) -> list[LeafPlan]:
+    def plan(updates: PyTree, state: Any) -> tuple[LeafPlan, ...]:
         refuse_sketches(_NAME, updates, "it averages the squares of the gradients")
         plans = rules.plan(updates)
         shapes = [_statistics_shapes(plan) for plan in plans]
         for i, field in enumerate(("v_row", "v_col", "v")):
-            _state.matching_leaves(
-                _NAME, field, getattr(state, field), plans, [s[i] for s in shapes]
-            )
+            own = [shape[i] for shape in shapes]
+            matching_leaves(_NAME, field, getattr(state, field), plans, own)
         return plans
 
-    def step(
-        plans: list[LeafPlan],
-        leaves: list[ScaledLeaf],
-        state: Any,
-        decay_rate: Any,
-        epsilon: Any,
-    ) -> tuple[list[ScaledLeaf], FactoredRmsState]:
-        decay = 1 - (state.count.astype(jnp.float32) + 1) ** -decay_rate
-        trees = (state.v_row, state.v_col, state.v)
-        results = [
-            factored_rms_step(plan, decay, epsilon, *leaf)
-            for plan, *leaf in zip(
-                plans, leaves, *map(jax.tree.leaves, trees), strict=True
-            )
-        ]
-        scaled, *statistics = zip(*results, strict=True) if results else 4 * [()]
-        return list(scaled), FactoredRmsState(
-            optax.safe_increment(state.count),
-            *map(_state.rebuild, trees, statistics),
-        )
-
-    return Part(init, plan, step, (decay_rate, epsilon))
+    return Part(init, plan, _step, (decay_rate, epsilon))
 
 
-def _larger_smaller(plan: LeafPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Axes of the larger side and of the smaller one; the columns if square."""
-    if plan.columns >= plan.rows:
-        return plan.column_axes, plan.row_axes
-    return plan.row_axes, plan.column_axes
+def _step(
+    plans: Sequence[LeafPlan],
+    leaves: Sequence[ScaledLeaf],
+    state: FactoredRmsState,
+    on_sketch: OnSketch,
+    decay_rate: Any,
+    epsilon: Any,
+) -> tuple[list[ScaledLeaf], FactoredRmsState]:
+    """All leaves, scaled, and the new state."""
+    del on_sketch
+    decay = 1 - (state.count.astype(jnp.float32) + 1) ** -decay_rate
+    trees = (state.v_row, state.v_col, state.v)
+    old = zip(plans, leaves, *map(jax.tree.leaves, trees), strict=True)
+    results = [factored_rms_step(plan, decay, epsilon, *leaf) for plan, *leaf in old]
+    scaled, *statistics = zip(*results, strict=True) if results else 4 * [()]
+    return list(scaled), FactoredRmsState(
+        optax.safe_increment(state.count), *map(rebuild, trees, statistics)
+    )
 
 
-def _statistics_shapes(plan: LeafPlan) -> tuple[tuple[int, ...], ...]:
+def _statistics_shapes(plan: LeafPlan) -> tuple[Shape, Shape, Shape]:
     """Shapes of v_row, v_col and v of one leaf."""
-    ones = (1,) * len(plan.shape)
-    if plan.dense_reason is not None:
-        return ones, ones, plan.shape
-    larger, smaller = _larger_smaller(plan)
+    if plan.dense:
+        return plan.ones, plan.ones, plan.shape
+    larger, smaller = plan.larger_smaller
     row, column = (
-        tuple(1 if i in axes else n for i, n in enumerate(plan.shape))
+        tuple([1 if i in axes else n for i, n in enumerate(plan.shape)])
         for axes in (larger, smaller)
     )
-    return row, column, ones
+    return row, column, plan.ones
 
 
 def factored_rms_step(
@@ -192,13 +168,12 @@ def factored_rms_step(
 ) -> tuple[ScaledLeaf, jax.Array, jax.Array, jax.Array]:
     """One leaf with the factors that scale it, and its new v_row, v_col and v."""
     full = grad.value()
-    if plan.dense_reason is not None:
+    if plan.dense:
         new = decay * v + (1 - decay) * (full * full + epsilon)
         return grad.times(jax.lax.rsqrt(new)), v_row, v_col, new.astype(v.dtype)
-    # XLA writes an operand of two reductions to memory, here the squares, but fuses
-    # that of one: behind a barrier it does not see that the squares are the same.
-    again = ScaledLeaf(jax.lax.optimization_barrier(grad.leaf), grad.factors).value()
-    larger, smaller = _larger_smaller(plan)
+    # Or XLA would write the squares, which two reductions read, to memory.
+    again = ScaledLeaf(unshared(grad.leaf), grad.factors).value()
+    larger, smaller = plan.larger_smaller
     row_mean_square = jnp.mean(full * full, axis=larger, keepdims=True)
     column_mean_square = jnp.mean(again * again, axis=smaller, keepdims=True)
     row = decay * v_row + (1 - decay) * (row_mean_square + epsilon)

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import optax
 
-from flora_jax import _validation as _checks
-from flora_jax.random import keys as _keys
-from flora_jax.leaves import trees as _state
-from flora_jax.leaves.plan import LeafPlan
-from flora_jax.leaves.rules import LeafRules
-from flora_jax.projections import CountSketch, Projection
-from flora_jax.transforms.parts import Part, leafwise
-from flora_jax.transforms.momentum_step import step_all
-from flora_jax.sketching.sketcher import Sketcher
-from flora_jax.sketching.sketched_gradients import refuse_sketches
+from flora_jax import _validation
+from flora_jax._typing import PyTree
+from flora_jax.leaves import LeafPlan, cast_like, matching_leaves, rebuild, zeros_tree
+from flora_jax.projections import CountSketch, along
+from flora_jax.random import check_state_key, renewal
+from flora_jax.sketching import (
+    ScaledLeaf,
+    Sketch,
+    Sketched,
+    SketchedGradients,
+    Sketcher,
+    moved_sketch,
+    refuse_sketches,
+    resolve,
+    warn_if_dense,
+)
+from flora_jax.transforms.parts import OnSketch, Part, leafwise
 
-READINGS = ("paper", "interpolated", "residual")
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+ESTIMATORS = ("paper", "nesterov", "fresh", "residual")
 NAME = "compressed_momentum"
 _MAX_NOISE = 0.5  # rho from which init warns: a noise gain of 1/(1 - rho) = 2.
 
@@ -34,47 +43,47 @@ class CompressedMomentumState(NamedTuple):
 
     Attributes:
       count: number of updates so far, int32.
+      epoch: how often the projection was resampled, int32; with ``key`` it determines
+        the projection of ``momentum`` and of the next gradient.
       key: root key data, uint32 of shape (2,); it never changes.
       spec: what the state means, for :func:`flora_jax.verify_state`.
       momentum: tree of sketches, one array per parameter leaf.
     """
 
     count: Any
+    epoch: Any
     key: jax.Array
     spec: jax.Array
-    momentum: Any
+    momentum: PyTree
 
 
 def compressed_momentum(
     decay: jax.typing.ArrayLike,
-    rank: Any,
+    sketch: Sketch | int,
     *,
-    resample_every: int | None = 1000,
-    reading: str = "interpolated",
-    projection: Projection = CountSketch(),  # noqa: B008 (frozen)
-    key: Any = 0,
-    mask: Any = None,
-    min_dim_size: int = 128,
-    max_aspect_ratio: float = 16,
-    side: str = "smaller",
-    weight_dimension_numbers: Any = None,
-    dtype: Any = jnp.float32,
+    resample_every: int | jax.Array | None = 1000,
+    estimator: str = "nesterov",
+    dtype: Any = "float32",
 ) -> optax.GradientTransformationExtraArgs:
-    """Exponential moving average of the updates, kept as a random sketch.
+    r"""Exponential moving average of the updates, kept as a random sketch.
 
     For a leaf folded to G (n x m) with its columns sketched by S (r x m),
 
-      M ← β M + (1−β) G Sᵀ,
+    .. math:: M \leftarrow \beta M + (1-\beta)\, G S^\top,
 
     and every κ steps S is replaced by S′ and the momentum transferred, M ← M S S′ᵀ.
-    The readings differ in the update alone; none of them is debiased, and dense leaves
-    get what the uncompressed chain gives, which each equals at full rank with an
-    orthogonal projection:
+    The estimators differ in the update alone; none of them is debiased. Dense leaves
+    get what the uncompressed chain named here gives, which each estimator equals at
+    full rank with an orthogonal projection:
 
     - ``"paper"``: M S, of rank r within one interval;
       ``optax.ema(decay, debias=False)``.
-    - ``"interpolated"``: β·M S + (1−β)·G, of full rank at every step;
-      ``optax.chain(optax.scale(1 - decay), optax.trace(decay, nesterov=True))``.
+    - ``"nesterov"``: β·M S + (1−β)·G with the new M, of full rank at every step;
+      ``optax.chain(optax.scale(1 - decay), optax.trace(decay, nesterov=True))``. The
+      official JAX release does this.
+    - ``"fresh"``: β·M S + (1−β)·G with the M of the step before: the plain average,
+      its newest term exact; ``optax.ema(decay, debias=False)``. The official PyTorch
+      release does this.
     - ``"residual"``: momentum inside the subspace, the fresh gradient outside:
       M (S Sᵀ)⁻¹ S + (G − G Π) with Π = Sᵀ(S Sᵀ)⁻¹S; ``optax.ema(decay,
       debias=False)``. For a projection with S Sᵀ = (m/r) I the first term is
@@ -87,27 +96,20 @@ def compressed_momentum(
     √(1 + (m+1)/r) (Gaussian) or √(m/r) (CountSketch) times the signal's, so that a clip
     after it shrinks the signal, and learning rates do not carry over unexamined.
 
-    With ``reading="paper"``, ``update`` also takes sketches in place of gradients, from
-    :func:`flora_jax.sketched_value_and_grad` with
-    ``transformation="compressed_momentum"``.
+    With ``estimator="paper"``, ``update`` also takes sketches in place of gradients,
+    from :func:`flora_jax.sketched_value_and_grad`.
 
-    Memory: r·max(n, m) numbers of ``dtype`` per sketched leaf (``side="smaller"``), the
-    leaf's size for dense ones.
+    Memory: r·max(n, m) elements of ``dtype`` per sketched leaf (``side="smaller"``),
+    the leaf's size for dense ones.
 
     Args:
       decay: β in [0, 1), a float or a scalar array.
-      rank: sketch size r; an int, a callable of (path, shape), or a tree of ints.
-      resample_every: κ, in updates; 1000 as in the paper. None keeps one projection.
-      reading: ``"interpolated"`` (the default, after this project's trainings),
-        ``"paper"`` or ``"residual"``.
-      projection: how leaves are sketched; ``Gaussian()`` is the paper's.
-      key: int seed, typed threefry2x32 key, or its key data; another one for each
-        compressed_momentum of one chain.
-      mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.
-      min_dim_size: smallest side of a matrix that is sketched.
-      max_aspect_ratio: largest ratio of its sides.
-      side: which side is sketched.
-      weight_dimension_numbers: which axes form the matrix, in optax's convention.
+      sketch: the sketch, or its rank; CountSketch unless it names a projection
+        (``Gaussian()`` is the paper's).
+      resample_every: κ, in updates; 1000 as in the paper. None keeps one projection. It
+        may be traced.
+      estimator: ``"nesterov"``, ``"paper"``, ``"fresh"`` or ``"residual"``. The default
+        reached the lowest loss of those that this project has measured.
       dtype: dtype of the momentum; arithmetic is in float32.
 
     Returns:
@@ -125,7 +127,7 @@ def compressed_momentum(
       >>> params = {"w": jnp.ones((256, 512))}
       >>> tx = optax.chain(
       ...     optax.scale_by_factored_rms(),
-      ...     fj.compressed_momentum(0.9, rank=32),
+      ...     fj.compressed_momentum(0.9, fj.Sketch(32)),
       ...     optax.scale_by_learning_rate(1e-3))
       >>> state = tx.init(params)
       >>> state[1].momentum["w"].shape
@@ -135,95 +137,191 @@ def compressed_momentum(
       Hao et al., `FLORA: Low-Rank Adapters Are Secretly Gradient Compressors
       <https://arxiv.org/abs/2402.03293>`_, 2024, Algorithm 2
     """
-    return leafwise(
-        momentum_part(
-            decay,
-            LeafRules(
-                rank,
-                mask,
-                min_dim_size,
-                max_aspect_ratio,
-                side,
-                weight_dimension_numbers,
-            ),
-            resample_every,
-            reading,
-            projection,
-            key,
-            dtype,
-        )
-    )
+    return leafwise(momentum_part(decay, sketch, resample_every, estimator, dtype))
 
 
 def momentum_part(
     decay: jax.typing.ArrayLike,
-    rules: LeafRules,
-    resample_every: int | None,
-    reading: str,
-    projection: Projection,
-    key: Any,
+    sketch: Sketch | int,
+    resample_every: int | jax.Array | None,
+    estimator: str,
     dtype: Any,
 ) -> Part:
     """:func:`compressed_momentum` as a part of a chain."""
-    _checks.check_number("decay", decay, 0, 1, "0.9 is the paper's")
-    _checks.check_choice("reading", reading, READINGS)
+    _validation.check_number("decay", decay, 0, 1, "0.9 is the paper's")
+    _validation.check_choice("estimator", estimator, ESTIMATORS)
     if resample_every is not None:
-        resample_every = _checks.check_steps(
+        resample_every = _validation.check_steps(
             "resample_every", resample_every, "use None to keep one projection"
         )
-    dtype = _checks.check_state_dtype(dtype)
-    root = _keys.raw_key(key)
-    sketcher = Sketcher(NAME, rules, projection)
-    if reading == "residual" and projection.gram_diagonal(1, 1) is None:
+    dtype = _validation.check_state_dtype(dtype)
+    sketcher = Sketcher(NAME, resolve(sketch, CountSketch("unbiased")))
+    if estimator == "residual" and sketcher.projection.gram_diagonal(1, 1) is None:
         raise ValueError(
-            "`reading` 'residual' needs a projection with orthogonal rows, got"
-            f" projection={projection}; use CountSketch()"
+            "`estimator` 'residual' needs a projection with orthogonal rows, got"
+            f" projection={sketcher.projection}; use CountSketch()"
         )
 
-    def init(params: Any) -> CompressedMomentumState:
-        plans = rules.plan(params)
-        if projection.scale == "unbiased":  # Isometric transfers shrink.
+    def init(params: PyTree) -> CompressedMomentumState:
+        plans = sketcher.plan(params)
+        warn_if_dense(NAME, plans)
+        if sketcher.projection.normalization == "unbiased":
             _warn_if_unstable(plans, decay, resample_every)
         shapes = [plan.state_shape for plan in plans]
         return CompressedMomentumState(
             count=jnp.zeros([], jnp.int32),
-            key=jnp.array(root),
-            spec=sketcher.spec(root, resample_every=resample_every),
-            momentum=_state.zeros_tree(params, shapes, dtype),
+            epoch=jnp.zeros([], jnp.int32),
+            key=jnp.array(sketcher.sketch.key_data),
+            spec=sketcher.spec(plans, dtype=dtype.name, resample_every=resample_every),
+            momentum=zeros_tree(params, shapes, dtype),
         )
 
-    def plan(updates: Any, state: Any) -> list[LeafPlan]:
-        _keys.check_state_key(NAME, state.key)
-        if reading != "paper":
-            refuse_sketches(NAME, updates, f"reading={reading!r} adds the gradient")
-        plans, _ = sketcher.planned(updates)
-        _state.matching_leaves(
-            NAME, "momentum", state.momentum, plans, [p.state_shape for p in plans]
-        )
-        return plans
+    def plan(updates: PyTree, state: Any) -> tuple[bool, Sequence[LeafPlan]]:
+        check_state_key(NAME, state.key)
+        if estimator != "paper":
+            refuse_sketches(NAME, updates, f"{estimator=} adds the gradient")
+        plans = sketcher.plan(updates)
+        shapes = [plan.state_shape for plan in plans]
+        matching_leaves(NAME, "momentum", state.momentum, plans, shapes)
+        return isinstance(updates, SketchedGradients), plans
 
-    step = functools.partial(step_all, sketcher, reading, resample_every)
-    return Part(init, plan, step, (decay,))
+    step = functools.partial(_step, sketcher, estimator)
+    return Part(init, plan, step, (decay, resample_every))
+
+
+def _step(
+    sketcher: Sketcher,
+    estimator: str,
+    planned: tuple[bool, Sequence[LeafPlan]],
+    leaves: Sequence[ScaledLeaf],
+    state: CompressedMomentumState,
+    on_sketch: OnSketch,
+    decay: Any,
+    resample_every: Any,
+) -> tuple[list[ScaledLeaf], CompressedMomentumState]:
+    """All leaves' updates and the new state, transferred if an interval ends."""
+    are_sketches, plans = planned
+    old = jax.tree.leaves(state.momentum)
+    sampled = sketcher.sample(plans, state.key, state.epoch)
+    updates, momentum = [], []
+    for plan, s, leaf, m in zip(plans, sampled, leaves, old, strict=True):
+        known = are_sketches or plan.dense
+        fresh = leaf.value() if known else sketcher.sketch_leaf(plan, s, leaf)
+        new = decay * m.astype(jnp.float32) + (1 - decay) * fresh
+        if on_sketch is not None and not plan.dense:
+            normalization = sketcher.projection.normalization
+            largest = _largest_ratio(plan, normalization, decay, resample_every)
+            on_sketch(Sketched(sketcher, plan, s, leaf, fresh, new, largest))
+        update = _estimate(sketcher, estimator, plan, s, decay, leaf, m, new, fresh)
+        updates.append(ScaledLeaf(update))
+        momentum.append(cast_like(new, m))
+    count, epoch = optax.safe_increment(state.count), state.epoch
+    if resample_every is not None:
+        epoch, due = renewal(count, resample_every)
+        epoch = epoch.astype(jnp.int32)
+        momentum = _transfer_where(
+            due, sketcher, plans, sampled, momentum, state.key, epoch
+        )
+    return updates, state._replace(
+        count=count, epoch=epoch, momentum=rebuild(state.momentum, momentum)
+    )
+
+
+def _estimate(
+    sketcher: Sketcher,
+    estimator: str,
+    plan: LeafPlan,
+    sampled: Any,
+    decay: Any,
+    grad: ScaledLeaf,
+    old: Float[Array, "..."],
+    new: Float[Array, "..."],
+    fresh: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """One leaf's update, float32, by the equations of :func:`compressed_momentum`."""
+    if estimator == "residual" and not plan.dense:
+        gram = sketcher.projection.gram_diagonal(plan.rank, plan.width)
+        # C (S Sᵀ)⁻¹ S, which is G Π where C = G Sᵀ.
+        missing = plan.fold(new - fresh) / along(gram, plan.axis)
+        missing = plan.unfold(missing, plan.state_shape)
+        return grad.value() + sketcher.unsketch_leaf(plan, sampled, missing)
+    average = old if estimator == "fresh" else new
+    update = sketcher.unsketch_leaf(plan, sampled, average)
+    if estimator in ("nesterov", "fresh"):
+        update = decay * update + (1 - decay) * grad.value()
+    return update
+
+
+def _transfer_where(
+    due: jax.Array,
+    sketcher: Sketcher,
+    plans: Sequence[LeafPlan],
+    sampled: Sequence[Any],
+    momentum: Sequence[jax.Array],
+    root: jax.Array,
+    epoch: jax.Array,
+) -> list[jax.Array]:
+    """Moves the sketched leaves to the projections of ``epoch``, where that is due."""
+    places = [i for i, plan in enumerate(plans) if not plan.dense]
+    own = [plans[i] for i in places]
+
+    def move(old: Any, sampled: Any, root: jax.Array, epoch: Any) -> list[jax.Array]:
+        matrices = sketcher.transfers(own, sampled, root, epoch)
+        return [
+            cast_like(moved_sketch(plan, matrix, m), m)
+            for plan, matrix, m in zip(own, matrices, old, strict=True)
+        ]
+
+    moved = jax.lax.cond(
+        due,
+        move,
+        lambda old, *_: old,
+        [momentum[i] for i in places],
+        [sampled[i] for i in places],
+        root,
+        epoch,
+    )
+    found = dict(zip(places, moved, strict=True))
+    return [found.get(i, leaf) for i, leaf in enumerate(momentum)]
+
+
+def _largest_ratio(
+    plan: LeafPlan, normalization: str, decay: Any, resample_every: Any
+) -> jax.Array:
+    """A bound on ‖M‖/‖G‖ for a stable momentum.
+
+    κ updates with gradients of norm g take ‖M‖ to at most β^κ ‖M‖ + (1−β^κ) g, and a
+    transfer multiplies it by √q: the fixed point of both.
+    """
+    if resample_every is None or normalization == "isometric":  # Such transfers shrink.
+        return jnp.float32(1)
+    growth = (plan.width / plan.rank) ** 0.5
+    kept = jnp.asarray(decay, jnp.float32) ** resample_every
+    left = 1 - kept * growth
+    fixed = growth * (1 - kept) / jnp.where(left > 0, left, 1.0)
+    return jnp.where(left > 0, jnp.maximum(fixed, 1.0), jnp.inf)
 
 
 def _warn_if_unstable(
-    plans: Sequence[LeafPlan], decay: Any, resample_every: int | None
+    plans: Sequence[LeafPlan], decay: Any, resample_every: Any
 ) -> None:
     """Warns with the worst leaf's ρ = β^{2κ}·m/r where transfers amplify noise."""
-    sketched = [plan for plan in plans if plan.dense_reason is None]
-    if not sketched or resample_every is None or isinstance(decay, jax.core.Tracer):
+    sketched = [plan for plan in plans if not plan.dense]
+    traced = isinstance(decay, jax.core.Tracer) or isinstance(
+        resample_every, jax.core.Tracer
+    )
+    if not sketched or resample_every is None or traced:
         return
     worst = max(sketched, key=lambda plan: plan.width / plan.rank)
-    ratio = worst.width / worst.rank
-    rho = float(decay) ** (2 * resample_every) * ratio
+    ratio, beta = worst.width / worst.rank, float(decay)
+    rho = beta ** (2 * int(resample_every)) * ratio
     if rho <= _MAX_NOISE:
         return
-    least = math.log(ratio / _MAX_NOISE) / (2 * math.log(1 / float(decay)))
+    least = math.log(ratio / _MAX_NOISE) / (2 * math.log(1 / beta))
     effect = "diverges" if rho >= 1 else f"has {1 / (1 - rho):.1f} times the noise"
-    warnings.warn(
+    _validation.warn(
         f"compressed_momentum with resample_every={resample_every} and"
-        f" decay={float(decay):g}: at leaf {worst.path!r} (width {worst.width}, rank"
+        f" decay={beta:g}: at leaf {worst.path!r} (width {worst.width}, rank"
         f" {worst.rank}) rho = decay**(2*resample_every)*width/rank is {rho:.3g}, so"
-        f" that the momentum {effect}; use resample_every >= {math.ceil(least)}",
-        stacklevel=4,
+        f" that the momentum {effect}; use resample_every >= {math.ceil(least)}"
     )

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax.transforms.parts import widened
+from flora_jax._typing import PyTree
+from flora_jax._xla import widened
 
 _LEAST = 1e-3  # Adafactor's epsilon_2: parameters that start at zero must leave it.
 
@@ -16,7 +17,7 @@ _LEAST = 1e-3  # Adafactor's epsilon_2: parameters that start at zero must leave
 def scale_by_parameter_scale() -> optax.GradientTransformation:
     """Multiplies each leaf's update by the RMS of its parameter, 1e-3 at least.
 
-    The numbers of ``optax.scale_by_param_block_rms``. That one guards the derivative at
+    The values of ``optax.scale_by_param_block_rms``. That one guards the derivative at
     zero by a ``where`` over the whole parameter, which XLA writes to memory before it
     squares it: half the time of a FLORA step. Here the bound on the square guards it.
 
@@ -24,7 +25,9 @@ def scale_by_parameter_scale() -> optax.GradientTransformation:
       The gradient transformation, without state; ``update`` needs ``params``.
     """
 
-    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree = None
+    ) -> tuple[PyTree, Any]:
         return jax.tree.map(_scale, updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)

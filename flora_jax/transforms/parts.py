@@ -2,58 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax.leaves import trees as _state
-from flora_jax.sketching.sketched_gradients import gradient_shapes
+from flora_jax._typing import PyTree
+from flora_jax._xla import unshared
+from flora_jax.leaves import rebuild, run_sharded
+from flora_jax.sketching import ScaledLeaf, Sketched, gradient_shapes
 
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
-
-
-def widened(leaf: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The leaf in float32, not shared with whatever else reads it in float32.
-
-    XLA would widen a bfloat16 leaf once and write it to memory for all of its readers;
-    behind a barrier each of them widens what it reads as it goes.
-    """
-    if leaf.dtype != jnp.float32:
-        leaf = jax.lax.optimization_barrier(leaf)
-    return leaf.astype(jnp.float32)
-
-
-class ScaledLeaf(NamedTuple):
-    """A leaf times factors that are not multiplied out.
-
-    What Adafactor does to a gradient is a product with a column, a row and a number. A
-    sketch can apply them to the projection and to its result, so that the scaled
-    gradient is never written to memory.
-
-    Attributes:
-      leaf: an array of any float dtype.
-      factors: float32 arrays that broadcast to it: scalars, or with all of its axes.
-    """
-
-    leaf: Float[Array, "..."]
-    factors: tuple[jax.Array, ...] = ()
-
-    def times(self, *factors: jax.Array) -> ScaledLeaf:
-        """The leaf with more factors."""
-        full = (factor.astype(jnp.float32) for factor in factors)
-        return ScaledLeaf(self.leaf, (*self.factors, *full))
-
-    def value(self) -> Float[Array, "..."]:
-        """The product, float32."""
-        full = widened(self.leaf)
-        # From the leaf on: the factors alone may overflow where it is zero.
-        return functools.reduce(operator.mul, self.factors, full)
+OnSketch = Callable[[Sketched], Any] | None
 
 
 class Part(NamedTuple):
@@ -62,12 +23,13 @@ class Part(NamedTuple):
     Attributes:
       init: from parameters to a state.
       plan: from updates and state to static decisions, after all checks.
-      step: from those, the ScaledLeafs, a state and ``settings`` to new ones.
-      settings: numbers that may be traced; ``step`` closes over no array.
+      step: from those, the ScaledLeafs, a state, ``on_sketch`` and ``settings`` to new
+        ones; it closes over no array.
+      settings: numbers that may be traced.
     """
 
-    init: Callable[[Any], Any]
-    plan: Callable[[Any, Any], Any]
+    init: Callable[[PyTree], Any]
+    plan: Callable[[PyTree, Any], Any]
     step: Callable[..., tuple[list[ScaledLeaf], Any]]
     settings: tuple[Any, ...] = ()
 
@@ -75,22 +37,27 @@ class Part(NamedTuple):
 def leafwise(part: Part) -> optax.GradientTransformationExtraArgs:
     """One part as a gradient transformation, with the part's own state."""
 
-    def init_fn(params: Any) -> Any:
-        return part.init(params)
-
     def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[Any, Any]:
-        del params, extra
-        new_updates, (state,) = run_parts([part], updates, (state,))
+        updates: PyTree,
+        state: Any,
+        params: PyTree = None,
+        *,
+        on_sketch: OnSketch = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, Any]:
+        del params, extra_args
+        new_updates, (state,) = run_parts([part], updates, (state,), on_sketch)
         return new_updates, state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(part.init, update_fn)
 
 
 def run_parts(
-    parts: Sequence[Part], updates: Any, states: tuple[Any, ...]
-) -> tuple[Any, tuple[Any, ...]]:
+    parts: Sequence[Part],
+    updates: PyTree,
+    states: tuple[Any, ...],
+    on_sketch: OnSketch = None,
+) -> tuple[PyTree, tuple[Any, ...]]:
     """Runs parts in their order, without arrays in between.
 
     Equal to chaining them in float32; a chain rounds narrower gradients after each.
@@ -99,6 +66,7 @@ def run_parts(
       parts: applied in this order.
       updates: the gradients; SketchedGradients if the first part takes them.
       states: one per part.
+      on_sketch: told of each sketch that is made; see :class:`Sketched`.
 
     Returns:
       The updates, in the dtype of the gradients, and the new states.
@@ -114,7 +82,7 @@ def run_parts(
         old = jax.tree.unflatten(treedef, arrays)
         new = []
         for part, plan, state, numbers in zip(parts, plans, old, settings, strict=True):
-            leaves, state = part.step(plan, leaves, state, *numbers)
+            leaves, state = part.step(plan, leaves, state, on_sketch, *numbers)
             new.append(state)
         values = [
             leaf.value().astype(each.dtype)
@@ -122,33 +90,94 @@ def run_parts(
         ]
         return values, jax.tree.leaves(new)
 
-    values, arrays = _state.run_sharded(
-        run, (like, arrays), grads, arrays, [part.settings for part in parts]
-    )
-    return _state.rebuild(updates, values), jax.tree.unflatten(treedef, arrays)
+    settings = [part.settings for part in parts]
+    values, arrays = run_sharded(run, (like, arrays), grads, arrays, settings)
+    return rebuild(updates, values), jax.tree.unflatten(treedef, arrays)
+
+
+def chain_parts(
+    parts: Sequence[Part],
+    *transformations: optax.GradientTransformation,
+    params_for: str = "",
+) -> optax.GradientTransformationExtraArgs:
+    """Chains parts, then transformations, and casts to the gradients' dtype.
+
+    Some of optax's transformations promote their updates to the parameters' dtype;
+    ``optax.apply_if_finite`` and ``optax.MultiSteps`` rely on that of the gradients.
+
+    Args:
+      parts: applied first, in this order and as one.
+      *transformations: applied next, in this order.
+      params_for: what the chain needs ``params`` for, or empty if it does not.
+
+    Returns:
+      The gradient transformation; its state is that of ``optax.chain`` of all, so that
+      a recipe and the chain that it stands for read each other's checkpoints.
+
+    Raises:
+      TypeError: from update, if ``state`` is not what init returned.
+      ValueError: from update, if ``params`` are needed and missing.
+    """
+    rest = optax.with_extra_args_support(optax.chain(*transformations))
+
+    def init_fn(params: PyTree) -> tuple[Any, ...]:
+        states = [part.init(params) for part in parts]
+        return (*states, *cast(Any, rest.init(params)))
+
+    def update_fn(
+        updates: PyTree,
+        state: Any,
+        params: PyTree = None,
+        *,
+        on_sketch: OnSketch = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, tuple[Any, ...]]:
+        if params_for and params is None:
+            raise ValueError(
+                f"`params` must be given for {params_for}, got params=None; call"
+                " tx.update(grads, state, params)"
+            )
+        if not isinstance(state, tuple):
+            raise TypeError(
+                f"`state` must be what tx.init returned, got {type(state).__name__};"
+                " call tx.update(grads, state, params)"
+            )
+        inner, outer = state[: len(parts)], state[len(parts) :]
+        new_updates = updates
+        if parts:
+            new_updates, inner = run_parts(parts, updates, inner, on_sketch)
+        new_updates, outer = rest.update(
+            new_updates, outer, params, on_sketch=on_sketch, **extra_args
+        )
+        states = (*inner, *cast(Any, outer))
+        return optax.tree.cast_like(new_updates, updates), states
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def clip_part(threshold: jax.typing.ArrayLike) -> Part:
     """Divides each leaf by max(1, RMS/threshold), as ``optax.clip_by_block_rms``."""
-
-    def step(
-        plan: None, leaves: list[ScaledLeaf], state: Any, threshold: Any
-    ) -> tuple[list[ScaledLeaf], Any]:
-        del plan
-        return [clip_step(leaf, threshold) for leaf in leaves], state
-
     return Part(
         lambda params: optax.EmptyState(),
         lambda updates, state: None,
-        step,
+        _clip_step,
         (threshold,),
     )
 
 
-def clip_step(leaf: ScaledLeaf, threshold: Any) -> ScaledLeaf:
+def _clip_step(
+    plan: None,
+    leaves: Sequence[ScaledLeaf],
+    state: optax.EmptyState,
+    on_sketch: OnSketch,
+    threshold: Any,
+) -> tuple[list[ScaledLeaf], optax.EmptyState]:
+    del plan, on_sketch
+    return [clip_leaf(leaf, threshold) for leaf in leaves], state
+
+
+def clip_leaf(leaf: ScaledLeaf, threshold: Any) -> ScaledLeaf:
     """One leaf with the factor that clips it."""
-    # XLA writes to memory what two operations read, and fuses what one does: behind a
-    # barrier it does not see that others need the same product, or its factors.
-    again = jax.tree.map(jax.lax.optimization_barrier, leaf).value()
+    again = unshared(leaf).value()
     rms = jnp.sqrt(jnp.mean(again * again))
     return leaf.times(1 / jnp.maximum(1.0, rms / threshold))

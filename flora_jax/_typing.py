@@ -1,0 +1,24 @@
+"""Types that several layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+# Trees have no static type of their own in Python.
+PyTree: TypeAlias = Any
+Shape: TypeAlias = tuple[int, ...]
+Axes: TypeAlias = tuple[int, ...]
+
+KeyLike: TypeAlias = int | np.integer | jax.Array | np.ndarray | tuple[int, int]
+# An int, a fraction of the sketched side, a callable of (path, shape), a mapping from
+# path patterns to any of these, or a tree of ints.
+RankSpec: TypeAlias = (
+    int | float | Callable[[str, Shape], int | float] | Mapping | PyTree
+)
+# A callable of (path, shape), or a tree of bools.
+LeafMask: TypeAlias = Callable[[str, Shape], bool] | PyTree | None
+AxisNames: TypeAlias = str | tuple[str, ...]

@@ -1,0 +1,44 @@
+"""Workarounds for the compiler; each names the test that fails once it is obsolete."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax._typing import PyTree
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+
+def widened(leaf: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The leaf in float32, not shared with other readers of its float32 form.
+
+    XLA would widen a bfloat16 leaf once and write it to memory for all of its readers;
+    behind a barrier each of them widens what it reads as it goes.
+    """
+    return leaf if leaf.dtype == jnp.float32 else unshared(leaf).astype(jnp.float32)
+
+
+def unshared(tree: PyTree) -> PyTree:
+    """The same arrays, which XLA does not recognise as the same.
+
+    XLA writes an operand of two reductions to memory (such as a product that both
+    square) but fuses the operand of one.
+    """
+    return jax.tree.map(jax.lax.optimization_barrier, tree)
+
+
+def materialized(tree: PyTree) -> PyTree:
+    """The same arrays, written to memory before anything reads them.
+
+    XLA would fuse the hash behind a sign or an index into each loop that reads one, and
+    compute it anew for every element of the gradient; on CPU it drops barriers before
+    it fuses. It cannot fuse the result of a loop: this one negates twice.
+    """
+    return jax.lax.fori_loop(
+        0, 2, lambda _, arrays: jax.tree.map(operator.neg, arrays), tree
+    )

@@ -1,0 +1,314 @@
+"""Everything that decides what a sketch means, said once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax import _validation
+from flora_jax._typing import KeyLike, LeafMask, PyTree, RankSpec, Shape
+from flora_jax.leaves import ByPath, LeafPlan, LeafRules, by_path, is_scalar
+from flora_jax.projections import ObliviousProjection, Projection
+from flora_jax.random import raw_key
+
+_SIDES = ("smaller", "larger", "left", "right")
+
+
+class SketchCycle(NamedTuple):
+    """Which of a sketch's projections is meant; see :meth:`Sketch.cycle`.
+
+    Attributes:
+      key: root key data, uint32 of shape (2,).
+      cycle: how often the projection was resampled before, int32.
+    """
+
+    key: Any
+    cycle: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+    """How the leaves of a tree are sketched: static settings, hashable.
+
+    Pieces that have to agree, such as an accumulation and the gradients that are
+    sketched for it, are given the same object. An int stands for ``Sketch(rank=int)``.
+
+    Attributes:
+      rank: sketch size r. An int >= 1; a fraction of the sketched side in (0, 1], max(1,
+        round(fraction·side)), where 1.0 keeps leaves dense; a callable of (path, shape);
+        a mapping from path patterns (``"*/mlp/*"``) to any of these; or a tree of ints
+        such as :func:`flora_jax.ranks_for_budget` returns.
+      projection: how a matrix is sketched; None for the recipe's own.
+      key: int seed, typed threefry2x32 key, or its key data; concrete. Transformations
+        salt it with their names; two of the same name in one chain need two keys.
+      mask: None, a callable of (path, shape), or a tree of bools: which leaves may be
+        sketched. :func:`flora_jax.not_embeddings` suits most models.
+      side: ``"smaller"``, ``"larger"``, ``"left"`` (rows) or ``"right"`` (columns).
+        A square matrix is sketched on its columns by ``"smaller"``, on its rows by
+        ``"larger"``. The smaller side leaves r·max(n, m) elements.
+      min_dim_size: smallest side of a matrix that is sketched; 128 as in Adafactor.
+      max_aspect_ratio: largest ratio of its sides; 16 as in the paper's accumulation.
+      weight_dimension_numbers: which axes form the matrix, in optax's convention; see
+        :class:`flora_jax.LeafRules`, also for how trees are looked up.
+
+    Raises:
+      TypeError: for arguments of a wrong type, and a traced key.
+      ValueError: for arguments out of range.
+
+    Example:
+      >>> import flora_jax as fj
+      >>> sketch = fj.Sketch(256, mask=fj.not_embeddings)
+      >>> by_layer = fj.Sketch({"*/attn/*": 1 / 4, "*": 64})
+    """
+
+    rank: RankSpec
+    projection: Projection | None = None
+    key: KeyLike = 0
+    mask: LeafMask = None
+    side: str = "smaller"
+    min_dim_size: int = 128
+    max_aspect_ratio: float = 16
+    weight_dimension_numbers: Any = None
+
+    def __post_init__(self) -> None:
+        """Raises on bad arguments, and makes all of them hashable."""
+        rank = self.rank
+        if callable(rank):
+            _validation.check_leaf_rule("rank", rank)
+        elif rank is None or (is_scalar(rank) and not isinstance(rank, ByPath)):
+            rank = _check_rank(rank)
+        if self.projection is not None and not isinstance(self.projection, Projection):
+            raise TypeError(
+                "`projection` must be a flora_jax projection, got"
+                f" {self.projection!r}; pass an instance such as"
+                " flora_jax.CountSketch()"
+            )
+        _validation.check_choice("side", self.side, _SIDES)
+        rules = LeafRules(
+            self.mask,
+            self.min_dim_size,
+            self.max_aspect_ratio,
+            self.weight_dimension_numbers,
+        )
+        frozen = {
+            "rank": by_path(rank),
+            "key": _concrete(self.key),
+            "mask": rules.mask,
+            "weight_dimension_numbers": rules.weight_dimension_numbers,
+        }
+        for name, value in frozen.items():
+            object.__setattr__(self, name, value)
+
+    @functools.cached_property
+    def rules(self) -> LeafRules:
+        """The rules by which leaves are folded."""
+        return LeafRules(
+            self.mask,
+            self.min_dim_size,
+            self.max_aspect_ratio,
+            self.weight_dimension_numbers,
+        )
+
+    @functools.cached_property
+    def key_data(self) -> np.ndarray:
+        """The root key, uint32 of shape (2,)."""
+        return np.asarray(raw_key(self.key))
+
+    def cycle(self, step: jax.typing.ArrayLike) -> SketchCycle:
+        """Names the projections of one cycle, for sketches that no state outlives.
+
+        Args:
+          step: number of the cycle, an integer, possibly traced.
+
+        Returns:
+          What :func:`flora_jax.sketched_value_and_grad` takes as a state, where its
+          gradients go to ``compressed_accumulator(sketch, step=step)``.
+
+        Raises:
+          TypeError: if ``step`` is not an integer.
+        """
+        if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+            raise TypeError(
+                f"`step` must be an integer, got step={step}; pass the number of the"
+                " cycle"
+            )
+        return SketchCycle(jnp.asarray(self.key_data), jnp.asarray(step, jnp.int32))
+
+    def plan(self, tree: PyTree) -> tuple[LeafPlan, ...]:
+        """Plans of all leaves, in the order of ``jax.tree.leaves``.
+
+        Args:
+          tree: parameters, gradients or their ShapeDtypeStructs.
+
+        Returns:
+          One plan per array leaf.
+
+        Raises:
+          TypeError: for a leaf that is no array of a real floating dtype.
+          ValueError: for a rank, mask or dimension numbers that do not fit a leaf.
+        """
+        known, plans = self._known, []
+        for leaf in self.rules.folds(tree):
+            if leaf not in known:
+                known[leaf] = self._plan(*leaf)
+            plans.append(known[leaf])
+        return tuple(plans)
+
+    @functools.cached_property
+    def _known(self) -> dict[Any, LeafPlan]:
+        """Plans that were made before: init and update ask for the same."""
+        return {}
+
+    def _plan(self, path: str, shape: Shape, fold: Any) -> LeafPlan:
+        if isinstance(fold, str):
+            return LeafPlan(path, shape, dense_reason=fold)
+        plan = LeafPlan(path, shape, *fold)
+        n, m = plan.rows, plan.columns
+        columns = {
+            "smaller": m <= n,  # A square matrix is sketched on its columns,
+            "larger": m > n,  # or on its rows if the larger side is asked for.
+            "right": True,
+            "left": False,
+        }[self.side]
+        width = m if columns else n
+        rank = self._rank(path, shape, width)
+        if rank >= width:
+            reason = f"{rank=} is not below the sketched side of its {n}x{m} fold"
+            return LeafPlan(path, shape, dense_reason=reason)
+        return LeafPlan(path, shape, *fold, axis=-1 if columns else -2, rank=rank)
+
+    def _rank(self, path: str, shape: Shape, width: int) -> int:
+        rank = self.rank
+        if isinstance(rank, ByPath):
+            rank = rank.find("rank", path, shape)
+        if callable(rank):
+            rank = rank(path, shape)
+        rank = _check_rank(rank, path)
+        return rank if isinstance(rank, int) else max(1, round(rank * width))
+
+
+def as_sketch(sketch: Sketch | int) -> Sketch:
+    """The sketch, or that of a rank alone.
+
+    Raises:
+      TypeError: if it is neither.
+    """
+    if isinstance(sketch, Sketch):
+        return sketch
+    if isinstance(sketch, jax.Array):
+        raise TypeError(
+            f"`sketch` must be static, got the array {sketch}, which"
+            " optax.inject_hyperparams may have made of an int; pass fj.Sketch(8)"
+        )
+    return Sketch(sketch)
+
+
+@functools.lru_cache(maxsize=256)
+def _resolved(sketch: Sketch, default: Projection, accepts: type[Projection]) -> Sketch:
+    projection = default if sketch.projection is None else sketch.projection
+    if not isinstance(projection, accepts):
+        raise TypeError(
+            "`projection` must be one that a key regenerates, got"
+            f" {projection}, which is chosen from the gradient; use CountSketch()"
+        )
+    return dataclasses.replace(sketch, projection=projection.normalized_as(default))
+
+
+def resolve(
+    sketch: Sketch | int,
+    default: Projection,
+    accepts: type[Projection] = ObliviousProjection,
+) -> Sketch:
+    """Fills in what a transformation decides where the user does not.
+
+    Args:
+      sketch: the user's, or a rank.
+      default: the transformation's projection, whose normalization also holds for a
+        projection of the user's that leaves it open.
+      accepts: the kind of projections that the transformation can use.
+
+    Returns:
+      A sketch whose projection has a normalization.
+
+    Raises:
+      TypeError: for a projection of another kind.
+    """
+    return _resolved(as_sketch(sketch), default, accepts)
+
+
+def plan_leaves(params: PyTree, sketch: Sketch | int) -> PyTree:
+    """Tells how each leaf of a tree would be folded and sketched; allocates nothing.
+
+    Args:
+      params: parameters, or ShapeDtypeStructs of them.
+      sketch: the sketch, or its rank.
+
+    Returns:
+      A tree of :class:`LeafPlan` with the structure of ``params``.
+
+    Raises:
+      TypeError: for a leaf that is no array of a real floating dtype.
+      ValueError: for a rank, mask or dimension numbers that do not fit a leaf.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import flora_jax as fj
+      >>> params = {"w": jnp.zeros((256, 512)), "b": jnp.zeros(512)}
+      >>> plans = fj.plan_leaves(params, fj.Sketch(32))
+      >>> plans["w"].state_shape, plans["b"].dense_reason
+      ((32, 512), 'it has fewer than two axes')
+    """
+    plans = as_sketch(sketch).plan(params)
+    return jax.tree.unflatten(jax.tree.structure(params), plans)
+
+
+def warn_if_dense(name: str, plans: tuple[LeafPlan, ...]) -> None:
+    """Warns where a state will be about as large as the uncompressed one."""
+    sizes = {plan.path: int(np.prod(plan.shape)) for plan in plans}
+    total = sum(sizes.values())
+    sketched = sum(sizes[plan.path] for plan in plans if not plan.dense)
+    if not plans or sketched >= _LEAST_SKETCHED * total:
+        return
+    largest = max((p for p in plans if p.dense), key=lambda plan: sizes[plan.path])
+    count = sum(not plan.dense for plan in plans)
+    _validation.warn(
+        f"{name} sketches {count} of {len(plans)} leaves, {sketched / total:.0%} of"
+        f" {total:,} elements, and saves next to nothing; its largest dense leaf"
+        f" {largest.path!r} of shape {largest.shape} is dense because"
+        f" {largest.dense_reason}: see flora_jax.plan_leaves, or leave flora_jax out"
+    )
+
+
+_LEAST_SKETCHED = 0.1  # Of all elements, or init warns.
+
+
+def _check_rank(rank: Any, path: str | None = None) -> int | float:
+    where = "" if path is None else f" for leaf {path!r}"
+    remedy = f"pass the sketch size{where}, for example 64, or 1 / 4 of the width"
+    if isinstance(rank, float | np.floating):
+        if not 0 < rank <= 1:
+            raise ValueError(
+                f"`rank` as a fraction must lie in (0, 1], got rank={rank}; {remedy}"
+            )
+        return float(rank)
+    return _validation.check_positive_int("rank", rank, remedy)
+
+
+def _concrete(key: Any) -> Any:
+    """A seed as an int, any other key as its two words."""
+    if isinstance(key, jax.core.Tracer):
+        raise TypeError(
+            f"`key` must be concrete, got the traced key {key}; the state carries the"
+            " key through jit: give the sketch an int seed"
+        )
+    words = raw_key(key)
+    if isinstance(key, int | np.integer):
+        return int(key)
+    return tuple(int(word) for word in np.asarray(words))
