@@ -7,12 +7,20 @@ Hao, Cao, Mou, `FLORA: Low-Rank Adapters Are Secretly Gradient Compressors
 <https://arxiv.org/abs/2402.03293>`_, ICML 2024.
 """
 
+from flora_jax.diagnostics import LeafDiagnostics, diagnostics
 from flora_jax.leaves import (
     LeafPlan,
     LeafRules,
     embeddings,
     not_embeddings,
     verify_state,
+)
+from flora_jax.memory import (
+    LeafMemory,
+    MemoryPlan,
+    memory_plan,
+    rank_for_budget,
+    ranks_for_budget,
 )
 from flora_jax.projections import (
     SRHT,
@@ -26,12 +34,19 @@ from flora_jax.projections import (
     TopDCT,
     TopSVD,
 )
+from flora_jax.sharding import compressed_pmean, state_sharding
+from flora_jax.sketched_grad import (
+    LeafReport,
+    explain_sketched_gradients,
+    sketched_value_and_grad,
+)
 from flora_jax.sketching import Sketch, SketchCycle, SketchedGradients, plan_leaves
 from flora_jax.transforms import (
     CompressedAccumulationState,
     CompressedMomentumState,
     FactoredRmsState,
     compressed_accumulation,
+    compressed_accumulator,
     compressed_momentum,
     has_updated,
     scale_by_factored_rms,

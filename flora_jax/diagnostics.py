@@ -1,4 +1,4 @@
-"""How well sketches stand for gradients, and what is accumulated in them."""
+"""How well sketches approximate gradients, and what is accumulated in them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax import _validation as _checks
-from flora_jax.sketching.sketched_gradients import refuse_sketches
-from flora_jax.sketching.watch import Sketched, watching
+from flora_jax import _validation as check
+from flora_jax._typing import PyTree
+from flora_jax.leaves import unboxed
+from flora_jax.sketching import Sketched, refuse_sketches
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -21,7 +22,7 @@ _EXACT = jax.lax.Precision.HIGHEST  # Accelerators round products by default.
 
 
 class LeafDiagnostics(NamedTuple):
-    """Numbers about one sketched leaf at one step: float32 scalars, NaN where G is 0.
+    """Measurements of one sketched leaf at one step: float32; NaN where G is 0.
 
     With G what the transformation is given for the leaf, and G̃ the estimate from its
     sketch:
@@ -36,45 +37,45 @@ class LeafDiagnostics(NamedTuple):
       momentum_ratio: ‖M‖ / (F·‖G‖) of a momentum, NaN of all else. F bounds a stable
         one, in the root of the mean square, for gradients of norm ‖G‖: it is 1 without
         resampling, with it max(1, √q (1−β^κ) / (1−√ρ)) where q = m/r and ρ = β^{2κ} q,
-        infinite from ρ = 1 on. Numbers that stay above 1 mean gradients that shrink, or
+        infinite from ρ = 1 on. Ratios that stay above 1 mean gradients that shrink, or
         a momentum that its transfers blow up.
     """
 
-    relative_error: Any
-    cosine: Any
-    effective_rank: Any
-    momentum_ratio: Any
+    relative_error: Float[Array, ""]
+    cosine: Float[Array, ""]
+    effective_rank: Float[Array, ""]
+    momentum_ratio: Float[Array, ""]
 
 
 def diagnostics(
     tx: optax.GradientTransformation,
-    state: Any,
-    grads: Any,
-    params: Any = None,
+    state: PyTree,
+    grads: PyTree,
+    params: PyTree = None,
     *,
     every: int = 1,
-    step: Any = None,
+    step: jax.typing.ArrayLike | None = None,
     **extra_args: Any,
 ) -> dict[str, dict[str, LeafDiagnostics]]:
-    """Numbers for the logs: what the update of these gradients sketches, and how well.
+    """Measures what the update of these gradients sketches, and how well; for logs.
 
     A pure function of the arguments of ``tx.update``, which it traces without using its
-    results: call it inside ``jax.jit``, beside the update itself, and the compiler
-    leaves out what neither needs. What is measured is what each transformation of a
-    chain is really given: after ``scale_by_factored_rms`` the normalised gradient.
+    results: call it inside ``jax.jit`` together with the update itself, and the
+    compiler leaves out what neither needs. Each transformation of a chain is measured
+    by what it is given: after ``scale_by_factored_rms`` the normalised gradient.
 
-    The inner transformation of :func:`flora_jax.compressed_accumulation` is not looked
-    into. Nor are wrappers that run the update under ``lax.cond``
+    The inner transformation of :func:`flora_jax.compressed_accumulation` is not
+    measured. Nor are wrappers that run the update under ``lax.cond``
     (``optax.apply_if_finite``, ``optax.MultiSteps``): give their inner transformation
     with its state. On a mesh with Explicit axes call it inside of
     ``jax.sharding.auto_axes(…, out_sharding=jax.P())``.
 
     Cost: the estimate of each leaf, its norms, and an r x r matrix of products. With
-    ``every=N`` it is paid in every N-th step alone, by ``lax.cond``.
+    ``every=N`` it is paid in every N-th step only, by ``lax.cond``.
 
     Args:
       tx: a transformation that sketches, in any chain.
-      state: its state, before the update.
+      state: its state, before the update; also that of an ``nnx.Optimizer``.
       grads: the gradients.
       params: the parameters, if ``tx`` needs them.
       every: measures when ``step`` is a multiple of it; NaN at other steps.
@@ -92,7 +93,7 @@ def diagnostics(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> import flora_jax as fj
-      >>> tx = fj.flora(1e-3, rank=32)
+      >>> tx = fj.flora(1e-3, 32)
       >>> params = {"w": jnp.ones((256, 512))}
       >>> grads = {"w": jax.random.normal(jax.random.key(0), (256, 512))}
       >>> found = jax.jit(lambda *a: fj.diagnostics(tx, *a))(
@@ -100,19 +101,19 @@ def diagnostics(
       >>> bool(abs(found["compressed_momentum"]["w"].cosine - (32 / 256) ** 0.5) < 0.02)
       True
     """
-    tx = _checks.check_transformation("tx", tx)
-    every = _checks.check_positive_int("every", every, "use 1 for all steps")
+    tx = check.check_transformation("tx", tx, state)
+    every = check.check_positive_int("every", every, "use 1 for all steps")
     if every > 1 and step is None:
         raise ValueError(
             f"`step` is missing, got every={every}; pass the number of the step"
         )
     refuse_sketches("diagnostics", grads, "they are compared with gradients", "grads")
     _refuse_explicit((grads, state, params))
+    grads, state, params = unboxed((grads, state, params))
 
     def measure() -> dict[str, dict[str, LeafDiagnostics]]:
         seen: list[Sketched] = []
-        with watching(seen):
-            tx.update(grads, state, params, **extra_args)
+        tx.update(grads, state, params, on_sketch=seen.append, **extra_args)
         if not seen:
             raise ValueError(
                 "`tx` must sketch some leaf of `grads`, got a transformation that keeps"
@@ -165,19 +166,18 @@ def _named(seen: Sequence[Sketched]) -> dict[str, dict[str, LeafDiagnostics]]:
 
 
 def _measure(leaf: Sketched) -> LeafDiagnostics:
-    given = leaf.given.value()
-    estimate = leaf.sketcher.unsketch(leaf.plan, leaf.drawn, leaf.sketch)
+    plan, given = leaf.plan, leaf.given.value()
+    estimate = leaf.sketcher.unsketch_leaf(plan, leaf.sampled, leaf.sketch)
     norm, size = _norm(given), _norm(estimate)
     ratio = jnp.float32(jnp.nan)
     if leaf.largest is not None:
-        spread = 1.0
-        if leaf.sketcher.projection.scale == "isometric":
-            spread = (leaf.plan.width / leaf.plan.rank) ** 0.5
+        isometric = leaf.sketcher.projection.normalization == "isometric"
+        spread = (plan.width / plan.rank) ** 0.5 if isometric else 1.0
         ratio = spread * _norm(leaf.memory) / (leaf.largest * norm)
     return LeafDiagnostics(
         relative_error=_norm(estimate - given) / norm,
         cosine=jnp.vdot(estimate, given, precision=_EXACT) / (norm * size),
-        effective_rank=_effective_rank(leaf.plan.fold(leaf.memory), leaf.plan.axis),
+        effective_rank=_effective_rank(plan.fold(leaf.memory), plan.axis),
         momentum_ratio=ratio,
     )
 

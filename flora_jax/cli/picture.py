@@ -1,15 +1,11 @@
-"""Bars of bytes, drawn by matplotlib where it is installed."""
+"""Bar charts of memory, drawn by matplotlib where it is installed."""
 
 from __future__ import annotations
 
 import importlib.util
 import pathlib
-from typing import TYPE_CHECKING
 
-from flora_jax.memory.tables import format_bytes
-
-if TYPE_CHECKING:
-    from flora_jax.memory.planner import MemoryPlan
+from flora_jax.memory import MemoryPlan, format_bytes
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73")  # Of Okabe and Ito.
 
@@ -26,7 +22,7 @@ def problem(path: str) -> str | None:
 
 
 def draw(plan: MemoryPlan, name: str, path: str, budget: int | None = None) -> None:
-    """Draws parameters, gradients and state, beside the peers' states.
+    """Draws parameters, gradients and state, compared with those of the peers.
 
     Args:
       plan: what to draw.
@@ -38,24 +34,28 @@ def draw(plan: MemoryPlan, name: str, path: str, budget: int | None = None) -> N
 
     states = {name: plan.state_bytes, **plan.peers}
     own = plan.parameter_bytes
-    totals = [2 * own + state for state in states.values()]
-    unit = 1024 ** (3 if max(totals) >= 1024**3 else 2)
+    largest = 2 * own + max(states.values())
+    unit = 1024 ** (3 if largest >= 1024**3 else 2)
     figure = Figure(figsize=(9, 1.3 + 0.55 * len(states)), layout="constrained")
     axes = figure.subplots()
-    parts = ("parameters", "gradients", "optimizer state")
-    for i, (part, colour) in enumerate(zip(parts, _COLOURS, strict=True)):
-        widths = [own / unit if i < 2 else state / unit for state in states.values()]
+    sizes = {
+        "parameters": [own] * len(states),
+        "gradients": [own] * len(states),
+        "optimizer state": list(states.values()),
+    }
+    for i, (part, colour) in enumerate(zip(sizes, _COLOURS, strict=True)):
         axes.barh(
             list(states),
-            widths,
+            [size / unit for size in sizes[part]],
             left=i * own / unit,
             color=colour,
             edgecolor="white",
             label=part,
         )
-    for row, (state, total) in enumerate(zip(states.values(), totals, strict=True)):
+    for row, state in enumerate(states.values()):
+        total = 2 * own + state
         axes.text(
-            total / unit + 0.01 * max(totals) / unit,
+            (total + 0.01 * largest) / unit,
             row,
             f"{format_bytes(total)}, state {format_bytes(state)}",
             va="center",
@@ -65,7 +65,7 @@ def draw(plan: MemoryPlan, name: str, path: str, budget: int | None = None) -> N
     if budget is not None:
         label = f"budget {format_bytes(budget)}"
         axes.axvline(budget / unit, color="black", linestyle="--", label=label)
-    axes.set_xlim(0, 1.45 * max(totals) / unit)
+    axes.set_xlim(0, 1.45 * largest / unit)
     axes.invert_yaxis()
     axes.set_xlabel(f"{'GiB' if unit == 1024**3 else 'MiB'}, without activations")
     axes.spines[["top", "right"]].set_visible(False)

@@ -23,7 +23,7 @@ from flora_jax.leaves.owners import StateLeaf, abstract_state, state_leaves
 from flora_jax.leaves.paths import named_arrays, named_leaves, normalise_path
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.rules import ByPath, LeafRules, by_path, is_scalar
-from flora_jax.leaves.spec import describe, make_spec, verify_state
+from flora_jax.leaves.spec import describe, make_spec, spec_identity, verify_state
 from flora_jax.leaves.trees import (
     cast_like,
     matching_leaves,
@@ -66,6 +66,7 @@ __all__ = [
     "replicated_along",
     "run_sharded",
     "sharded_along",
+    "spec_identity",
     "state_leaves",
     "unboxed",
     "varying",

@@ -66,6 +66,11 @@ def make_spec(name: str, key: Any, identity: int = 0, **settings: Any) -> jax.Ar
         return jnp.concatenate([head, key, words])
 
 
+def spec_identity(spec: jax.Array) -> jax.Array:
+    """The checksum in a spec of what the sketches mean, a uint32 scalar."""
+    return spec[2]
+
+
 def describe(value: Any) -> str:
     """Writes a setting as a text that is the same in every process and version.
 

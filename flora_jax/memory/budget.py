@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from flora_jax import _validation as _checks
-from flora_jax.leaves.rules import collected_plans
+from flora_jax import _validation as check
+from flora_jax._typing import PyTree, Shape
+from flora_jax.leaves import (
+    KINDS,
+    StateLeaf,
+    abstract_state,
+    is_masked,
+    named_leaves,
+    state_leaves,
+)
 
 
-def rank_for_budget(make: Callable[[int], Any], params: Any, budget_bytes: int) -> int:
+def rank_for_budget(
+    make: Callable[[int], Any], params: PyTree, budget_bytes: int
+) -> int:
     """Finds the largest rank for all leaves whose optimizer state fits a budget.
 
     The bytes are those of ``make(rank).init(params)``, counted without allocation:
     moments, stored bases, dense leaves, counters and keys. Parameters, gradients and
-    activations are not in them. Above the width of a leaf a rank keeps the leaf dense:
+    activations are not included. At a rank of a leaf's width or more the leaf is dense:
     the largest rank that is tried is the width of the widest sketched side, at which
     nothing is sketched any more.
 
@@ -52,19 +61,24 @@ def rank_for_budget(make: Callable[[int], Any], params: Any, budget_bytes: int) 
       509
     """
     budget = check_budget(budget_bytes, make)
-    with collected_plans() as plans:
-        smallest = state_bytes(make, 1, params)
-    widths = [plan.width for plan in plans if plan.dense_reason is None]
+    state = _state(make, 1, params)
+    shapes = {path: leaf.shape for path, leaf in named_leaves(params)}
+    # A sketch of rank 1 keeps one of the sketched side's directions.
+    widths = {
+        math.prod(shapes[leaf.param]) // math.prod(leaf.leaf.shape)
+        for leaf in state_leaves(state, params)
+        if is_sketch(leaf, shapes)
+    }
     if not widths:
         raise ValueError(
             "`make` must sketch some leaf of `params`, got a transformation that keeps"
             " all of them dense at rank 1; see flora_jax.plan_leaves for the reasons"
         )
-    if smallest > budget:
+    if tree_bytes(state) > budget:
         raise ValueError(
-            f"`budget_bytes` must hold the state at rank 1, which takes {smallest}"
-            f" bytes, got budget_bytes={budget}; give more, sketch more leaves, or use"
-            " an optimizer with less state for dense leaves"
+            "`budget_bytes` must hold the state at rank 1, which takes"
+            f" {tree_bytes(state)} bytes, got budget_bytes={budget}; give more, sketch"
+            " more leaves, or use an optimizer with less state for dense leaves"
         )
     starts = sorted({1, *widths})
     ends = [*starts[1:], starts[-1] + 1]
@@ -83,29 +97,43 @@ def rank_for_budget(make: Callable[[int], Any], params: Any, budget_bytes: int) 
 
 
 def check_budget(budget_bytes: Any, make: Any) -> int:
-    """Returns the budget as an int, or raises for what is none or cannot be called."""
-    budget = _checks.check_positive_int(
+    """Returns the budget as an int; raises unless it is one and ``make`` callable."""
+    budget = check.check_positive_int(
         "budget_bytes", budget_bytes, "pass whole bytes, for example 2 * 1024**3"
     )
     if not callable(make):
         raise TypeError(
             f"`make` must be a callable from ranks to a transformation, got {make!r};"
-            " pass for example lambda rank: flora_jax.flora(1e-3, rank=rank)"
+            " pass for example lambda rank: flora_jax.flora(1e-3, rank)"
         )
     return budget
 
 
-def state_bytes(make: Callable[[Any], Any], rank: Any, params: Any) -> int:
+def is_sketch(leaf: StateLeaf, shapes: dict[str, Shape]) -> bool:
+    """Whether an array of state is a sketch of the moment of a parameter.
+
+    Args:
+      leaf: the array.
+      shapes: of the parameters, by path.
+    """
+    if leaf.param is None or leaf.field not in KINDS or is_masked(leaf.leaf):
+        return False
+    shape, own = shapes[leaf.param], leaf.leaf.shape
+    return len(own) == len(shape) and math.prod(own) != math.prod(shape)
+
+
+def _state(make: Callable[[Any], Any], rank: Any, params: PyTree) -> PyTree:
+    tx = check.check_transformation("make(rank)", make(rank))
+    return abstract_state(tx.init, params)
+
+
+def state_bytes(make: Callable[[Any], Any], rank: Any, params: PyTree) -> int:
     """Bytes of the state of ``make(rank)``; allocates nothing."""
-    with warnings.catch_warnings():
-        # They are about one candidate: whoever trains with it is told again.
-        warnings.simplefilter("ignore", UserWarning)
-        tx = _checks.check_transformation("make(rank)", make(rank))
-        # A function that is new each time: JAX would not run init again for the plans.
-        state = jax.eval_shape(lambda params: tx.init(params), params)
-    return sum(map(array_bytes, jax.tree.leaves(state)))
+    return tree_bytes(_state(make, rank, params))
 
 
-def array_bytes(leaf: Any) -> int:
-    """Bytes of an array, or of the shape and dtype of one."""
-    return math.prod(leaf.shape) * leaf.dtype.itemsize
+def tree_bytes(tree: PyTree) -> int:
+    """Bytes of arrays, or of the shapes and dtypes of them."""
+    return sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )

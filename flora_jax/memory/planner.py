@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from flora_jax import _validation as _checks
-from flora_jax.leaves import trees as _state
-from flora_jax.leaves.plan import LeafPlan
-from flora_jax.leaves.rules import collected_plans, named_leaves
-from flora_jax.memory import tables as _tables
-from flora_jax.memory.budget import array_bytes
+from flora_jax import _validation as check
+from flora_jax._typing import PyTree, Shape
+from flora_jax.leaves import (
+    StateLeaf,
+    abstract_state,
+    is_masked,
+    named_leaves,
+    state_leaves,
+)
+from flora_jax.memory import tables
+from flora_jax.memory.budget import is_sketch, tree_bytes
 from flora_jax.sharding import state_sharding
-
-_Keys: TypeAlias = tuple[Any, ...]
+from flora_jax.sketching import Sketch, plan_leaves
 
 
 class LeafMemory(NamedTuple):
@@ -26,15 +30,15 @@ class LeafMemory(NamedTuple):
     Attributes:
       path: normalised path of the parameter.
       shape: its shape.
-      folds: how each transformation that sketches it does so.
-      dense_reason: why nothing sketches it, or None.
+      sketches: shapes of the sketches in its state, such as of its momentum.
+      dense_reason: why there are none, or None.
       parameter_bytes: bytes of the parameter.
       state_bytes: bytes of its part of the state.
     """
 
     path: str
-    shape: tuple[int, ...]
-    folds: tuple[LeafPlan, ...]
+    shape: Shape
+    sketches: tuple[Shape, ...]
     dense_reason: str | None
     parameter_bytes: int
     state_bytes: int
@@ -68,40 +72,44 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         """The tables as plain text."""
-        return "\n\n".join(map(_tables.text, self._tables()))
+        return "\n\n".join(map(tables.text, self._tables()))
 
     def print(self) -> None:
         """Prints the tables, with rich where it is installed."""
-        _tables.show(self._tables())
+        tables.show(self._tables())
 
-    def _tables(self) -> list[_tables.Table]:
-        return [_tables.leaf_table(self), _tables.total_table(self)]
+    def _tables(self) -> list[tables.Table]:
+        return [tables.leaf_table(self), tables.total_table(self)]
 
 
 def memory_plan(
     tx: optax.GradientTransformation,
-    params: Any,
+    params: PyTree,
     *,
+    sketch: Sketch | int | None = None,
     compare: Mapping[str, optax.GradientTransformation] | None = None,
-    shardings: Any = None,
+    shardings: PyTree = None,
 ) -> MemoryPlan:
     """Tells what the state of a transformation takes; allocates nothing.
 
-    The bytes are those of ``tx.init(params)``, and stand at the parameter whose moment,
+    The bytes are those of ``tx.init(params)``, listed at the parameter whose moment,
     accumulator or statistics they are.
 
     Args:
       tx: any transformation, in any chain or wrapper.
       params: parameters, or ShapeDtypeStructs of them; NNX States and Linen boxes as
         well.
-      compare: transformations by name, whose totals stand beside; by default AdamW,
-        Adafactor without and with momentum, and ``optax.MultiSteps`` around Adafactor.
+      sketch: the sketch that ``tx`` was made with, so that the plan says why a leaf is
+        dense; None to say only which are.
+      compare: transformations by name, whose totals are listed for comparison; by
+        default AdamW, Adafactor without and with momentum, and ``optax.MultiSteps``
+        around Adafactor.
       shardings: a NamedSharding or PartitionSpec per parameter, as for
         :func:`flora_jax.state_sharding`; bytes are then those of one device.
 
     Returns:
-      The plan: ``print(plan)`` shows it as plain text, ``plan.print()`` with rich, with
-      layers that differ in their numbers alone in one row.
+      The plan: ``print(plan)`` shows it as plain text, ``plan.print()`` with rich.
+      Layers that differ only in their index share a row.
 
     Raises:
       TypeError: for arguments of a wrong type.
@@ -113,7 +121,9 @@ def memory_plan(
       >>> params = {
       ...     "w": jax.ShapeDtypeStruct((1024, 4096), jnp.float32),
       ...     "b": jax.ShapeDtypeStruct((4096,), jnp.float32)}
-      >>> print(fj.memory_plan(fj.flora(1e-3, rank=64), params, compare={}))
+      >>> sketch = fj.Sketch(64)
+      >>> tx = fj.flora(1e-3, sketch)
+      >>> print(fj.memory_plan(tx, params, sketch=sketch, compare={}))
       leaf       shape     state  share  sketched as, or why not
       b           4096  32.0 KiB     3%  it has fewer than two axes
       w      1024x4096  1.02 MiB    97%  1024x4096 -> 64x4096
@@ -123,44 +133,50 @@ def memory_plan(
       parameters  16.0 MiB           100%
       state       1.05 MiB             7%
     """
-    tx = _checks.check_transformation("tx", tx)
-    cut = {} if shardings is None else dict(named_leaves(shardings))
+    tx = check.check_transformation("tx", tx, params)
+    places = {} if shardings is None else dict(named_leaves(shardings))
     if jax.sharding.get_abstract_mesh().empty and any(
-        isinstance(x, jax.P) for x in cut.values()
+        isinstance(x, jax.P) for x in places.values()
     ):
         raise ValueError(
             "`shardings` of PartitionSpecs need the mesh of jax.set_mesh, got none;"
             " call memory_plan under it, or give NamedShardings"
         )
-    if compare is None:
-        compare = default_peers()
-    shapes = jax.eval_shape(lambda tree: tree, params)
-    with collected_plans() as plans:
-        by_path, other = _by_parameter(tx, shapes, shardings)
-    peers = {}
-    for name, peer in compare.items():
-        peer = _checks.check_transformation(name, peer)
-        peers[name] = sum(size for _, size in _sizes(peer, shapes, shardings))
-    leaves = []
-    for path, leaf in named_leaves(shapes):
-        mine = [plan for plan in plans if plan.path == path]
-        folds = dict.fromkeys(plan for plan in mine if plan.dense_reason is None)
-        reasons = [plan.dense_reason for plan in mine] or ["nothing sketches it"]
-        leaves.append(
-            LeafMemory(
-                path,
-                leaf.shape,
-                tuple(folds),
-                None if folds else reasons[0],
-                _device_bytes(leaf, cut.get(path)),
-                by_path[path],
-            )
+    params = jax.eval_shape(lambda tree: tree, params)
+    leaves = dict(named_leaves(params))
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    plans = () if sketch is None else jax.tree.leaves(plan_leaves(params, sketch))
+    reasons = {plan.path: plan.dense_reason for plan in plans}
+    sizes = dict.fromkeys(leaves, 0)
+    sketches: dict[str, list[Shape]] = {path: [] for path in leaves}
+    other = 0
+    for found, size in _sizes(tx, params, shardings):
+        if found.param is None:
+            other += size
+            continue
+        sizes[found.param] += size
+        if is_sketch(found, shapes):
+            sketches[found.param].append(found.leaf.shape)
+    entries = [
+        LeafMemory(
+            path,
+            leaf.shape,
+            tuple(dict.fromkeys(sketches[path])),
+            None if sketches[path] else reasons.get(path) or "not sketched",
+            _device_bytes(leaf, places.get(path)),
+            sizes[path],
         )
-    return MemoryPlan(tuple(leaves), other, peers, shardings is not None)
+        for path, leaf in leaves.items()
+    ]
+    peers = {}
+    for name, peer in (default_peers() if compare is None else compare).items():
+        peer = check.check_transformation(name, peer)
+        peers[name] = sum(size for _, size in _sizes(peer, params, shardings))
+    return MemoryPlan(tuple(entries), other, peers, shardings is not None)
 
 
 def default_peers() -> dict[str, optax.GradientTransformation]:
-    """What a plan is compared with; the rates are not part of the states."""
+    """What a plan is compared with; learning rates are not part of the states."""
     multi_steps = optax.MultiSteps(optax.adafactor(1e-3), every_k_schedule=2)
     return {
         "optax.adamw": optax.adamw(1e-3),
@@ -170,58 +186,24 @@ def default_peers() -> dict[str, optax.GradientTransformation]:
     }
 
 
-def _sizes(tx: Any, shapes: Any, shardings: Any) -> list[tuple[_Keys, int]]:
-    """Keys and bytes of each array of a state; 0 bytes where another's leaf is."""
-    # Of a function that is new each time: JAX would not run init again for the plans.
+def _sizes(
+    tx: optax.GradientTransformation, params: PyTree, shardings: PyTree
+) -> list[tuple[StateLeaf, int]]:
+    """Each array of a state and its bytes; 0 in place of another's leaf."""
     # Variables and boxes stay: masks and labels of the user may have their structure.
-    state = jax.eval_shape(lambda params: tx.init(params), shapes)
-    arrays = _leaves(state)
-    if shardings is None:
-        places = [None] * len(arrays)
-    else:
-        places = [x for _, x in _leaves(state_sharding(tx, shapes, shardings))]
+    found = state_leaves(abstract_state(tx.init, params), params)
+    places = [None] * len(found)
+    if shardings is not None:
+        layout = state_sharding(tx, params, shardings)
+        places = jax.tree.leaves(layout, is_leaf=is_masked)
     return [
-        (keys, 0 if _state.is_masked(leaf) else _device_bytes(leaf, place))
-        for (keys, leaf), place in zip(arrays, places, strict=True)
+        (entry, 0 if is_masked(entry.leaf) else _device_bytes(entry.leaf, place))
+        for entry, place in zip(found, places, strict=True)
     ]
 
 
-def _leaves(tree: Any) -> list[tuple[_Keys, Any]]:
-    """Leaves, and what stands for those of others, without the keys of boxes."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_state.is_masked)
-    value = jax.tree_util.GetAttrKey("value")
-    return [(path[:-1] if path[-1:] == (value,) else path, leaf) for path, leaf in flat]
-
-
 def _device_bytes(leaf: Any, sharding: Any) -> int:
-    if sharding is None:
-        return array_bytes(leaf)
     if isinstance(sharding, jax.P):
         sharding = jax.NamedSharding(jax.sharding.get_abstract_mesh(), sharding)
-    shape = sharding.shard_shape(leaf.shape)
-    return array_bytes(jax.ShapeDtypeStruct(shape, leaf.dtype))
-
-
-def _by_parameter(tx: Any, shapes: Any, shardings: Any) -> tuple[dict[str, int], int]:
-    """Bytes of the state by path of the parameter, and of all that has none.
-
-    A part of the state is shaped as the parameters are if below it each of their paths
-    is found; the name of one parameter alone may be that of something else.
-    """
-    named = zip(_leaves(shapes), named_leaves(shapes), strict=True)
-    names = {keys: name for (keys, _), (name, _) in named}
-    sizes = _sizes(tx, shapes, shardings)
-    below: dict[_Keys, set[_Keys]] = {}
-    for keys, _ in sizes:
-        for i in range(len(keys) + 1):
-            if keys[i:] in names:
-                below.setdefault(keys[:i], set()).add(keys[i:])
-    found, rest = dict.fromkeys(names.values(), 0), 0
-    for keys, size in sizes:
-        starts = (i for i in range(len(keys) + 1) if keys[i:] in names)
-        owner = next((i for i in starts if len(below[keys[:i]]) == len(names)), None)
-        if owner is None:
-            rest += size
-        else:
-            found[names[keys[owner:]]] += size
-    return found, rest
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    return tree_bytes(jax.ShapeDtypeStruct(shape, leaf.dtype))

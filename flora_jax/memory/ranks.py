@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,25 +12,21 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.leaves import trees as _state
-from flora_jax.leaves.plan import LeafPlan
-from flora_jax.leaves.rules import LeafRules
+from flora_jax._typing import PyTree
+from flora_jax.leaves import LeafPlan, run_sharded
 from flora_jax.memory.budget import check_budget, state_bytes
+from flora_jax.sketching import Sketch, as_sketch
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 
 def ranks_for_budget(
-    params_or_grads: Any,
+    params_or_grads: PyTree | Iterator[PyTree],
     budget_bytes: int,
-    make: Callable[[Any], Any],
-    *,
-    mask: Any = None,
-    min_dim_size: int = 128,
-    max_aspect_ratio: float = 16,
-    weight_dimension_numbers: Any = None,
-) -> Any:
+    make: Callable[[PyTree], Any],
+    sketch: Sketch | int = 1,
+) -> PyTree:
     """Chooses a rank for every leaf, so that the optimizer's state fits a budget.
 
     The singular values s of a leaf, folded to a matrix, are normalised to
@@ -60,32 +57,30 @@ def ranks_for_budget(
         gradients of a few steps. It is read to its end, one tree at a time.
       budget_bytes: largest size of the whole state in bytes, summed over devices.
       make: a callable from a tree of ranks to the transformation, for example
-        ``lambda rank: fj.flora(1e-3, rank=rank)``. Give it the same ``mask``,
-        ``min_dim_size``, ``max_aspect_ratio`` and ``weight_dimension_numbers``.
-      mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.
-      min_dim_size: smallest side of a matrix that is sketched.
-      max_aspect_ratio: largest ratio of its sides.
-      weight_dimension_numbers: which axes form the matrix, in optax's convention.
+        ``lambda ranks: fj.flora(1e-3, fj.Sketch(ranks, mask=fj.not_embeddings))``.
+      sketch: says which leaves are sketched and how they fold; its rank is not read.
+        Give it what ``make`` gives its own but the rank, for example
+        ``fj.Sketch(1, mask=fj.not_embeddings)``.
 
     Returns:
-      A tree of ints with the structure of the parameters, which every ``rank`` of this
-      package accepts. Leaves that are kept dense have 1, which is not read; those with
-      all directions have the full rank, with which they are kept dense.
+      A tree of ints with the structure of the parameters, which
+      :class:`flora_jax.Sketch` takes as its rank. Leaves that are kept dense have 1,
+      which is not read; those with all directions have the full rank, with which they
+      are kept dense.
 
     Raises:
       TypeError: for arguments of a wrong type, and for leaves without values.
       ValueError: for a budget that the smallest state exceeds; for leaves that are not
         finite; for trees that differ from step to step; for a ``make`` that sketches a
-        leaf that the rules given here leave out.
+        leaf that ``sketch`` leaves out.
 
     Example:
       >>> import jax
       >>> import flora_jax as fj
-      >>> from flora_jax.memory import ranks_for_budget
       >>> flat = jax.random.normal(jax.random.key(0), (128, 128))
       >>> params = {"flat": flat, "steep": flat @ flat @ flat}
-      >>> make = lambda rank: fj.flora(1e-3, rank)
-      >>> ranks = ranks_for_budget(params, 64 * 2**10, make)
+      >>> make = lambda ranks: fj.flora(1e-3, fj.Sketch(ranks))
+      >>> ranks = fj.ranks_for_budget(params, 64 * 2**10, make)
       >>> bool(ranks["flat"] > 2 * ranks["steep"])
       True
       >>> state = make(ranks).init(params)
@@ -96,17 +91,12 @@ def ranks_for_budget(
       Jaiswal et al., `From GaLore to WeLore: How Low-Rank Weights Non-uniformly Emerge
       from Low-Rank Gradients <https://arxiv.org/abs/2407.11239>`_, 2024
     """
-    rules = LeafRules(
-        1,  # Any rank that sketches what folds: only the folds are used.
-        mask,
-        min_dim_size,
-        max_aspect_ratio,
-        weight_dimension_numbers=weight_dimension_numbers,
-    )
+    # At rank 1 all that folds is sketched: only the folds are used.
+    sketch = dataclasses.replace(as_sketch(sketch), rank=1)
     budget = check_budget(budget_bytes, make)
     several = isinstance(params_or_grads, Iterator)
     params, plans, spectra = _average_spectra(
-        params_or_grads if several else [params_or_grads], rules
+        params_or_grads if several else [params_or_grads], sketch
     )
     structure = jax.tree.structure(params)
 
@@ -149,7 +139,7 @@ def _ranks(spectra: list[np.ndarray | None], k: float) -> list[int]:
 
 
 def _check_unread(
-    plans: list[LeafPlan],
+    plans: Sequence[LeafPlan],
     ranks: list[int],
     known: int,
     size: Callable[[list[int]], int],
@@ -158,7 +148,7 @@ def _check_unread(
 
     Such a leaf would be sketched with the rank 1 that stands for nothing.
     """
-    dense = [i for i, plan in enumerate(plans) if plan.dense_reason is not None]
+    dense = [i for i, plan in enumerate(plans) if plan.dense]
 
     def is_read(members: list[int]) -> bool:
         full = list(ranks)
@@ -171,27 +161,26 @@ def _check_unread(
         raise ValueError(
             "`make` must keep dense what ranks_for_budget keeps dense, got one that"
             f" sketches leaf {plan.path!r} of shape {plan.shape}, here dense because"
-            f" {plan.dense_reason}; pass the same mask, min_dim_size, max_aspect_ratio"
-            " and weight_dimension_numbers to both"
+            f" {plan.dense_reason}; give it the same sketch but for the rank"
         )
 
 
 def _average_spectra(
-    trees: Iterable[Any], rules: LeafRules
-) -> tuple[Any, list[LeafPlan], list[np.ndarray | None]]:
+    trees: Iterable[PyTree], sketch: Sketch
+) -> tuple[PyTree, tuple[LeafPlan, ...], list[np.ndarray | None]]:
     """Mean of the s̃ of all steps and slices, by leaf.
 
     Args:
       trees: one tree of arrays per step, at least one.
-      rules: how leaves are planned.
+      sketch: how leaves are folded.
 
     Returns:
       ShapeDtypeStructs of the tree, its plans, and one array of min(n, m) falling
-      numbers in [0, 1] per leaf, None for dense ones.
+      values in [0, 1] per leaf, None for dense ones.
     """
     params, plans, found = None, None, []
     for tree in trees:
-        new = rules.plan(tree)
+        new = sketch.plan(tree)
         if plans is None:
             params, plans = jax.eval_shape(lambda tree: tree, tree), new
             found = [[] for _ in plans]
@@ -207,7 +196,7 @@ def _average_spectra(
         for plan, leaf, spectra in zip(
             plans, jax.tree.leaves(tree), found, strict=True
         ):
-            if plan.dense_reason is None:
+            if not plan.dense:
                 spectra.append(_normalise(_singular_values(plan, leaf)))
     if plans is None:
         raise ValueError(
@@ -240,7 +229,7 @@ def _singular_values(plan: LeafPlan, leaf: Any) -> np.ndarray:
     p = min(plan.rows, plan.columns)
     slices = math.prod(plan.shape[i] for i in plan.batch_axes)
     like = jnp.zeros((slices, p), jnp.float32)
-    s = np.asarray(_state.run_sharded(decompose, like, jnp.asarray(leaf)), np.float64)
+    s = np.asarray(run_sharded(decompose, like, jnp.asarray(leaf)), np.float64)
     if not np.isfinite(s).all():
         raise ValueError(
             f"leaf {plan.path!r} must have finite singular values, got NaN or infinity;"

@@ -7,11 +7,11 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from flora_jax.leaves.plan import LeafPlan
+    from flora_jax._typing import Shape
     from flora_jax.memory.planner import LeafMemory, MemoryPlan
 
-# Of a layer: h.11.attn, layers/3/kernel, Dense_2.
-_NUMBER = re.compile(r"(?:(?<=[./_])|^)\d+(?=[./]|$)")
+# Index of a layer: h.11.attn, layers/3/kernel, Dense_2.
+_INDEX = re.compile(r"(?:(?<=[./_])|^)\d+(?=[./]|$)")
 
 
 class Table(NamedTuple):
@@ -20,7 +20,7 @@ class Table(NamedTuple):
     Attributes:
       heads: of the columns.
       rows: of cells.
-      left: numbers of the columns that are aligned to the left.
+      left: indices of the columns that are aligned to the left.
     """
 
     heads: tuple[str, ...]
@@ -44,8 +44,9 @@ def leaf_table(plan: MemoryPlan) -> Table:
     total = max(plan.state_bytes, 1)
     alike: dict[tuple[str, ...], list[LeafMemory]] = {}
     for leaf in plan.leaves:
-        how = leaf.dense_reason or "; ".join(map(describe_fold, leaf.folds))
-        row = (_NUMBER.sub("*", leaf.path), _product(leaf.shape), how)
+        shape = _product(leaf.shape)
+        sketches = "; ".join(f"{shape} -> {_product(x)}" for x in leaf.sketches)
+        row = (_INDEX.sub("*", leaf.path), shape, leaf.dense_reason or sketches)
         alike.setdefault((*row, str(leaf.state_bytes)), []).append(leaf)
     rows = []
     for (path, shape, how, _), leaves in alike.items():
@@ -53,7 +54,7 @@ def leaf_table(plan: MemoryPlan) -> Table:
         if len(leaves) == 1:
             path = leaves[0].path
         else:
-            shape = f"{len(leaves)} of {shape}" if shape else f"{len(leaves)} numbers"
+            shape = f"{len(leaves)} of {shape}" if shape else f"{len(leaves)} scalars"
         rows.append((path, shape, format_bytes(size), f"{size / total:.0%}", how))
     other = format_bytes(plan.other_bytes), f"{plan.other_bytes / total:.0%}"
     rows.append(("other", "", *other, "counters, keys"))
@@ -64,25 +65,16 @@ def leaf_table(plan: MemoryPlan) -> Table:
 
 def total_table(plan: MemoryPlan) -> Table:
     """Parameters, state, and the states of the peers."""
-    whole = max(plan.parameter_bytes, 1)
     sizes = {"parameters": plan.parameter_bytes, "state": plan.state_bytes}
     rows = [
-        (name, format_bytes(size), f"{size / whole:.0%}")
+        (name, format_bytes(size), f"{size / max(plan.parameter_bytes, 1):.0%}")
         for name, size in {**sizes, **plan.peers}.items()
     ]
     where = " on a device" if plan.per_device else ""
     return Table(("total", f"bytes{where}", "of parameters"), rows, (0,))
 
 
-def describe_fold(plan: LeafPlan) -> str:
-    """For example ``12 of 768x3072 -> 64x3072``."""
-    n, m, r = plan.rows, plan.columns, plan.rank
-    batch = _product(tuple(plan.shape[i] for i in plan.batch_axes))
-    small = f"{n}x{r}" if plan.axis == -1 else f"{r}x{m}"
-    return f"{batch + ' of ' if batch else ''}{n}x{m} -> {small}"
-
-
-def _product(shape: tuple[int, ...]) -> str:
+def _product(shape: Shape) -> str:
     return "x".join(map(str, shape))
 
 
@@ -112,10 +104,10 @@ def show(tables: list[Table]) -> None:
 
     console = rich.console.Console()
     for table in tables:
-        drawn = rich.table.Table(*table.heads)
-        for i, column in enumerate(drawn.columns):
+        shown = rich.table.Table(*table.heads)
+        for i, column in enumerate(shown.columns):
             column.justify = "left" if i in table.left else "right"
             column.overflow = "fold"
         for row in table.rows:
-            drawn.add_row(*map(rich.markup.escape, row))
-        console.print(drawn)
+            shown.add_row(*map(rich.markup.escape, row))
+        console.print(shown)
