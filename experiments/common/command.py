@@ -1,8 +1,9 @@
-"""What every command line does with its settings."""
+"""The command line of every question: parse, check, import what is heavy, run."""
 
 import importlib
 import os
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments.common.errors import (
@@ -11,6 +12,70 @@ from experiments.common.errors import (
     DiskError,
     NonFiniteLossError,
 )
+
+_EXTRA = """
+array_record babel flax grain importlib_resources matplotlib orbax requests rich
+rouge_score sacrebleu safetensors sentencepiece tensorboardX tensorflow_datasets
+tokenizers tyro
+"""
+EXTRA = frozenset(_EXTRA.split())
+"""Top-level packages that the extra `experiments` installs, as they are imported."""
+
+
+def main(
+    configs: type | dict[str, tuple[str, Any]],
+    module: str,
+    prog: str,
+    description: str,
+    arguments: Sequence[str] | None = None,
+    **options: Any,
+) -> int:
+    """Runs the command line of one question.
+
+    Args:
+        configs: the dataclass of the settings, or by name a description and defaults,
+            of which the first word on the command line chooses.
+        module: see `execute`.
+        prog: how the command is started.
+        description: what `--help` says above the settings.
+        arguments: in place of the command line's own.
+        **options: of `execute`.
+
+    Returns:
+        The exit status, see `execute`.
+    """
+
+    def run() -> int:
+        import tyro
+
+        parse: Callable[..., Any] = tyro.cli
+        if isinstance(configs, dict):
+            parse = tyro.extras.overridable_config_cli
+        config = parse(
+            configs,
+            prog=prog,
+            description=description,
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        return execute(config, module, **options)
+
+    return explain_missing(run)
+
+
+def explain_missing(run: Callable[[], int]) -> int:
+    """Runs a command; a package of the extra that is not installed is one line.
+
+    Any other import that fails is an error in the code, and raised.
+    """
+    try:
+        return run()
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        return _complain(
+            f"experiments needs {error.name}: pip install -e '.[experiments]'", 2
+        )
 
 
 def execute(
@@ -32,8 +97,8 @@ def execute(
             if JAX_COORDINATOR_ADDRESS is set.
 
     Returns:
-        The exit status: 0, 1 if a training diverged or the disk is full, 2 for settings
-        that make no sense, 130 if it was interrupted.
+        The exit status: 0, 1 if a run diverged or the disk is full, 2 for settings that
+        make no sense or a missing package, 130 if it was interrupted.
     """
     try:
         config.validate()

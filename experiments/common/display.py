@@ -1,5 +1,9 @@
 """The progress bars, and lines in their place where the output is no terminal."""
 
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -9,6 +13,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from experiments.common.processes import is_first
 from experiments.common.records import Row
@@ -28,19 +33,32 @@ def make_console() -> Console:
     return console
 
 
+def table(
+    console: Console, columns: Mapping[str, Callable[[Any], Any]], rows: Iterable[Any]
+) -> None:
+    """Prints a table; see `experiments.common.report.markdown`."""
+    shown = Table(box=box.SIMPLE_HEAD, padding=0)
+    for i, name in enumerate(columns):
+        # The first column may be folded on a narrow screen, the numbers not.
+        heading = name.replace(" ", "\n") if i else name
+        shown.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
+    for row in rows:
+        cells = (make(row) for make in columns.values())
+        shown.add_row(*("" if cell is None else str(cell) for cell in cells))
+    console.print(shown)
+
+
 class Display:
-    """Shows how the trainings get on: loss, speed, memory, time left."""
+    """Shows the progress of the runs: loss, speed, memory, time left."""
 
     def __init__(self, console: Console):
         """Builds the display; nothing is shown before `with`."""
         self.console = console
         self._progress = Progress(
-            TextColumn("{task.description:20}"),
+            TextColumn("{task.description:24}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[speed]} tokens/s"),
-            TextColumn("{task.fields[memory]} GiB"),
+            TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
             console=console,
             refresh_per_second=4,
@@ -61,20 +79,13 @@ class Display:
         self.console.print(text, highlight=False, markup=False)
 
     def add(self, title: str, total: int, done: int) -> "Bar":
-        """Adds the bar of one training."""
-        task = self._progress.add_task(
-            title,
-            total=total,
-            completed=done,
-            loss="  -  ",
-            speed="    -",
-            memory="  -",
-        )
+        """Adds the bar of one run."""
+        task = self._progress.add_task(title, total=total, completed=done, status="")
         return Bar(self, self._progress, task, title, total)
 
 
 class Bar:
-    """The bar of one training."""
+    """The bar of one run."""
 
     def __init__(
         self, display: Display, progress: Progress, task: TaskID, title: str, total: int
@@ -86,19 +97,26 @@ class Bar:
         self._title = title
         self._total = total
 
+    def say(self, text: str) -> None:
+        """Says what the run is about to do."""
+        self._progress.update(self._task, status=text)
+        if not self._display.console.is_terminal:
+            self._display.say(f"{self._title:24} {text}")
+
     def show(self, row: Row) -> None:
-        """Shows one row of the metrics."""
-        self._progress.update(
-            self._task,
-            completed=row["update"],
-            loss=f"{row['loss']:.3f}",
-            speed=f"{row['tokens_per_second']:6,.0f}",
-            memory=f"{row['step_bytes'] / 2**30:.2f}",
-        )
+        """Shows one row of the metrics; without a terminal, those with a validation."""
+        parts = []
+        if "loss" in row:
+            parts += [f"loss {row['loss']:.3f}"]
+        if "validation_loss" in row:
+            parts += [f"validation {row['validation_loss']:.3f}"]
+        if "loss" in row:
+            parts += [
+                f"{row['tokens_per_second']:,.0f} tokens/s",
+                f"step {row['step_bytes'] / 2**30:.2f} GiB",
+            ]
+        status = "  ".join(parts)
+        self._progress.update(self._task, completed=row["update"], status=status)
         if "validation_loss" in row and not self._display.console.is_terminal:
-            self._display.say(
-                f"{self._title:20} {row['update']:>4}/{self._total}  "
-                f"loss {row['loss']:.3f}  validation {row['validation_loss']:.3f}  "
-                f"{row['tokens_per_second']:,.0f} tokens/s  "
-                f"step {row['step_bytes'] / 2**30:.2f} GiB"
-            )
+            update = f"{row['update']:>4}/{self._total}"
+            self._display.say(f"{self._title:24} {update}  {status}")

@@ -1,11 +1,10 @@
 """The training loop: one model, one optimizer, from any checkpoint to the last update.
 
 An update is a function of the state and of the update's number: its batch and its
-dropout masks are drawn from that number. So a checkpoint is the state and a number,
-and a run that was killed ends with the same parameters as one that was not.
+dropout masks follow from that number. So a checkpoint is the state and a number, and a
+run that was killed ends with the same parameters as one that was not.
 """
 
-import dataclasses
 import functools
 import math
 import pathlib
@@ -22,6 +21,7 @@ from tensorboardX import SummaryWriter
 import flora_jax as fj
 from experiments.common import devices, gradients, processes, records
 from experiments.common.checkpoints import Checkpoints, State
+from experiments.common.config import JobConfig
 from experiments.common.display import Display
 from experiments.common.errors import ConfigError, NonFiniteLossError
 from experiments.common.gradients import Gradient, Loss
@@ -47,20 +47,6 @@ class Problem(NamedTuple):
     gradient: Gradient = gradients.full
 
 
-@dataclasses.dataclass(frozen=True)
-class Pace:
-    """How long a training is, and what happens when."""
-
-    updates: int
-    micro_batches: int
-    """Calls of the optimizer in one update, each on an equal part of its batch."""
-    eval_every: int
-    checkpoint_every: int
-    stop_after: int | None
-    seed: int
-    """Of the dropout masks."""
-
-
 def training_step(
     loss: Loss,
     tx: optax.GradientTransformation,
@@ -82,7 +68,7 @@ def training_step(
 
 
 class Training:
-    """A training that goes on by one update when it is told to.
+    """A run that advances by one update when it is told to.
 
     So several can take turns, and what else the machine does slows all of them alike.
     """
@@ -93,37 +79,39 @@ class Training:
         problem: Problem,
         state: State,
         tx: optax.GradientTransformation,
+        config: JobConfig,
+        *,
+        micro_batches: int,
         schedule: optax.Schedule,
-        pace: Pace,
+        sizes: dict[str, Any],
         folder: pathlib.Path,
         identity: dict[str, Any],
-        display: Display,
-        *,
         rate_flag: str,
-        resume: bool,
+        display: Display,
     ):
-        """Starts the training, or takes it up again.
+        """Starts the run, or takes it up again from its last checkpoint.
 
         Args:
             title: its name on the screen.
             problem: what is trained.
             state: the state that it starts from.
             tx: the optimizer.
-            schedule: its learning rate, which is recorded.
-            pace: how long it is.
+            config: how long it is, and what happens when.
+            micro_batches: calls of the optimizer in one update, each on an equal part
+                of its batch.
+            schedule: the learning rate, which is recorded.
+            sizes: bytes of parameters and optimizer state, for whoever asks.
             folder: where metrics and checkpoints are kept.
             identity: the settings, by flag, that a checkpoint has to agree with.
-            display: where progress is shown.
             rate_flag: the setting to lower when the loss diverges.
-            resume: continue from the last checkpoint in the folder, if there is one.
+            display: where progress is shown.
 
         Raises:
             ConfigError: the checkpoint to resume from was made with other settings, or
                 the processes of this run see different ones.
         """
-        self.title = title
-        self.problem = problem
-        self.pace = pace
+        self.title, self.problem, self.sizes = title, problem, sizes
+        self._config, self._micro_batches = config, micro_batches
         self._schedule, self._rate_flag = schedule, rate_flag
         self._step = functools.partial(
             training_step, problem.loss, tx, gradient=problem.gradient
@@ -131,7 +119,7 @@ class Training:
         self._kept = Checkpoints(folder / "checkpoints", identity)
         self.state, self.done = devices.replicated(state), 0
         self.frozen = devices.replicated(problem.frozen)
-        fresh = not resume or self._kept.latest() is None
+        fresh = self._kept.latest() is None
         processes.check_same(f"the last checkpoint in {folder}", fresh)
         if not fresh:
             self._restore(tx)
@@ -144,7 +132,7 @@ class Training:
         self._board = SummaryWriter(
             str(folder / "tensorboard"), purge_step=self.done + 1, write_to_disk=first
         )
-        self._bar = display.add(title, pace.updates, self.done)
+        self._bar = display.add(title, config.updates, self.done)
         self._compile()
         if fresh:
             self._log({"update": 0, "tokens": 0} | self._evaluate())
@@ -165,29 +153,28 @@ class Training:
             ) from error
 
     def _compile(self) -> None:
-        started = time.perf_counter()
+        self._bar.say("compiling")
         step = jax.jit(self._step, donate_argnums=0, out_shardings=devices.on_all())
         part = self._parts(1)[0]
         lowered = step.lower(self.state, self.frozen, part, self._key(1, 0))
         self._compiled = lowered.compile()
         self.step_bytes = step_bytes(self._compiled)
-        self.compile_seconds = time.perf_counter() - started
 
     def _parts(self, number: int) -> list[Batch]:
         """The micro-batches of update `number`, on the devices."""
         batch = self.problem.batches[number - 1]
         leaves, treedef = jax.tree.flatten(batch)
         parts = zip(
-            *(np.split(leaf, self.pace.micro_batches) for leaf in leaves), strict=True
+            *(np.split(leaf, self._micro_batches) for leaf in leaves), strict=True
         )
         return [devices.split(jax.tree.unflatten(treedef, part)) for part in parts]
 
     def _key(self, number: int, part: int) -> jax.Array:
         """The dropout key of one micro-batch."""
-        # Salted: models draw their parameters from the bare key of the same seed.
-        root = jax.random.fold_in(jax.random.key(self.pace.seed), _DROPOUT)
-        draw = np.uint32(number * self.pace.micro_batches + part)
-        return jax.random.fold_in(root, draw)
+        # Salted: models initialize their parameters from the bare key of the same seed.
+        root = jax.random.fold_in(jax.random.key(self._config.seed), _DROPOUT)
+        number = np.uint32(number * self._micro_batches + part)
+        return jax.random.fold_in(root, number)
 
     def advance(self, number: int) -> None:
         """Does update `number`, counted from 1, unless a checkpoint holds it already.
@@ -197,17 +184,16 @@ class Training:
         """
         if number <= self.done:
             return
-        pace = self.pace
+        config = self._config
         row = self._update(number)
-        if number % pace.eval_every == 0 or number == pace.updates:
+        if number % config.eval_every == 0 or number == config.updates:
             row |= self._evaluate()
             self._check_finite(row, row["validation_loss"])
         self._log(row)  # before the checkpoint, which vouches for it
-        last = number in (pace.updates, pace.stop_after)
-        if number % pace.checkpoint_every == 0 or last:
+        last = number in (config.updates, config.stop_after)
+        if number % config.checkpoint_every == 0 or last:
             self._kept.save(number, self.state)
         self.done = number
-        self._bar.show(row)
 
     def _evaluate(self) -> dict[str, float]:
         return self.problem.evaluate(self.state.params, self.frozen)
@@ -244,6 +230,7 @@ class Training:
 
     def _log(self, row: records.Row) -> None:
         self.metrics.append(row)
+        self._bar.show(row)
         for name, value in row.items():
             if name not in ("update", "tokens"):
                 self._board.add_scalar(name, value, row["update"])

@@ -1,12 +1,16 @@
-"""What a training leaves behind in JSON: a line per update, and a summary."""
+"""What a run leaves behind in JSON: a line per update, and what made the numbers."""
 
 import dataclasses
+import importlib.metadata
 import json
 import pathlib
+import platform
 import statistics
 from typing import Any
 
-from experiments.common.state_bytes import StateBytes
+import jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 Row = dict[str, Any]
 
@@ -15,7 +19,7 @@ class MetricsFile:
     """A JSON-lines file with one row per update, written as training goes."""
 
     def __init__(self, path: pathlib.Path, *, keep_until: int, write: bool = True):
-        """Opens the file and drops what a lost stretch of training had written.
+        """Opens the file and drops what a lost stretch of the run had written.
 
         Args:
             path: the file; made if it does not exist.
@@ -76,53 +80,31 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """One training in a dozen numbers; losses in nats per token."""
+def provenance(config: Any) -> Row:
+    """Returns what made a result: the settings, the versions, the device."""
+    return {
+        "config": _jsonable(dataclasses.asdict(config)),
+        "versions": versions(),
+        "device": jax.devices()[0].device_kind,
+    }
 
-    method: str
-    title: str
-    kind: str
-    compressed: bool
-    learning_rate: float
-    updates: int
-    micro_batches: int
-    tokens_per_update: int
-    train_loss: float
-    """Mean over the last tenth of the updates."""
-    validation_loss: float
-    """After the last update."""
-    step_seconds: float
-    """Median wall time of an update, compilation not included."""
-    tokens_per_second: float
-    """At that median."""
-    compile_seconds: float
-    step_peak_bytes: int
-    """The compiler's account of one (micro-)step: state, gradients, activations."""
-    bytes: StateBytes
-    metrics: tuple[Row, ...] = dataclasses.field(repr=False)
-    """The rows of metrics.jsonl."""
 
-    def as_json(self) -> Row:
-        """Returns the summary without the rows, which have their own file."""
-        fields = dataclasses.asdict(dataclasses.replace(self, metrics=()))
-        del fields["metrics"]
-        fields["bytes"] |= {
-            "buffer": self.bytes.buffer,
-            "kept_of_compressible": str(self.bytes.kept),
-        }
-        return fields
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that make the numbers."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version()} | found
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    return str(value) if isinstance(value, pathlib.Path) else value
 
 
 def final_train_loss(rows: list[Row]) -> float:
     """Mean training loss of the last tenth of the updates; one batch says little."""
     losses = [row["loss"] for row in rows if "loss" in row]
     return statistics.fmean(losses[-max(1, len(losses) // 10) :])
-
-
-def last_validation_loss(rows: list[Row]) -> float:
-    """The latest validation loss."""
-    return [row["validation_loss"] for row in rows if "validation_loss" in row][-1]
 
 
 def median_seconds(rows: list[Row]) -> float:

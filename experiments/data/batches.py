@@ -183,6 +183,12 @@ def batched(
     return endless.batch(batch_size)
 
 
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """Returns `count` items from all over a sequence, or all if there are fewer."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)
+    return [items[int(i)] for i in places]
+
+
 def in_order(
     examples: Sequence[Example], batch_size: int
 ) -> list[tuple[dict[str, Any], int]]:

@@ -1,8 +1,7 @@
-"""From documents to batches: tokenise, pack, store, read in a fixed order.
+"""From documents to examples of one length: tokenize, pack, store.
 
 The packed examples are a TensorFlow Datasets builder written to array_record, which
-needs no TensorFlow, and are read at random through grain. Batch number i is a pure
-function of the seed and i: to resume is to go on with the next number.
+needs no TensorFlow and gives random access to them.
 """
 
 import contextlib
@@ -12,16 +11,13 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 import tensorflow_datasets as tfds
 import tokenizers
 from tokenizers import Tokenizer
 
-from experiments.common import processes
 from experiments.common.errors import ConfigError
 from experiments.data import corpus
-from experiments.main_job.config import Config
 
 
 def pack(
@@ -111,33 +107,35 @@ class PackedSources(tfds.core.GeneratorBasedBuilder):
             yield index, {"tokens": tokens}
 
 
-class Data(NamedTuple):
-    """All that training needs to know of the corpus."""
+class Packed(NamedTuple):
+    """The packed corpus, by split: random access to {"tokens": int32 (context + 1)}."""
 
     train: Sequence[dict[str, np.ndarray]]
-    """Random access to the packed training examples."""
-    validation: np.ndarray
-    """The fixed validation set, int32 (examples, context + 1)."""
+    validation: Sequence[dict[str, np.ndarray]]
     tokenizer: Tokenizer
     fingerprint: str
     """Identifies the corpus, the tokenizer and the packing."""
 
 
-def load(config: Config) -> Data:
+def load(
+    corpus_dir: pathlib.Path | None,
+    data_dir: pathlib.Path,
+    *,
+    vocab_size: int,
+    context: int,
+) -> Packed:
     """Returns the packed corpus, preparing it if no earlier run has.
 
+    Args:
+        corpus_dir: Python sources; None for the standard library.
+        data_dir: where what is prepared is kept.
+        vocab_size: tokens of the tokenizer that is trained.
+        context: inputs in an example.
+
     Raises:
-        ConfigError: the corpus is empty, or smaller than what `config` asks of it; or
-            the processes of this run have different ones.
+        ConfigError: the corpus has no document for one of the splits.
     """
-    with processes.first_goes_first():
-        data = _load(config)
-    processes.check_same("the corpus", data.fingerprint)
-    return data
-
-
-def _load(config: Config) -> Data:
-    root = config.corpus_dir or corpus.standard_library()
+    root = corpus_dir or corpus.standard_library()
     documents = corpus.read_documents(root)
     splits = corpus.split_documents(documents)
     for split, texts in splits.items():
@@ -146,24 +144,18 @@ def _load(config: Config) -> Data:
                 f"`--corpus-dir` {root} has {len(documents)} Python sources and none "
                 f"for the {split} split; give a folder with more of them"
             )
-    name = _fingerprint(documents, config)
-    folder = config.data_dir / name
-    tokenizer = _tokenizer(splits["train"], folder, config.model.vocab_size)
-    builder = PackedSources(splits, tokenizer, config.model.context, folder)
+    digest = hashlib.sha256(tokenizers.__version__.encode())
+    for text in documents:
+        digest.update(corpus.content_hash(text).encode())
+    fingerprint = f"v{vocab_size}-c{context}-{digest.hexdigest()[:12]}"
+    folder = data_dir / fingerprint
+    tokenizer = _tokenizer(splits["train"], folder, vocab_size)
+    builder = PackedSources(splits, tokenizer, context, folder)
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # it would speak of a download
         builder.download_and_prepare()
     source = builder.as_data_source()
-    validation = _validation_set(source["validation"], config.eval_examples)
-    return Data(source["train"], validation, tokenizer, name)
-
-
-def _fingerprint(documents: list[str], config: Config) -> str:
-    digest = hashlib.sha256(tokenizers.__version__.encode())
-    for text in documents:
-        digest.update(corpus.content_hash(text).encode())
-    vocab_size, context = config.model.vocab_size, config.model.context
-    return f"v{vocab_size}-c{context}-{digest.hexdigest()[:12]}"
+    return Packed(source["train"], source["validation"], tokenizer, fingerprint)
 
 
 def _tokenizer(
@@ -179,30 +171,3 @@ def _tokenizer(
     tokenizer.save(str(unfinished))
     unfinished.replace(file)  # an interrupted run leaves no half of a tokenizer
     return tokenizer
-
-
-def _validation_set(
-    source: Sequence[dict[str, np.ndarray]], examples: int
-) -> np.ndarray:
-    if examples > len(source):
-        raise ConfigError(
-            f"`--eval-examples` must be at most {len(source)}, the size of the "
-            f"validation split, got {examples}"
-        )
-    # Spread evenly, so that the set draws on as many documents as it can.
-    indices = np.linspace(0, len(source) - 1, examples).astype(int)
-    return np.stack([source[int(index)]["tokens"] for index in indices])
-
-
-def batches(data: Data, batch_size: int, seed: int) -> grain.MapDataset:
-    """Returns the batches of a run: item i, (batch, context + 1), is update i's.
-
-    Epochs follow one another without end, each in another order.
-    """
-    return (
-        grain.MapDataset.source(data.train)
-        .map(lambda example: example["tokens"])
-        .shuffle(seed=seed)
-        .repeat()
-        .batch(batch_size)
-    )

@@ -1,1 +1,1 @@
-"""T5 and GPT-2 on summarisation and translation: `python -m experiments.finetune`."""
+"""T5 and GPT-2 on summarization and translation: `python -m experiments.finetune`."""

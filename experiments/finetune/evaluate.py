@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from experiments.data import batches, metrics
 from experiments.finetune.config import Config
-from experiments.finetune.prepare import Prepared, spread
+from experiments.finetune.prepare import Prepared
 from experiments.models import T5Config, decode
 
 
@@ -31,7 +31,7 @@ def evaluate(
     Returns:
         The data set's metrics in percent, and the first outputs.
     """
-    pairs = spread(prepared.splits["test"], config.decode_examples)
+    pairs = batches.spread(prepared.splits["test"], config.decode_examples)
     predictions = _decode(config, prepared, params, pairs)
     scores = metrics.score(
         prepared.dataset.metrics, predictions, [pair.target for pair in pairs]

@@ -6,14 +6,12 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from flax import nnx
 
 from experiments.common import processes
 from experiments.common.errors import ConfigError
+from experiments.common.problem import Data
 from experiments.data import batches
 from experiments.data import vocabulary as vocabularies
 from experiments.data.pairs import Pair, Splits
@@ -31,24 +29,17 @@ from experiments.models import (
 _TINY = {"t5-tiny": T5Config(), "gpt2-tiny": GPT2Config(2, 128, 4, 256)}
 
 
-class Prepared(NamedTuple):
-    """What all methods start from."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared(Data):
+    """What all methods start from, and what their output is compared with."""
 
     dataset: Dataset
     splits: Splits
     vocabulary: vocabularies.Vocabulary
-    model: GPT2Config | T5Config
-    graphdef: nnx.GraphDef
-    params: dict[str, Any]
-    """On the host: each method takes a copy to the devices and gives it up."""
-    train: list[batches.Example]
-    validation: list[batches.Example]
-    fingerprint: str
-    """Identifies vocabulary and examples."""
 
 
 def prepare(config: Config) -> Prepared:
-    """Makes or loads all that the trainings have in common.
+    """Makes or loads all that the runs have in common.
 
     Raises:
         ConfigError: a file is missing, or the settings do not fit each other.
@@ -74,27 +65,21 @@ def prepare(config: Config) -> Prepared:
         source_length=config.source_length,
         target_length=config.target_length,
     )
-    held_out = spread(splits["validation"], config.eval_examples)
+    held_out = batches.spread(splits["validation"], config.eval_examples)
     fingerprint = _fingerprint(vocabulary, splits["train"], held_out)
     processes.check_same("the data", fingerprint)
     return Prepared(
-        dataset,
-        splits,
-        vocabulary,
-        model,
-        graphdef,
+        dataset=dataset,
+        splits=splits,
+        vocabulary=vocabulary,
+        model=model,
+        graphdef=graphdef,
         params=jax.device_get(params),
         train=make(splits["train"]),
         validation=make(held_out),
+        tokens=config.source_length + config.target_length,
         fingerprint=fingerprint,
     )
-
-
-def spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
-    """Returns `count` pairs from all over a split, or all if there are fewer."""
-    count = min(count, len(pairs))
-    places = np.linspace(0, len(pairs) - 1, count).astype(int)
-    return [pairs[i] for i in places]
 
 
 def _fingerprint(vocabulary: vocabularies.Vocabulary, *parts: Sequence[Pair]) -> str:

@@ -1,25 +1,26 @@
-"""The table at the end, on the screen and as a Markdown file."""
+"""The table at the end, on the screen and as a Markdown file, and the two pictures."""
 
+import math
 import pathlib
 from collections.abc import Sequence
 
-from rich import box
+from matplotlib.axes import Axes
 from rich.console import Console
-from rich.table import Table
 
-from experiments.common.records import Summary
-from experiments.main_job import plots
+from experiments.common import display, plots, records
+from experiments.common.methods import METHODS
+from experiments.common.report import markdown
 
-_COLUMNS = (
-    "method",
-    "optimizer\nstate",
-    "momentum or\naccumulator",
-    "its\nmatrices",
-    "kept",
-    "s/update",
-    "train\nloss",
-    "valid.\nloss",
-)
+_COLUMNS = {
+    "method": lambda row: row["title"],
+    "optimizer state": lambda row: f"{row['state_bytes']:,}",
+    "momentum or accumulator": lambda row: f"{row.get('buffer_bytes', 0):,}",
+    "its matrices": lambda row: f"{row.get('matrix_bytes', 0):,}",
+    "kept": lambda row: row.get("kept"),
+    "s/update": lambda row: f"{row['step_seconds']:.3f}",
+    "train loss": lambda row: f"{row['train_loss']:.3f}",
+    "valid. loss": lambda row: f"{row['validation_loss']:.3f}",
+}
 _LEGEND = (
     "Bytes: of the whole optimizer state; of the buffer that FLORA compresses; of its "
     "part in the compressible matrices, and how much of their full size that is. "
@@ -27,92 +28,127 @@ _LEGEND = (
     "token: training mean over the last tenth of the updates; validation after the "
     "last one, on a fixed set."
 )
+_PARTS = (
+    "second moments, counters",
+    "momentum or accumulator: embeddings, vectors",
+    "momentum or accumulator: matrices",
+)
+_MIB = 2**20
+
+Rows = Sequence[records.Row]
 
 
-def write(summaries: Sequence[Summary], folder: pathlib.Path, console: Console) -> None:
+def write(rows: Rows, folder: pathlib.Path, console: Console) -> None:
     """Prints the table; writes it and the two pictures into `folder`."""
-    plots.loss_curves(summaries, folder / "loss_curves.png")
-    plots.memory_bars(summaries, folder / "memory.png")
-    (folder / "report.md").write_text(_markdown(summaries))
-    console.print(_headline(summaries), highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, padding=0)
-    for column in _COLUMNS:
-        # The names may be folded on a narrow screen, the numbers not.
-        is_name = column == _COLUMNS[0]
-        table.add_column(
-            column, justify="left" if is_name else "right", no_wrap=not is_name
-        )
-    for summary in summaries:
-        table.add_row(*_cells(summary))
-    console.print(table)
-    console.print(_LEGEND, highlight=False)
-    for line in _byte_lines(summaries):
+    loss_curves(rows, folder)
+    memory_bars(rows, folder)
+    (folder / "report.md").write_text(_markdown(rows))
+    console.print(_headline(rows), highlight=False)
+    display.table(console, _COLUMNS, rows)
+    for line in (_LEGEND, *_byte_lines(rows)):
         console.print(line, highlight=False)
 
 
-def _headline(summaries: Sequence[Summary]) -> str:
-    first = summaries[0]
+def _headline(rows: Rows) -> str:
+    first = rows[0]
+    share = first.get("matrix_bytes_in_full", 0) / first["trained_bytes"]
     return (
-        f"GPT-2 of {first.bytes.parameters:,} bytes of parameters, "
-        f"{first.bytes.compressible_parameters:.1%} of them in compressible matrices; "
-        f"{first.updates} updates of {first.tokens_per_update:,} tokens"
+        f"GPT-2 of {first['trained_bytes']:,} bytes of parameters, {share:.1%} of them "
+        f"in compressible matrices; {first['updates']} updates of "
+        f"{first['tokens_per_update']:,} tokens"
     )
 
 
-def _cells(summary: Summary) -> list[str]:
-    state = summary.bytes
+def _byte_lines(rows: Rows) -> list[str]:
+    """Says of each compressed method whether its bytes are what was promised."""
     return [
-        summary.title,
-        f"{state.state:,}",
-        f"{state.buffer:,}",
-        f"{state.compressible:,}",
-        str(state.kept),
-        f"{summary.step_seconds:.3f}",
-        f"{summary.train_loss:.3f}",
-        f"{summary.validation_loss:.3f}",
+        f"{row['title']}: {row['matrix_bytes']:,} of {row['matrix_bytes_in_full']:,} "
+        f"bytes in matrices, {row['kept']}, which is "
+        f"{'' if row['rank_over_width'] else 'NOT '}rank/width in every leaf."
+        for row in rows
+        if METHODS[row["method"]].compressed
     ]
 
 
-def _byte_lines(summaries: Sequence[Summary]) -> list[str]:
-    """Says of each compressed method whether its bytes are what was promised."""
-    lines = []
-    for summary in summaries:
-        state = summary.bytes
-        if not summary.compressed:
-            continue
-        verdict = (
-            "which is rank/width, to the byte, in every leaf"
-            if state.rank_over_width
-            else "which is NOT rank/width in every leaf"
-        )
-        lines.append(
-            f"{summary.title}: {state.compressible:,} of "
-            f"{state.compressible_in_full:,} bytes in matrices, "
-            f"{state.kept}, {verdict}."
-        )
-    return lines
+def _markdown(rows: Rows) -> str:
+    checks = "\n".join(f"- {line}" for line in _byte_lines(rows))
+    rates = ", ".join(f"{row['title']} {row['learning_rate']:g}" for row in rows)
+    return f"""# {_headline(rows)}
 
-
-def _markdown(summaries: Sequence[Summary]) -> str:
-    rule = ["---"] + ["---:"] * (len(_COLUMNS) - 1)
-    header = [column.replace("\n", " ") for column in _COLUMNS]
-    rows = [header, rule, *map(_cells, summaries)]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    checks = "\n".join(f"- {line}" for line in _byte_lines(summaries))
-    rates = ", ".join(f"{s.title} {s.learning_rate:g}" for s in summaries)
-    return f"""# {_headline(summaries)}
-
-{table}
-
+{markdown(_COLUMNS, rows)}
 {_LEGEND}
 
 {checks}
 - Peak learning rates: {rates}.
-- The trainings took turns, an update each: what else the machine did slowed all alike.
-- Each (micro-)step still forms the full gradient, {summaries[0].bytes.parameters:,}
-  bytes for a moment; what is compressed lives on between the steps.
+- The runs took turns, an update each: what else the machine did slowed all alike.
+- Each (micro-)step still forms the full gradient, {rows[0]["trained_bytes"]:,} bytes
+  for a moment; what is compressed lives on between the steps.
 
 ![Loss of each method over the updates](loss_curves.png)
 
 ![Bytes of each optimizer's state](memory.png)
 """
+
+
+def loss_curves(rows: Rows, folder: pathlib.Path) -> None:
+    """Draws a panel for momenta and one for accumulators, full and compressed."""
+    kinds = list(dict.fromkeys(METHODS[row["method"]].kind for row in rows))
+    title = (
+        "Marked lines: validation loss. Thin lines: training loss of each update "
+        f"({rows[0]['tokens_per_update']:,} tokens)"
+    )
+    size = (5.2 * len(kinds) + 0.6, 4.4)
+    path = folder / "loss_curves.png"
+    shape = (1, len(kinds))
+    with plots.picture(path, size, shape, title, sharey=True) as panels:
+        for axes, kind in zip(panels[0], kinds, strict=True):
+            own = [row for row in rows if METHODS[row["method"]].kind == kind]
+            for number, row in enumerate(own):
+                metrics = records.read_rows(folder / row["run"] / "metrics.jsonl")
+                _draw_losses(axes, row, metrics, number)
+            axes.set_title(f"The {kind}, full and compressed", fontsize=11)
+            axes.set_xlabel("update")
+            axes.legend(frameon=False)
+        panels[0][0].set_ylabel("cross-entropy (nats per token)")
+
+
+def _draw_losses(axes: Axes, row: records.Row, metrics: Rows, number: int) -> None:
+    look = {"color": plots.PALETTE[number % len(plots.PALETTE)]}
+    for name in ("loss", "validation_loss"):
+        points = [(each["update"], each[name]) for each in metrics if name in each]
+        x, y = zip(*points, strict=True)
+        if name == "loss":
+            axes.plot(x, y, alpha=0.35, linewidth=0.8, **look)
+            continue
+        look["linestyle"] = "--" if METHODS[row["method"]].compressed else "-"
+        label = f"{row['title']} ({row['validation_loss']:.3f})"
+        axes.plot(x, y, marker=plots.MARKS[number], linewidth=1.6, label=label, **look)
+
+
+def memory_bars(rows: Rows, folder: pathlib.Path) -> None:
+    """Draws the bytes of each optimizer's state, from zero, in one unit."""
+    parameters = rows[0]["trained_bytes"] / _MIB
+    matrices = [row.get("matrix_bytes", 0) / _MIB for row in rows]
+    buffers = [row.get("buffer_bytes", 0) / _MIB for row in rows]
+    totals = [row["state_bytes"] / _MIB for row in rows]
+    widths = [
+        [total - buffer for total, buffer in zip(totals, buffers, strict=True)],
+        [buffer - part for buffer, part in zip(buffers, matrices, strict=True)],
+        matrices,
+    ]
+    size = (9.6, 1.9 + 0.62 * len(rows))
+    with plots.picture(folder / "memory.png", size) as panels:
+        axes = panels[0, 0]
+        labels = [row["title"] for row in rows]
+        plots.bars(axes, labels, dict(zip(_PARTS, widths, strict=True)))
+        for place, (total, part) in enumerate(zip(totals, matrices, strict=True)):
+            text = f" {total:.2f} MiB (matrices {part:.2f})"
+            axes.text(total, place, text, va="center", fontsize=9)
+        axes.axvline(parameters, color="black", linestyle=":", linewidth=1.2)
+        axes.set_title(f"Dotted: the model's parameters, {parameters:.2f} MiB", size=9)
+        axes.set_xlim(0, math.ceil(max(*totals, parameters) * 1.4))
+        axes.set_xlabel(
+            "optimizer state kept between steps (MiB); every step also forms full "
+            "gradients"
+        )
+        plots.legend_below(axes)

@@ -61,8 +61,8 @@ _GPT2_XL = dataclasses.replace(
 PRESETS = {
     "docstrings": ("docstring body to summary line, offline, two cores", _DOCSTRINGS),
     "phrases": ("German to English CLDR phrases, offline, two cores", _PHRASES),
-    "xsum-t5-small": ("the paper's summarisation from scratch", _T5_SMALL),
-    "xsum-t5-3b": ("the paper's summarisation, of ./t5-3b", _T5_3B),
+    "xsum-t5-small": ("the paper's summarization from scratch", _T5_SMALL),
+    "xsum-t5-3b": ("the paper's summarization, of ./t5-3b", _T5_3B),
     "iwslt-gpt2": ("the paper's translation from scratch", _GPT2),
     "iwslt-gpt2-xl": ("the paper's translation, of ./gpt2-xl", _GPT2_XL),
 }

@@ -1,0 +1,203 @@
+"""The settings that every training job has, and which of them make no sense.
+
+Nothing here imports jax: `--help` and a refused command line answer at once.
+"""
+
+import dataclasses
+import math
+import pathlib
+import typing
+from typing import Any, Literal
+
+from experiments.common.errors import ConfigError, flag
+from experiments.common.methods import FINETUNE, METHODS
+
+MethodName = Literal[FINETUNE]
+
+# Fields that say where things lie or how much of the job to do now. Every other field
+# changes the numbers of a run, so that a run that continues has to agree on it.
+_NOT_PART_OF_A_RUN = """
+methods ranks output_dir data_dir corpus_dir download checkpoint_every overwrite
+stop_after samples beams decode_examples learning_rate lora_learning_rate
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """Settings that pretraining and fine-tuning have in common."""
+
+    methods: tuple[MethodName, ...]
+    """Methods to compare. Accumulation splits the batch in --micro-batches parts; the
+    others see it at once."""
+    ranks: tuple[int, ...]
+    """Ranks of FLORA's sketches and of LoRA's adapters; a run for each."""
+    optimizer: Literal["adafactor", "adam", "sgd"] = "adafactor"
+    """The base optimizer."""
+    learning_rate: float
+    """Peak learning rate; with adafactor relative to the RMS of each parameter."""
+    lora_learning_rate: float | None = None
+    """Peak learning rate of the LoRA methods; three times the other if not given."""
+    lora_alpha: float | None = None
+    """Adapters are scaled by alpha/rank; the rank if not given."""
+    lora_tune_rest: bool = True
+    """Train biases, norms and embeddings along with the adapters; False freezes them,
+    which leaves a model from scratch with random embeddings."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After a linear warm-up: a cosine to a tenth of the peak, or constant."""
+    warmup_fraction: float = 0.1
+    """Fraction of the updates that warm up."""
+    updates: int
+    """Parameter updates of each run."""
+    batch_size: int
+    """Examples in one update, on all devices and hosts together."""
+    micro_batches: int
+    """Equal parts in which the accumulation methods see a batch."""
+    momentum: float = 0.9
+    """Decay of the momentum; of Adam's first moment."""
+    resample_every: int | None
+    """Updates between two projections of FLORA's momentum; None keeps the first."""
+    estimator: Literal["paper", "nesterov", "fresh", "residual"] = "paper"
+    """How FLORA's momentum becomes an update."""
+    projection: Literal[
+        "CountSketch", "Gaussian", "Rademacher", "Orthogonal", "SRHT"
+    ] = "CountSketch"
+    """How matrices are sketched; Gaussian is the paper's."""
+    eval_every: int
+    """Updates between two validation losses."""
+    eval_examples: int
+    """Examples of the validation split that are used, spread over it."""
+    checkpoint_every: int
+    """Updates between two checkpoints; the last update always makes one."""
+    seed: int = 0
+    """Seed of parameters, adapters, data order, dropout and projections."""
+    output_dir: pathlib.Path
+    """Where metrics, checkpoints and results go. The same command continues from the
+    last checkpoint that it finds there."""
+    data_dir: pathlib.Path = pathlib.Path("runs/data")
+    """Where prepared data sets are kept for the next run."""
+    overwrite: bool = False
+    """Delete the runs of these methods and ranks in the output directory, and start
+    again."""
+    stop_after: int | None = None
+    """Stop each run after this update, with a checkpoint to continue from."""
+
+    def validate(self) -> None:
+        """Refuses settings that make no sense.
+
+        Raises:
+            ConfigError: naming the argument, its value, and what to give instead.
+        """
+        check_choices(self)
+        check_at_least(
+            self,
+            "ranks updates batch_size micro_batches resample_every eval_every "
+            "eval_examples checkpoint_every",
+        )
+        check_at_least(self, "seed", least=0)
+        for name in ("learning_rate", "lora_learning_rate", "lora_alpha"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(
+                    f"`{flag(name)}` must be positive and finite, got {value}"
+                )
+        check_fractions(self, "momentum", "warmup_fraction")
+        _check_methods(self)
+        if self.stop_after is not None and not 1 <= self.stop_after <= self.updates:
+            raise ConfigError(
+                f"`--stop-after` must be between 1 and `--updates` ({self.updates}), "
+                f"got {self.stop_after}"
+            )
+
+    def peak(self, method: str) -> float:
+        """Returns the peak learning rate of a method."""
+        if not METHODS[method].adapters:
+            return self.learning_rate
+        return self.lora_learning_rate or 3 * self.learning_rate
+
+    def alpha(self, rank: int) -> float:
+        """Returns LoRA's alpha at a rank."""
+        return rank if self.lora_alpha is None else self.lora_alpha
+
+    def identity(self, method: str, rank: int | None) -> dict[str, Any]:
+        """Returns the settings, by flag, that decide the numbers of one run."""
+        fields = {"learning_rate": self.peak(method)}
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, dict):
+                fields |= {f"{name}.{key}": part for key, part in value.items()}
+            elif name not in _NOT_PART_OF_A_RUN.split():
+                is_path = isinstance(value, pathlib.Path)
+                fields[name] = str(value) if is_path else value
+        flags = {flag(name): value for name, value in fields.items()}
+        return flags | {"method": method, "rank": rank}
+
+
+def check_choices(config: Any) -> None:
+    """Refuses values that are not among the choices of a field.
+
+    The command line has seen to that; a program that makes the settings has not.
+    """
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value, one_of = getattr(config, name), kind
+        if typing.get_origin(kind) is tuple:
+            one_of = typing.get_args(kind)[0]
+        if typing.get_origin(one_of) is not Literal:
+            continue
+        choices = typing.get_args(one_of)
+        for item in value if isinstance(value, tuple) else (value,):
+            if item not in choices:
+                raise ConfigError(
+                    f"`{flag(name)}` must be one of {', '.join(choices)}, got {item!r}"
+                )
+
+
+def check_at_least(config: Any, names: str, least: int = 1) -> None:
+    """Refuses numbers, or members of a tuple of numbers, that are too small.
+
+    Args:
+        config: the settings.
+        names: the fields, separated by spaces; None is left alone.
+        least: the smallest number that is allowed.
+    """
+    wanted = f"at least {least}" if least else "non-negative"
+    for name in names.split():
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number < least:
+                raise ConfigError(f"`{flag(name)}` must be {wanted}, got {number}")
+
+
+def check_fractions(config: Any, *names: str) -> None:
+    """Refuses numbers outside [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise ConfigError(f"`{flag(name)}` must be in [0, 1), got {value}")
+
+
+def _check_methods(config: JobConfig) -> None:
+    for name in ("methods", "ranks"):
+        values = getattr(config, name)
+        if not values or len(set(values)) != len(values):
+            raise ConfigError(
+                f"`--{name}` must name at least one, each once, got "
+                f"{' '.join(map(str, values))!r}"
+            )
+    for name in config.methods:
+        if config.batch_size % METHODS[name].micro_batches(config):
+            raise ConfigError(
+                f"`--micro-batches` must divide `--batch-size` ({config.batch_size}) "
+                f"for {name}, got {config.micro_batches}"
+            )
+        if config.optimizer == "adam" and METHODS[name].kind == "momentum":
+            raise ConfigError(
+                f"`--methods` got {name}, but `--optimizer adam` has a momentum of its "
+                "own; use adafactor or sgd, or the other methods"
+            )
+    if config.estimator == "residual" and config.projection in (
+        "Gaussian",
+        "Rademacher",
+    ):
+        raise ConfigError(
+            "`--estimator residual` needs a projection with orthogonal rows, got "
+            f"`--projection` {config.projection}; use CountSketch, Orthogonal or SRHT"
+        )

@@ -1,0 +1,133 @@
+"""One method's training problem: what it trains, its loss, its batches, its validation.
+
+The same for pretraining and fine-tuning, which differ in the data alone.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments.common import devices, gradients, loop, lora
+from experiments.common.checkpoints import State
+from experiments.common.config import JobConfig
+from experiments.common.methods import METHODS, schedule, settings_of
+from experiments.data import batches
+from experiments.models import token_losses
+from experiments.models.build import Params
+from experiments.models.config import Config as ModelConfig
+from experiments.models.t5 import PAD as T5_PAD
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What all methods of a job start from."""
+
+    model: ModelConfig
+    graphdef: nnx.GraphDef
+    params: Params
+    """On the host: each method takes a copy to the devices and gives it up."""
+    train: Sequence[batches.Example]
+    """Random access to the training examples."""
+    validation: Sequence[batches.Example]
+    tokens: int
+    """Tokens in an example, padding included."""
+    fingerprint: str
+    """Identifies vocabulary and examples."""
+
+
+def learning_rate(config: JobConfig, method: str) -> optax.Schedule:
+    """Returns the learning rate of a method over the updates."""
+    end = {"cosine": 0.1, "constant": 1.0}[config.schedule]
+    return schedule(
+        config.peak(method), config.updates, config.warmup_fraction, end=end
+    )
+
+
+def build(
+    config: JobConfig, data: Data, name: str, rank: int | None
+) -> tuple[loop.Problem, State, optax.GradientTransformationExtraArgs]:
+    """Returns the problem of the method called `name`, its start, and its optimizer."""
+    method = METHODS[name]
+    graphdef, trained, frozen = data.graphdef, data.params, {}
+    if method.adapters:
+        graphdef, params = lora.add(
+            graphdef, trained, rank, config.alpha(rank), config.seed
+        )
+        trained, frozen = lora.divide(params, tune_rest=config.lora_tune_rest)
+
+    def loss(params: Any, frozen: Any, batch: Any, key: jax.Array) -> jax.Array:
+        key = key if data.model.dropout else None
+        losses, weights = token_losses(graphdef, lora.join(params, frozen), batch, key)
+        return (losses * weights).sum() / batch["share"].sum()
+
+    settings = settings_of(config, rank)
+    examples = batches.batched(data.train, config.batch_size, seed=config.seed)
+    problem = loop.Problem(
+        loss=loss,
+        frozen=frozen,
+        batches=examples.map(_with_share),
+        tokens=config.batch_size * data.tokens,
+        evaluate=_evaluation(config, data, graphdef),
+        gradient=gradients.of(method, settings.sketch),
+    )
+    tx = method.optimizer(learning_rate(config, name), settings)
+    # A copy on the device: the step donates its state.
+    trained = jax.tree.map(lambda x: jnp.array(x, copy=True), trained)
+    return problem, State(trained, tx.init(trained)), tx
+
+
+def _with_share(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Adds each row's share of the batch's tokens to predict.
+
+    Dividing by it, the mean over micro-batches is the mean over the batch, however the
+    tokens are spread over them: accumulation has the objective of no accumulation.
+    """
+    if "target" in batch:
+        weights = batch["target"] != T5_PAD
+    else:
+        weights = batch.get("weights", np.ones_like(batch["tokens"][:, 1:]))
+    rows = len(weights)
+    return batch | {"share": np.full(rows, weights.sum() / rows, np.float32)}
+
+
+@functools.cache
+def _sums_per_row(sharding: jax.sharding.Sharding) -> Callable[..., Any]:
+    """Returns the compiled sums of losses and weights, shared by all methods."""
+
+    @functools.partial(jax.jit, out_shardings=sharding)
+    def sums(
+        graphdef: nnx.GraphDef, params: Params, frozen: Params, batch: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        losses, weights = token_losses(graphdef, lora.join(params, frozen), batch)
+        return (losses * weights).sum(axis=1), weights.sum(axis=1)
+
+    return sums
+
+
+def _evaluation(
+    config: JobConfig, data: Data, graphdef: nnx.GraphDef
+) -> Callable[[Params, Params], dict[str, float]]:
+    """Returns a function of parameters: loss and perplexity per token."""
+    held_out = data.validation
+    chunks = batches.in_order(held_out, min(config.batch_size, len(held_out)))
+
+    def evaluate(params: Params, frozen: Params) -> dict[str, float]:
+        sums = _sums_per_row(devices.on_all())
+        total = count = 0.0
+        for batch, real in chunks:
+            parts = sums(graphdef, params, frozen, devices.split(batch))
+            losses, weights = jax.device_get(parts)
+            total += float(losses[:real].sum())
+            count += float(weights[:real].sum())
+        mean = total / count
+        return {"validation_loss": mean, "perplexity": math.exp(min(mean, 700))}
+
+    return evaluate
