@@ -9,6 +9,7 @@ whose inventories are fetched for it.
 """
 
 import os
+import re
 
 project = "flora_jax"
 author = "the flora_jax authors"
@@ -43,3 +44,14 @@ if os.environ.get("FLORA_JAX_DOCS_ONLINE"):
         "optax": ("https://optax.readthedocs.io/en/latest", None),
         "python": ("https://docs.python.org/3", None),
     }
+
+
+def setup(app):
+    """Lets the pages link to Markdown files that lie outside of the site."""
+    app.connect("source-read", _link_files)
+
+
+def _link_files(app, docname, source):
+    # MyST would look for a page of the site; "path:" makes it a download.
+    outside = r"\]\(((?:\.\./)+(?:experiments|notebooks)/[^)]*\.md)\)"
+    source[0] = re.sub(outside, r"](path:\1)", source[0])
