@@ -88,7 +88,8 @@ def compressed_pmean(
     if error is not None:
         shapes = [plan.shape for plan in plans]
         left = matching_leaves(_NAME, "error", error, plans, shapes)
-    samples = sketcher.sample(plans, sketcher.root, step)
+    root = jnp.asarray(sketcher.sketch.key_data)
+    samples = sketcher.sample(plans, root, step)
     estimates, errors = [], []
     for plan, sampled, leaf, kept in zip(plans, samples, leaves, left, strict=True):
         total = leaf if kept is None else leaf.astype(jnp.float32) + kept

@@ -1,5 +1,6 @@
 """Means of sketches over eight devices."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -10,13 +11,12 @@ import numpy as np
 import pytest
 
 import flora_jax as fj
-from flora_jax.random import keys as _keys
+from flora_jax.random import leaf_keys
 from tests.common import assert_close
 
 P = jax.P
-ISOMETRY = fj.CountSketch(scale="isometric")
 SHAPES = {"wide": (16, 24), "stack": (3, 40, 16), "bias": (16,)}
-OPTIONS = {"rank": 4, "min_dim_size": 8, "key": 5}
+SKETCH = fj.Sketch(4, key=5, min_dim_size=8)
 
 
 def batch():
@@ -47,19 +47,19 @@ def bytes_reduced(compiled):
     return total
 
 
-@pytest.mark.parametrize("projection", [fj.CountSketch(), fj.Gaussian()])
+@pytest.mark.parametrize("projection", [None, fj.Gaussian()])
 def test_is_the_sketch_of_the_mean(projection):
+    sketch = dataclasses.replace(SKETCH, projection=projection)
     mean = over_devices(
-        lambda grads, step: fj.compressed_pmean(
-            grads, "batch", step=step, projection=projection, **OPTIONS
-        )
+        lambda grads, step: fj.compressed_pmean(grads, "batch", sketch, step=step)
     )
     grads, step = gradients(0), jnp.int32(3)
     found = mean(grads, step)
     root = jnp.array([0, 5], jnp.uint32)
+    used = fj.CountSketch("unbiased") if projection is None else projection
     for name, axis in (("wide", -2), ("stack", -1)):
-        (key,) = _keys.leaf_keys(root, "compressed_pmean", [name], 3)
-        s = np.asarray(projection.matrix(key, 4, 16), np.float64)
+        (key,) = leaf_keys(root, "compressed_pmean", [name], 3)
+        s = np.asarray(used.matrix(key, 4, 16), np.float64)
         exact = grads[name].astype(np.float64).mean(0)
         expected = exact @ s.T @ s if axis == -1 else s.T @ s @ exact
         assert_close(found[name], expected, "float32")
@@ -74,7 +74,7 @@ def test_devices_send_rank_over_width():
         return jax.lax.pmean(grads, "batch")
 
     def sketched(grads, step):
-        return fj.compressed_pmean(grads, "batch", step=step, **OPTIONS)
+        return fj.compressed_pmean(grads, "batch", SKETCH, step=step)
 
     programs = [
         over_devices(f).lower(gradients(0), jnp.int32(0)).compile()
@@ -88,7 +88,7 @@ def test_devices_send_rank_over_width():
 def test_full_rank_is_the_plain_mean():
     mean = over_devices(
         lambda grads, step: fj.compressed_pmean(
-            grads, "batch", step=step, **OPTIONS | {"rank": 16}
+            grads, "batch", fj.Sketch(16, min_dim_size=8), step=step
         )
     )
     grads = gradients(1)
@@ -108,12 +108,7 @@ def test_error_feedback_loses_nothing():
     def step_fn(grads, error, step):
         first = functools.partial(jax.tree.map, lambda x: x[0])
         means, error = fj.compressed_pmean(
-            first(grads),
-            "batch",
-            step=step,
-            error=first(error),
-            projection=ISOMETRY,
-            **OPTIONS,
+            first(grads), "batch", SKETCH, step=step, error=first(error)
         )
         return means, jax.tree.map(lambda x: x[None], error)
 
@@ -133,7 +128,7 @@ def test_error_feedback_loses_nothing():
 
 def test_updates_have_the_gradients_dtype():
     mean = over_devices(
-        lambda grads, step: fj.compressed_pmean(grads, "batch", step=step, **OPTIONS)
+        lambda grads, step: fj.compressed_pmean(grads, "batch", SKETCH, step=step)
     )
     found = mean(jax.tree.map(jnp.bfloat16, gradients(0)), jnp.int32(0))
     assert {x.dtype for x in found.values()} == {jnp.dtype(jnp.bfloat16)}
@@ -141,14 +136,16 @@ def test_updates_have_the_gradients_dtype():
 
 def test_refuses_what_does_not_fit():
     grads = jax.tree.map(lambda x: x[0], gradients(0))
-    call = functools.partial(
-        fj.compressed_pmean, grads, "batch", step=0, error=grads, **OPTIONS
-    )
+
+    def call(error=grads, **settings):
+        sketch = dataclasses.replace(SKETCH, **settings)
+        fj.compressed_pmean(grads, "batch", sketch, step=0, error=error)
+
     with pytest.raises(ValueError, match="`error` needs an isometric projection, got"):
-        call()
+        call(projection=fj.CountSketch("unbiased"))
     with pytest.raises(ValueError, match="`state.error` of compressed_pmean holds"):
-        call(error={**grads, "wide": grads["wide"][:8]}, projection=ISOMETRY)
-    with pytest.raises(TypeError, match="`projection` must be a flora_jax projection"):
+        call({**grads, "wide": grads["wide"][:8]})
+    with pytest.raises(TypeError, match="`projection` must be one that a key regen"):
         call(projection=fj.TopSVD())
 
 
@@ -156,8 +153,8 @@ def test_sketches_are_not_sketched_again():
     def loss(w):
         return jnp.sum(jnp.sin(jnp.ones((4, 16)) @ w))
 
-    value_and_grad = fj.sketched_value_and_grad(loss, 4, key=0, min_dim_size=8)
-    _, grads = value_and_grad(jnp.ones((16, 24)))
+    value_and_grad = fj.sketched_value_and_grad(loss, SKETCH)
+    _, grads = value_and_grad(SKETCH.cycle(0), jnp.ones((16, 24)))
     match = "`grads` of compressed_pmean are Sketched.*average them with jax.lax.pmean"
     with pytest.raises(TypeError, match=match):
-        fj.compressed_pmean(grads, "d", 4, key=0, step=0)
+        fj.compressed_pmean(grads, "d", SKETCH, step=0)
