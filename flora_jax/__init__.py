@@ -22,6 +22,16 @@ from flora_jax.memory import (
     rank_for_budget,
     ranks_for_budget,
 )
+from flora_jax.optimizers import (
+    apollo,
+    apollo_mini,
+    dct_adamw,
+    fira,
+    flora,
+    flora_adamw,
+    flora_muon,
+    galore,
+)
 from flora_jax.projections import (
     SRHT,
     AdaptiveProjection,
@@ -34,6 +44,7 @@ from flora_jax.projections import (
     TopDCT,
     TopSVD,
 )
+from flora_jax.quantization import QuantizedState, quantize_state
 from flora_jax.sharding import compressed_pmean, state_sharding
 from flora_jax.sketched_grad import (
     LeafReport,
@@ -41,13 +52,28 @@ from flora_jax.sketched_grad import (
     sketched_value_and_grad,
 )
 from flora_jax.sketching import Sketch, SketchCycle, SketchedGradients, plan_leaves
+from flora_jax.subspace import (
+    Apollo,
+    Fira,
+    FiraCode,
+    Keep,
+    LDAdam,
+    Plain,
+    PreserveRMS,
+    Reset,
+    Squared,
+    SubspaceState,
+    scale_in_subspace,
+)
 from flora_jax.transforms import (
     CompressedAccumulationState,
     CompressedMomentumState,
     FactoredRmsState,
+    NewtonSchulz,
     compressed_accumulation,
     compressed_accumulator,
     compressed_momentum,
     has_updated,
+    orthogonalize,
     scale_by_factored_rms,
 )

@@ -72,25 +72,26 @@ def map_moments(
     """Replaces the moments of each NamedTuple; see :func:`find_moments`."""
     axes = {path: jnp.ndim(leaf) for path, leaf in named_leaves(params)}
 
-    def is_moment(tree: Any) -> bool:
-        if params is None:
-            return True
-        found = [(path, jnp.ndim(leaf)) for path, leaf in named_leaves(tree)]
-        return bool(found or not axes) and set(found) <= axes.items()
-
     def has_fields(node: Any) -> bool:
         return not set(fields).isdisjoint(getattr(node, "_fields", ()))
 
+    def is_moment(tree: Any) -> bool:
+        found = {(path, jnp.ndim(leaf)) for path, leaf in named_leaves(tree)}
+        return params is None or (bool(found or not axes) and found <= axes.items())
+
     def replaced(node: Any) -> Any:
-        if not has_fields(node):
-            return node
         values = node._asdict()
         group = {k: v for k, v in values.items() if k in fields and is_moment(v)}
-        others = {k: visit(v) for k, v in values.items() if k not in group}
-        return node._replace(**others, **(function(group) if group else {}))
+        new = function(group) if group else {}
+        for name, value in values.items():
+            if name not in group and not isinstance(value, jax.Array):
+                new[name] = visit(value)
+        return node._replace(**new)
 
     def visit(node: Any) -> Any:
         nodes, treedef = jax.tree.flatten(node, is_leaf=has_fields)
-        return jax.tree.unflatten(treedef, [replaced(x) for x in nodes])
+        return jax.tree.unflatten(
+            treedef, [replaced(x) if hasattr(x, "_fields") else x for x in nodes]
+        )
 
     return visit(state)

@@ -5,6 +5,7 @@ from flora_jax.optimizers.dct_adamw import dct_adamw
 from flora_jax.optimizers.fira import fira
 from flora_jax.optimizers.flora import flora
 from flora_jax.optimizers.flora_adamw import flora_adamw
+from flora_jax.optimizers.flora_muon import flora_muon
 from flora_jax.optimizers.galore import galore
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "fira",
     "flora",
     "flora_adamw",
+    "flora_muon",
     "galore",
 ]

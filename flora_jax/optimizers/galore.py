@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import optax
 
-from flora_jax.optimizers.adamw_in_subspace import adamw_in_subspace
-from flora_jax.projections import Projection, TopSVD
+from flora_jax.optimizers.common import DecayMask, adamw_in_subspace, recipe
+from flora_jax.projections import TopSVD
+from flora_jax.sketching import Sketch
 
 
+@recipe
 def galore(
     learning_rate: optax.ScalarOrSchedule,
-    rank: Any,
+    sketch: Sketch | int,
     *,
-    refresh_every: int | None = 200,
+    refresh_every: int | jax.Array | None = 200,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-6,
     scale: jax.typing.ArrayLike = 0.25,
-    projection: Projection = TopSVD(),  # noqa: B008 (frozen)
-    weight_decay: Any = None,
-    weight_decay_mask: Any = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    weight_decay_mask: DecayMask = None,
     state_dtype: str | None = None,
     stagger: bool = False,
-    key: Any = 0,
-    mask: Any = None,
-    min_dim_size: int = 128,
-    max_aspect_ratio: float = 16,
-    side: str = "smaller",
-    weight_dimension_numbers: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore: Adam on gradients projected to their leading singular vectors.
 
@@ -42,31 +35,25 @@ def galore(
     The moments are kept as they are when P changes. Leaves that are not sketched get
     AdamW. ``state_dtype="int8"`` is 8-bit GaLore.
 
-    Memory: 2·r·max(n, m) numbers for the moments (``side="smaller"``) and r·min(n, m)
+    Memory: 2·r·max(n, m) elements for the moments (``side="smaller"``) and r·min(n, m)
     float32 ones for P, per sketched leaf.
 
     Args:
       learning_rate: a float or a schedule; 0.01 in the paper's pretraining.
-      rank: sketch size r; an int, a callable of (path, shape), or a tree of ints.
+      sketch: the sketch, or its rank; ``TopSVD()`` unless it has a projection. Its
+        randomized method is much faster.
       refresh_every: updates between two bases T, 200 in the paper, 500 for 7B; None
         keeps the first.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the square root of the second moment; 1e-6 in the published code.
       scale: α, which multiplies the update of sketched leaves; 0.25 in the paper.
-      projection: ``TopSVD()``; its randomized method is much faster.
       weight_decay: decoupled weight decay in the full space, multiplied by the learning
-        rate; None for none.
+        rate; None to disable.
       weight_decay_mask: as ``mask`` of ``optax.add_decayed_weights``.
       state_dtype: ``"int8"``, ``"float8_e4m3fn"`` or ``"bfloat16"`` for both moments,
         as by :func:`flora_jax.quantize_state`; None for float32.
       stagger: replace the bases of different leaves at different steps.
-      key: int seed, typed threefry2x32 key, or its key data.
-      mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.
-      min_dim_size: smallest side of a matrix that is sketched.
-      max_aspect_ratio: largest ratio of its sides.
-      side: which side is sketched.
-      weight_dimension_numbers: which axes form the matrix, in optax's convention.
 
     Returns:
       The gradient transformation. Updates have the dtype of the gradients.
@@ -80,7 +67,7 @@ def galore(
       >>> import jax.numpy as jnp
       >>> import flora_jax as fj
       >>> params = {"w": jnp.ones((256, 512))}
-      >>> tx = fj.galore(1e-2, rank=32)
+      >>> tx = fj.galore(1e-2, fj.Sketch(32))
       >>> updates, state = tx.update(params, tx.init(params))
 
     References:
@@ -90,8 +77,8 @@ def galore(
     return adamw_in_subspace(
         "galore",
         learning_rate,
-        projection,
-        rank,
+        sketch,
+        TopSVD(),
         refresh_every,
         b1=b1,
         b2=b2,
@@ -101,10 +88,4 @@ def galore(
         weight_decay_mask=weight_decay_mask,
         state_dtype=state_dtype,
         stagger=stagger,
-        key=key,
-        mask=mask,
-        min_dim_size=min_dim_size,
-        max_aspect_ratio=max_aspect_ratio,
-        side=side,
-        weight_dimension_numbers=weight_dimension_numbers,
     )

@@ -1,4 +1,4 @@
-"""How numbers are stored: block-wise codes of 8 or 16 bits."""
+"""How moments are stored: block-wise codes of 8 or 16 bits."""
 
 from flora_jax.quantization.blockwise import (
     CODES,

@@ -1,4 +1,4 @@
-"""Block-wise codes of 8 bits for arrays, and bfloat16 beside them.
+"""Block-wise codes of 8 bits for arrays, and bfloat16 as an alternative.
 
 Blocks run along the longest axis of an array (the first of several); each has a scale
 s, the largest magnitude in it. Codes are found by arithmetic alone: tables are slow to
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CODES = ("int8", "float8_e4m3fn", "bfloat16")
 
-# So many random bits, that a number which is a code already, up to roundings of
+# So many random bits that a value which is a code already, up to roundings of
 # float32, lies outside all thresholds and stays that code.
 _RANDOM_BITS = 13
 
@@ -59,7 +59,7 @@ def code_dtype(code: str, signed: bool) -> Any:
 
     Args:
       code: one of :data:`CODES`.
-      signed: whether the numbers have signs; second moments have none.
+      signed: whether the values have signs; second moments have none.
 
     Returns:
       The dtype.
@@ -73,7 +73,7 @@ def scale_shape(shape: tuple[int, ...], code: str, block: int) -> tuple[int, ...
     Args:
       shape: the array's shape.
       code: one of :data:`CODES`; bfloat16 has no scales, and ones here.
-      block: numbers per scale.
+      block: elements per scale.
 
     Returns:
       A shape with as many axes.
@@ -116,14 +116,14 @@ def encode(
     Given random bits, x becomes one of the two nearest values at random with the mean
     x: exactly for bfloat16, else to 2⁻¹⁴ of their distance. Errors are then up to twice
     the first term and four times the second (float8 and bfloat16: twice). Unsigned
-    numbers below the smallest code become that code here, too.
+    values below the smallest code become that code here, too.
 
     Args:
       x: real floating array of at least one axis, none of size zero.
       code: one of :data:`CODES`.
-      block: numbers per scale; the last block may be short. Blocks that divide the
+      block: elements per scale; the last block may be short. Blocks that divide the
         length of a shard need no communication.
-      signed: whether the numbers have signs.
+      signed: whether the values have signs.
       bits: uniform random words of x's shape, or None to round to the nearest: in x, or
         in √x if unsigned.
 
@@ -193,7 +193,7 @@ def decode(
 
 
 def _round(parts: jax.Array, grid: _Grid, bits: jax.Array | None) -> jax.Array:
-    """Codes, in float32, of numbers in [0, 1]: one of the two next to each."""
+    """Codes, in float32, of values in [0, 1]: one of the two next to each."""
     roots = parts
     for _ in range(grid.power.bit_length() - 1):
         roots = jnp.sqrt(roots)
@@ -225,13 +225,15 @@ def _to_bfloat16(x: jax.Array, bits: jax.Array | None) -> jax.Array:
     """Nearest, or carried into the upper 16 bits as often as the lower ones say."""
     if bits is not None:
         words = jax.lax.bitcast_convert_type(x, jnp.uint32) + (bits >> 16)
-        cut = jax.lax.bitcast_convert_type(words & np.uint32(0xFFFF0000), jnp.float32)
-        x = jnp.where(jnp.isfinite(x), cut, x)
+        rounded = jax.lax.bitcast_convert_type(
+            words & np.uint32(0xFFFF0000), jnp.float32
+        )
+        x = jnp.where(jnp.isfinite(x), rounded, x)
     return x.astype(jnp.bfloat16)
 
 
 def _block_max(sizes: jax.Array, block: int) -> jax.Array:
-    """The largest number of each block; NaN if one of them is."""
+    """The largest element of each block; NaN if one of them is."""
     axis, count, block = _blocks(sizes.shape, block)
     pads = [(0, 0)] * sizes.ndim
     pads[axis] = (0, count * block - sizes.shape[axis])

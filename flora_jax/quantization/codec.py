@@ -10,17 +10,19 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from flora_jax.random import keys as _keys
-from flora_jax.random import bits as _random
-from flora_jax.leaves import trees as _state
-from flora_jax.leaves.rules import named_leaves
-from flora_jax.quantization import code_dtype, decode, encode, scale_shape
-from flora_jax.leaves.moments import (
+from flora_jax._typing import PyTree
+from flora_jax.leaves import (
     KINDS,
     SECOND,
     find_moments,
-    replace_moments,
+    map_moments,
+    named_leaves,
+    rebuild,
+    run_sharded,
+    zeros_tree,
 )
+from flora_jax.quantization.blockwise import code_dtype, decode, encode, scale_shape
+from flora_jax.random import bits, leaf_keys
 
 NAME = "quantize_state"
 
@@ -33,13 +35,21 @@ class MomentCodec(NamedTuple):
     min_size: int
     fields: tuple[str, ...] | None
 
-    def find(self, state: Any) -> tuple[list[str], list[Any]]:
+    def find(self, state: Any, params: PyTree) -> tuple[list[str], list[PyTree]]:
         """Field names and trees of the moments in a state that are to be coded."""
-        return find_moments(state, self.fields or KINDS)
+        groups = find_moments(state, params, self.fields or tuple(KINDS))
+        pairs = [pair for group in groups for pair in group.items()]
+        return [name for name, _ in pairs], [tree for _, tree in pairs]
 
-    def replace(self, state: Any, trees: Sequence[Any]) -> Any:
+    def replace(self, state: Any, params: PyTree, trees: Sequence[PyTree]) -> Any:
         """The state with other trees in the places that :meth:`find` finds."""
-        return replace_moments(state, trees, self.fields or KINDS)
+        rest = iter(trees)
+        return map_moments(
+            lambda group: {name: next(rest) for name in group},
+            state,
+            params,
+            self.fields or tuple(KINDS),
+        )
 
     def is_exact(self, shape: tuple[int, ...], dtype: Any) -> bool:
         """Whether a leaf of moments stays as it is."""
@@ -65,9 +75,9 @@ def empty_scales(codec: MomentCodec, tree: Any) -> Any:
     leaves = jax.tree.leaves(tree)
     # The shape does not depend on the field.
     shapes = [codec.types("mu", x.shape, x.dtype)[1] for x in leaves]
-    zeros = _state.zeros_tree(tree, shapes, jnp.float32)
+    zeros = zeros_tree(tree, shapes, jnp.float32)
     pairs = zip(jax.tree.leaves(zeros), leaves, strict=True)
-    return _state.rebuild(zeros, [zero.astype(x.dtype) for zero, x in pairs])
+    return rebuild(zeros, [zero.astype(x.dtype) for zero, x in pairs])
 
 
 def encode_moments(
@@ -76,7 +86,7 @@ def encode_moments(
     moments: list[Any],
     codes: list[Any],
     scales: list[Any],
-    draw: tuple[jax.Array, jax.Array] | None = None,
+    rounding: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[list[Any], list[Any]]:
     """Codes and scales of trees of moments.
 
@@ -86,17 +96,19 @@ def encode_moments(
       moments: the trees.
       codes: trees of codes, or of moments, whose structure and sharding to take.
       scales: trees of scales, for the same; their dtype is the moments'.
-      draw: root key and count of a random rounding; None for the nearest.
+      rounding: root key and count of a random rounding; None to round to the nearest.
 
     Returns:
       The trees of codes and those of scales.
     """
     paths = _paths(names, codes)
 
-    def run(leaves: Any, old: Any, draw: Any) -> tuple[list[Any], list[Any]]:
+    def run(leaves: Any, old: Any, rounding: Any) -> tuple[list[Any], list[Any]]:
         keys = [None] * len(leaves)
-        if draw is not None:
-            keys = list(_keys.leaf_keys(draw[0], NAME, [p for _, p in paths], draw[1]))
+        if rounding is not None:
+            keys = list(
+                leaf_keys(rounding[0], NAME, [p for _, p in paths], rounding[1])
+            )
         coded = [
             _encode_leaf(codec, name, x.astype(scale.dtype), scale, key)
             for (name, _), x, scale, key in zip(paths, leaves, old, keys, strict=True)
@@ -104,10 +116,10 @@ def encode_moments(
         return [pair[0] for pair in coded], [pair[1] for pair in coded]
 
     like = jax.tree.leaves(codes), jax.tree.leaves(scales)
-    new = _state.run_sharded(run, like, jax.tree.leaves(moments), like[1], draw)
+    new = run_sharded(run, like, jax.tree.leaves(moments), like[1], rounding)
     return (
-        _state.rebuild(codes, _place(new[0], like[0])),
-        _state.rebuild(scales, _place(new[1], like[1])),
+        rebuild(codes, _place(new[0], like[0])),
+        rebuild(scales, _place(new[1], like[1])),
     )
 
 
@@ -117,8 +129,8 @@ def _encode_leaf(
     """Codes and scales of one leaf, or the leaf and its unused scale."""
     if codec.is_exact(x.shape, x.dtype):
         return x, scale
-    bits = None if key is None else _random.bits(key, x.shape, 0)
-    return encode(x, codec.dtype, codec.block, KINDS[name] != SECOND, bits)
+    words = None if key is None else bits(key, x.shape, 0)
+    return encode(x, codec.dtype, codec.block, KINDS[name] != SECOND, words)
 
 
 def decode_moments(
@@ -137,9 +149,7 @@ def decode_moments(
         ]
 
     leaves = jax.tree.leaves(codes)
-    return _state.rebuild(
-        codes, _state.run_sharded(run, leaves, leaves, jax.tree.leaves(scales))
-    )
+    return rebuild(codes, run_sharded(run, leaves, leaves, jax.tree.leaves(scales)))
 
 
 def _paths(names: Sequence[str], trees: Sequence[Any]) -> list[tuple[str, str]]:

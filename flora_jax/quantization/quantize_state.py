@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax import _validation as _checks
-from flora_jax.random import keys as _keys
-from flora_jax.leaves.rules import named_leaves
-from flora_jax.leaves.spec import make_spec
-from flora_jax.quantization import CODES
+from flora_jax import _validation as check
+from flora_jax._typing import KeyLike, PyTree
+from flora_jax.leaves import KINDS, make_spec, named_leaves
+from flora_jax.quantization.blockwise import CODES
 from flora_jax.quantization.codec import (
     NAME,
     MomentCodec,
@@ -21,8 +20,8 @@ from flora_jax.quantization.codec import (
     empty_scales,
     encode_moments,
 )
-from flora_jax.leaves.moments import KINDS
-from flora_jax.sketching.sketched_gradients import gradient_shapes
+from flora_jax.random import check_state_key, raw_key
+from flora_jax.sketching import gradient_shapes
 
 
 class QuantizedState(NamedTuple):
@@ -52,17 +51,19 @@ def quantize_state(
     min_size: int = 4096,
     stochastic_rounding: bool = False,
     fields: Collection[str] | None = None,
-    key: Any = 0,
+    key: KeyLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the moments of a transformation in codes of 8 or 16 bits.
 
     Each update decodes the moments, runs ``inner`` and encodes them again. Moments are
     the trees of a state whose fields have the names that optax gives them: ``mu``,
     ``ema``, ``momentum``, ``trace``, ``acc_grads`` and ``error`` get a signed code,
-    ``nu`` an unsigned one; sketches under these names as well. Numbers share a scale in
-    blocks along the longest axis of a leaf; see :func:`flora_jax.quantization.encode`
-    for the codes and their errors. Leaves of fewer than ``min_size`` numbers, or of
-    fewer than two axes longer than 1, stay as they are.
+    ``nu`` an unsigned one; sketches under these names as well. Their leaves have the
+    paths and numbers of axes of the parameters; a field of such a name that holds
+    anything else stays as it is. Elements share a scale in blocks along the longest
+    axis of a leaf; see :func:`flora_jax.quantization.encode` for the codes and their
+    errors. Leaves of fewer than ``min_size`` elements, or of fewer than two axes longer
+    than 1, stay as they are.
 
     A change of a moment is kept only if it is above half a step, up to 0.8% of the
     block's largest entry for int8. The decay of a whole block is in its scale and
@@ -70,19 +71,19 @@ def quantize_state(
     half a step to the next code stays behind, unless ``stochastic_rounding`` keeps it
     right in the mean. Blocks with an infinite or undefined entry become NaN.
 
-    Memory: one byte per number of a moment (two for bfloat16) and one number of the
-    moment's dtype per block: 4/256 bytes per number where ``block`` divides the longest
-    axis. A block is not longer than that axis.
+    Memory: one byte per element of a moment (two for bfloat16) and one scale of the
+    moment's dtype per block: 4/256 bytes per element where ``block`` divides the
+    longest axis. A block is not longer than that axis.
 
     Args:
       inner: the transformation, for example optax.adam(1e-3); also one whose state is
         sketched already.
       dtype: ``"int8"``, ``"float8_e4m3fn"`` or ``"bfloat16"``.
-      block: numbers per scale; 256 as in GaLore's 8-bit moments. Choose one that
+      block: elements per scale; 256 as in GaLore's 8-bit moments. Choose one that
         divides the length of a shard.
-      min_size: fewest numbers of a leaf that is coded; 4096 as there.
-      stochastic_rounding: round at random to one of the two nearest values, with the
-        number itself as the mean, and not to the nearest.
+      min_size: fewest elements of a leaf that is coded; 4096 as there.
+      stochastic_rounding: round at random to one of the two nearest values, so that
+        the mean is exact, and not to the nearest.
       fields: names of the fields to code, for example ``("mu",)``; None for all.
       key: int seed, typed threefry2x32 key, or its key data, for stochastic rounding;
         it is in the state without that, too.
@@ -115,17 +116,17 @@ def quantize_state(
     """
     codec = MomentCodec(
         _check_code(dtype),
-        _checks.check_positive_int("block", block, "256 numbers per scale are usual"),
-        _checks.check_positive_int("min_size", min_size, "use 1 to code every matrix"),
+        check.check_positive_int("block", block, "256 elements per scale are usual"),
+        check.check_positive_int("min_size", min_size, "use 1 to code every matrix"),
         None if fields is None else _check_fields(fields),
     )
-    _checks.check_bool("stochastic_rounding", stochastic_rounding)
-    root = _keys.raw_key(key)
-    inner = _checks.check_transformation("inner", inner)
+    check.check_bool("stochastic_rounding", stochastic_rounding)
+    root = raw_key(key)
+    inner = check.check_transformation("inner", inner)
 
-    def init_fn(params: Any) -> QuantizedState:
+    def init_fn(params: PyTree) -> QuantizedState:
         inner_state = inner.init(params)
-        names, moments = codec.find(inner_state)
+        names, moments = codec.find(inner_state, params)
         _check_found(names, codec.fields)
         _check_real_or_complex(names, moments)
         scales = [empty_scales(codec, tree) for tree in moments]
@@ -134,29 +135,29 @@ def quantize_state(
             count=jnp.zeros([], jnp.int32),
             key=jnp.array(root),
             spec=make_spec(NAME, root, **codec._asdict()),
-            inner=codec.replace(inner_state, codes),
+            inner=codec.replace(inner_state, params, codes),
             scales=tuple(scales),
         )
 
     def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[Any, QuantizedState]:
-        _keys.check_state_key(NAME, state.key)
-        names, codes = codec.find(state.inner)
+        check_state_key(NAME, state.key)
+        like = gradient_shapes(updates)
+        names, codes = codec.find(state.inner, like)
         scales = list(state.scales)
         decoded = decode_moments(codec, names, codes, scales)
         new_updates, new_inner = inner.update(
-            updates, codec.replace(state.inner, decoded), params, **extra_args
+            updates, codec.replace(state.inner, like, decoded), params, **extra_args
         )
-        _, moments = codec.find(new_inner)
-        draw = (state.key, state.count) if stochastic_rounding else None
-        codes, scales = encode_moments(codec, names, moments, codes, scales, draw)
-        like = gradient_shapes(updates)
+        _, moments = codec.find(new_inner, like)
+        rounding = (state.key, state.count) if stochastic_rounding else None
+        codes, scales = encode_moments(codec, names, moments, codes, scales, rounding)
         return optax.tree.cast_like(new_updates, like), QuantizedState(
             count=optax.safe_increment(state.count),
             key=state.key,
             spec=state.spec,
-            inner=codec.replace(new_inner, codes),
+            inner=codec.replace(new_inner, like, codes),
             scales=tuple(scales),
         )
 
@@ -168,7 +169,7 @@ def _check_code(value: Any) -> str:
         name = jnp.dtype(value).name
     except TypeError:
         name = value  # Not a dtype; the message shows what was given.
-    _checks.check_choice("dtype", name, CODES)
+    check.check_choice("dtype", name, CODES)
     return name
 
 
@@ -197,7 +198,7 @@ def _check_found(names: Sequence[str], fields: tuple[str, ...] | None) -> None:
 
 
 def _check_real_or_complex(names: Sequence[str], moments: Sequence[Any]) -> None:
-    """Raises for moments that integers would cut to zero; complex ones stay exact."""
+    """Raises for moments that integers would round to zero; complex ones stay exact."""
     for name, tree in zip(names, moments, strict=True):
         for path, leaf in named_leaves(tree):
             if not jnp.issubdtype(leaf.dtype, jnp.inexact):

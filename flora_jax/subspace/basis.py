@@ -1,4 +1,4 @@
-"""The basis of a subspace: where it comes from, and when it is renewed."""
+"""The basis of a subspace: where it comes from, and when it is replaced."""
 
 from __future__ import annotations
 
@@ -6,214 +6,213 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from flora_jax.random import keys as _keys
-from flora_jax.leaves.plan import LeafPlan
-from flora_jax.projections import AdaptiveProjection, Projection
-from flora_jax.transforms.parts import ScaledLeaf
-from flora_jax.sketching.sketcher import Sketcher
-from flora_jax.subspace.transports import transport_leaf
+from flora_jax._typing import PyTree, Shape
+from flora_jax.leaves import LeafPlan
+from flora_jax.projections import AdaptiveProjection
+from flora_jax.random import renewal
+from flora_jax.sketching import ScaledLeaf, Sketcher
+from flora_jax.subspace.transports import BasisChange, Keep, Moments
 
 _GROUPS = 16  # Of leaves that change their basis at the same step, if staggered.
 
 
-@dataclasses.dataclass(frozen=True)
-class Subspace(Sketcher):
-    """A sketcher whose basis may be chosen from the gradient, and is renewed.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Basis:
+    """Projections that a key or a gradient determines, replaced every T steps.
 
     Attributes:
-      refresh_every: updates between two bases T; None keeps the first.
+      sketcher: the settings of the sketches.
+      refresh_every: T, possibly traced; None keeps the first basis.
       stagger: whether leaves change theirs at different steps.
-      transport: what becomes of the moments.
     """
 
-    refresh_every: int | None = None
-    stagger: bool = False
-    transport: str = "keep"
+    sketcher: Sketcher
+    refresh_every: int | jax.Array | None
+    stagger: bool
 
-    accepts: ClassVar[type] = Projection
+    @functools.cached_property
+    def stored(self) -> AdaptiveProjection | None:
+        """The projection, if its bases are stored."""
+        projection = self.sketcher.projection
+        return projection if isinstance(projection, AdaptiveProjection) else None
 
-    @property
-    def adaptive(self) -> bool:
-        """Whether a basis is stored."""
-        return isinstance(self.projection, AdaptiveProjection)
-
-    def plan(self, tree: Any) -> list[LeafPlan]:
+    def plan(self, tree: PyTree) -> tuple[LeafPlan, ...]:
         """Plans of all leaves, after checking that each has enough directions."""
-        plans = self.rules.plan(tree)
-        for plan in plans:
-            if self.adaptive and plan.dense_reason is None:
-                other = plan.rows if plan.axis == -1 else plan.columns
-                found = self.projection.directions(plan.width, other)
-                if plan.rank > found:
-                    raise ValueError(
-                        f"`rank` of leaf {plan.path!r} must be at most {found}, the"
-                        f" directions that its {plan.rows}x{plan.columns} fold has, got"
-                        f" rank={plan.rank}; lower it or use side='smaller'"
-                    )
+        plans = self.sketcher.plan(tree)
+        for plan in plans if self.stored is not None else ():
+            if plan.dense:
+                continue
+            other = plan.rows if plan.axis == -1 else plan.columns
+            found = self.stored.directions(plan.width, other)
+            if plan.rank > found:
+                raise ValueError(
+                    f"`rank` of leaf {plan.path!r} must be at most {found}, the"
+                    f" directions that its {plan.rows}x{plan.columns} fold has, got"
+                    f" rank={plan.rank}; lower it or use side='smaller'"
+                )
         return plans
 
-    def stored_shapes(self, plans: Sequence[LeafPlan]) -> list[tuple[int, ...]]:
-        """Shapes of the stored bases."""
-        sizes = (self.projection.stored_sizes(plan.rank) for plan in plans)
-        return [
-            plan.resized(sketched, other, plan.ones)
-            for plan, (sketched, other) in zip(plans, sizes, strict=True)
-        ]
+    def stored_shape(self, plan: LeafPlan) -> Shape:
+        """Shape of a leaf's stored basis."""
+        assert self.stored is not None
+        return plan.resized(*self.stored.stored_sizes(plan.rank), plan.ones)
 
-    def shapes(self, plans: Sequence[LeafPlan]) -> dict[str, list[tuple[int, ...]]]:
-        """Shapes of what a state may keep beside the inner one, by field."""
-        return {
-            "basis": self.stored_shapes(plans) if self.adaptive else [],
-            "limiter": [plan.resized(1, 1, plan.ones) for plan in plans],
-            "error": [x.ones if x.dense_reason else x.shape for x in plans],
-        }
-
-    def bases(
+    def renew(
         self,
         plans: Sequence[LeafPlan],
-        root: jax.Array,
-        count: Any,
-        stored: Sequence[jax.Array],
-    ) -> list[Any]:
-        """What fixes S for each leaf at this step; None for dense leaves."""
-        offsets = jnp.asarray(self._offsets(plans) if self.stagger else 0, jnp.int32)
-        return self._bases(plans, root, self._epoch(count, offsets), stored)
-
-    def _bases(
-        self,
-        plans: Sequence[LeafPlan],
-        root: jax.Array,
-        epoch: Any,
-        stored: Sequence[jax.Array],
-    ) -> list[Any]:
-        if not self.adaptive:
-            return self.draw(plans, root, epoch)
-        return [
-            None if plan.dense_reason else self._read(plan, array)
-            for plan, array in zip(plans, stored, strict=True)
-        ]
-
-    def refresh(
-        self,
-        plans: Sequence[LeafPlan],
-        kinds: Sequence[str],
         grads: Sequence[jax.Array],
         stored: Sequence[jax.Array],
-        moments: Sequence[Sequence[jax.Array]],
-        root: jax.Array,
+        moments: Sequence[list[Moments]],
+        transport: Keep,
+        key: jax.Array,
         count: Any,
-        betas: Any,
-    ) -> tuple[list[jax.Array], list[list[jax.Array]]]:
-        """Stored bases and moments, renewed where that is due."""
-        stored, moments = list(stored), [list(tree) for tree in moments]
-        every = self.refresh_every
-        if not self.adaptive and (every is None or not moments):
-            return stored, moments  # A key's epoch is all there is to renew.
+    ) -> tuple[list[Any], list[jax.Array], list[list[Moments]]]:
+        """Replaces bases where that is due, and moves the moments along.
+
+        Args:
+          plans: plans of all leaves.
+          grads: G of each leaf.
+          stored: each leaf's stored basis, or empty.
+          moments: for each leaf those of each NamedTuple of the inner state.
+          transport: how moments move.
+          key: the state's root key.
+          count: updates so far.
+
+        Returns:
+          What determines S for each leaf at this step, stored bases, and moments.
+        """
+        sampled: list[Any] = [None] * len(plans)
+        stored, moments = list(stored), list(moments)
+        if self.stored is None:
+            sampled = self.sketcher.sample(plans, key, self._epochs(plans, count))
+            if self.refresh_every is None or not transport.moves:
+                return sampled, stored, moments
         groups: dict[int, list[int]] = {}
-        for i, offset in enumerate(self._offsets(plans)):
-            if plans[i].dense_reason is None:
-                groups.setdefault(offset, []).append(i)
-        for offset, members in groups.items():
-            own = [plans[i] for i in members]
-            operands = (
-                [grads[i] for i in members],
+        for i, plan in enumerate(plans):
+            if not plan.dense:
+                groups.setdefault(self._place(plan), []).append(i)
+        for place, members in groups.items():
+            offset = self._offset(place)
+            renewed = jax.lax.cond(
+                self._is_due(offset, count),
+                functools.partial(self._renewed, [plans[i] for i in members], offset),
+                lambda stored, moments, *_: (stored, moments),
                 [stored[i] for i in members] if stored else [],
-                [[tree[i] for tree in moments] for i in members],
-            )
-
-            new = jax.lax.cond(
-                self._due(offset, count),
-                functools.partial(self._renew, own, kinds, offset),
-                lambda grads, stored, moments, *_: (stored, moments),
-                *operands,
-                root,
+                [moments[i] for i in members],
+                [sampled[i] for i in members],
+                [grads[i] for i in members],
+                transport,
+                key,
                 count,
-                betas,
             )
-            for place, i in enumerate(members):
-                if stored:
-                    stored[i] = new[0][place]
-                for tree, moment in zip(moments, new[1][place], strict=True):
-                    tree[i] = moment
-        return stored, moments
+            for tree, new in zip((stored, moments), renewed, strict=True):
+                for i, leaf in zip(members, new, strict=bool(tree)):
+                    tree[i] = leaf
+        if self.stored is not None:
+            sampled = self._read(plans, stored)
+        return sampled, stored, moments
 
-    def _renew(
+    def _renewed(
         self,
         plans: Sequence[LeafPlan],
-        kinds: Sequence[str],
-        offset: int,
-        grads: Sequence[jax.Array],
+        offset: Any,
         stored: Sequence[jax.Array],
-        moments: Sequence[Sequence[jax.Array]],
-        root: jax.Array,
+        moments: Sequence[list[Moments]],
+        sampled: Sequence[Any],
+        grads: Sequence[jax.Array],
+        transport: Keep,
+        key: jax.Array,
         count: Any,
-        betas: Any,
-    ) -> tuple[list[jax.Array], list[list[jax.Array]]]:
-        """:meth:`refresh` of sketched leaves that are all due."""
-        new, epoch = list(stored), self._epoch(count, offset)
-        if self.adaptive:
-            keys = self.keys(plans, range(len(plans)), root, count)
+    ) -> tuple[list[jax.Array], list[list[Moments]]]:
+        """:meth:`renew` of sketched leaves that are all due."""
+        new = list(stored)
+        if self.stored is not None:
+            keys = self.sketcher.keys(plans, range(len(plans)), key, count)
             new = [
-                self._choose(plan, key, grad)
-                for plan, key, grad in zip(plans, keys, grads, strict=True)
+                self._choose(plan, own, grad)
+                for plan, own, grad in zip(plans, keys, grads, strict=True)
             ]
-        if not kinds:
-            return new, [[] for _ in plans]
-        fresh: list[Any] = [None] * len(plans)
-        if self.transport == "reset":
-            drawn = self._bases(plans, root, epoch, new)
-            fresh = [
-                self.sketch(plan, basis, ScaledLeaf(grad))
-                for plan, basis, grad in zip(plans, drawn, grads, strict=True)
+        if not transport.moves:
+            return new, list(moments)
+        if self.stored is not None:
+            old, sampled = self._read(plans, stored), self._read(plans, new)
+            matrices = [
+                self.stored.transfer(a, b, plan.rank, plan.width)
+                for plan, a, b in zip(plans, old, sampled, strict=True)
             ]
-        matrices = (
-            [self._transfer(*each) for each in zip(plans, stored, new, strict=True)]
-            if self.adaptive
-            else self.transfers(plans, root, epoch)
-        )
-        return new, [
-            transport_leaf(self.transport, kinds, *leaf, count, betas)
-            for leaf in zip(plans, matrices, moments, fresh, strict=True)
-        ]
-
-    def _transfer(self, plan: LeafPlan, old: jax.Array, new: jax.Array) -> jax.Array:
-        bases = self._read(plan, old), self._read(plan, new)
-        return self.projection.transfer(*bases, plan.rank, plan.width)
+        else:
+            epoch, _ = renewal(count, self.refresh_every, offset)
+            back = self.sketcher.transfers(plans, sampled, key, epoch - 1)
+            matrices = [matrix.swapaxes(-1, -2) for matrix in back]
+        moved = []
+        for i, plan in enumerate(plans):
+            fresh = None
+            if transport.needs_sketch:
+                given = ScaledLeaf(grads[i])
+                fresh = self.sketcher.sketch_leaf(plan, sampled[i], given)
+            change = BasisChange(plan, matrices[i], fresh, count)
+            moved.append([_moved(transport, change, group) for group in moments[i]])
+        return new, moved
 
     def _choose(self, plan: LeafPlan, key: jax.Array, grad: jax.Array) -> jax.Array:
+        assert self.stored is not None
         matrix = plan.fold(grad.astype(jnp.float32))
-        chosen = self.projection.choose(key, matrix, plan.rank, plan.axis)
-        return plan.unfold(chosen, self.stored_shapes([plan])[0])
+        chosen = self.stored.choose(key, matrix, plan.rank, plan.axis)
+        return plan.unfold(chosen, self.stored_shape(plan))
 
-    def _read(self, plan: LeafPlan, stored: jax.Array) -> Any:
-        return self.projection.read(plan.fold(stored), plan.axis)
+    def _read(
+        self, plans: Sequence[LeafPlan], stored: Sequence[jax.Array]
+    ) -> list[Any]:
+        assert self.stored is not None
+        return [
+            None if plan.dense else self.stored.from_stored(plan.fold(x), plan.axis)
+            for plan, x in zip(plans, stored, strict=True)
+        ]
 
-    def _due(self, offset: int, count: Any) -> Any:
+    def _epochs(self, plans: Sequence[LeafPlan], count: Any) -> Any:
+        """How often bases were replaced: one number, or one for each leaf."""
+        if self.refresh_every is None:
+            return jnp.uint32(0)
+        offsets: Any = 0
+        if self.stagger:
+            places = jnp.asarray([self._place(plan) for plan in plans], jnp.int32)
+            offsets = self._offset(places)
+        return renewal(count, self.refresh_every, offsets)[0]
+
+    def _is_due(self, offset: Any, count: Any) -> Any:
         if self.refresh_every is None:
             return count == 0
-        due = _keys.renewal(count, self.refresh_every, offset)[1]
+        _, due = renewal(count, self.refresh_every, offset)
+        if self.stored is None:
+            return due
         # A basis that is chosen at every step needs no counter for that.
-        return due | (count == 0) | (self.refresh_every == 1) if self.adaptive else due
+        return due | (count == 0) | (self.refresh_every == 1)
 
-    def _offsets(self, plans: Sequence[LeafPlan]) -> list[int]:
-        """By how many steps each leaf is ahead.
+    def _place(self, plan: LeafPlan) -> int:
+        """Which group of staggered leaves a leaf is in.
 
         By path, so that a mask does not move the others; and in few groups, since each
         is a branch to compile.
         """
         if not self.stagger or self.refresh_every is None:
-            return [0] * len(plans)
-        groups = min(self.refresh_every, _GROUPS)
-        places = (zlib.crc32(plan.path.encode()) % groups for plan in plans)
-        return [place * self.refresh_every // groups for place in places]
+            return 0
+        return zlib.crc32(plan.path.encode()) % _GROUPS
 
-    def _epoch(self, count: Any, offset: Any) -> Any:
-        """How often a basis was renewed."""
+    def _offset(self, place: Any) -> Any:
+        """By how many steps a group is ahead: T·place/16, without overflow."""
         if self.refresh_every is None:
-            return jnp.int32(0)
-        return _keys.renewal(count, self.refresh_every, offset)[0]
+            return 0
+        whole, rest = self.refresh_every // _GROUPS, self.refresh_every % _GROUPS
+        return place * whole + place * rest // _GROUPS
+
+
+def _moved(transport: Keep, change: BasisChange, moments: Moments) -> Moments:
+    """One NamedTuple's moments of a leaf in the new basis, in their dtypes."""
+    wide = {name: x.astype(jnp.float32) for name, x in moments.items()}
+    moved = transport.move(change, wide)
+    return {name: moved[name].astype(x.dtype) for name, x in moments.items()}

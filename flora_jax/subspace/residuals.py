@@ -1,103 +1,314 @@
-"""From a direction in a subspace to an update of the leaf."""
+"""What an update makes of the gradient outside of the subspace."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from flora_jax.leaves.plan import LeafPlan
+from flora_jax import _validation as check
+from flora_jax._xla import widened
+from flora_jax.leaves import LeafPlan
 from flora_jax.projections import ObliviousProjection
-from flora_jax.transforms.parts import widened
-from flora_jax.sketching.sketcher import Sketcher
+from flora_jax.sketching import Sketcher
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-RESIDUALS = ("dropped", "plain", "fira", "fira_code", "apollo")
 NORMS = ("channel", "tensor")
 _SMALL = 1e-8  # Added to norms that are divided by, as the papers do.
 _LEAST = 1 / 8  # Of what a random sketch is expected to see of a row's norm.
 _ROUNDING = 2.0**-19  # Of ‖G‖²: what float32 cannot tell from none, 16 roundings.
 
 
-def bring_back(
-    sketcher: Sketcher,
-    residual: str,
-    norms: str,
+class LeafStep(NamedTuple):
+    """One sketched leaf at one update.
+
+    Attributes:
+      sketcher: the settings of the sketch.
+      plan: the leaf's plan.
+      sampled: what determines S.
+      grad: G.
+      sketch: R, in the state's shape, float32.
+      direction: N, the inner transformation's update, in the state's shape, float32.
+    """
+
+    sketcher: Sketcher
+    plan: LeafPlan
+    sampled: Any
+    grad: Float[Array, "..."]
+    sketch: Float[Array, "..."]
+    direction: Float[Array, "..."]
+
+    def folded(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """G, R and N as matrices, float32."""
+        fold = self.plan.fold
+        return fold(widened(self.grad)), fold(self.sketch), fold(self.direction)
+
+    def expanded(self, sketch: Float[Array, "..."]) -> Float[Array, "..."]:
+        """C S for a sketch C in the state's shape."""
+        return self.sketcher.unsketch_leaf(self.plan, self.sampled, sketch)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """No residual: the update is α·N S (GaLore).
+
+    Residuals are frozen objects, and pytrees of their numbers, which may be traced.
+    They are not callable: ``optax.inject_hyperparams`` calls what is.
+    """
+
+    # Whether S has to have orthonormal rows, and whether the update leaves out what
+    # the sketch does not see, so that error feedback has something to add.
+    needs_isometry: ClassVar[bool] = False
+    is_partial: ClassVar[bool] = True
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether the state keeps the norm of the last residual."""
+        return False
+
+    def check(self) -> None:
+        """Raises on numbers out of range; pytrees are rebuilt from any leaves."""
+
+    def correction(self, count: Any) -> Any:
+        """The factor that the inner transformation's debiasing puts into N."""
+        del count
+        return 1.0
+
+    def update(
+        self, leaf: LeafStep, scale: Any, previous: jax.Array | None, correction: Any
+    ) -> tuple[Float[Array, "..."], jax.Array | None]:
+        """One leaf's update in the full space.
+
+        Args:
+          leaf: a sketched leaf.
+          scale: α.
+          previous: norm of the last residual, one per matrix; None without limiter.
+          correction: what :meth:`correction` gave.
+
+        Returns:
+          The update in the leaf's shape, float32, and the new ``previous``.
+        """
+        del correction
+        return leaf.expanded(scale * leaf.direction), previous
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plain(Residual):
+    """The update is α·N S + (G − R S): outside of the subspace the plain gradient.
+
+    Example:
+      >>> import optax
+      >>> import flora_jax as fj
+      >>> tx = fj.scale_in_subspace(
+      ...     optax.scale_by_adam(), fj.Sketch(32), residual=fj.Plain())
+    """
+
+    needs_isometry: ClassVar[bool] = True
+    is_partial: ClassVar[bool] = False
+
+    def update(
+        self, leaf: LeafStep, scale: Any, previous: jax.Array | None, correction: Any
+    ) -> tuple[Float[Array, "..."], jax.Array | None]:
+        """See :meth:`Residual.update`."""
+        del correction
+        inside = leaf.expanded(scale * leaf.direction - leaf.sketch)
+        return widened(leaf.grad) + inside, previous
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fira(Residual):
+    """The update is α·N S + φ·(G − R S): the residual, scaled as Adam would.
+
+    φ_i = ‖N_i‖/(‖R_i‖ + 1e-8) for each row i of R (n x r). With an oblivious
+    projection ‖R_i‖ is taken for at least √(r/m)·‖G_i‖/8: a row that cancels in its
+    sketch would otherwise have a boundless φ.
+
+    With a limiter γ, X = φ·(G − R S) without ``inner``'s debiasing factor is divided by
+    max(‖X‖/(‖X_prev‖ + 1e-8), γ)/γ, where X_prev is what was applied before. Where that
+    is zero, as at the first step, X is not limited.
+
+    Memory: one element per matrix with a limiter.
+
+    Attributes:
+      limiter: γ > 0; 1.01 in the paper; None to disable.
+      norms: ``"channel"`` as above, or ``"tensor"``: one φ per matrix.
+      b1: decay β1 with which ``inner`` debiases its first moment as Adam does; None if
+        it does not. Recipes fill in their own.
+      b2: the same of its second moment.
+
+    Example:
+      >>> import flora_jax as fj
+      >>> tx = fj.fira(1e-2, fj.Sketch(32), residual=fj.Fira(limiter=None))
+
+    References:
+      Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024
+    """
+
+    limiter: Any = 1.01
+    norms: str = dataclasses.field(default="channel", metadata={"static": True})
+    b1: Any = None
+    b2: Any = None
+
+    needs_isometry: ClassVar[bool] = True
+    is_partial: ClassVar[bool] = False
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether the state keeps the norm of the last residual."""
+        return self.limiter is not None
+
+    def check(self) -> None:
+        """Raises on settings out of range."""
+        check.check_choice("norms", self.norms, NORMS)
+        if self.limiter is not None:
+            check.check_number(
+                "limiter", self.limiter, 1e-30, None, "1.01, or None to disable"
+            )
+        check_decays(self)
+
+    def correction(self, count: Any) -> Any:
+        """√(1−β2^t)/(1−β1^t) at the step t that follows ``count`` others."""
+        if self.b1 is None:
+            return 1.0
+        step = optax.safe_increment(count)
+        return jnp.sqrt(1 - self.b2**step) / (1 - self.b1**step)
+
+    def share(self, scale: Any) -> Any:
+        """What multiple of R S the residual leaves out of G."""
+        del scale
+        return 1.0
+
+    def update(
+        self, leaf: LeafStep, scale: Any, previous: jax.Array | None, correction: Any
+    ) -> tuple[Float[Array, "..."], jax.Array | None]:
+        """See :meth:`Residual.update`.
+
+        It is computed as φ·G + (α·N − p·φ·R) S, p the share that is left out: nothing
+        of the leaf's size is made but the update itself.
+        """
+        plan, (g, r, n) = leaf.plan, leaf.folded()
+        least, share = 0.0, self.share(scale)
+        if isinstance(leaf.sketcher.projection, ObliviousProjection):
+            least = _LEAST * (plan.rank / plan.width) ** 0.5
+        factor = _scaling(g, r, n, _norm_axes(self.norms, plan), least)
+        if previous is not None:
+            # ‖G − p·R S‖² per row, as S has orthonormal rows. A residual of roundings
+            # counts as none: it would hold back what follows it.
+            whole = _squares(g, plan.axis)
+            left = whole - share * (2 - share) * _squares(r, plan.axis)
+            left = jnp.where(left > _ROUNDING * whole, left, 0.0)
+            factor, previous = _limited(
+                plan, factor, left, previous, self.limiter, correction
+            )
+        inside = plan.unfold(scale * n - share * factor * r, plan.state_shape)
+        outside = plan.unfold(factor * g, plan.shape)
+        return outside + leaf.expanded(inside), previous
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FiraCode(Fira):
+    """The update is α·N S + φ·(G − α·R S), as in the code published with Fira.
+
+    It leaves a part of R in the residual unless α is 1; otherwise it is :class:`Fira`.
+
+    Example:
+      >>> import flora_jax as fj
+      >>> tx = fj.fira(1e-2, fj.Sketch(32), residual=fj.FiraCode())
+    """
+
+    def share(self, scale: Any) -> Any:
+        """What multiple of R S the residual leaves out of G."""
+        return scale
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Apollo(Fira):
+    """The update is α·φ·G: the gradient itself, scaled as Adam would.
+
+    φ and its limiter are those of :class:`Fira`, without the bound on ‖R_i‖. S need not
+    have orthonormal rows.
+
+    Example:
+      >>> import flora_jax as fj
+      >>> tx = fj.apollo(1e-2, fj.Sketch(32), residual=fj.Apollo(norms="tensor"))
+
+    References:
+      Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024
+    """
+
+    needs_isometry: ClassVar[bool] = False
+
+    def update(
+        self, leaf: LeafStep, scale: Any, previous: jax.Array | None, correction: Any
+    ) -> tuple[Float[Array, "..."], jax.Array | None]:
+        """See :meth:`Residual.update`."""
+        plan, (g, r, n) = leaf.plan, leaf.folded()
+        factor = scale * _scaling(g, r, n, _norm_axes(self.norms, plan), 0.0)
+        if previous is not None:
+            left = _squares(g, plan.axis)
+            factor, previous = _limited(
+                plan, factor, left, previous, self.limiter, correction
+            )
+        return plan.unfold(factor * g, plan.shape), previous
+
+
+def check_decays(owner: Any) -> None:
+    """Raises unless ``b1`` and ``b2`` are both decays or both None."""
+    if (owner.b1 is None) != (owner.b2 is None):
+        raise ValueError(
+            f"`b1` and `b2` must be given together, got {owner}; pass the decays of"
+            " `inner`, such as b1=0.9, b2=0.999, or neither if it does not debias"
+        )
+    for name, beta in (("b1", owner.b1), ("b2", owner.b2)):
+        if beta is not None:
+            check.check_number(name, beta, 0, 1, "0.9 and 0.999 are Adam's")
+
+
+def _norm_axes(norms: str, plan: LeafPlan) -> Any:
+    return plan.axis if norms == "channel" else (-2, -1)
+
+
+def _scaling(
+    g: Float[Array, "*batch n m"],
+    r: Float[Array, "*batch _ _"],
+    n: Float[Array, "*batch _ _"],
+    axes: Any,
+    least: float,
+) -> Float[Array, "*batch _ _"]:
+    """‖N‖/‖R‖ along the axes, with ‖R‖ at least that share of ‖G‖."""
+    seen = jnp.sqrt(_squares(r, axes))
+    if least:
+        seen = jnp.maximum(seen, least * jnp.sqrt(_squares(g, axes)))
+    return jnp.sqrt(_squares(n, axes)) / (seen + _SMALL)
+
+
+def _limited(
     plan: LeafPlan,
-    drawn: Any,
-    grad: Float[Array, "..."],
-    sketch: Float[Array, "..."],
-    direction: Float[Array, "..."],
-    previous: jax.Array | None,
-    scale: Any,
+    factor: Float[Array, "*batch _ _"],
+    left: Float[Array, "*batch _ _"],
+    previous: jax.Array,
     limiter: Any,
     correction: Any,
-) -> tuple[Float[Array, "..."], jax.Array | None]:
-    """One leaf's update in the full space, float32, and the norm that limits the next.
+) -> tuple[Float[Array, "*batch _ _"], jax.Array]:
+    """The factor of a residual whose growth is limited, and the residual's norm.
 
-    The update is a·G + B S, with a of one number per row or column: nothing of the
-    leaf's size is made but the update itself.
-
-    Args:
-      sketcher: the settings.
-      residual: one of RESIDUALS.
-      norms: one of NORMS.
-      plan: the leaf's plan.
-      drawn: what fixes S.
-      grad: G.
-      sketch: R, in the state's shape.
-      direction: N, the inner transformation's update, in the state's shape.
-      previous: norm of the last residual, one per matrix, or None without limiter.
-      scale: α.
-      limiter: γ, or None.
-      correction: factor that the inner transformation's debiasing puts into N.
-
-    Returns:
-      The update in the leaf's shape, and the new ``previous``.
+    ``left`` are the squared norms of what the factor multiplies.
     """
-    direction = direction.astype(jnp.float32)
-    if plan.dense_reason is not None:
-        return direction, previous
-    if residual == "dropped":
-        return sketcher.unsketch(plan, drawn, scale * direction), previous
-    full, r, n = (plan.fold(widened(x)) for x in (grad, sketch, direction))
-    if residual == "plain":
-        back = plan.unfold(scale * n - r, plan.state_shape)
-        return widened(grad) + sketcher.unsketch(plan, drawn, back), previous
-    sides = plan.axis if norms == "channel" else (-2, -1)
-    seen = _length(r, sides)
-    if residual != "apollo" and isinstance(sketcher.projection, ObliviousProjection):
-        # A row may cancel in a random sketch: it then says nothing of the row's scale.
-        share = _LEAST * (plan.rank / plan.width) ** 0.5
-        seen = jnp.maximum(seen, share * _length(full, sides))
-    factor = _length(n, sides) / (seen + _SMALL)
-    # How much of the sketch the residual leaves out, and what the whole is scaled by.
-    part = {"fira": 1.0, "fira_code": scale, "apollo": 0.0}[residual]
-    factor = factor * scale if residual == "apollo" else factor
-    if previous is not None:
-        # ‖G − p·R S‖² per row or column, as S has orthonormal rows where p > 0. A
-        # residual of roundings counts as none: it would hold back what follows it.
-        whole = _squares(full, plan.axis)
-        left = whole - part * (2 - part) * _squares(r, plan.axis)
-        left = jnp.where(left > _ROUNDING * whole, left, 0.0)
-        norm = jnp.sum(factor**2 * left, (-2, -1), keepdims=True)
-        norm, old = jnp.sqrt(norm) / correction, plan.fold(previous)
-        growth = jnp.maximum(norm / (old + _SMALL), limiter) / limiter
-        growth = jnp.where(old > 0, growth, 1.0)  # A first step is not limited.
-        factor = factor / growth
-        previous = plan.unfold(norm / growth, previous.shape)
-    update = plan.unfold(factor * full, plan.shape)
-    if residual != "apollo":
-        back = plan.unfold(scale * n - part * factor * r, plan.state_shape)
-        update = update + sketcher.unsketch(plan, drawn, back)
-    return update, previous
-
-
-def _length(x: jax.Array, axes: Any) -> jax.Array:
-    return jnp.sqrt(_squares(x, axes))
+    norm = jnp.sqrt(jnp.sum(factor**2 * left, (-2, -1), keepdims=True)) / correction
+    old = plan.fold(previous)
+    growth = jnp.maximum(norm / (old + _SMALL), limiter) / limiter
+    growth = jnp.where(old > 0, growth, 1.0)  # A first step is not limited.
+    return factor / growth, plan.unfold(norm / growth, previous.shape)
 
 
 def _squares(x: jax.Array, axes: Any) -> jax.Array:

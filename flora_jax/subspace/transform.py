@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax import _validation as _checks
-from flora_jax.random import keys as _keys
-from flora_jax.leaves import trees as _state
-from flora_jax.leaves.rules import LeafRules
-from flora_jax.projections import AdaptiveProjection, Projection
-from flora_jax.sketching.sketched_gradients import refuse_sketches
-from flora_jax.subspace.basis import Subspace
-from flora_jax.subspace.checks import check_subspace
-from flora_jax.subspace.residuals import bring_back
-from flora_jax.subspace.update import enter_subspace, leave_subspace
-from flora_jax.subspace.transports import moments_of
+from flora_jax import _validation as check
+from flora_jax._typing import PyTree, Shape
+from flora_jax.leaves import (
+    LeafPlan,
+    cast_like,
+    find_moments,
+    is_masked,
+    matching_leaves,
+    rebuild,
+    replace_moments,
+    run_sharded,
+    zeros_tree,
+)
+from flora_jax.projections import CountSketch, Projection
+from flora_jax.random import check_state_key
+from flora_jax.sketching import (
+    ScaledLeaf,
+    Sketch,
+    Sketched,
+    Sketcher,
+    refuse_sketches,
+    resolve,
+    warn_if_dense,
+)
+from flora_jax.subspace.basis import Basis
+from flora_jax.subspace.residuals import LeafStep, Residual
+from flora_jax.subspace.transports import Keep, Moments, check_moments
 
 _NAME = "scale_in_subspace"
+_AS_FLOAT32 = functools.partial(jnp.asarray, dtype=jnp.float32)
 
 
 class SubspaceState(NamedTuple):
@@ -48,53 +66,39 @@ class SubspaceState(NamedTuple):
 
 def scale_in_subspace(
     inner: optax.GradientTransformation,
-    projection: Projection,
-    rank: Any,
-    refresh_every: int | None = 200,
+    sketch: Sketch | int,
+    refresh_every: int | jax.Array | None = 200,
     *,
-    transport: str = "keep",
-    residual: str = "dropped",
-    norms: str = "channel",
-    limiter: jax.typing.ArrayLike | None = None,
+    residual: Residual | None = None,
+    transport: Keep = Keep(),  # noqa: B008 (frozen)
     scale: jax.typing.ArrayLike = 1.0,
-    betas: tuple[Any, Any] | None = None,
     error_feedback: bool = False,
     stagger: bool = False,
-    key: Any = 0,
-    mask: Any = None,
-    min_dim_size: int = 128,
-    max_aspect_ratio: float = 16,
-    side: str = "smaller",
-    weight_dimension_numbers: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs a transformation on sketches of the updates, and brings its result back.
+    """Runs a transformation on sketches of the updates, and expands its result.
 
     For a leaf folded to G (n x m) with its columns sketched by S (r x m, orthonormal
-    rows), R = G Sᵀ is given to ``inner``, which answers N, and the update is, with α =
-    ``scale``,
+    rows), R = G Sᵀ is given to ``inner``, which answers N. With α = ``scale``, the
+    update is α·N S, to which ``residual`` may add what the sketch does not see:
 
-    - ``residual="dropped"``: α·N S (GaLore);
-    - ``"plain"``: α·N S + (G − R S);
-    - ``"fira"``: α·N S + φ·(G − R S), φ_i = ‖N_i‖/(‖R_i‖ + 1e-8) for each row i, or one
-      φ per matrix with ``norms="tensor"``; ``"fira_code"`` takes G − α·R S, as the
-      code published with that paper;
-    - ``"apollo"``: α·φ·G; this one needs no orthonormal S.
+    - None: nothing (GaLore);
+    - :class:`flora_jax.Plain`: G − R S;
+    - :class:`flora_jax.Fira`: φ·(G − R S), φ_i = ‖N_i‖/(‖R_i‖ + 1e-8) for each row i,
+      with limited growth; :class:`flora_jax.FiraCode`: φ·(G − α·R S), as in the code
+      published with that paper;
+    - :class:`flora_jax.Apollo`: the update is α·φ·G instead, which needs no
+      orthonormal S.
 
-    ``limiter`` is Fira's γ: X = φ·(…), without ``inner``'s debiasing, is divided by
-    max(‖X‖/(‖X_prev‖ + 1e-8), γ)/γ, where X_prev is what was applied before; where that
-    is zero, X is not limited.
+    Every T steps S is replaced by S′, and ``transport`` says what becomes of the first
+    moments m of ``inner`` (fields named ``mu``, ``ema``, ``momentum``; also the sums
+    ``trace`` and ``acc_grads``) and of the second ones v (``nu``):
 
-    Every T steps S is replaced. With T = S S′ᵀ from the old basis to the new, first
-    moments m (fields named ``mu``, ``ema``, ``momentum``; also the sums ``trace`` and
-    ``acc_grads``) and second moments v (``nu``) of ``inner`` become
-
-    - ``transport="keep"``: what they were (GaLore, APOLLO);
-    - ``"squared"``: m T and v T∘T, T∘T being the elementwise square;
-    - ``"ldadam"``: m T and, with m̂ and v̂ free of bias, the absolute value of
-      (v̂ − m̂²) T∘T + (m̂ T)²;
-    - ``"rms"``: √(m/r)·m T, and v T∘T with columns divided by their sums, so that an
-      oblivious basis changes the size of neither;
-    - ``"reset"``: what makes the step Adam's first: m̂ = R, v̂ = R², and sums zero.
+    - :class:`flora_jax.Keep`: nothing (GaLore, APOLLO);
+    - :class:`flora_jax.Squared`: m T and v T∘T, with T = S S′ᵀ and its elementwise
+      square T∘T;
+    - :class:`flora_jax.LDAdam`: m T, and the variance about the mean is moved;
+    - :class:`flora_jax.PreserveRMS`: like the second, with sizes that do not change;
+    - :class:`flora_jax.Reset`: they start anew from R.
 
     Leaves that are not sketched are given to ``inner`` as they are.
 
@@ -103,41 +107,29 @@ def scale_in_subspace(
     runs both branches, it is paid for more often: prefer
     :func:`flora_jax.compressed_accumulation`.
 
-    With an oblivious projection ‖R_i‖ in Fira's φ is at least √(r/m)·‖G_i‖/8: a row
-    that cancels in its sketch would else have a boundless φ.
-
-    Memory: what ``inner`` keeps for r·max(n, m) numbers in place of n·m
-    (``side="smaller"``), a stored basis of ``TopSVD`` (r·width numbers) or ``TopDCT``
-    (r), one number per matrix with a limiter, n·m with error feedback.
+    Memory: what ``inner`` keeps for r·max(n, m) elements instead of n·m
+    (``side="smaller"``), a stored basis of ``TopSVD`` (r·width elements) or ``TopDCT``
+    (r), one element per matrix with a limiter, n·m with error feedback.
 
     Args:
       inner: a transformation that needs no parameters, such as
         ``optax.scale_by_adam()``; one that keeps the direction of the gradient: the
         learning rate, with its sign, follows in the chain.
-      projection: where S comes from: ``TopSVD()``, ``TopDCT()``, or an oblivious one,
-        ``CountSketch(scale="isometric")``.
-      rank: sketch size r; an int, a callable of (path, shape), or a tree of ints.
-      refresh_every: T, in updates; None keeps the first basis.
-      transport: what becomes of ``inner``'s moments when S is replaced.
+      sketch: the sketch, or its rank; ``CountSketch(normalization="isometric")`` unless
+        it has a projection, which may be oblivious, ``TopSVD()`` or ``TopDCT()``.
+      refresh_every: T, in updates; it may be traced but must not change. None keeps the
+        first basis.
       residual: what becomes of the part of G outside of the subspace.
-      norms: ``"channel"`` or ``"tensor"``.
-      limiter: γ > 0, 1.01 in Fira; None for none.
+      transport: what becomes of ``inner``'s moments when S is replaced.
       scale: α.
-      betas: decays (β1, β2) with which ``inner`` debiases its moments as Adam does, the
-        same that it has; None if it does not.
-      error_feedback: add what the sketch left out to the next gradient; with
-        ``residual="dropped"``.
+      error_feedback: add what the sketch left out to the next gradient; without a
+        residual.
       stagger: replace the bases of different leaves at different steps, evenly spread
         over T, so that no step but the first pays for all.
-      key: int seed, typed threefry2x32 key, or its key data.
-      mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.
-      min_dim_size: smallest side of a matrix that is sketched.
-      max_aspect_ratio: largest ratio of its sides.
-      side: which side is sketched.
-      weight_dimension_numbers: which axes form the matrix, in optax's convention.
 
     Returns:
-      The gradient transformation. Updates have the dtype of the gradients.
+      The gradient transformation. Updates have the dtype of the gradients. An extra
+      argument ``on_sketch`` of its update is called with each leaf's ``Sketched``.
 
     Raises:
       TypeError: for arguments of a wrong type; from update, if the key was cast.
@@ -151,10 +143,10 @@ def scale_in_subspace(
       >>> import flora_jax as fj
       >>> tx = optax.chain(
       ...     fj.scale_in_subspace(
-      ...         optax.scale_by_adam(b2=0.99),
-      ...         fj.CountSketch(scale="isometric"),
-      ...         rank=32,
-      ...         transport="squared"),
+      ...         optax.scale_by_adam(0.9, 0.99),
+      ...         fj.Sketch(32),
+      ...         residual=fj.Fira(b1=0.9, b2=0.99),
+      ...         transport=fj.Squared()),
       ...     optax.scale_by_learning_rate(1e-3))
       >>> state = tx.init({"w": jnp.ones((256, 512))})
       >>> state[0].inner.nu["w"].shape
@@ -166,75 +158,273 @@ def scale_in_subspace(
       <https://arxiv.org/abs/2412.05270>`_, 2024; Robert et al., `LDAdam
       <https://arxiv.org/abs/2410.16103>`_, 2024
     """
-    rules = LeafRules(
-        rank, mask, min_dim_size, max_aspect_ratio, side, weight_dimension_numbers
-    )
+    inner = check.check_transformation("inner", inner)
+    sketch = resolve(sketch, CountSketch("isometric"), Projection)
     if refresh_every is not None:
-        refresh_every = _checks.check_steps(
+        refresh_every = check.check_steps(
             "refresh_every", refresh_every, "use None to keep the first basis"
         )
-    subspace = Subspace(_NAME, rules, projection, refresh_every, stagger, transport)
-    check_subspace(subspace, residual, norms, limiter, scale, betas, error_feedback)
-    inner = _checks.check_transformation("inner", inner)
-    root = _keys.raw_key(key)
+    check.check_bool("stagger", stagger)
+    check.check_bool("error_feedback", error_feedback)
+    check.check_number("scale", scale, 0, None, "0.25 is GaLore's")
+    sketcher = Sketcher(_NAME, sketch)
+    basis = Basis(sketcher, refresh_every, stagger)
+    _check_objects(basis, residual, transport, error_feedback)
+    rest = Residual() if residual is None else residual
 
-    def init_fn(params: Any) -> SubspaceState:
-        plans = subspace.plan(params)
-        sketches = [plan.state_shape for plan in plans]
-        inner_state = inner.init(_state.zeros_tree(params, sketches, jnp.float32))
-        if transport != "keep":
-            moments_of(inner_state, plans, transport)
+    def init_fn(params: PyTree) -> SubspaceState:
+        plans = basis.plan(params)
+        warn_if_dense(_NAME, plans)
+        shapes = [plan.state_shape for plan in plans]
+        sketches = zeros_tree(params, shapes, jnp.float32)
+        inner_state = inner.init(sketches)
+        if transport.moves:
+            check_moments(transport, inner_state, sketches)
 
-        shapes = subspace.shapes(plans)
-
-        def tree(used: bool, field: str, dtype: Any = jnp.float32) -> Any:
-            return _state.zeros_tree(params, shapes[field], dtype) if used else ()
-
-        dtype = None
-        if isinstance(projection, AdaptiveProjection):
-            dtype = projection.dtype
+        dtypes = {"basis": basis.stored.dtype} if basis.stored is not None else {}
+        kept = {
+            field: zeros_tree(params, own, dtypes.get(field, jnp.float32))
+            if own
+            else ()
+            for field, own in _kept_shapes(basis, rest, error_feedback, plans).items()
+        }
         return SubspaceState(
             count=jnp.zeros([], jnp.int32),
-            key=jnp.array(root),
-            spec=subspace.spec(root, refresh_every=refresh_every, stagger=stagger),
+            key=jnp.array(sketch.key_data),
+            spec=sketcher.spec(
+                plans, refresh_every=refresh_every, stagger=stagger or None
+            ),
             inner=inner_state,
-            basis=tree(subspace.adaptive, "basis", dtype),
-            limiter=tree(limiter is not None, "limiter"),
-            error=tree(error_feedback, "error"),
+            **kept,
         )
 
     def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, SubspaceState]:
+        updates: PyTree,
+        state: Any,
+        params: PyTree = None,
+        *,
+        on_sketch: Callable[[Sketched], None] | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, SubspaceState]:
         del params
-        _keys.check_state_key(_NAME, state.key)
+        check_state_key(_NAME, state.key)
         refuse_sketches(_NAME, updates, "its inner optimizer squares its own sketches")
-        plans = subspace.plan(updates)
+        plans = basis.plan(updates)
+        # In the boxes that init gave to inner: a sketch has other axis names than its
+        # leaf.
+        shapes = [plan.state_shape for plan in plans]
+        boxes = zeros_tree(updates, shapes, jnp.float32)
+        groups = find_moments(state.inner, boxes)
+        _check_inner(plans, shapes, groups, state.inner)
+        groups = groups if transport.moves else []
+        kept = _kept_shapes(basis, rest, error_feedback, plans)
+        stored, limits, error = (
+            matching_leaves(_NAME, field, getattr(state, field), plans, own)
+            if own
+            else []
+            for field, own in kept.items()
+        )
+        grads, like = jax.tree.leaves(updates), jax.tree.leaves(boxes)
+        moments = _by_leaf(groups, len(plans))
         # Injected numbers have the dtype of the parameters.
-        scale32, limiter32, betas32 = jax.tree.map(
-            lambda x: jnp.asarray(x, jnp.float32), (scale, limiter, betas)
+        numbers = jax.tree.map(_AS_FLOAT32, (transport, rest, scale))
+
+        def enter(
+            grads: Any,
+            error: Any,
+            stored: Any,
+            moments: Any,
+            root: Any,
+            i: Any,
+            how: Any,
+        ) -> Any:
+            full = _corrected(plans, grads, error) if error else grads
+            sampled, stored, moments = basis.renew(
+                plans, full, stored, moments, how, root, i
+            )
+            # Once more, so that how a basis is chosen on a mesh does not decide where
+            # the sketches lie; on one device the compiler makes one of both.
+            full = _corrected(plans, grads, error) if error else grads
+            given = [ScaledLeaf(x) for x in full]
+            sketches = [
+                sketcher.sketch_leaf(*leaf)
+                for leaf in zip(plans, sampled, given, strict=True)
+            ]
+            if on_sketch is not None:
+                for plan, own, leaf, new in zip(
+                    plans, sampled, given, sketches, strict=True
+                ):
+                    if not plan.dense:
+                        on_sketch(Sketched(sketcher, plan, own, leaf, new, new))
+            return sketches, sampled, stored, moments
+
+        # What is sampled is replicated, as the key is.
+        sketches, sampled, stored, moments = run_sharded(
+            enter,
+            (like, state.key, stored, moments),
+            grads,
+            error,
+            stored,
+            moments,
+            state.key,
+            state.count,
+            numbers[0],
         )
-        sketches, basis, inner_state = enter_subspace(
-            subspace, plans, updates, state, betas32
+        directions, new_inner = inner.update(
+            rebuild(boxes, sketches),
+            _with_moments(state.inner, boxes, groups, moments),
+            None,
+            **extra_args,
         )
-        directions, new_inner = inner.update(sketches, inner_state, None, **extra_args)
-        new_updates, limits, error = leave_subspace(
-            functools.partial(bring_back, subspace, residual, norms),
-            subspace,
-            plans,
-            updates,
-            state,
-            (basis, jax.tree.leaves(sketches), jax.tree.leaves(directions)),
-            (scale32, limiter32, betas32),
+
+        def leave(
+            grads: Any, error: Any, limits: Any, found: Any, i: Any, how: Any
+        ) -> Any:
+            residual, scale = how
+            correction = residual.correction(i)
+            new_updates, new_limits, new_error = [], list(limits), list(error)
+            full = _corrected(plans, grads, error) if error else grads
+            for k, (plan, *leaf) in enumerate(zip(plans, *found, strict=True)):
+                sampled, sketch, update = leaf
+                update = update.astype(jnp.float32)
+                if not plan.dense:
+                    step = LeafStep(sketcher, plan, sampled, full[k], sketch, update)
+                    limit = limits[k] if limits else None
+                    update, limit = residual.update(step, scale, limit, correction)
+                    if limits:
+                        new_limits[k] = limit
+                    if error:
+                        new_error[k] = full[k] - step.expanded(sketch)
+                new_updates.append(update.astype(grads[k].dtype))
+            return new_updates, new_limits, new_error
+
+        new_updates, limits, error = run_sharded(
+            leave,
+            (grads, limits, error),
+            grads,
+            error,
+            limits,
+            (sampled, sketches, jax.tree.leaves(directions)),
+            state.count,
+            numbers[1:],
         )
-        return _state.rebuild(updates, new_updates), SubspaceState(
+        return rebuild(updates, new_updates), SubspaceState(
             count=optax.safe_increment(state.count),
             key=state.key,
             spec=state.spec,
-            inner=jax.tree.map(_state.cast_like, new_inner, inner_state),
-            basis=_state.rebuild(state.basis, basis),
-            limiter=_state.rebuild(state.limiter, limits),
-            error=_state.rebuild(state.error, error),
+            inner=jax.tree.map(cast_like, new_inner, state.inner),
+            basis=rebuild(state.basis, stored) if stored else (),
+            limiter=rebuild(state.limiter, limits) if limits else (),
+            error=rebuild(state.error, error) if error else (),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_objects(
+    basis: Basis, residual: Any, transport: Any, error_feedback: bool
+) -> None:
+    """Raises unless residual and transport suit each other and the projection."""
+    if residual is not None and not isinstance(residual, Residual):
+        raise TypeError(
+            "`residual` must be None, Plain(), Fira(), FiraCode() or Apollo(), got"
+            f" {residual!r}; pass an instance"
+        )
+    if not isinstance(transport, Keep):
+        raise TypeError(
+            "`transport` must be Keep(), Squared(), LDAdam(), PreserveRMS() or Reset(),"
+            f" got {transport!r}; pass an instance"
+        )
+    projection = basis.sketcher.projection
+    needs = {"transport": transport if transport.needs_isometry else None}
+    if residual is not None:
+        residual.check()
+        needs["residual"] = residual if residual.needs_isometry else None
+        if error_feedback and not residual.is_partial:
+            raise ValueError(
+                "`error_feedback` keeps what the update leaves out, got"
+                f" residual={residual}, which leaves out nothing; use residual=None"
+            )
+    transport.check()
+    needs["error_feedback"] = error_feedback or None
+    for name, value in needs.items():
+        if value is not None and projection.normalization != "isometric":
+            raise ValueError(
+                f"`{name}` {value} needs a projection with orthonormal rows, got"
+                f" {projection}; use CountSketch(normalization='isometric')"
+            )
+    if transport.needs_random_basis and basis.stored is not None:
+        raise ValueError(
+            f"`transport` {transport} is for bases that a key regenerates, got"
+            f" {projection}, whose moments it would inflate; use Squared() or LDAdam()"
+        )
+
+
+def _kept_shapes(
+    basis: Basis, residual: Residual, error_feedback: bool, plans: Sequence[LeafPlan]
+) -> dict[str, list[Shape]]:
+    """Shapes of what a state keeps beside the inner one; empty for what it does not."""
+    stored, limits, errors = [], [], []
+    if basis.stored is not None:
+        stored = [basis.stored_shape(plan) for plan in plans]
+    if residual.is_limited:
+        limits = [plan.resized(1, 1, plan.ones) for plan in plans]
+    if error_feedback:
+        errors = [plan.ones if plan.dense else plan.shape for plan in plans]
+    return {"basis": stored, "limiter": limits, "error": errors}
+
+
+def _check_inner(
+    plans: Sequence[LeafPlan],
+    shapes: list[Shape],
+    groups: Sequence[dict[str, PyTree]],
+    inner: Any,
+) -> None:
+    """Raises if the inner state's moments are not those of these gradients."""
+    found = [tree for group in groups for tree in group.values()]
+    if found and all([x.shape for x in jax.tree.leaves(t)] == shapes for t in found):
+        return
+    for group in find_moments(inner, None):
+        for field, tree in group.items():
+            nodes = jax.tree.leaves(tree, is_leaf=is_masked)
+            # A scalar, or a tree that optax.masked has thinned, says nothing of them.
+            if any(map(is_masked, nodes)) or all(jnp.ndim(x) == 0 for x in nodes):
+                continue
+            matching_leaves(_NAME, f"inner.{field}", tree, plans, shapes)
+
+
+def _by_leaf(groups: Sequence[dict[str, PyTree]], count: int) -> list[list[Moments]]:
+    """For each leaf the moments of each NamedTuple, by field."""
+    flat = [{k: jax.tree.leaves(x) for k, x in group.items()} for group in groups]
+    return [
+        [{k: x[i] for k, x in group.items()} for group in flat] for i in range(count)
+    ]
+
+
+def _with_moments(
+    state: Any,
+    boxes: PyTree,
+    groups: Sequence[dict[str, PyTree]],
+    moments: Sequence[list[Moments]],
+) -> Any:
+    """The inner state with the moments of all leaves replaced."""
+    if not groups:
+        return state
+    new = [
+        {
+            k: rebuild(tree, [leaf[i][k] for leaf in moments])
+            for k, tree in group.items()
+        }
+        for i, group in enumerate(groups)
+    ]
+    return replace_moments(state, boxes, new)
+
+
+def _corrected(
+    plans: Sequence[LeafPlan], grads: Sequence[jax.Array], error: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """The gradients with what earlier sketches have left out."""
+    return [
+        grad if plan.dense else grad.astype(jnp.float32) + left
+        for plan, grad, left in zip(plans, grads, error, strict=True)
+    ]

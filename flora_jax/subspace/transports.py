@@ -2,140 +2,268 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from flora_jax.leaves.plan import LeafPlan
-from flora_jax.leaves.moments import (
-    FIRST,
-    KINDS,
-    SECOND,
-    find_moments,
-    replace_moments,
-)
-from flora_jax.sketching.sketcher import moved_sketch
+from flora_jax._typing import PyTree
+from flora_jax.leaves import FIRST, KINDS, SECOND, LeafPlan, find_moments
+from flora_jax.sketching import moved_sketch
+from flora_jax.subspace.residuals import check_decays
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-TRANSPORTS = ("keep", "reset", "ldadam", "squared", "rms")
+Moments: TypeAlias = "dict[str, Float[Array, '...']]"
 
 
-def moments_of(
-    state: Any, plans: Sequence[LeafPlan], transport: str
-) -> tuple[list[str], list[list[jax.Array]]]:
-    """Kinds and leaves of the moments inside an inner state.
+class BasisChange(NamedTuple):
+    """One sketched leaf at the step that replaces its basis.
+
+    Attributes:
+      plan: the leaf's plan.
+      matrix: T = S S′ᵀ, from the old basis to the new.
+      fresh: the gradient's sketch in the new basis, for transports that need it.
+      count: number t of updates that the moments have seen.
+    """
+
+    plan: LeafPlan
+    matrix: Float[Array, "*batch r r"]
+    fresh: Float[Array, "..."] | None
+    count: Any
+
+    def moved(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        """A moment in the state's shape times an r x r matrix."""
+        return moved_sketch(self.plan, matrix, x)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Moments stay what they were (GaLore, APOLLO).
+
+    Transports are frozen objects, and pytrees of their numbers, which may be traced.
+    They are not callable: ``optax.inject_hyperparams`` calls what is.
+
+    Example:
+      >>> import flora_jax as fj
+      >>> tx = fj.flora_adamw(1e-3, fj.Sketch(32), transport=fj.Keep())
+    """
+
+    # Whether moments change at all, and what that takes.
+    moves: ClassVar[bool] = False
+    needs_isometry: ClassVar[bool] = False
+    needs_random_basis: ClassVar[bool] = False
+    needs_sketch: ClassVar[bool] = False
+
+    def check(self) -> None:
+        """Raises on numbers out of range; pytrees are rebuilt from any leaves."""
+
+    def move(self, change: BasisChange, moments: Moments) -> Moments:
+        """One leaf's moments in the new basis.
+
+        Args:
+          change: what replaces what.
+          moments: of one NamedTuple of the inner state, by field; float32, in the
+            state's shape.
+
+        Returns:
+          The moments, by field.
+        """
+        del change
+        return moments
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Squared(Keep):
+    """First moments m become m T, second ones v T∘T.
+
+    T = S S′ᵀ leads from the old basis to the new, and T∘T is its elementwise square:
+    variances of independent entries add up.
+
+    Example:
+      >>> import flora_jax as fj
+      >>> tx = fj.flora_adamw(1e-3, fj.Sketch(32), transport=fj.Squared())
+    """
+
+    moves: ClassVar[bool] = True
+    needs_isometry: ClassVar[bool] = True
+
+    def move(self, change: BasisChange, moments: Moments) -> Moments:
+        """See :meth:`Keep.move`."""
+        squared = change.matrix**2
+        return {
+            name: change.moved(x, squared if KINDS[name] == SECOND else change.matrix)
+            for name, x in moments.items()
+        }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PreserveRMS(Squared):
+    """First moments m become √(m/r)·m T, second ones v T∘T with normalised columns.
+
+    The columns of T∘T are divided by their sums: an oblivious basis then changes the
+    size of neither. A stored basis is no random one, whose moments this would inflate.
+
+    Example:
+      >>> import flora_jax as fj
+      >>> tx = fj.flora_adamw(1e-3, fj.Sketch(32), transport=fj.PreserveRMS())
+    """
+
+    needs_random_basis: ClassVar[bool] = True
+
+    def move(self, change: BasisChange, moments: Moments) -> Moments:
+        """See :meth:`Keep.move`."""
+        squared = change.matrix**2
+        total = squared.sum(-2, keepdims=True)
+        # A new direction that is orthogonal to all old ones starts at zero.
+        weights = squared / jnp.where(total > 0, total, 1.0)
+        inflated = (change.plan.width / change.plan.rank) ** 0.5 * change.matrix
+        return {
+            name: change.moved(x, weights if KINDS[name] == SECOND else inflated)
+            for name, x in moments.items()
+        }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LDAdam(Squared):
+    """First moments become m T; of second ones the variance about the mean is moved.
+
+    With m̂ and v̂ free of bias, v̂ becomes the absolute value of (v̂ − m̂²) T∘T + (m̂ T)².
+    m is the first moment in the same NamedTuple of ``inner``'s state as v.
+
+    Attributes:
+      b1: decay β1 with which ``inner`` debiases its first moment, as Adam does. Recipes
+        fill in their own.
+      b2: the same of its second moment.
+
+    Example:
+      >>> import flora_jax as fj
+      >>> tx = fj.flora_adamw(1e-3, fj.Sketch(32), transport=fj.LDAdam())
+
+    References:
+      Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024
+    """
+
+    b1: Any = None
+    b2: Any = None
+
+    def check(self) -> None:
+        """Raises without decays, or with decays out of range."""
+        if self.b1 is None and self.b2 is None:
+            raise ValueError(
+                "`transport` LDAdam needs the decays of `inner`, got b1=None, b2=None;"
+                " pass them, such as LDAdam(b1=0.9, b2=0.999)"
+            )
+        check_decays(self)
+
+    def move(self, change: BasisChange, moments: Moments) -> Moments:
+        """See :meth:`Keep.move`."""
+        matrix, (one, two) = change.matrix, _biases(self, change.count)
+        firsts = [x for name, x in moments.items() if KINDS[name] == FIRST]
+        new = {}
+        for name, x in moments.items():
+            if KINDS[name] != SECOND:
+                new[name] = change.moved(x, matrix)
+                continue
+            mean = firsts[0] / one if firsts else jnp.zeros_like(x)
+            spread = change.moved(x / two - mean**2, matrix**2)
+            new[name] = two * jnp.abs(spread + change.moved(mean, matrix) ** 2)
+        return new
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reset(Keep):
+    """Moments start anew: m̂ = R, v̂ = R², as if the step were Adam's first.
+
+    Sums (``trace``, ``acc_grads``, ``error``) become zero.
+
+    Attributes:
+      b1: decay β1 with which ``inner`` debiases its first moment as Adam does; None if
+        it does not. Recipes fill in their own.
+      b2: the same of its second moment.
+
+    Example:
+      >>> import flora_jax as fj
+      >>> tx = fj.flora_adamw(1e-3, fj.Sketch(32), transport=fj.Reset())
+    """
+
+    b1: Any = None
+    b2: Any = None
+
+    moves: ClassVar[bool] = True
+    needs_sketch: ClassVar[bool] = True
+
+    def check(self) -> None:
+        """Raises on decays out of range."""
+        check_decays(self)
+
+    def move(self, change: BasisChange, moments: Moments) -> Moments:
+        """See :meth:`Keep.move`."""
+        assert change.fresh is not None
+        one, two = _biases(self, change.count)
+        start = {FIRST: one * change.fresh, SECOND: two * change.fresh**2}
+        return {
+            # Before the first update there is nothing to start anew.
+            name: jnp.where(change.count > 0, start.get(KINDS[name], 0.0), x)
+            for name, x in moments.items()
+        }
+
+
+def _biases(owner: LDAdam | Reset, count: Any) -> tuple[Any, Any]:
+    """1 − β^t of both moments, which takes their bias away; 1 where nothing debiases.
+
+    At t = 0 both moments are zero, whatever they are divided by.
+    """
+    if owner.b1 is None:
+        return 1.0, 1.0
+    steps = jnp.maximum(count, 1)
+    return 1 - owner.b1**steps, 1 - owner.b2**steps
+
+
+def check_moments(transport: Keep, state: Any, sketches: PyTree) -> None:
+    """Raises unless a transport finds all moments of an inner state.
 
     Args:
+      transport: one that moves moments.
       state: state of the inner transformation.
-      plans: plans of the gradient leaves, in flattening order.
-      transport: what the moments are wanted for.
-
-    Returns:
-      One kind and one list of arrays, in the plans' order, per tree of moments.
+      sketches: the tree of sketches that it was made for.
 
     Raises:
-      ValueError: if there are none, or if their arrays are not those of the sketches.
+      ValueError: if there are no moments, or others than those of the sketches.
     """
-    names, trees = find_moments(state)
-    moments = [jax.tree.leaves(tree) for tree in trees]
-    wanted = [plan.state_shape for plan in plans]
-    for name, leaves in zip(names, moments, strict=True):
-        # Eight bits are codes, which are read with scales that stand elsewhere.
-        plain = all(leaf.dtype.itemsize > 1 for leaf in leaves)
-        if [leaf.shape for leaf in leaves] != wanted or not plain:
-            raise ValueError(
-                f"`transport` {transport!r} moves moments that are kept like the"
-                f" sketches, got an `inner` whose {name!r} is not: use 'keep', and"
-                " quantise outside, by quantize_state(scale_in_subspace(...))"
-            )
-    kept, moved = (
-        sum(map(_is_tree_leaf, jax.tree.leaves(tree))) for tree in (state, moments)
-    )
-    if moments and kept > moved:
+    name, fields = type(transport).__name__, ", ".join(KINDS)
+    groups, wanted = find_moments(state, sketches), _shapes(sketches)
+    for group in groups:
+        for field, tree in group.items():
+            # Eight bits are codes, whose scales stand elsewhere.
+            coded = any(x.dtype.itemsize == 1 for x in jax.tree.leaves(tree))
+            if _shapes(tree) != wanted or coded:
+                raise ValueError(
+                    f"`transport` {name} moves moments that are kept like the sketches,"
+                    f" got an `inner` whose {field!r} is not: use Keep(), and quantise"
+                    " outside, by quantize_state(scale_in_subspace(...))"
+                )
+    if not groups and wanted:
         raise ValueError(
-            f"`transport` {transport!r} moves the fields {', '.join(KINDS)} of"
-            f" `inner`, got the state {type(state).__name__}, which keeps other arrays"
-            " too: they would stay in the old basis; use 'keep'"
+            f"`transport` {name} needs an `inner` with moments in fields named"
+            f" {fields}, got the state {type(state).__name__}; use Keep()"
         )
-    if not moments and plans:
+    arrays = [x for x in jax.tree.leaves(state) if x.ndim and x.dtype != jnp.uint32]
+    moved = [x for x in jax.tree.leaves(groups) if x.ndim]
+    if len(arrays) > len(moved):
         raise ValueError(
-            f"`transport` {transport!r} needs an `inner` with moments in fields named"
-            f" {', '.join(KINDS)}, got the state {type(state).__name__}; use 'keep'"
+            f"`transport` {name} moves the fields {fields} of `inner`, got the state"
+            f" {type(state).__name__}, which keeps other arrays too: they would stay in"
+            " the old basis; use Keep()"
         )
-    return [KINDS[name] for name in names], moments
 
 
-def _is_tree_leaf(leaf: Any) -> bool:
-    """Whether an array of a state is no counter, key or description."""
-    return leaf.ndim > 0 and leaf.dtype != jnp.uint32
-
-
-def with_moments(state: Any, moments: Sequence[Sequence[jax.Array]]) -> Any:
-    """The inner state with the leaves that :func:`moments_of` found replaced."""
-    _, trees = find_moments(state)
-    new = [
-        jax.tree.unflatten(jax.tree.structure(tree), leaves)
-        for tree, leaves in zip(trees, moments, strict=True)
-    ]
-    return replace_moments(state, new)
-
-
-def transport_leaf(
-    transport: str,
-    kinds: Sequence[str],
-    plan: LeafPlan,
-    matrix: Float[Array, "*batch r r"],
-    moments: Sequence[Float[Array, "..."]],
-    fresh: Float[Array, "..."] | None,
-    count: Any,
-    betas: tuple[Any, Any] | None,
-) -> list[jax.Array]:
-    """One leaf's moments in the new basis; see ``scale_in_subspace`` for the rules.
-
-    Args:
-      transport: one of TRANSPORTS but ``"keep"``.
-      kinds: what each array of ``moments`` is.
-      plan: the leaf's plan.
-      matrix: S S′ᵀ, from the old basis to the new.
-      moments: in the state's shape.
-      fresh: the gradient's sketch in the new basis, for ``"reset"``.
-      count: number t of updates that the moments have seen.
-      betas: decays of the first and the second moment, or None without debiasing.
-
-    Returns:
-      The moments, in their shapes and dtypes.
-    """
-    # What m and v are divided by to be without bias; 1 while both are zero.
-    one, two = (
-        1 - jnp.asarray(beta, jnp.float32) ** jnp.maximum(count, 1)
-        for beta in betas or (0.0, 0.0)
-    )
-    new, first = [], jnp.zeros((), jnp.float32)
-    for kind, moment in zip(kinds, moments, strict=True):
-        x = moment.astype(jnp.float32)
-        if transport == "reset":
-            assert fresh is not None
-            start = {FIRST: one * fresh, SECOND: two * fresh**2}
-            moved = jnp.where(count > 0, start.get(kind, 0.0), x)
-        elif kind != SECOND:
-            moved = moved_sketch(plan, matrix, x)
-            if transport == "rms":
-                moved = moved * (plan.width / plan.rank) ** 0.5
-        elif transport == "ldadam":
-            mean = jnp.broadcast_to(first / one, x.shape)
-            spread = moved_sketch(plan, matrix**2, x / two - mean**2)
-            moved = two * jnp.abs(spread + moved_sketch(plan, matrix, mean) ** 2)
-        else:
-            weights = matrix**2
-            if transport == "rms":  # Each new direction averages the old ones.
-                total = weights.sum(-2, keepdims=True)
-                weights = weights / jnp.where(total > 0, total, 1.0)
-            moved = moved_sketch(plan, weights, x)
-        if kind == FIRST:
-            first = x
-        new.append(moved.astype(moment.dtype))
-    return new
+def _shapes(tree: PyTree) -> list[tuple[int, ...]]:
+    return [x.shape for x in jax.tree.leaves(tree)]

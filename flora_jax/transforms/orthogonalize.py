@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax import _validation as _checks
-from flora_jax.leaves import mesh as _mesh
-from flora_jax.leaves import trees as _state
-from flora_jax.leaves.rules import LeafRules
-from flora_jax.transforms.parts import widened
-from flora_jax.sketching.sketched_gradients import refuse_sketches
+from flora_jax import _validation as check
+from flora_jax._typing import PyTree
+from flora_jax._xla import widened
+from flora_jax.leaves import (
+    LeafPlan,
+    LeafRules,
+    rebuild,
+    replicated_along,
+    run_sharded,
+)
+from flora_jax.sketching import refuse_sketches
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -23,14 +29,55 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _SMALL = 1e-30
 
 
+@dataclasses.dataclass(frozen=True)
+class NewtonSchulz:
+    """An approximate polar factor, by an odd polynomial of the singular values.
+
+    X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X from X = U/‖U‖, with Jordan's coefficients: after
+    five steps, singular values of at least 0.002 ‖U‖ lie between 0.68 and 1.21.
+
+    Attributes:
+      steps: of the polynomial; 5 in Muon.
+
+    Raises:
+      TypeError: if ``steps`` is not an int.
+      ValueError: if it is not positive.
+
+    Example:
+      >>> import flora_jax as fj
+      >>> tx = fj.orthogonalize(method=fj.NewtonSchulz(steps=6))
+    """
+
+    steps: int = 5
+
+    def __post_init__(self) -> None:
+        """Raises on bad arguments."""
+        check.check_positive_int("steps", self.steps, "5 is Muon's")
+
+    def polar_factor(
+        self, matrix: Float[Array, "*batch n m"]
+    ) -> Float[Array, "*batch n m"]:
+        """An approximation of P Qᵀ for each matrix P Σ Qᵀ; zero for zero."""
+        a, b, c = _COEFFICIENTS
+        tall = matrix.shape[-2] > matrix.shape[-1]
+        x = jnp.swapaxes(matrix, -1, -2) if tall else matrix
+        # Gathered once if at all: every step needs products of all pairs of rows.
+        x = replicated_along(x, -2)
+        # By the largest entry first: squares of tiny or huge updates leave float32.
+        x = x / jnp.maximum(jnp.max(jnp.abs(x), (-2, -1), keepdims=True), _SMALL)
+        norm = jnp.sqrt(jnp.sum(x * x, (-2, -1), keepdims=True))
+        x = x / jnp.maximum(norm, 1.0)  # Of a matrix that is not zero it is at least 1.
+        for _ in range(self.steps):
+            gram = x @ jnp.swapaxes(x, -1, -2)
+            x = a * x + (b * gram + c * (gram @ gram)) @ x
+        return jnp.swapaxes(x, -1, -2) if tall else x
+
+
 def orthogonalize(
     *,
-    steps: int = 5,
     rms: jax.typing.ArrayLike = 0.2,
-    mask: Any = None,
-    min_dim_size: int = 128,
-    max_aspect_ratio: float = 16,
-    weight_dimension_numbers: Any = None,
+    method: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
+    rules: LeafRules = LeafRules(),  # noqa: B008 (frozen)
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the updates of matrices by nearby matrices of equal singular values.
 
@@ -38,26 +85,20 @@ def orthogonalize(
 
       U ← ρ √max(n, m) · P Qᵀ,
 
-    which has a root mean square of ρ. P Qᵀ is approximated by five steps of an odd
-    polynomial, X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X from X = U/‖U‖: singular values of at
-    least 0.002 ‖U‖ end between 0.68 and 1.21. This is what Muon does to its momentum; a
-    chain with a compressed optimizer before it needs a fraction of Muon's memory. The
-    size of what comes in has no effect: weight decay and learning rate follow after it.
+    which has a root mean square of ρ. This is what Muon does to its momentum; a chain
+    with a compressed optimizer before it needs a fraction of Muon's memory. The size of
+    what comes in has no effect: weight decay and learning rate follow after it.
 
     Leaves that do not fold, or that the mask leaves out, pass as they are.
 
-    Memory: none is kept. Work: about 20·m²·n multiplications and additions per matrix,
-    m ≤ n, which is little beside a training step of many tokens: 6·n·m for each.
+    Memory: no state. Work: about 20·m²·n multiplications and additions per matrix, m ≤
+    n, against 6·n·m of a training step for each token.
 
     Args:
-      steps: of the polynomial; 5 in Muon.
       rms: ρ; 0.2 is about what Adam's updates have, so that one learning rate can serve
         these leaves and Adam's (Liu et al.).
-      mask: which leaves may be treated so; see :func:`flora_jax.plan_leaves`. Leave
-        embeddings out.
-      min_dim_size: smallest side of a matrix that is treated so.
-      max_aspect_ratio: largest ratio of its sides.
-      weight_dimension_numbers: which axes form the matrix, in optax's convention.
+      method: how P Qᵀ is approximated.
+      rules: which leaves are matrices; leave embeddings out by its mask.
 
     Returns:
       The gradient transformation, without state. Updates keep their dtype.
@@ -70,70 +111,49 @@ def orthogonalize(
       >>> import jax.numpy as jnp
       >>> import optax
       >>> import flora_jax as fj
+      >>> rules = fj.LeafRules(mask=fj.not_embeddings)
       >>> tx = optax.chain(
-      ...     fj.scale_in_subspace(
-      ...         optax.scale_by_adam(), fj.CountSketch(scale="isometric"), rank=32,
-      ...         residual="fira", transport="squared"),
-      ...     fj.orthogonalize(),
+      ...     optax.trace(0.95, nesterov=True),
+      ...     fj.orthogonalize(rules=rules),
       ...     optax.scale_by_learning_rate(1e-2))
 
     References:
       Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024; Liu et
       al., `Muon is Scalable for LLM Training <https://arxiv.org/abs/2502.16982>`_, 2025
     """
-    _checks.check_positive_int("steps", steps, "5 is Muon's")
-    _checks.check_number("rms", rms, 0, None, "0.2 is about that of Adam's updates")
-    # Any rank: what is sketched to as much as its width is a matrix too.
-    rules = LeafRules(
-        1,
-        mask,
-        min_dim_size,
-        max_aspect_ratio,
-        weight_dimension_numbers=weight_dimension_numbers,
-    )
+    check.check_number("rms", rms, 0, None, "0.2 is about that of Adam's updates")
+    if not isinstance(method, NewtonSchulz):
+        raise TypeError(
+            f"`method` must be NewtonSchulz(), got {method!r}; pass an instance"
+        )
+    if not isinstance(rules, LeafRules):
+        raise TypeError(f"`rules` must be LeafRules(), got {rules!r}; pass an instance")
 
     def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[Any, Any]:
-        del params, extra
-        refuse_sketches("orthogonalize", updates, "it needs whole matrices")
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        del params, extra_args
+        refuse_sketches("orthogonalize", updates, "it needs full matrices")
         plans, leaves = rules.plan(updates), jax.tree.leaves(updates)
 
-        def run(leaves: Any, rms: Any) -> Any:
+        def run(leaves: list[jax.Array], rms: jax.Array) -> list[jax.Array]:
             return [
-                leaf if plan.dense_reason else _treat(plan, leaf, steps, rms)
+                leaf if plan.dense else _orthogonal(plan, leaf, method, rms)
                 for plan, leaf in zip(plans, leaves, strict=True)
             ]
 
-        # Products over a side that is cut: an Explicit mesh would ask how each lies.
-        new = _state.run_sharded(run, leaves, leaves, jnp.asarray(rms, jnp.float32))
-        return _state.rebuild(updates, new), state
+        # Products over a sharded side: an Explicit mesh would ask how each is placed.
+        new = run_sharded(run, leaves, leaves, jnp.asarray(rms, jnp.float32))
+        return rebuild(updates, new), state
 
     return optax.GradientTransformationExtraArgs(
         lambda params: optax.EmptyState(), update_fn
     )
 
 
-def _treat(plan: Any, leaf: jax.Array, steps: int, rms: jax.Array) -> jax.Array:
-    matrix = plan.fold(widened(leaf))
-    new = rms * max(plan.rows, plan.columns) ** 0.5 * newton_schulz(matrix, steps)
+def _orthogonal(
+    plan: LeafPlan, leaf: Float[Array, "..."], method: NewtonSchulz, rms: jax.Array
+) -> Float[Array, "..."]:
+    factor = method.polar_factor(plan.fold(widened(leaf)))
+    new = rms * max(plan.rows, plan.columns) ** 0.5 * factor
     return plan.unfold(new, plan.shape).astype(leaf.dtype)
-
-
-def newton_schulz(
-    matrix: Float[Array, "*batch n m"], steps: int
-) -> Float[Array, "*batch n m"]:
-    """An approximation of P Qᵀ for each matrix P Σ Qᵀ; zero for zero."""
-    a, b, c = _COEFFICIENTS
-    tall = matrix.shape[-2] > matrix.shape[-1]
-    x = jnp.swapaxes(matrix, -1, -2) if tall else matrix
-    # Gathered once if at all: every step wants products of all pairs of rows.
-    x = _mesh.whole_along(x, -2)
-    # By the largest entry first: squares of tiny or huge updates leave float32.
-    x = x / jnp.maximum(jnp.max(jnp.abs(x), (-2, -1), keepdims=True), _SMALL)
-    norm = jnp.sqrt(jnp.sum(x * x, (-2, -1), keepdims=True))
-    x = x / jnp.maximum(norm, 1.0)  # Of a matrix that is not zero it is at least 1.
-    for _ in range(steps):
-        gram = x @ jnp.swapaxes(x, -1, -2)
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return jnp.swapaxes(x, -1, -2) if tall else x

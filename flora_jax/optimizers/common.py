@@ -1,0 +1,159 @@
+"""What recipes have in common: Adam in a subspace, and how every chain ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import optax
+
+from flora_jax import _validation as check
+from flora_jax._typing import PyTree
+from flora_jax.projections import Projection
+from flora_jax.quantization import quantize_state
+from flora_jax.sketching import Sketch, resolve
+from flora_jax.subspace import Fira, Keep, LDAdam, Reset, scale_in_subspace
+from flora_jax.transforms import chain_parts, orthogonalize
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# A tree of bools, or a callable of the parameters that gives one.
+DecayMask = PyTree | Callable[[PyTree], PyTree] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A callable argument that is not callable itself."""
+
+    value: Callable[..., Any]
+
+
+class _Signature(inspect.Signature):
+    """A signature that binds callable masks in a :class:`_Static`.
+
+    ``optax.inject_hyperparams`` binds a factory's arguments and takes every callable
+    one for a schedule, so that masks would have to be named in its ``static_args``.
+    """
+
+    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        """The arguments, with a callable ``weight_decay_mask`` wrapped."""
+        bound = super().bind(*args, **kwargs)
+        mask = bound.arguments.get("weight_decay_mask")
+        if callable(mask):
+            bound.arguments["weight_decay_mask"] = _Static(mask)
+        return bound
+
+
+def recipe(factory: F) -> F:
+    """Lets ``optax.inject_hyperparams`` take a recipe with a callable decay mask."""
+    own = inspect.signature(factory)
+    signature = _Signature(
+        list(own.parameters.values()), return_annotation=own.return_annotation
+    )
+    setattr(factory, "__signature__", signature)  # noqa: B010 (no attribute by type)
+    return factory
+
+
+def adamw_in_subspace(
+    name: str,
+    learning_rate: optax.ScalarOrSchedule,
+    sketch: Sketch | int,
+    projection: Projection,
+    refresh_every: int | jax.Array | None,
+    *,
+    b1: jax.typing.ArrayLike,
+    b2: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    scale: jax.typing.ArrayLike,
+    weight_decay: optax.ScalarOrSchedule | None,
+    weight_decay_mask: DecayMask,
+    state_dtype: str | None,
+    stagger: bool,
+    residual: Any = None,
+    transport: Any = Keep(),  # noqa: B008 (frozen)
+    error_feedback: bool = False,
+    orthogonal: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam on sketches, decoupled weight decay in the full space, the learning rate.
+
+    Args:
+      name: the recipe's name, for messages.
+      learning_rate: a float or a schedule.
+      sketch: the user's sketch.
+      projection: for a sketch that has none.
+      refresh_every: as in ``scale_in_subspace``.
+      b1: decay of the first moment, also for a residual or transport without decays.
+      b2: decay of the second moment, likewise.
+      eps: added to the square root of the second moment.
+      scale: as in ``scale_in_subspace``.
+      weight_decay: multiplied by the learning rate; None to disable.
+      weight_decay_mask: as ``mask`` of ``optax.add_decayed_weights``.
+      state_dtype: dtype of ``quantize_state`` for both moments; None for float32.
+      stagger: as in ``scale_in_subspace``.
+      residual: likewise.
+      transport: likewise.
+      error_feedback: likewise.
+      orthogonal: whether the updates of matrices are orthogonalised.
+
+    Returns:
+      The gradient transformation.
+    """
+    check.check_number("b1", b1, 0, 1, "0.9 is Adam's")
+    check.check_number("b2", b2, 0, 1, "0.999 is Adam's")
+    check.check_number("eps", eps, 0, None, "1e-8 is Adam's")
+    check.check_bool("orthogonal", orthogonal)
+    sketch = resolve(sketch, projection, Projection)
+    tx = scale_in_subspace(
+        optax.scale_by_adam(b1, b2, eps),
+        sketch,
+        refresh_every,
+        residual=_with_decays(residual, b1, b2),
+        transport=_with_decays(transport, b1, b2),
+        scale=scale,
+        error_feedback=error_feedback,
+        stagger=stagger,
+    )
+    if state_dtype is not None:
+        fields = ("mu", "nu", "error") if error_feedback else ("mu", "nu")
+        tx = quantize_state(tx, state_dtype, fields=fields)
+    last = [orthogonalize(rules=sketch.rules)] if orthogonal else []
+    return chain_parts(
+        (),
+        tx,
+        *last,
+        *decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate),
+        params_for="" if weight_decay is None else f"{name}(weight_decay)",
+    )
+
+
+def decay_and_learning_rate(
+    weight_decay: optax.ScalarOrSchedule | None,
+    weight_decay_mask: DecayMask,
+    learning_rate: optax.ScalarOrSchedule,
+) -> list[optax.GradientTransformation]:
+    """Decoupled weight decay, where there is one, and the learning rate."""
+    if not callable(learning_rate):
+        check.check_number(
+            "learning_rate", learning_rate, -math.inf, None, "pass one, or a schedule"
+        )
+    last = optax.scale_by_learning_rate(learning_rate)
+    if weight_decay is None:
+        return [last]
+    if not callable(weight_decay):
+        check.check_number("weight_decay", weight_decay, 0, None, "0.1 or None")
+    mask = weight_decay_mask
+    if isinstance(mask, _Static):
+        mask = mask.value
+    return [optax.add_decayed_weights(weight_decay, mask), last]
+
+
+def _with_decays(value: Any, b1: Any, b2: Any) -> Any:
+    """A residual or transport that takes the recipe's decays where it has none."""
+    if not isinstance(value, Fira | LDAdam | Reset):
+        return value
+    given = value.b1 is not None or value.b2 is not None
+    return value if given else dataclasses.replace(value, b1=b1, b2=b2)

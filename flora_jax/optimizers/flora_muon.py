@@ -1,0 +1,150 @@
+"""Muon whose momentum is kept in a random subspace that is never stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax import _validation as check
+from flora_jax._typing import PyTree
+from flora_jax.leaves import rebuild, zeros_tree
+from flora_jax.optimizers.common import DecayMask, decay_and_learning_rate, recipe
+from flora_jax.projections import CountSketch, Projection
+from flora_jax.quantization import quantize_state
+from flora_jax.sketching import Sketch, resolve
+from flora_jax.subspace import Fira, Keep, Residual, Squared, scale_in_subspace
+from flora_jax.transforms import chain_parts, orthogonalize
+
+
+@recipe
+def flora_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    sketch: Sketch | int,
+    *,
+    refresh_every: int | jax.Array | None = 50,
+    momentum: jax.typing.ArrayLike = 0.95,
+    residual: Residual | None = Fira(),  # noqa: B008 (frozen)
+    transport: Keep = Squared(),  # noqa: B008 (frozen)
+    rms: jax.typing.ArrayLike = 0.2,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    weight_decay_mask: DecayMask = None,
+    state_dtype: str | None = None,
+    stagger: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """FLORA-Muon: Muon with sketched Nesterov momentum, AdamW for all but matrices.
+
+    The gradient of a matrix is sketched by an isometry that a key regenerates, R = G
+    Sᵀ; Nesterov's momentum N of R is expanded, and the part of G outside of the
+    subspace is scaled to match, row by row, with limited growth (φ is that of
+    :class:`flora_jax.Fira`):
+
+      M ← μ M + R,   N = μ M + R,   U = N S + φ·(G − R S),   W ← W − η (orth(U) + λ W),
+
+    where orth gives all singular values of a matrix the same size, with a root mean
+    square of ρ; see :func:`flora_jax.orthogonalize`. Every T steps S is replaced and M
+    is transported. Leaves that do not fold to a matrix, or that the sketch's mask
+    leaves out (embeddings should be), get AdamW, with float32 moments.
+
+    Over 4,000 updates of this project's small language model it ended below Muon with a
+    quarter of its state (``state_dtype="int8"``, a rank of 15/16 of the width) at both
+    seeds; over 400 it was level with Muon, and ``flora_adamw(orthogonal=True)`` lower.
+
+    Memory: r·max(n, m) elements (``side="smaller"``) per matrix that is sketched, and
+    one element; a quarter of the former with ``state_dtype="int8"``. Two per element of
+    the other leaves.
+
+    Args:
+      learning_rate: a float or a schedule, for all leaves.
+      sketch: the sketch, or its rank; ``CountSketch(normalization="isometric")`` unless
+        it has a projection.
+      refresh_every: updates between two bases T; None keeps the first.
+      momentum: μ; 0.95 as in Muon.
+      residual: what becomes of the part of G outside of the subspace; see
+        :func:`flora_jax.scale_in_subspace`.
+      transport: what becomes of M when S changes, likewise.
+      rms: ρ; 0.2 is about what Adam's updates have.
+      b1: decay of AdamW's first moment.
+      b2: decay of AdamW's second moment.
+      eps: added to the square root of AdamW's second moment.
+      weight_decay: decoupled weight decay in the full space, multiplied by the learning
+        rate; None to disable.
+      weight_decay_mask: as ``mask`` of ``optax.add_decayed_weights``.
+      state_dtype: ``"int8"``, ``"float8_e4m3fn"`` or ``"bfloat16"`` for M,
+        as by :func:`flora_jax.quantize_state`; None for float32.
+      stagger: replace the bases of different leaves at different steps.
+
+    Returns:
+      The gradient transformation. Updates have the dtype of the gradients.
+
+    Raises:
+      TypeError: for arguments of a wrong type; from update, if the key was cast.
+      ValueError: for arguments out of range; from update, if ``params`` are needed and
+        missing, or gradients and state do not match.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import flora_jax as fj
+      >>> params = {"w": jnp.ones((256, 512)), "b": jnp.ones(512)}
+      >>> tx = fj.flora_muon(4e-3, fj.Sketch(1 / 2, mask=fj.not_embeddings))
+      >>> updates, state = tx.update(params, tx.init(params))
+
+    References:
+      Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024; Hao et
+      al., `FLORA <https://arxiv.org/abs/2402.03293>`_, 2024; Chen et al., `Fira
+      <https://arxiv.org/abs/2410.01623>`_, 2024
+    """
+    check.check_number("momentum", momentum, 0, 1, "0.95 is Muon's")
+    check.check_number("b1", b1, 0, 1, "0.9 is Adam's")
+    check.check_number("b2", b2, 0, 1, "0.999 is Adam's")
+    check.check_number("eps", eps, 0, None, "1e-8 is Adam's")
+    sketch = resolve(sketch, CountSketch("isometric"), Projection)
+    sketched = scale_in_subspace(
+        optax.trace(momentum, nesterov=True),
+        sketch,
+        refresh_every,
+        residual=residual,
+        transport=transport,
+        stagger=stagger,
+    )
+    if state_dtype is not None:
+        sketched = quantize_state(sketched, state_dtype, fields=("trace",))
+
+    def labels(tree: PyTree) -> PyTree:
+        # Also a matrix whose rank is too large to be sketched gets Muon.
+        kinds = ["adamw" if x.dense else "muon" for x in sketch.rules.plan(tree)]
+        return rebuild(tree, kinds)
+
+    matrices = optax.chain(sketched, orthogonalize(rms=rms, rules=sketch.rules))
+    others = _in_float32(optax.scale_by_adam(b1, b2, eps))
+    return chain_parts(
+        (),
+        optax.partition({"muon": matrices, "adamw": others}, labels),
+        *decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate),
+        params_for="" if weight_decay is None else "flora_muon(weight_decay)",
+    )
+
+
+def _in_float32(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """A transformation that needs no parameters, with float32 state and arithmetic."""
+
+    def init_fn(params: PyTree) -> Any:
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
+        return inner.init(zeros_tree(params, shapes, jnp.float32))
+
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree = None
+    ) -> tuple[PyTree, Any]:
+        del params
+        full = optax.tree.cast(updates, jnp.float32)
+        new_updates, state = inner.update(full, state)
+        return optax.tree.cast_like(new_updates, updates), state
+
+    return optax.GradientTransformation(init_fn, update_fn)
