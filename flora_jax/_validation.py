@@ -8,7 +8,7 @@ import os
 import reprlib
 import sys
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import jax

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 from flora_jax._typing import Axes, Shape
+
+# Batch, row and column axes; or the reason why there are none.
+Fold: TypeAlias = tuple[Axes, Axes, Axes] | str
 
 
 def fold_axes(

@@ -19,7 +19,8 @@ _Type = jax.sharding.AxisType
 
 def is_sharded() -> bool:
     """Whether the compiler may shard arrays here, over the axes of a mesh."""
-    return math.prod(_axes().values()) > 1
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and math.prod(_axes(mesh).values()) > 1
 
 
 def replicated_along(x: jax.Array, axis: int) -> jax.Array:
@@ -41,7 +42,7 @@ def sharded_along(x: jax.Array, axis: int, unsharded: int) -> jax.Array:
     For work that needs one side in full: each device does its share of the other. An
     axis that the devices cannot share evenly is left as it comes.
     """
-    names = _axes()
+    names = _axes(jax.sharding.get_abstract_mesh())
     if x.shape[axis] % math.prod(names.values()):
         return x
     return _constrained(x, {axis: tuple(names), unsharded: None})
@@ -60,13 +61,15 @@ def _constrained(x: jax.Array, axes: dict[int, Any]) -> jax.Array:
 def varying(tree: PyTree, axis_name: AxisNames | None) -> PyTree:
     """The arrays as ones that differ over axes of ``jax.shard_map``; others pass."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    manual = tuple(name for name in names if name in _axes(_Type.Manual))
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = tuple(name for name in names if name in _axes(mesh, _Type.Manual))
     return jax.lax.pcast(tree, manual, to="varying") if manual else tree
 
 
-def _axes(wanted: jax.sharding.AxisType = _Type.Auto) -> dict[str, int]:
+def _axes(
+    mesh: jax.sharding.AbstractMesh, wanted: jax.sharding.AxisType = _Type.Auto
+) -> dict[str, int]:
     """Mesh axes of a type, and their sizes; the compiler shards over Auto ones."""
-    mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return {}
     axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 import jax
@@ -11,19 +11,20 @@ import optax
 from flora_jax._typing import PyTree
 
 _VALUE = jax.tree_util.GetAttrKey("value")
+_text = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
 def normalise_path(path: tuple[Any, ...]) -> str:
     """A key path as text, without the attribute ``value`` of Variables and boxes."""
-    if path and path[-1] == _VALUE:
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return _text(path[:-1] if path[-1:] == (_VALUE,) else path)
 
 
-def named_leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
-    """Yields (normalised path, leaf) in the order of ``jax.tree.leaves``."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        yield normalise_path(path), leaf
+def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    """Normalised path and leaf of each leaf, in the order of ``jax.tree.leaves``."""
+    return [
+        (normalise_path(path) if path[-1:] == (_VALUE,) else _text(path), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
 
 
 def named_arrays(tree: PyTree) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -9,6 +9,7 @@ import math
 import jax
 
 from flora_jax._typing import Axes, Shape
+from flora_jax.leaves.fold import Fold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,14 @@ class LeafPlan:
     rank: int = 0
     dense_reason: str | None = None
 
-    @property
+    @classmethod
+    def of(cls, path: str, shape: Shape, fold: Fold, **settings: int) -> LeafPlan:
+        """The plan of a leaf with a fold, or that of a dense one for a reason."""
+        if isinstance(fold, str):
+            return cls(path, shape, dense_reason=fold)
+        return cls(path, shape, *fold, **settings)
+
+    @functools.cached_property
     def dense(self) -> bool:
         """Whether the leaf is kept as it is."""
         return self.dense_reason is not None

@@ -7,7 +7,7 @@ import fnmatch
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.core
@@ -15,12 +15,9 @@ import jax.numpy as jnp
 
 from flora_jax import _validation
 from flora_jax._typing import Axes, LeafMask, PyTree, Shape
-from flora_jax.leaves.fold import fold_axes, matrix_reason
+from flora_jax.leaves.fold import Fold, fold_axes, matrix_reason
 from flora_jax.leaves.paths import named_leaves, normalise_path
 from flora_jax.leaves.plan import LeafPlan
-
-# Batch, row and column axes; or the reason why there are none.
-Fold: TypeAlias = tuple[Axes, Axes, Axes] | str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +76,10 @@ def is_scalar(value: Any) -> bool:
     return _is_dimension_numbers(value) or jax.tree_util.all_leaves([value])
 
 
+def _is_table(value: Any) -> bool:
+    return isinstance(value, ByPath) or not is_scalar(value)
+
+
 def _is_entry(x: Any) -> bool:
     return x is None or _is_dimension_numbers(x)
 
@@ -115,12 +116,11 @@ class LeafRules:
         """Raises on bad arguments, and makes trees hashable."""
         if callable(self.mask):
             _validation.check_leaf_rule("mask", self.mask)
-        elif self.mask is not None and is_scalar(self.mask):
-            if not isinstance(self.mask, ByPath):
-                raise TypeError(
-                    "`mask` must be a callable of (path, shape) or a tree of bools, got"
-                    f" mask={self.mask!r}; use None to sketch every leaf that folds"
-                )
+        elif not (self.mask is None or _is_table(self.mask)):
+            raise TypeError(
+                "`mask` must be a callable of (path, shape) or a tree of bools, got"
+                f" mask={self.mask!r}; use None to sketch every leaf that folds"
+            )
         _validation.check_positive_int(
             "min_dim_size", self.min_dim_size, "use 1 to sketch every matrix"
         )
@@ -148,12 +148,12 @@ class LeafRules:
           TypeError: for a leaf that is no array of a real floating dtype.
           ValueError: for a mask or dimension numbers that do not fit a leaf.
         """
-        return tuple(
-            LeafPlan(path, shape, dense_reason=fold)
-            if isinstance(fold, str)
-            else LeafPlan(path, shape, *fold)
-            for path, shape, fold in self.folds(tree)
-        )
+        known, plans = self._plans, []
+        for leaf in self.folds(tree):
+            if leaf not in known:
+                known[leaf] = LeafPlan.of(*leaf)
+            plans.append(known[leaf])
+        return tuple(plans)
 
     def folds(self, tree: PyTree) -> list[tuple[str, Shape, Fold]]:
         """Path, shape and fold of each leaf; see :meth:`plan`."""
@@ -177,6 +177,10 @@ class LeafRules:
     @functools.cached_property
     def _known(self) -> dict[Any, Fold]:
         """Folds that were decided before: init and update ask for the same."""
+        return {}
+
+    @functools.cached_property
+    def _plans(self) -> dict[Any, LeafPlan]:
         return {}
 
     def _fold(self, path: str, shape: Shape, numbers: Any) -> Fold:

@@ -307,11 +307,6 @@ def along(vector: Float[Array, "*batch m"], axis: int) -> jax.Array:
     return jnp.expand_dims(vector, -3 - axis)
 
 
-def weigh(vector: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """The vector times weights, or itself where there are none."""
-    return vector if weights is None else vector * weights
-
-
 def multiply(
     s: jax.Array, matrix: jax.Array, axis: int, weights: jax.Array | None
 ) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.leaves import is_sharded
-from flora_jax.projections.base import ObliviousProjection, along, multiply, weigh
+from flora_jax.projections.base import ObliviousProjection, along, multiply
 from flora_jax.random import bits, signs
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class CountSketch(ObliviousProjection):
                 self.as_matrix(sampled, rank, matrix.shape[axis]), matrix, axis, weights
             )
         flips, _, offsets, shift = sampled
-        flips = weigh(flips, weights)
+        flips = flips if weights is None else flips * weights
         width = matrix.shape[axis]
         full, tail = divmod(width, rank)
         turned = shift if tail else None
@@ -100,15 +100,14 @@ class CountSketch(ObliviousProjection):
             pad = [(0, 0)] * rest.ndim
             pad[axis] = (0, rank - tail)
             total = total + jnp.pad(rest, pad)
-        return total * along(self._row_factor(rank, width), axis)
+        return self._scaled(total, width, axis)
 
     def expand(
         self, sampled: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
     ) -> Float[Array, "*batch n m"]:
         """C S or Sᵀ C; see :meth:`Projection.expand`."""
         flips, buckets, *_ = sampled
-        rank = sketch.shape[axis]
-        scaled = sketch * along(self._row_factor(rank, width), axis)
+        scaled = self._scaled(sketch, width, axis)
         # XLA fuses the gather into what reads the estimate, such as the addition to the
         # parameter; along columns it is a gather of single numbers, about half as fast.
         return jnp.take(scaled, buckets, axis=axis, mode="clip") * along(flips, axis)
@@ -119,16 +118,19 @@ class CountSketch(ObliviousProjection):
         """S, float32 of shape (rank, width)."""
         flips, buckets, *_ = sampled
         one_hot = jax.nn.one_hot(buckets, rank, axis=0, dtype=jnp.float32)
-        return one_hot * flips * self._row_factor(rank, width)[:, None]
+        return self._scaled(one_hot * flips, width, -2)
 
     def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
         """The bucket sizes, or ones if isometric."""
-        return _bucket_sizes(rank, width) * self._row_factor(rank, width) ** 2
-
-    def _row_factor(self, rank: int, width: int) -> jax.Array:
         if self.normalization == "isometric":
-            return _bucket_sizes(rank, width) ** -0.5
-        return jnp.ones(rank, jnp.float32)
+            return jnp.ones(rank, jnp.float32)
+        return _bucket_sizes(rank, width)
+
+    def _scaled(self, sketch: jax.Array, width: int, axis: int) -> jax.Array:
+        """A sketch, or S itself, with rows of S of norm 1 if isometric."""
+        if self.normalization != "isometric":
+            return sketch
+        return sketch * along(_bucket_sizes(sketch.shape[axis], width) ** -0.5, axis)
 
 
 def _wrapped(

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Orthogonal(ScaledIsometry, DenseProjection):
     """√(m/r) times r rows of a uniformly (Haar) random orthogonal m x m matrix.
 
-    Sampled as Q·sign(diag R) of the QR decomposition of m x r normals. S Sᵀ = (m/r)·I and
-    E[SᵀS] = I, so that E‖G SᵀS − G‖² = (m/r − 1)·‖G‖², the least that an unbiased
+    Sampled as Q·sign(diag R) of the QR decomposition of m x r normals. S Sᵀ = (m/r)·I
+    and E[SᵀS] = I, so that E‖G SᵀS − G‖² = (m/r − 1)·‖G‖², the least that an unbiased
     projection to r rows can have, and √(r/m) is the cosine between G and its estimate.
 
     Costs r·m normals, their decomposition (about 4·m·r² operations, serial on most

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.leaves import is_sharded
-from flora_jax.projections.base import ScaledIsometry, along, multiply, product, weigh
+from flora_jax.projections.base import ScaledIsometry, along, multiply, product
 from flora_jax.random import bits, signs
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ class SRHT(ScaledIsometry):
         if is_sharded():
             return multiply(self.as_matrix(sampled, rank, width), matrix, axis, weights)
         flips, rows = sampled
-        flipped = matrix.astype(jnp.float32) * along(weigh(flips, weights), axis)
+        flips = flips if weights is None else flips * weights
+        flipped = matrix.astype(jnp.float32) * along(flips, axis)
         mixed = _transform(flipped, axis, inverse=False)
         kept = jnp.take(mixed, rows, axis=axis, mode="clip")
         return kept * self.row_norm(rank, width)

@@ -45,7 +45,8 @@ class TopDCT(MatrixProjection, AdaptiveProjection):
       norm: ``"l1"`` or ``"l2"``, of the transformed gradient along the other side.
 
     Raises:
-      ValueError: for an unknown norm or normalization; from update, for widths above 46340.
+      ValueError: for an unknown norm or normalization; from update, for widths above
+        46340.
 
     Example:
       >>> import flora_jax as fj

@@ -1,8 +1,9 @@
 """PRNG keys: one raw root key in the state, one key per leaf and epoch from it.
 
-Two rules keep all samples independent. No key is both folded and sampled from: the chain
-below only folds, and what it returns is only sampled. And a key is salted with the name
-of the transformation, so that two of them with the same seed do not share projections.
+Two rules keep all samples independent. No key is both folded and sampled from: the
+chain below only folds, and what it returns is only sampled. And a key is salted with
+the name of the transformation, so that two of them with the same seed do not share
+projections.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import numpy as np
 
 from flora_jax._typing import KeyLike
 from flora_jax.random.bits import fold
-
 
 if TYPE_CHECKING:
     from jaxtyping import Array, UInt32

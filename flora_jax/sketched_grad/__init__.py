@@ -2,8 +2,8 @@
 
 from flora_jax.sketched_grad.api import (
     LeafReport,
-    born_compressed,
+    explain_sketched_gradients,
     sketched_value_and_grad,
 )
 
-__all__ = ["LeafReport", "born_compressed", "sketched_value_and_grad"]
+__all__ = ["LeafReport", "explain_sketched_gradients", "sketched_value_and_grad"]

@@ -1,4 +1,4 @@
-"""Gradients that are born compressed: the sketch of a gradient without the gradient."""
+"""Gradients sketched during backpropagation: the sketch, without the gradient."""
 
 from __future__ import annotations
 
@@ -8,76 +8,101 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flora_jax import _validation as _checks
-from flora_jax.random import keys as _keys
-from flora_jax.leaves.plan import LeafPlan
-from flora_jax.leaves.rules import LeafRules
-from flora_jax.projections import CountSketch, Projection
-from flora_jax.transforms import accumulation as _accumulation
-from flora_jax.transforms import momentum as _momentum
-from flora_jax.sketched_grad.push import Want
-from flora_jax.sketched_grad.planner import plan_program
-from flora_jax.sketched_grad.program import Operators, Program, Stop
-from flora_jax.sketching.sketcher import Sketcher
-from flora_jax.sketching.sketched_gradients import SketchedGradients
+from flora_jax._typing import PyTree
+from flora_jax.leaves import LeafPlan
+from flora_jax.projections import CountSketch
+from flora_jax.sketched_grad.cycle import find_source
+from flora_jax.sketched_grad.planner import Planner
+from flora_jax.sketched_grad.program import Fallback, LeafProjections, Program
+from flora_jax.sketched_grad.rules import SketchRequest
+from flora_jax.sketching import Sketch, SketchedGradients, Sketcher, resolve
+from flora_jax.transforms import ACCUMULATION
 
-_TAKERS = _accumulation.NAME, _momentum.NAME
+_DEFAULT = CountSketch("unbiased")  # As accumulation and momentum have it.
 _ARRAY = object()
 
 
 class LeafReport(NamedTuple):
-    """How the gradient of one leaf comes about.
+    """How the gradient of one leaf is computed.
 
     Attributes:
       path: of the leaf.
       shape: of the leaf.
-      dense_reason: why the plan does not compress it, or None.
-      stops: values that are computed in full and then sketched; empty if the gradient
-        is born compressed.
+      dense_reason: why the leaf is not sketched at all, or None.
+      fallbacks: parts of the gradient that are computed in full and then sketched.
     """
 
     path: str
     shape: tuple[int, ...]
     dense_reason: str | None
-    stops: tuple[Stop, ...]
+    fallbacks: tuple[Fallback, ...]
 
     @property
-    def born_compressed(self) -> bool:
-        """Whether the leaf is sketched, and no part of its gradient is ever formed."""
-        return self.dense_reason is None and not self.stops
+    def sketched_during_backpropagation(self) -> bool:
+        """Whether the leaf is sketched and no part of its gradient is ever formed."""
+        return self.dense_reason is None and not self.fallbacks
+
+    def __str__(self) -> str:
+        """One line for people."""
+        how = "sketched during backpropagation"
+        if self.dense_reason is not None:
+            how = f"not sketched, because {self.dense_reason}"
+        elif self.fallbacks:
+            how = "computed in full and then sketched at " + ", ".join(
+                f"{x.primitive} {x.shape} ({x.reason})" for x in self.fallbacks
+            )
+        return f"{self.path} {self.shape}: {how}"
 
 
-class _Traced(NamedTuple):
+class _TracedGradient(NamedTuple):
     """The gradient function at one set of shapes.
 
     Attributes:
       program: computes the arrays of the value, and then the gradients.
-      inputs: leaves of the arguments that are differentiated.
+      params: leaves of the arguments that are differentiated.
       value: what the function returns, with ``_ARRAY`` in the place of each array.
       like: shapes and dtypes of the gradients.
       grad_tree: their structure.
       plans: of the gradients.
+      requests: which sketch of each gradient is wanted, None for dense leaves.
     """
 
     program: Program
-    inputs: Sequence[Any]
-    value: Any
-    like: tuple[Any, ...]
-    grad_tree: Any
+    params: Sequence[Any]
+    value: PyTree
+    like: tuple[jax.ShapeDtypeStruct, ...]
+    grad_tree: jax.tree_util.PyTreeDef
     plans: tuple[LeafPlan, ...]
+    requests: list[SketchRequest | None]
 
-    def given(self) -> list[tuple[Any, Want | None]]:
-        """The arguments that the program takes, and what it takes of them."""
-        return [(jnp.asarray(self.inputs[i]), want) for i, want in self.program.inputs]
+    def run(self, projections: LeafProjections) -> tuple[list[Any], list[Any]]:
+        """The arrays of the value, and the gradients' leaves."""
+        given = []
+        for i, request in self.program.inputs:
+            x = jnp.asarray(self.params[i])
+            given.append(x if request is None else projections.sketch(x, request))
+        results = self.program.run(projections, given)
+        first = len(results) - len(self.plans)
+        grads = [
+            x if request is None else _state_shaped(plan, request, x)
+            for plan, request, x in zip(
+                self.plans, self.requests, results[first:], strict=True
+            )
+        ]
+        return results[:first], grads
 
     def reports(self) -> list[LeafReport]:
-        stops = self.program.stops
+        fallbacks = list(dict.fromkeys(self.program.fallbacks))
+        for i, request in self.program.inputs:
+            if request is not None:
+                shape, why = jnp.shape(self.params[i]), "it is an argument"
+                fallbacks.append(Fallback(request.leaf, "input", shape, why))
         return [
             LeafReport(
                 plan.path,
                 plan.shape,
                 plan.dense_reason,
-                tuple(dict.fromkeys(stop for stop in stops if stop.leaf == i)),
+                tuple(fallback for fallback in fallbacks if fallback.leaf == i),
             )
             for i, plan in enumerate(self.plans)
         ]
@@ -85,17 +110,17 @@ class _Traced(NamedTuple):
 
 def _trace(
     fun: Callable[..., Any],
-    rules: LeafRules,
-    argnums: Any,
+    sketcher: Sketcher,
+    argnums: int | Sequence[int],
     has_aux: bool,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-) -> _Traced:
+) -> _TracedGradient:
     places = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
     if not all(-len(args) <= i < len(args) for i in places):
         raise ValueError(
-            f"`argnums` must name positional arguments, got argnums={argnums} for"
-            f" {len(args)} of them; pass what is differentiated by position"
+            f"`argnums` must name positional arguments after the state, got {argnums=}"
+            f" for {len(args)} of them; pass what is differentiated by position"
         )
     gradient = jax.value_and_grad(fun, argnums, has_aux)
     values = []
@@ -105,63 +130,54 @@ def _trace(
         for i, value in zip(places, params, strict=True):
             full[i] = value
         value, grads = gradient(*full, **kwargs)
-        values.append(jax.tree.map(_unless_array, value))
+        # What else a function returns is handed back as it is.
+        values.append(
+            jax.tree.map(lambda x: _ARRAY if isinstance(x, jax.Array) else x, value)
+        )
         return [x for x in jax.tree.leaves(value) if isinstance(x, jax.Array)], grads
 
     params = [args[i] for i in places]
     closed, (arrays, grads) = jax.make_jaxpr(of_params, return_shape=True)(*params)
     like, grad_tree = jax.tree.flatten(grads)
-    plans = rules.plan(grads)
-    first = len(arrays)
-    asked: list[Any] = [(i, None) for i in range(first)]
-    for i, plan in enumerate(plans):
-        axes = tuple(a for a in plan.sketched_axes if plan.shape[a] != 1)
-        want = Want(i, axes) if plan.dense_reason is None else None
-        asked.append((first + i, want))
-    program = plan_program(closed.jaxpr, closed.consts, asked)
-    flat = jax.tree.leaves(params)
-    program.stops.extend(
-        Stop(want.leaf, "input", jnp.shape(flat[i]), "it is an argument")
-        for i, want in program.inputs
-        if want is not None
+    plans = sketcher.plan(grads)
+    requests = [_request(i, plan) for i, plan in enumerate(plans)]
+    wanted = enumerate([None] * len(arrays) + requests)
+    return _TracedGradient(
+        Planner().plan(closed, list(wanted)),
+        jax.tree.leaves(params),
+        values[-1],
+        tuple(like),
+        grad_tree,
+        plans,
+        requests,
     )
-    return _Traced(program, flat, values[-1], tuple(like), grad_tree, tuple(plans))
 
 
-def _unless_array(x: Any) -> Any:
-    """What else a function returns is handed back as it is."""
-    return _ARRAY if isinstance(x, jax.Array) else x
+def _request(leaf: int, plan: LeafPlan) -> SketchRequest | None:
+    if plan.dense:
+        return None
+    return SketchRequest(
+        leaf, tuple(a for a in plan.sketched_axes if plan.shape[a] != 1)
+    )
 
 
-def _state_shaped(plan: LeafPlan, sketch: jax.Array) -> jax.Array:
-    """From (other axes…, r) to the shape that the state has."""
-    others = [i for i in range(len(plan.shape)) if i not in plan.sketched_axes]
-    largest = max(plan.sketched_axes, key=lambda i: plan.shape[i])
-    moved = sketch.reshape(*(plan.shape[i] for i in others), plan.rank)
-    place = sum(i < largest for i in others)
-    return jnp.moveaxis(moved, -1, place).reshape(plan.state_shape)
+def _state_shaped(plan: LeafPlan, request: SketchRequest, x: jax.Array) -> jax.Array:
+    """The sketch with r where the state has it, on the largest sketched axis."""
+    largest = max(plan.sketched_axes, key=lambda a: plan.shape[a])
+    return x.swapaxes(request.axes[0], largest)
 
 
 def sketched_value_and_grad(
     fun: Callable[..., Any],
-    rank: Any,
+    sketch: Sketch | int,
     *,
-    key: Any,
-    step: jax.typing.ArrayLike = 0,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
-    transformation: str = _accumulation.NAME,
-    projection: Projection = CountSketch(),  # noqa: B008 (frozen)
-    mask: Any = None,
-    min_dim_size: int = 128,
-    max_aspect_ratio: float = 16,
-    side: str = "smaller",
-    weight_dimension_numbers: Any = None,
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[Any, SketchedGradients]]:
     """Value and sketched gradient of a function, in place of ``jax.value_and_grad``.
 
     What :func:`flora_jax.compressed_accumulation` would make of the gradient in its
-    cycle number ``step``, without forming it. The gradient of a weight is a product of
+    current cycle, without forming it. The gradient of a weight is a product of
     activations x and cotangents δ, and its sketch one of smaller operands:
 
       S·(xᵀ δ) = (x Sᵀ)ᵀ δ,
@@ -171,114 +187,120 @@ def sketched_value_and_grad(
     where it begins: through transposes, casts, sums of several uses, jit, scan, cond
     and rematerialisation. Where something else stands in between, the value there is
     computed in full and sketched: the result is the same, to rounding.
-    :func:`born_compressed` tells which leaves that are.
+    :func:`explain_sketched_gradients` tells which leaves that are.
 
-    Call it inside of ``jax.jit``: it traces the function each time that it is called. A
-    sketch does not hold the key and the step that made it: with others than those of
-    the state that receives it, the update is noise and nothing tells. ``optax.masked``,
-    ``partition`` and ``apply_if_finite`` map over the gradients' tree and fail on
-    sketches; use ``mask`` and the accumulation's ``should_skip_update_fn``.
+    Key and cycle are read from the state, which has to be one of the transformation
+    that is given the sketches. A state of another key or another sketch makes the loss
+    and all gradients NaN: that is known only once the state has values. Sketches that
+    are given to a transformation with another sketch raise there.
 
-    Memory: r numbers of float32 per row or column of the side that is not sketched
+    Call it inside of ``jax.jit``: it traces the function each time that it is called.
+    ``optax.masked``, ``partition`` and ``apply_if_finite`` map over the gradients' tree
+    and fail on sketches; use the sketch's ``mask`` and the accumulation's
+    ``should_skip_update_fn``.
+
+    Memory: r float32 elements per row or column of the side that is not sketched
     (r·max(n, m) with ``side="smaller"``), in place of n·m.
 
     Args:
       fun: a function of arrays that returns a scalar, as for ``jax.value_and_grad``.
-      rank: sketch size r; an int, a callable of (path, shape), or a tree of ints.
-      key: int seed, typed threefry2x32 key, or its key data; possibly traced. That of
-        the accumulator, or ``state.key`` of :func:`flora_jax.compressed_accumulation`.
-      step: number of the cycle, possibly traced: ``state.gradient_step`` there.
-      argnums: which arguments to differentiate, as for ``jax.value_and_grad``.
+      sketch: that of the accumulation or momentum that is given the gradients, the same
+        object; or a rank.
+      argnums: which arguments to differentiate, as for ``jax.value_and_grad``; counted
+        after the state.
       has_aux: whether ``fun`` returns a pair of the scalar and other things.
-      transformation: ``"compressed_accumulation"`` or ``"compressed_momentum"``:
-        which one the sketches are for. The latter, with ``reading="paper"``, has
-        ``key=state.key, step=state.count // resample_every`` (0 if that is None).
-      projection: how leaves are sketched; one that a key regenerates.
-      mask: which leaves may be sketched; see :func:`flora_jax.plan_leaves`.
-      min_dim_size: smallest side of a matrix that is sketched.
-      max_aspect_ratio: largest ratio of its sides.
-      side: which side is sketched.
-      weight_dimension_numbers: which axes form the matrix, in optax's convention.
 
     Returns:
-      A function of the same arguments that returns the value (or the pair) and
-      :class:`SketchedGradients`.
+      A function of the state and of ``fun``'s arguments that returns the value (or the
+      pair) and :class:`SketchedGradients`. The state is that of
+      :func:`flora_jax.compressed_accumulation`, or of
+      :func:`flora_jax.compressed_momentum` with ``estimator="paper"``, or of a chain or
+      wrapper around one of them; the outermost counts. For
+      :func:`flora_jax.compressed_accumulator`, which has no state, it is
+      ``sketch.cycle(step)`` with the accumulator's ``step``.
 
     Raises:
       TypeError: for arguments of a wrong type, such as a projection that is chosen from
         the gradient.
-      ValueError: for arguments out of range; from the function, for ``argnums``.
+      ValueError: from the function, for ``argnums`` and for a state without what is
+        needed, or with more than one of it.
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp, optax
       >>> import flora_jax as fj
       >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
-      >>> @jax.jit
-      ... def gradient(w, x):
-      ...   return fj.sketched_value_and_grad(loss, rank=16, key=0)(w, x)
-      >>> value, grads = gradient(jnp.ones((128, 256)), jnp.ones((8, 128)))
+      >>> sketch = fj.Sketch(rank=16)
+      >>> tx = fj.compressed_accumulation(optax.sgd(0.1), 4, sketch)
+      >>> w, x = jnp.ones((128, 256)), jnp.ones((8, 128))
+      >>> state = tx.init(w)
+      >>> value, grads = fj.sketched_value_and_grad(loss, sketch)(state, w, x)
       >>> grads.tree.shape
       (16, 256)
+      >>> updates, state = tx.update(grads, state, w)
     """
-    rules = LeafRules(
-        rank, mask, min_dim_size, max_aspect_ratio, side, weight_dimension_numbers
-    )
-    _checks.check_choice("transformation", transformation, _TAKERS)
-    sketcher = Sketcher(transformation, rules, projection)
-    root = _keys.raw_key(key)
-    if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
-        raise TypeError(
-            f"`step` must be an integer, got step={step}; pass the number of the cycle"
-        )
+    resolved = resolve(sketch, _DEFAULT)
 
-    def value_and_grad(*args: Any, **kwargs: Any) -> Any:
-        traced = _trace(fun, rules, argnums, has_aux, args, kwargs)
-        drawn = sketcher.draw(traced.plans, jnp.asarray(root), step)
-        operators = Operators(traced.plans, projection, drawn)
-        given = [
-            x if want is None else operators.sketch(want.leaf, x, want.axes)
-            for x, want in traced.given()
-        ]
-        results = traced.program.run(operators, given)
-        first = len(results) - len(traced.plans)
-        grads = [
-            x if plan.dense_reason is not None else _state_shaped(plan, x)
-            for plan, x in zip(traced.plans, results[first:], strict=True)
-        ]
-        arrays = iter(results[:first])
+    def value_and_grad(
+        state: PyTree, *args: Any, **kwargs: Any
+    ) -> tuple[Any, SketchedGradients]:
+        source = find_source(state)
+        sketcher = Sketcher(source.name, resolved)
+        traced = _trace(fun, sketcher, argnums, has_aux, args, kwargs)
+        sampled = sketcher.sample(traced.plans, jnp.asarray(source.key), source.cycle)
+        projections = LeafProjections(traced.plans, resolved.projection, sampled)
+        (loss, *aux), grads = traced.run(projections)
+        # The loss too: apply_if_finite and a skip of what is not finite would hide it.
+        agrees = source.agrees(sketcher, traced.plans)
+        loss, *grads = (jnp.where(agrees, x, jnp.nan) for x in (loss, *grads))
+        arrays = iter((loss, *aux))
         value = jax.tree.map(lambda x: next(arrays) if x is _ARRAY else x, traced.value)
-        tree = jax.tree.unflatten(traced.grad_tree, grads)
         return value, SketchedGradients(
-            tree, traced.plans, traced.like, projection, transformation
+            jax.tree.unflatten(traced.grad_tree, grads),
+            traced.plans,
+            traced.like,
+            resolved.projection,
+            tuple(map(int, resolved.key_data)),
+            source.name,
         )
 
     return value_and_grad
 
 
-def born_compressed(
+def explain_sketched_gradients(
     fun: Callable[..., Any],
-    rank: Any,
+    sketch: Sketch | int,
     *,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
-    **rules: Any,
 ) -> Callable[..., list[LeafReport]]:
     """Tells which gradients :func:`sketched_value_and_grad` never forms; runs nothing.
 
     Args:
       fun: the function.
-      rank: sketch size r.
+      sketch: the sketch, or its rank.
       argnums: which arguments to differentiate.
       has_aux: whether ``fun`` returns a pair.
-      **rules: about the leaves, as for :func:`flora_jax.plan_leaves`.
 
     Returns:
-      A function of the same arguments (arrays or ShapeDtypeStructs in the places of
-      ``argnums``) that returns one :class:`LeafReport` per leaf.
+      A function of the same arguments, without a state (arrays or ShapeDtypeStructs in
+      the places of ``argnums``), that returns one :class:`LeafReport` per leaf.
+
+    Raises:
+      TypeError: for a projection that is chosen from the gradient.
+      ValueError: from the function, for ``argnums``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import flora_jax as fj
+      >>> loss = lambda w: jnp.sum(jnp.ones((8, 128)) @ w)
+      >>> for leaf in fj.explain_sketched_gradients(loss, 16)(jnp.ones((128, 256))):
+      ...   print(leaf)
+       (128, 256): sketched during backpropagation
     """
-    settings = LeafRules(rank, **rules)
+    # The name makes no difference to what is formed.
+    sketcher = Sketcher(ACCUMULATION, resolve(sketch, _DEFAULT))
 
     def report(*args: Any, **kwargs: Any) -> list[LeafReport]:
-        return _trace(fun, settings, argnums, has_aux, args, kwargs).reports()
+        return _trace(fun, sketcher, argnums, has_aux, args, kwargs).reports()
 
     return report

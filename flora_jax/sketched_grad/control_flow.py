@@ -1,43 +1,51 @@
-"""Sketches through calls, branches and loops: of their bodies' outputs.
+"""Calls, branches and loops: the sketches of their outputs are made in their bodies.
 
-Each is planned as its body is. What the body's program takes of its inputs, sketches or
-values, is what the equation reads. ``plan`` is ``plan_program``.
+Each is planned as its body is: what the body's program takes of its inputs, sketches or
+values, is what the equation reads. ``plan`` is ``Planner.plan`` throughout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+from jax.extend.core import JaxprEqn
 
-from flora_jax.sketched_grad.push import Want, inlined, opened
-from flora_jax.sketched_grad.program import Asked, Operators, Program, Step, Stop
+from flora_jax.sketched_grad.program import LeafProjections, Program, Step
+from flora_jax.sketched_grad.rules import (
+    Operand,
+    SketchRequest,
+    Slot,
+    called_body,
+)
 
-Plan: TypeAlias = Callable[..., Program]
+Plan: TypeAlias = Callable[[Any, Sequence[Slot]], Program]
 
 
-def plan_call(eqn: Any, asked: list[Asked], stops: list[Stop], plan: Plan) -> Step:
+def plan_call(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
     """A call of a body that runs once: the body's program in its place.
 
     What a rematerialised body reads stays behind the barrier that keeps XLA from
     sharing its results with the forward pass.
     """
-    found = inlined(eqn)
-    assert found is not None
-    program = plan(*found, asked)
-    stops += program.stops
-    barrier = [False] * len(eqn.invars)
+    program = plan(called_body(eqn), wanted)
+    barrier: Any = False
     if eqn.params.get("differentiated"):
-        given = eqn.params["prevent_cse"]
-        barrier = list(given) if isinstance(given, tuple) else [given] * len(barrier)
+        barrier = eqn.params["prevent_cse"]
+    if not isinstance(barrier, tuple):
+        barrier = (barrier,) * len(eqn.invars)
     hidden = [k for k, (i, _) in enumerate(program.inputs) if barrier[i]]
+    return Step(
+        [(eqn.invars[i], request) for i, request in program.inputs],
+        _results(eqn, wanted),
+        lambda s, values: program.run(s, _behind_barrier(values, hidden)),
+        program.fallbacks,
+    )
 
-    def run(operators: Operators, values: list[Any]) -> list[Any]:
-        return program.run(operators, _behind_barrier(values, hidden))
 
-    reads = [(eqn.invars[i], want) for i, want in program.inputs]
-    return Step(reads, [(eqn.outvars[i], want) for i, want in asked], run)
+def _results(eqn: JaxprEqn, wanted: Sequence[Slot]) -> list[Operand]:
+    return [(eqn.outvars[i], request) for i, request in wanted]
 
 
 def _behind_barrier(values: list[Any], places: list[int]) -> list[Any]:
@@ -56,42 +64,46 @@ def _behind_barrier(values: list[Any], places: list[int]) -> list[Any]:
     return values
 
 
-def plan_cond(eqn: Any, asked: list[Asked], stops: list[Stop], plan: Plan) -> Step:
+def plan_cond(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
     """Each branch gives the same sketches."""
-    programs = [plan(*opened(b), asked) for b in eqn.params["branches"]]
-    inputs = list(dict.fromkeys(item for p in programs for item in p.inputs))
-    for program in programs:
-        stops += program.stops
-    leaves = {want.leaf for _, want in asked if want is not None}
+    programs = [plan(branch, wanted) for branch in eqn.params["branches"]]
+    inputs = list(dict.fromkeys(slot for p in programs for slot in p.inputs))
 
-    def run(operators: Operators, values: list[Any]) -> list[Any]:
+    def run(projections: LeafProjections, values: list[Any]) -> list[Any]:
         index, *operands = values
-        formed = operators.formed(leaves)
+        formed = projections.with_matrices(_leaves(wanted))
 
         def branch(program: Program) -> Callable[..., list[Any]]:
-            places = [inputs.index(item) for item in program.inputs]
+            places = [inputs.index(slot) for slot in program.inputs]
             return lambda *given: program.run(formed, [given[k] for k in places])
 
         return jax.lax.switch(index, [branch(p) for p in programs], *operands)
 
-    reads = [(eqn.invars[0], None)]
-    reads += [(eqn.invars[i + 1], want) for i, want in inputs]
-    return Step(reads, [(eqn.outvars[i], want) for i, want in asked], run)
+    operands: list[Operand] = [(eqn.invars[0], None)]
+    operands += [(eqn.invars[i + 1], request) for i, request in inputs]
+    fallbacks = [fallback for p in programs for fallback in p.fallbacks]
+    return Step(operands, _results(eqn, wanted), run, fallbacks)
 
 
-def scan_reason(eqn: Any, index: int, want: Want, plan: Plan) -> str | None:
-    """Why an output of a loop is not sketched inside of it, or None."""
+def _leaves(wanted: Sequence[Slot]) -> set[int]:
+    return {request.leaf for _, request in wanted if request is not None}
+
+
+def why_not_in_loop(
+    eqn: JaxprEqn, index: int, request: SketchRequest, plan: Plan
+) -> str | None:
+    """Why an output of a loop is not sketched inside of it, or None if it is."""
     consts, carries = _counts(eqn)
     if index >= carries:
-        return "it sketches the axis that the loop stacks" if 0 in want.axes else None
-    program, _ = _close(eqn, [(index, want)], plan)
-    reads_itself = (index + consts, None) in program.inputs
-    if program.stops or reads_itself:
+        stacked = 0 in request.axes
+        return "it sketches the axis that the loop stacks" if stacked else None
+    program, _ = _plan_body(eqn, [(index, request)], plan)
+    if program.fallbacks or (index + consts, None) in program.inputs:
         return "the loop does more with it than add to it"
     return None
 
 
-def _counts(eqn: Any) -> tuple[int, int]:
+def _counts(eqn: JaxprEqn) -> tuple[int, int]:
     """How many constants and carries a loop has, before the slices."""
     p = eqn.params
     if "ft_in" in p:  # From JAX 0.12 on: a tree of its arguments in three groups.
@@ -100,63 +112,64 @@ def _counts(eqn: Any) -> tuple[int, int]:
     return p["num_consts"], p["num_carry"]
 
 
-def _close(eqn: Any, asked: list[Asked], plan: Plan) -> tuple[Program, list[Asked]]:
-    """The body's program that gives of each carry what it takes of it, and that."""
+def _plan_body(
+    eqn: JaxprEqn, wanted: Sequence[Slot], plan: Plan
+) -> tuple[Program, list[Slot]]:
+    """A program that returns of each carry all that it takes of it; and those."""
     consts, carries = _counts(eqn)
-    held = [item for item in asked if item[0] < carries]
-    stacked = [
-        (i, want and Want(want.leaf, tuple(a - 1 for a in want.axes)))
-        for i, want in asked
-        if i >= carries
-    ]
+    carried = [slot for slot in wanted if slot[0] < carries]
+    stacked = [(i, _moved(request, -1)) for i, request in wanted if i >= carries]
     while True:
-        program = plan(*opened(eqn.params["jaxpr"]), held + stacked)
+        program = plan(eqn.params["jaxpr"], [*carried, *stacked])
         taken = [
-            (i - consts, want)
-            for i, want in program.inputs
+            (i - consts, request)
+            for i, request in program.inputs
             if consts <= i < consts + carries
         ]
-        more = [item for item in taken if item not in held]
+        more = [slot for slot in taken if slot not in carried]
         if not more:
-            return program, held
-        held += more
+            return program, carried
+        carried += more
 
 
-def plan_scan(eqn: Any, asked: list[Asked], stops: list[Stop], plan: Plan) -> Step:
-    """A loop: S is the same in each of its steps.
+def _moved(request: SketchRequest | None, by: int) -> SketchRequest | None:
+    """The request for a slice of a stacked array (-1), or for the array (+1)."""
+    if request is None:
+        return None
+    return SketchRequest(request.leaf, tuple(a + by for a in request.axes))
+
+
+def plan_scan(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
+    """A loop; S is the same in each of its iterations.
 
     A stacked output is sketched slice by slice, and a carry that the body only adds to
     is carried as its sketch.
     """
     p = eqn.params
     consts, carries = _counts(eqn)
-    program, held = _close(eqn, asked, plan)
-    stops += program.stops
-    leaves = {want.leaf for _, want in asked if want is not None}
-    fixed = [item for item in program.inputs if item[0] < consts]
-    sliced = [item for item in program.inputs if item[0] >= consts + carries]
-    order = [(i + consts, want) for i, want in held]
-    where = {item: k for k, item in enumerate([*fixed, *order, *sliced])}
-    places = [where[item] for item in program.inputs]
+    program, carried = _plan_body(eqn, wanted, plan)
+    fixed = [slot for slot in program.inputs if slot[0] < consts]
+    starts = [(i + consts, request) for i, request in carried]
+    sliced = [slot for slot in program.inputs if slot[0] >= consts + carries]
+    order = [*fixed, *starts, *sliced]
+    places = [order.index(slot) for slot in program.inputs]
+    stacked = [slot for slot in wanted if slot[0] >= carries]
 
-    def run(operators: Operators, values: list[Any]) -> list[Any]:
-        formed, ends = operators.formed(leaves), [len(fixed), len(fixed) + len(held)]
-        same, start, slices = values[: ends[0]], values[slice(*ends)], values[ends[1] :]
+    def run(projections: LeafProjections, values: list[Any]) -> list[Any]:
+        formed = projections.with_matrices(_leaves(wanted))
+        a, b = len(fixed), len(fixed) + len(starts)
 
         def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-            given = [*same, *carry, *x]
+            given = [*values[:a], *carry, *x]
             out = program.run(formed, [given[k] for k in places])
-            return out[: len(held)], out[len(held) :]
+            return out[: len(carried)], out[len(carried) :]
 
         last, stack = jax.lax.scan(
-            body, start, slices, p["length"], p["reverse"], p["unroll"]
+            body, values[a:b], values[b:], p["length"], p["reverse"], p["unroll"]
         )
-        found = dict(zip([*held, *ys], [*last, *stack], strict=True))
-        return [found[item] for item in asked]
+        found = dict(zip([*carried, *stacked], [*last, *stack], strict=True))
+        return [found[slot] for slot in wanted]
 
-    ys = [item for item in asked if item[0] >= carries]
-    reads = [(eqn.invars[i], want) for i, want in [*fixed, *order]]
-    for i, want in sliced:
-        axes = want and Want(want.leaf, tuple(a + 1 for a in want.axes))
-        reads.append((eqn.invars[i], axes))
-    return Step(reads, [(eqn.outvars[i], want) for i, want in asked], run)
+    operands = [(eqn.invars[i], request) for i, request in [*fixed, *starts]]
+    operands += [(eqn.invars[i], _moved(request, 1)) for i, request in sliced]
+    return Step(operands, _results(eqn, wanted), run, program.fallbacks)

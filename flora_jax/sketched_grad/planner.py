@@ -1,16 +1,13 @@
-"""A program that computes sketches of some outputs of a jaxpr, and others in full.
+"""Plans a program backwards, from the wanted outputs of a jaxpr to its inputs.
 
-Planned backwards, from what is wanted of the outputs to what that takes of the inputs:
-an equation whose output is only wanted as a sketch is never evaluated. Then run
-forwards.
+An equation whose output is only wanted as a sketch is never evaluated.
 
-Why on the gradient's own equations, and not a tap in the forward pass (a custom_vjp at
-each product, found by quax or by an interpreter): a tap has to follow the *weight*
-forwards, through every cast, reshape, loop, checkpoint and custom rule that it passes
-before its product, and needs a dummy parameter in the sketch's shape, since the
-cotangent of a value has that value's shape. Backwards there is nothing to follow that
-differentiation has not made already; a rule moves one sketch through one linear
-equation, and what no rule knows is computed as it stands.
+Why on the gradient's own equations, and not by a custom_vjp around each product of the
+forward pass: that would have to follow the *weight* forwards, through every cast,
+reshape, loop, checkpoint and custom rule before its product, and it would need a dummy
+parameter in the sketch's shape, since the cotangent of a value has that value's shape.
+Backwards differentiation has already followed everything; a rule moves one sketch
+through one linear equation, and what no rule knows is computed as it stands.
 """
 
 from __future__ import annotations
@@ -18,130 +15,166 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from jax.core import eval_jaxpr
-from jax.extend.core import Jaxpr, Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-from flora_jax.sketched_grad.push import Look, Read, Want, inlined
-from flora_jax.sketched_grad.moves import MOVES
+from flora_jax.sketched_grad.arithmetic_rules import ARITHMETIC_RULES
 from flora_jax.sketched_grad.control_flow import (
     plan_call,
     plan_cond,
     plan_scan,
-    scan_reason,
+    why_not_in_loop,
 )
-from flora_jax.sketched_grad.products import PRODUCTS
-from flora_jax.sketched_grad.program import Asked, Program, Step, Stop, is_explicit
+from flora_jax.sketched_grad.program import Fallback, Program, Step, is_explicit
+from flora_jax.sketched_grad.rules import (
+    Atom,
+    DataFlow,
+    Operand,
+    Rewrite,
+    SketchRequest,
+    Slot,
+    called_body,
+    opened,
+    shape_of,
+)
+from flora_jax.sketched_grad.shape_rules import SHAPE_RULES
 
-_RULES = MOVES | PRODUCTS
-_NESTED = {"cond": plan_cond, "scan": plan_scan}
-
-
-def plan_program(
-    jaxpr: Jaxpr, consts: Sequence[Any], asked: Sequence[Asked]
-) -> Program:
-    """Plans the program that computes what is asked of a jaxpr's outputs.
-
-    Args:
-      jaxpr: the jaxpr.
-      consts: values of its constants.
-      asked: numbers of outputs, with a sketch or None for the value itself.
-
-    Returns:
-      The program; its outputs are in the order of ``asked``.
-    """
-    look, stops, steps = Look(jaxpr, _RULES), [], []
-    wanted: dict[Any, dict[Want | None, None]] = {}
-
-    def ask(reads: Sequence[Read]) -> None:
-        for atom, want in reads:
-            if not isinstance(atom, Literal):
-                wanted.setdefault(atom, {})[want] = None
-            elif want is not None:
-                shape = jnp.shape(atom.val)
-                stops.append(Stop(want.leaf, "constant", shape, "it is one"))
-
-    outputs = [(jaxpr.outvars[i], want) for i, want in asked]
-    ask(outputs)
-    for eqn in reversed(jaxpr.eqns):
-        mine = [
-            (i, want) for i, v in enumerate(eqn.outvars) for want in wanted.get(v, ())
-        ]
-        if mine or eqn.effects:
-            for step in _plan_equation(eqn, mine, look, stops):
-                ask(step.reads)
-                steps.append(step)
-    for v in jaxpr.constvars:
-        for want in wanted.get(v, ()):
-            if want is not None:
-                steps.append(_in_full(v, want, "constant", "it is one", stops))
-    inputs = [
-        (i, want) for i, v in enumerate(jaxpr.invars) for want in wanted.get(v, ())
-    ]
-    return Program(inputs, steps[::-1], outputs, stops, jaxpr, consts)
+_RULES = SHAPE_RULES | ARITHMETIC_RULES
+_CONTROL_FLOW = {"cond": plan_cond, "scan": plan_scan}
 
 
-def _in_full(
-    atom: Any, want: Want, primitive: str, reason: str, stops: list[Stop]
-) -> Step:
-    """A step that sketches a value."""
-    stops.append(Stop(want.leaf, primitive, atom.aval.shape, reason))
+class Planner:
+    """Plans the programs of a jaxpr and of all bodies in it, each of them once."""
+
+    def __init__(self) -> None:
+        """Starts with no programs."""
+        self._programs: dict[tuple[Any, tuple[Slot, ...]], Program] = {}
+
+    def plan(self, body: Any, wanted: Sequence[Slot]) -> Program:
+        """Plans the program that computes what is wanted of a jaxpr's outputs.
+
+        Args:
+          body: the jaxpr, closed if it has constants.
+          wanted: numbers of outputs, with a sketch or None for the value itself.
+
+        Returns:
+          The program; its outputs are in the order of ``wanted``.
+        """
+        # A loop asks for its body's plan once per carry to find out whether the carry
+        # may be sketched, and again for all of them: unless they are kept, plans of
+        # nested loops would multiply.
+        key = body, tuple(wanted)
+        if key not in self._programs:
+            self._programs[key] = self._planned(*opened(body), wanted)
+        return self._programs[key]
+
+    def _planned(
+        self, jaxpr: Jaxpr, consts: Sequence[Any], wanted: Sequence[Slot]
+    ) -> Program:
+        flow, steps, fallbacks = DataFlow(jaxpr, _RULES), [], []
+        requests: dict[Atom, dict[SketchRequest | None, None]] = {}
+
+        def read(operands: Sequence[Operand]) -> None:
+            for atom, request in operands:
+                if not isinstance(atom, Literal):
+                    requests.setdefault(atom, {})[request] = None
+                elif request is not None:
+                    fallbacks.append(_constant(atom, request))
+
+        def add(step: Step) -> None:
+            read(step.operands)
+            fallbacks.extend(step.fallbacks)
+            steps.append(step)
+
+        outputs: list[Operand] = [(jaxpr.outvars[i], request) for i, request in wanted]
+        read(outputs)
+        for eqn in reversed(jaxpr.eqns):
+            slots = _slots(eqn.outvars, requests)
+            if slots or eqn.effects:
+                for step in self._equation(eqn, slots, flow):
+                    add(step)
+        for i, request in _slots(jaxpr.constvars, requests):
+            if request is not None:
+                v = jaxpr.constvars[i]
+                add(_sketch_of_value(v, request, _constant(v, request)))
+        inputs = _slots(jaxpr.invars, requests)
+        return Program(inputs, steps[::-1], outputs, fallbacks, jaxpr, consts)
+
+    def _equation(
+        self, eqn: JaxprEqn, wanted: list[Slot], flow: DataFlow
+    ) -> list[Step]:
+        """The steps that compute what is wanted of an equation, the last one first."""
+        name, steps, evaluated = eqn.primitive.name, [], []
+        control_flow = _CONTROL_FLOW.get(name)
+        if called_body(eqn) is not None:
+            control_flow = plan_call
+        for index, request in wanted:
+            if request is None:
+                evaluated.append((index, None))
+                continue
+            out = eqn.outvars[index]
+            found = None  # Body of a control flow: it sketches its own outputs.
+            if is_explicit(getattr(out.aval, "sharding", None)):
+                found = "it lies on a mesh with Explicit axes"
+            elif control_flow is None:
+                found = flow.rewrite(eqn, index, request)
+            elif control_flow is plan_scan:
+                found = why_not_in_loop(eqn, index, request, self.plan)
+            if found is None:
+                evaluated.append((index, request))
+            elif isinstance(found, str):
+                why = Fallback(request.leaf, name, shape_of(out), found)
+                steps.append(_sketch_of_value(out, request, why))
+                evaluated.append((index, None))
+            else:
+                steps.append(_rewritten(out, request, found))
+        evaluated = list(dict.fromkeys(evaluated))
+        if control_flow and any(request is not None for _, request in evaluated):
+            steps.append(control_flow(eqn, evaluated, self.plan))
+        elif evaluated or eqn.effects:
+            steps.append(_unchanged(eqn, evaluated, flow.jaxpr))
+        return steps
+
+
+def _slots(
+    variables: Sequence[Atom], requests: dict[Atom, dict[SketchRequest | None, None]]
+) -> list[Slot]:
+    """What is wanted of some variables, by their numbers."""
+    return [(i, r) for i, v in enumerate(variables) for r in requests.get(v, ())]
+
+
+def _constant(atom: Atom, request: SketchRequest) -> Fallback:
+    return Fallback(request.leaf, "constant", shape_of(atom), "it is a constant")
+
+
+def _sketch_of_value(atom: Atom, request: SketchRequest, why: Fallback) -> Step:
+    """A step that sketches a value which is computed in full."""
     return Step(
         [(atom, None)],
-        [(atom, want)],
-        lambda s, values: [s.sketch(want.leaf, values[0], want.axes)],
+        [(atom, request)],
+        lambda s, values: [s.sketch(values[0], request)],
+        [why],
     )
 
 
-def _plan_equation(
-    eqn: Any, asked: list[Asked], look: Look, stops: list[Stop]
-) -> list[Step]:
-    """The steps that give what is asked of an equation, the last one first."""
-    name, steps, left = eqn.primitive.name, [], []
-    nested = _NESTED.get(name) or (plan_call if inlined(eqn) is not None else None)
-    for index, want in asked:
-        out = eqn.outvars[index]
-        if want is None:
-            left.append((index, None))
-            continue
-        push: Any = None
-        if is_explicit(out.aval.sharding):
-            push = "it lies on a mesh with Explicit axes"
-        elif nested is None:
-            push = look.push(eqn, index, want)
-        elif nested is plan_scan:
-            push = scan_reason(eqn, index, want, plan_program)
-        if push is None:
-            left.append((index, want))
-        elif isinstance(push, str):
-            steps.append(_in_full(out, want, name, push, stops))
-            left.append((index, None))
-        else:
-            steps.append(
-                Step(
-                    push.reads,
-                    [(out, want)],
-                    lambda s, values, do=push.apply: [do(s, *values)],
-                )
-            )
-    left = list(dict.fromkeys(left))
-    if any(want is not None for _, want in left):
-        assert nested is not None
-        steps.append(nested(eqn, left, stops, plan_program))
-    elif left or eqn.effects:
-        steps.append(_evaluate(look.jaxpr, eqn, left))
-    return steps
+def _rewritten(out: Atom, request: SketchRequest, rewrite: Rewrite) -> Step:
+    """A step that computes the sketch of an output in the output's place."""
+    return Step(
+        rewrite.operands,
+        [(out, request)],
+        lambda s, values: [rewrite.compute(s, *values)],
+    )
 
 
-def _evaluate(jaxpr: Jaxpr, eqn: Any, asked: list[Asked]) -> Step:
-    """The equation as it is."""
+def _unchanged(eqn: JaxprEqn, wanted: list[Slot], jaxpr: Jaxpr) -> Step:
+    """A step that evaluates an equation as it is."""
     reads = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, Literal)))
-    writes = [eqn.outvars[i] for i, _ in asked]
+    writes = [eqn.outvars[i] for i, _ in wanted]
     alone = jaxpr.replace(
         constvars=[], invars=reads, outvars=writes, eqns=[eqn], effects=eqn.effects
     )
     return Step(
         [(v, None) for v in reads],
         [(v, None) for v in writes],
-        lambda s, values: eval_jaxpr(alone, (), *values),
+        lambda _, values: eval_jaxpr(alone, (), *values),
     )

@@ -1,4 +1,4 @@
-"""What a program of sketches is made of, and what runs it."""
+"""A program that computes some outputs of a jaxpr, and only sketches of others."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 
-from flora_jax.leaves.plan import LeafPlan
-from flora_jax.projections.base import MatrixProjection, multiply
-from flora_jax.sketched_grad.push import Axes, Read, Want, rest
-
-Asked: TypeAlias = tuple[int, Want | None]  # Of an output or input, by its number.
+from flora_jax.leaves import LeafPlan
+from flora_jax.projections import MatrixProjection, ObliviousProjection, multiply
+from flora_jax.sketched_grad.rules import Operand, SketchRequest, Slot
 
 
-class Stop(NamedTuple):
-    """A value that is computed in full, and then sketched.
+class Fallback(NamedTuple):
+    """A value that is computed in full and then sketched.
 
     Attributes:
-      leaf: number of the leaf.
+      leaf: number of the parameter leaf whose gradient it is part of.
       primitive: what computes the value.
       shape: the value's shape.
-      reason: why the sketch does not go through.
+      reason: why the sketch cannot be taken earlier.
     """
 
     leaf: int
@@ -36,129 +34,139 @@ class Stop(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Operators:
-    """Applies the projections of all leaves.
+class LeafProjections:
+    """Applies the sampled projection of each leaf to parts of its gradient.
 
     Attributes:
       plans: of the leaves.
-      projection: how.
-      drawn: one tree per leaf, None for dense ones.
-      matrices: S itself for leaves in a loop, where it is formed once.
+      projection: how they are sketched.
+      sampled: one sampled projection per leaf, None for dense ones.
+      matrices: S itself for leaves in a loop or branch, where it is formed once.
     """
 
     plans: Sequence[LeafPlan]
-    projection: Any
-    drawn: Sequence[Any]
+    projection: ObliviousProjection
+    sampled: Sequence[Any]
     matrices: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
 
-    def rank(self, leaf: int) -> int:
-        """Size of a leaf's sketched side after sketching."""
-        return self.plans[leaf].rank
+    def resized(self, shape: Sequence[int], request: SketchRequest) -> tuple[int, ...]:
+        """The shape of a value's sketch: r on the first sketched axis, 1 on others."""
+        new = list(shape)
+        for a in request.axes:
+            new[a] = 1
+        new[request.axes[0]] = self.plans[request.leaf].rank
+        return tuple(new)
 
-    def formed(self, leaves: set[int]) -> Operators:
-        """With S formed, for projections that would form it at each use."""
+    def with_matrices(self, leaves: set[int]) -> LeafProjections:
+        """The same with S formed, for projections that would form it at each use."""
         if not isinstance(self.projection, MatrixProjection):
             return self
         new = {
-            i: self.projection.entries(
-                self.drawn[i], self.plans[i].rank, self.plans[i].width
+            i: self.projection.as_matrix(
+                self.sampled[i], self.plans[i].rank, self.plans[i].width
             )
             for i in sorted(leaves - set(self.matrices))
         }
         return dataclasses.replace(self, matrices=self.matrices | new)
 
-    def sketch(self, leaf: int, value: jax.Array, axes: Axes) -> jax.Array:
-        """The sketch of a value along axes: its other axes, then r; float32."""
-        fixed = self.matrices.get(leaf, self.drawn[leaf])
-        apply = functools.partial(self._apply, leaf, axes)
+    def sketch(self, value: jax.Array, request: SketchRequest) -> jax.Array:
+        """The sketch of a value, float32."""
+        leaf, axes = request
+        fixed = self.matrices.get(leaf, self.sampled[leaf])
+        apply: Any = functools.partial(self._apply, request)
         sharding = jax.typeof(value).sharding
         if is_explicit(sharding):
             names = (*sharding.spec, *[None] * (value.ndim - len(sharding.spec)))
-            kept = (*(names[i] for i in rest(value.ndim, axes)), None)
+            kept = (None if i in axes else name for i, name in enumerate(names))
             out = jax.NamedSharding(sharding.mesh, jax.P(*kept))
-            run: Any = jax.sharding.auto_axes(apply, out_sharding=out)
-            return run(value, fixed)
+            apply = jax.sharding.auto_axes(apply, out_sharding=out)
         return apply(value, fixed)
 
-    def _apply(self, leaf: int, axes: Axes, value: jax.Array, fixed: Any) -> jax.Array:
-        first, last, n = axes[0], axes[-1], value.ndim
-        sides = tuple(value.shape[i] for i in rest(n, axes))
-        if tuple(range(first, last + 1)) == axes and last < n - 1:
-            # Whole rows are sketched where they lie.
-            before = value.shape[:first]
+    def _apply(self, request: SketchRequest, value: jax.Array, fixed: Any) -> jax.Array:
+        leaf, axes = request
+        first, last, width = axes[0], axes[-1], self.plans[leaf].width
+        if axes == tuple(range(first, last + 1)) and last < value.ndim - 1:
+            # Whole rows are sketched where they lie: a transpose would copy the value.
             after = math.prod(value.shape[last + 1 :])
-            matrix = value.reshape(*before, self.plans[leaf].width, after)
-            small = jnp.moveaxis(self._compress(leaf, matrix, -2, fixed), -2, -1)
-        else:
-            turned = jnp.transpose(value, (*rest(n, axes), *axes))
-            matrix = turned.reshape(*(sides or (1,)), self.plans[leaf].width)
-            small = self._compress(leaf, matrix, -1, fixed)
-        return small.reshape(*sides, self.rank(leaf))
+            matrix = value.reshape(*value.shape[:first], width, after)
+            small = self._compress(leaf, matrix, -2, fixed)
+            return small.reshape(self.resized(value.shape, request))
+        last_axes = range(-len(axes), 0)
+        turned = jnp.moveaxis(value, axes, last_axes)
+        sides = turned.shape[: -len(axes)]
+        small = self._compress(leaf, turned.reshape(*(sides or (1,)), width), -1, fixed)
+        ones = (1,) * (len(axes) - 1)
+        return jnp.moveaxis(
+            small.reshape(*sides, self.plans[leaf].rank, *ones), last_axes, axes
+        )
 
     def _compress(
         self, leaf: int, matrix: jax.Array, axis: int, fixed: Any
     ) -> jax.Array:
         if leaf in self.matrices:
             return multiply(fixed, matrix, axis, None)
-        return self.projection.compress(fixed, matrix, self.rank(leaf), axis)
+        rank = self.plans[leaf].rank
+        return self.projection.compress(fixed, matrix, rank, axis)
 
 
 def is_explicit(sharding: Any) -> bool:
-    """Whether a sharding is part of a type, and not the compiler's to choose."""
+    """Whether a sharding is part of the type, and not the compiler's to choose."""
     explicit = jax.sharding.AxisType.Explicit
     return sharding is not None and explicit in sharding.mesh.axis_types
 
 
 class Step(NamedTuple):
-    """One equation, or one sketch.
+    """A part of a program: an equation, the sketch of its output, or one of a value.
 
     Attributes:
-      reads: what it takes.
-      writes: what it gives.
-      run: from (operators, values read) to the values written.
+      operands: what it reads.
+      results: what it computes.
+      run: from (LeafProjections, values of the operands) to the results.
+      fallbacks: what it computes in full only to sketch it.
     """
 
-    reads: list[Read]
-    writes: list[Read]
-    run: Callable[[Operators, list[Any]], Sequence[Any]]
+    operands: list[Operand]
+    results: list[Operand]
+    run: Callable[[LeafProjections, list[Any]], Sequence[Any]]
+    fallbacks: Sequence[Fallback] = ()
 
 
 class Program(NamedTuple):
-    """The plan of a jaxpr.
+    """What :class:`flora_jax.sketched_grad.planner.Planner` makes of a jaxpr.
 
     Attributes:
-      inputs: what is taken of the jaxpr's inputs.
+      inputs: which of the jaxpr's inputs it takes, as values or sketches.
       steps: in the order in which they run.
-      outputs: atoms and what of them is given.
-      stops: where sketches end before a product.
+      outputs: what it returns.
+      fallbacks: what it computes in full only to sketch it.
       jaxpr: the jaxpr.
       consts: values of its constants.
     """
 
-    inputs: list[Asked]
+    inputs: list[Slot]
     steps: list[Step]
-    outputs: list[Read]
-    stops: list[Stop]
+    outputs: list[Operand]
+    fallbacks: list[Fallback]
     jaxpr: Jaxpr
     consts: Sequence[Any]
 
-    def run(self, operators: Operators, values: Sequence[Any]) -> list[Any]:
+    def run(self, projections: LeafProjections, values: Sequence[Any]) -> list[Any]:
         """Computes the outputs from what ``inputs`` names."""
-        env: dict[Read, Any] = {}
+        known: dict[Operand, Any] = {}
         for v, const in zip(self.jaxpr.constvars, self.consts, strict=True):
-            env[v, None] = const
-        for (i, want), value in zip(self.inputs, values, strict=True):
-            env[self.jaxpr.invars[i], want] = value
+            known[v, None] = const
+        for (i, request), value in zip(self.inputs, values, strict=True):
+            known[self.jaxpr.invars[i], request] = value
 
-        def read(item: Read) -> Any:
-            atom, want = item
+        def read(operand: Operand) -> Any:
+            atom, request = operand
             if not isinstance(atom, Literal):
-                return env[item]
-            if want is None:
+                return known[operand]
+            if request is None:
                 return atom.val
-            return operators.sketch(want.leaf, jnp.asarray(atom.val), want.axes)
+            return projections.sketch(jnp.asarray(atom.val), request)
 
         for step in self.steps:
-            results = step.run(operators, [read(item) for item in step.reads])
-            env.update(zip(step.writes, results, strict=True))
-        return [read(item) for item in self.outputs]
+            results = step.run(projections, [read(x) for x in step.operands])
+            known.update(zip(step.results, results, strict=True))
+        return [read(operand) for operand in self.outputs]

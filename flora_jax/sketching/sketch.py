@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -41,10 +40,10 @@ class Sketch:
     sketched for it, are given the same object. An int stands for ``Sketch(rank=int)``.
 
     Attributes:
-      rank: sketch size r. An int >= 1; a fraction of the sketched side in (0, 1], max(1,
-        round(fraction·side)), where 1.0 keeps leaves dense; a callable of (path, shape);
-        a mapping from path patterns (``"*/mlp/*"``) to any of these; or a tree of ints
-        such as :func:`flora_jax.ranks_for_budget` returns.
+      rank: sketch size r. An int >= 1; a fraction of the sketched side in (0, 1],
+        max(1, round(fraction·side)), where 1.0 keeps leaves dense; a callable of (path,
+        shape); a mapping from path patterns (``"*/mlp/*"``) to any of these; or a tree
+        of ints such as :func:`flora_jax.ranks_for_budget` returns.
       projection: how a matrix is sketched; None for the recipe's own.
       key: int seed, typed threefry2x32 key, or its key data; concrete. Transformations
         salt it with their names; two of the same name in one chain need two keys.
@@ -167,9 +166,9 @@ class Sketch:
         return {}
 
     def _plan(self, path: str, shape: Shape, fold: Any) -> LeafPlan:
-        if isinstance(fold, str):
-            return LeafPlan(path, shape, dense_reason=fold)
-        plan = LeafPlan(path, shape, *fold)
+        plan = LeafPlan.of(path, shape, fold)
+        if plan.dense:
+            return plan
         n, m = plan.rows, plan.columns
         columns = {
             "smaller": m <= n,  # A square matrix is sketched on its columns,
@@ -181,8 +180,8 @@ class Sketch:
         rank = self._rank(path, shape, width)
         if rank >= width:
             reason = f"{rank=} is not below the sketched side of its {n}x{m} fold"
-            return LeafPlan(path, shape, dense_reason=reason)
-        return LeafPlan(path, shape, *fold, axis=-1 if columns else -2, rank=rank)
+            return LeafPlan.of(path, shape, reason)
+        return LeafPlan.of(path, shape, fold, axis=-1 if columns else -2, rank=rank)
 
     def _rank(self, path: str, shape: Shape, width: int) -> int:
         rank = self.rank

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flora_jax._typing import PyTree
 from flora_jax.leaves import LeafPlan
+from flora_jax.projections import Projection
 
 
 @jax.tree_util.register_dataclass
@@ -24,17 +26,19 @@ class SketchedGradients:
         gradients of dense leaves.
       plans: static plans of the leaves, in flattening order.
       like: static shapes and dtypes of the gradients.
-      projection: static; what the sketches were made with.
-      name: static; the transformation whose projections they are.
+      projection: static; how they are sketched.
+      key: static; the two words of the sketch's root key.
+      name: static; the transformation that they are sketched for.
     """
 
-    tree: Any
+    tree: PyTree
     plans: tuple[LeafPlan, ...] = dataclasses.field(metadata={"static": True})
     like: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
-    projection: Any = dataclasses.field(metadata={"static": True})
+    projection: Projection = dataclasses.field(metadata={"static": True})
+    key: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     name: str = dataclasses.field(metadata={"static": True})
 
-    def shapes(self) -> Any:
+    def shapes(self) -> PyTree:
         """The tree of shapes and dtypes that the gradients would have."""
         return jax.tree.unflatten(jax.tree.structure(self.tree), self.like)
 
@@ -47,26 +51,30 @@ class SketchedGradients:
         estimate: ``optax.clip_by_global_norm`` takes it, for unbiased projections.
 
         Returns:
-          A float32 number.
+          A float32 scalar.
         """
         total = jnp.float32(0)
         for plan, leaf in zip(self.plans, jax.tree.leaves(self.tree), strict=True):
-            size = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
-            if (
-                plan.dense_reason is None
-                and self.projection.normalization == "isometric"
-            ):
-                size = size * (plan.width / plan.rank)
-            total = total + size
+            square = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+            if not plan.dense and self.projection.normalization == "isometric":
+                square = square * (plan.width / plan.rank)
+            total = total + square
         return jnp.sqrt(total)
 
-    def check(self, name: str, plans: Sequence[LeafPlan], projection: Any) -> None:
-        """Raises unless a consumer means the same by a sketch.
+    def check(
+        self,
+        name: str,
+        plans: Sequence[LeafPlan],
+        projection: Projection,
+        key: Sequence[int],
+    ) -> None:
+        """Raises unless the transformation that is given them sketches as they do.
 
         Args:
-          name: the transformation that is given the sketches.
+          name: the transformation.
           plans: its plans.
           projection: its projection.
+          key: the two words of its root key.
 
         Raises:
           ValueError: naming the first difference.
@@ -74,35 +82,44 @@ class SketchedGradients:
         if name != self.name:
             raise ValueError(
                 f"`updates` of {name} are sketches for {self.name}, whose projections"
-                f" are others; give sketched_value_and_grad transformation={name!r}"
+                f" are others; give sketched_value_and_grad the state of {name}"
             )
-        if projection != self.projection:
-            raise ValueError(
-                f"`updates` of {name} are sketches by {self.projection}, but it uses"
-                f" {projection}; give both the same `projection`"
-            )
+        key = tuple(map(int, key))
+        for what, ours, theirs in (
+            ("projection", self.projection, projection),
+            ("key", self.key, key),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"`updates` of {name} were sketched with {what} {ours}, but it has"
+                    f" {what} {theirs}; give both the same Sketch"
+                )
         for ours, theirs in zip(self.plans, plans, strict=True):  # Of the same leaves.
             if ours != theirs:
                 raise ValueError(
                     f"`updates` of {name} have leaf {ours.path!r} planned as"
-                    f" {_where_not(ours, theirs)}, but its own plan is"
-                    f" {_where_not(theirs, ours)}; give both the same rank and rules"
+                    f" {_differing(ours, theirs)}, but its own plan is"
+                    f" {_differing(theirs, ours)}; give both the same Sketch"
                 )
 
 
-def _where_not(plan: LeafPlan, other: LeafPlan) -> str:
-    """The fields in which a plan differs from another."""
-    pairs = dataclasses.asdict(plan), dataclasses.asdict(other)
-    return ", ".join(f"{k}={v!r}" for k, v in pairs[0].items() if pairs[1][k] != v)
+def _differing(plan: LeafPlan, other: LeafPlan) -> str:
+    """The fields of a plan that differ from another's."""
+    fields = (field.name for field in dataclasses.fields(plan))
+    return ", ".join(
+        f"{name}={getattr(plan, name)!r}"
+        for name in fields
+        if getattr(plan, name) != getattr(other, name)
+    )
 
 
-def gradient_shapes(updates: Any) -> Any:
+def gradient_shapes(updates: PyTree) -> PyTree:
     """Gradients, or the shapes of those that sketches stand for."""
     return updates.shapes() if isinstance(updates, SketchedGradients) else updates
 
 
 def refuse_sketches(
-    name: str, gradients: Any, why: str, argument: str = "updates"
+    name: str, gradients: PyTree, why: str, argument: str = "updates"
 ) -> None:
     """Raises if a transformation is given sketches that needs gradients.
 

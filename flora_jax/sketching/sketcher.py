@@ -18,6 +18,7 @@ from flora_jax._xla import materialized
 from flora_jax.leaves import (
     LeafPlan,
     describe,
+    is_sharded,
     make_spec,
     replicated,
     replicated_along,
@@ -87,7 +88,7 @@ class Sketcher:
         """
         plans = self.sketch.plan(gradient_shapes(gradients))
         if isinstance(gradients, SketchedGradients):
-            gradients.check(self.name, plans, self.projection)
+            gradients.check(self.name, plans, self.projection, self.sketch.key_data)
         return plans
 
     def sample(
@@ -111,7 +112,8 @@ class Sketcher:
             keys = self.keys(plans, members, root, epoch)
             sample = functools.partial(self.projection.sample, rank=rank, width=width)
             arrays, tree = jax.tree.flatten(materialized(jax.vmap(sample)(keys)))
-            arrays = [replicated(x) for x in arrays]
+            if is_sharded():
+                arrays = [replicated(x) for x in arrays]
             for place, i in enumerate(members):
                 sampled[i] = jax.tree.unflatten(tree, [x[place] for x in arrays])
         return sampled
@@ -145,7 +147,11 @@ class Sketcher:
                 new = self.projection.sample(key, rank, width)
                 return self.projection.transfer(old, new, rank, width)
 
-            old = jax.tree.map(lambda *x: jnp.stack(x), *[sampled[i] for i in members])
+            own = [jax.tree.leaves(sampled[i]) for i in members]
+            old = jax.tree.unflatten(
+                jax.tree.structure(sampled[members[0]]),
+                [jnp.stack(arrays) for arrays in zip(*own, strict=True)],
+            )
             keys = self.keys(plans, members, root, epoch)
             together = jax.lax.map(matrix, (old, keys))
             for place, i in enumerate(members):

@@ -90,20 +90,21 @@ def compressed_accumulation(
 
     Each micro-step forms full gradients: what is saved is the accumulator. Not so if
     ``update`` is given what :func:`flora_jax.sketched_value_and_grad` returns in place
-    of gradients, with the same sketch. In one program with the update, XLA still reserves the mean gradient that the last
-    micro-step of a cycle forms; :func:`flora_jax.compressed_accumulator` is apart.
+    of gradients, with the same sketch. In one program with the update, XLA still
+    reserves the mean gradient that the last micro-step of a cycle forms;
+    :func:`flora_jax.compressed_accumulator` is apart.
 
     Under ``shard_map`` with gradients that are not reduced yet, give ``axis_name``:
     each device accumulates its own, and once per cycle their sketches are averaged, r·n
     elements where k reductions of n·m would be. ``acc_grads`` and ``skip_state`` are
-    then each device's own: carry them with a first axis that is sharded over the mesh. Only
-    at the end of a cycle, where they are zeros, may the number of devices change. The
-    gradients must be each device's own too, taken at parameters of
+    then each device's own: carry them with a first axis that is sharded over the mesh.
+    Only at the end of a cycle, where they are zeros, may the number of devices change.
+    The gradients must be each device's own too, taken at parameters of
     ``jax.lax.pcast(params, axis_name, to="varying")``: jax sums those at replicated
     parameters over the devices.
 
-    Memory: r·max(n, m) elements of ``dtype`` per sketched leaf (``side="smaller"``), the
-    leaf's size for dense ones.
+    Memory: r·max(n, m) elements of ``dtype`` per sketched leaf (``side="smaller"``),
+    the leaf's size for dense ones.
 
     Args:
       inner: what receives the accumulated gradient, for example optax.adafactor(4e-4).

@@ -185,11 +185,11 @@ def momentum_part(
         matching_leaves(NAME, "momentum", state.momentum, plans, shapes)
         return isinstance(updates, SketchedGradients), plans
 
-    step = functools.partial(_step, sketcher, estimator)
+    step = functools.partial(momentum_step, sketcher, estimator)
     return Part(init, plan, step, (decay, resample_every))
 
 
-def _step(
+def momentum_step(
     sketcher: Sketcher,
     estimator: str,
     planned: tuple[bool, Sequence[LeafPlan]],

@@ -34,14 +34,14 @@ def falling(*shape, rate=0.7, seed=0):
 def chosen(projection, matrix, rank, axis):
     """What is stored, S, the sketch and the estimate of a matrix."""
     stored = projection.choose(KEY, matrix, rank, axis)
-    drawn = projection.read(stored, axis)
+    sampled = projection.from_stored(stored, axis)
     width = matrix.shape[axis]
-    sketch = projection.compress(drawn, matrix, rank, axis)
+    sketch = projection.compress(sampled, matrix, rank, axis)
     return (
         stored,
-        projection.entries(drawn, rank, width),
+        projection.as_matrix(sampled, rank, width),
         sketch,
-        projection.expand(drawn, sketch, width, axis),
+        projection.expand(sampled, sketch, width, axis),
     )
 
 
@@ -139,7 +139,7 @@ def test_the_cosine_transform_is_the_fast_one():
 @pytest.mark.parametrize("width", [4096, 5000])
 def test_cosines_of_large_angles(width):
     rows = np.array([0, 1, width // 3, width - 2, width - 1], np.int32)
-    s = jit(lambda rows: fj.TopDCT().entries(rows, len(rows), width))(rows)
+    s = jit(lambda rows: fj.TopDCT().as_matrix(rows, len(rows), width))(rows)
     expected = dct_matrix(width)[rows]
     # Angles reach half as many turns as the width: float32 would lose digits of them.
     assert_close(s, expected, "float32")
@@ -150,7 +150,7 @@ def test_transfers_between_bases(projection):
     old, new = falling(12, 9), falling(12, 9, seed=1)
     stored, s, _, _ = chosen(projection, old, 4, -1)
     other, t, _, _ = chosen(projection, new, 4, -1)
-    read = [projection.read(x, -1) for x in (stored, other)]
+    read = [projection.from_stored(x, -1) for x in (stored, other)]
     c = jit(lambda *read: projection.transfer(*read, 4, 9))(*read)
     s, t = np.asarray(s, np.float64), np.asarray(t, np.float64)
     np.testing.assert_allclose(c, s @ t.T, rtol=0, atol=2e-6)
@@ -172,7 +172,7 @@ def test_they_are_static(projection):
     assert not callable(projection)
     assert hash(projection) == hash(type(projection)(**vars(projection)))
     with pytest.raises(AttributeError):
-        projection.scale = "unbiased"
+        projection.normalization = "unbiased"
 
 
 @pytest.mark.parametrize(
@@ -181,12 +181,12 @@ def test_they_are_static(projection):
         (
             lambda: fj.TopSVD("unbiased"),
             ValueError,
-            "`scale` must be one of 'isometric'",
+            "`normalization` must be one of 'isometric'",
         ),
         (
             lambda: fj.TopDCT("unbiased"),
             ValueError,
-            "`scale` must be one of 'isometric'",
+            "`normalization` must be one of 'isometric'",
         ),
         (lambda: fj.TopSVD(method="qr"), ValueError, "`method` must be one of 'exact'"),
         (lambda: fj.TopDCT(norm="l3"), ValueError, "`norm` must be one of 'l1', 'l2'"),
@@ -203,7 +203,7 @@ def test_widths_whose_angles_do_not_fit_in_32_bits():
     rows = jax.ShapeDtypeStruct((4,), jnp.int32)
 
     def entries(width):
-        return jax.eval_shape(lambda rows: fj.TopDCT().entries(rows, 4, width), rows)
+        return jax.eval_shape(lambda rows: fj.TopDCT().as_matrix(rows, 4, width), rows)
 
     assert entries(46340).shape == (4, 46340)
     with pytest.raises(
@@ -215,7 +215,7 @@ def test_widths_whose_angles_do_not_fit_in_32_bits():
 def test_the_largest_angle_that_fits():
     # i (2j+1) of the last row and column, below 2**32.
     last = 46339
-    s = fj.TopDCT().entries(jnp.array([last], jnp.int32), 1, last + 1)[0, -1]
+    s = fj.TopDCT().as_matrix(jnp.array([last], jnp.int32), 1, last + 1)[0, -1]
     turns = (last * (2 * last + 1)) % (4 * (last + 1))
     expected = (2 / (last + 1)) ** 0.5 * np.cos(turns * np.pi / (2 * (last + 1)))
     np.testing.assert_allclose(s, expected, rtol=0, atol=1e-8)

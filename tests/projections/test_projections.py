@@ -12,11 +12,13 @@ import flora_jax as fj
 from tests.common import assert_close
 
 WIDTH = 12
-ISOMETRIC = fj.CountSketch(scale="isometric")
+ISOMETRIC = fj.CountSketch(normalization="isometric")
 KINDS = [fj.Gaussian, fj.Rademacher, fj.CountSketch, fj.Orthogonal, fj.SRHT]
 ISOMETRIES = [fj.CountSketch, fj.Orthogonal, fj.SRHT]
 PROJECTIONS = {kind.__name__: kind() for kind in KINDS}
-PROJECTIONS |= {f"isometric {k.__name__}": k(scale="isometric") for k in ISOMETRIES}
+PROJECTIONS |= {
+    f"isometric {k.__name__}": k(normalization="isometric") for k in ISOMETRIES
+}
 # Dividing the width and not, the smallest, the largest that is below it, and itself.
 RANKS = [4, 5, 1, WIDTH - 1, WIDTH]
 CASES = [
@@ -27,7 +29,11 @@ CASES = [
         if kind != fj.CountSketch
         for rank in (5, 1, 11)
     ),
-    *((kind(scale="isometric"), rank) for kind in ISOMETRIES for rank in (4, 5)),
+    *(
+        (kind(normalization="isometric"), rank)
+        for kind in ISOMETRIES
+        for rank in (4, 5)
+    ),
 ]
 each_projection = pytest.mark.parametrize(
     "projection", PROJECTIONS.values(), ids=PROJECTIONS
@@ -142,13 +148,13 @@ def test_rows_of_a_count_sketch_are_orthogonal(projection, rank):
 
 
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("scale", ["unbiased", "isometric"])
+@pytest.mark.parametrize("normalization", ["unbiased", "isometric"])
 @pytest.mark.parametrize("kind", [fj.Orthogonal, fj.SRHT])
-def test_scaled_isometries(kind, scale, rank):
+def test_scaled_isometries(kind, normalization, rank):
     """S S' = (m/r) I, or I."""
-    projection = kind(scale=scale)
+    projection = kind(normalization=normalization)
     s, gram = matrix_of(projection, rank), projection.gram_diagonal(rank, WIDTH)
-    square = WIDTH / rank if scale == "unbiased" else 1.0
+    square = WIDTH / rank if normalization == "unbiased" else 1.0
     assert_close(s @ s.T, square * np.eye(rank), "float32")
     assert_close(gram, np.full(rank, square), "float32")
 
@@ -176,7 +182,7 @@ def test_haar_signs_are_random():
 def test_isometric_estimates_are_orthogonal_projections(kind, rank):
     """P = P' = P P of rank r, so that they shrink."""
     _, p = there_and_back(
-        kind(scale="isometric"),
+        kind(normalization="isometric"),
         jax.random.key(3),
         rank,
         np.eye(WIDTH, dtype=np.float32),
@@ -198,8 +204,8 @@ def test_count_sketch_of_full_rank_is_a_signed_permutation():
 @each_projection
 def test_the_same_under_jit_as_without(projection):
     g, key = normal(7, WIDTH), jax.random.key(1)
-    draw = functools.partial(projection.matrix, rank=5, width=WIDTH)
-    jitted, eager = jax.jit(draw)(key), draw(key)
+    sample = functools.partial(projection.matrix, rank=5, width=WIDTH)
+    jitted, eager = jax.jit(sample)(key), sample(key)
     # XLA fuses the factors of an entry, which saves a rounding.
     if not isinstance(projection, fj.CountSketch):
         assert_close(jitted, eager)
@@ -278,7 +284,7 @@ def test_is_a_static_setting(projection):
     assert copy == projection
     assert hash(copy) == hash(projection)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        projection.scale = "isometric"
+        projection.normalization = "isometric"
     assert jax.tree.leaves(projection) == [projection]
 
 
@@ -289,4 +295,4 @@ def test_those_that_differ_are_not_equal():
 @pytest.mark.parametrize("kind", [fj.Gaussian, fj.Rademacher])
 def test_independent_entries_cannot_be_isometric(kind):
     with pytest.raises(ValueError, match="'isometric'.*use Orthogonal"):
-        kind(scale="isometric")
+        kind(normalization="isometric")

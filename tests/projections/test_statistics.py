@@ -50,7 +50,7 @@ def assert_mean(samples, expected, bound):
     assert (difference <= z * error).all(), (difference / (error + 1e-9)).max()
 
 
-def draw(projection, rank):
+def sample(projection, rank):
     """Sketches and estimates of the unit vectors, and then of DIRECTIONS, by key."""
     vectors = np.concatenate([np.eye(WIDTH), DIRECTIONS])
     matrix = jnp.asarray(vectors, jnp.float32)
@@ -75,10 +75,10 @@ CASES = [(kind, r) for kind in KINDS for r in (8, 7, 1, 47)]
 @pytest.fixture(
     scope="module", params=CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}"
 )
-def drawn(request):
+def sampled(request):
     """Rank, expected squared error, sketches and estimates."""
     kind, rank = request.param
-    return rank, expected_variance(kind, rank), *draw(kind(), rank)
+    return rank, expected_variance(kind, rank), *sample(kind(), rank)
 
 
 def expected_variance(kind, rank):
@@ -96,31 +96,31 @@ def largest_error(rank):
     return 1.2 * math.sqrt(2 / (rank * KEYS))
 
 
-def test_estimates_are_unbiased(drawn):
+def test_estimates_are_unbiased(sampled):
     """E[S'S] = I, entry by entry."""
-    rank, _, _, estimates = drawn
+    rank, _, _, estimates = sampled
     assert_mean(estimates[:, :WIDTH], np.eye(WIDTH), largest_error(rank))
 
 
-def test_estimates_are_unbiased_along_structured_directions(drawn):
+def test_estimates_are_unbiased_along_structured_directions(sampled):
     """Many small errors of one sign would hide in the entries of S'S."""
-    rank, _, _, estimates = drawn
+    rank, _, _, estimates = sampled
     estimates = estimates[:, WIDTH:]
     assert_mean(estimates, DIRECTIONS, largest_error(rank))
     assert_mean((estimates * DIRECTIONS).sum(axis=-1), 1.0, largest_error(rank))
 
 
-def test_squared_norm_of_the_sketch_is_unbiased(drawn):
-    rank, _, sketches, _ = drawn
+def test_squared_norm_of_the_sketch_is_unbiased(sampled):
+    rank, _, sketches, _ = sampled
     assert_mean((sketches**2).sum(axis=-1), 1.0, largest_error(rank))
 
 
-def test_distortion_of_norms(drawn):
+def test_distortion_of_norms(sampled):
     """Johnson-Lindenstrauss: E(‖Sx‖² − 1)² ≤ 2/r, of unit vectors that are not random.
 
     One column, two, one of each head, constant, ramp, periodic, power law.
     """
-    rank, _, sketches, _ = drawn
+    rank, _, sketches, _ = sampled
     distortion = ((sketches**2).sum(axis=-1).astype(np.float64) - 1) ** 2
     error = distortion.std(axis=0, ddof=1) / math.sqrt(KEYS)
     assert (distortion.mean(axis=0) <= 2 / rank + 5 * error + 1e-9).all()
@@ -131,7 +131,7 @@ def test_where_a_count_sketch_is_weaker():
     rank, pair = 8, WIDTH + len(DIRECTIONS) - 2
     share = {}
     for kind in (fj.CountSketch, fj.Orthogonal):
-        sketches, _ = draw(kind(), rank)
+        sketches, _ = sample(kind(), rank)
         squares = (sketches[:, pair] ** 2).sum(axis=-1)
         share[kind] = (np.abs(squares - 1) > 0.99).mean()
     error = math.sqrt(1 / rank * (1 - 1 / rank) / KEYS)
@@ -139,9 +139,9 @@ def test_where_a_count_sketch_is_weaker():
     assert share[fj.Orthogonal] < 0.5 / rank
 
 
-def test_variance_is_that_of_the_formula(drawn):
+def test_variance_is_that_of_the_formula(sampled):
     """In every direction: neither projection prefers one."""
-    _, variance, _, estimates = drawn
+    _, variance, _, estimates = sampled
     errors = ((estimates[:, WIDTH:] - DIRECTIONS) ** 2).sum(axis=-1)
     assert_mean(errors, variance, 0.05 * max(variance, 0.1))
 
@@ -149,7 +149,7 @@ def test_variance_is_that_of_the_formula(drawn):
 @pytest.mark.parametrize("kind", [fj.CountSketch, fj.Orthogonal, fj.SRHT])
 def test_isometric_estimates_shrink_to_the_seen_part(kind):
     """E[S'S] = (r/m) I, though r does not divide m."""
-    _, estimates = draw(kind(scale="isometric"), 7)
+    _, estimates = sample(kind(normalization="isometric"), 7)
     assert_mean(estimates[:, :WIDTH], 7 / WIDTH * np.eye(WIDTH), 0.01)
 
 
@@ -165,7 +165,7 @@ def test_isometric_estimates_shrink_to_the_seen_part(kind):
     ],
 )
 def test_cosine_of_the_estimate(projection, rank, expected):
-    """Of many rows, so that the cosine of one draw is near its expectation."""
+    """Of many rows, so that the cosine of one sample is near its expectation."""
     matrix = np.random.default_rng(1).normal(size=(128, 512)).astype(np.float32)
 
     @jax.jit

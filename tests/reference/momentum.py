@@ -4,9 +4,9 @@ import numpy as np
 
 
 def sketched_momentum(
-    gradients, projection, decay, resample_every, reading="paper", left=False
+    gradients, projection, decay, resample_every, estimator="paper", left=False
 ):
-    """Updates of all steps and the last momentum, of one matrix.
+    """Updates of all steps, and the momentum as the next one finds it, of one matrix.
 
     gradients: n x m matrices. projection: epoch -> S, r x m. left: sketch the rows, by
     running the algorithm on the transposes. resample_every: None for never.
@@ -19,10 +19,17 @@ def sketched_momentum(
         s = projection(epoch)
         if t > 0 and resample_every and t % resample_every == 0:
             momentum = momentum @ (projection(epoch - 1) @ s.T)
-        momentum = decay * momentum + (1 - decay) * (g @ s.T)
-        update = {"paper": _paper, "interpolated": _interpolated, "residual": _residual}
-        u = update[reading](momentum, s, g, decay)
+        old, momentum = momentum, decay * momentum + (1 - decay) * (g @ s.T)
+        update = {"paper": _paper, "nesterov": _nesterov, "residual": _residual}
+        if estimator == "fresh":
+            u = decay * (old @ s if t else 0.0) + (1 - decay) * g
+        else:
+            u = update[estimator](momentum, s, g, decay)
         updates.append(u.T if left else u)
+    steps = len(gradients)
+    if resample_every and steps % resample_every == 0:
+        epoch = steps // resample_every
+        momentum = momentum @ (projection(epoch - 1) @ projection(epoch).T)
     return updates, momentum.T if left else momentum
 
 
@@ -30,7 +37,7 @@ def _paper(momentum, s, g, decay):
     return momentum @ s
 
 
-def _interpolated(momentum, s, g, decay):
+def _nesterov(momentum, s, g, decay):
     return decay * (momentum @ s) + (1 - decay) * g
 
 

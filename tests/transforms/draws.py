@@ -1,22 +1,33 @@
 """The library's own S for the oracles, and runs of whole transformations."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.random import keys as _keys
-from flora_jax import Projection
+import flora_jax as fj
+from flora_jax.random import leaf_keys
 from tests.reference.folds import RANKS, width
 
 # Unoptimised programs: these tests compile much and compute little.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+_SKETCH = {field.name for field in dataclasses.fields(fj.Sketch)}
+
+
+def sketch_and_rest(rank, settings):
+    """A Sketch of those settings that are its own, and the others."""
+    own = {name: x for name, x in settings.items() if name in _SKETCH}
+    rest = {name: x for name, x in settings.items() if name not in _SKETCH}
+    return fj.Sketch(rank, **own), rest
+
+
 @functools.cache
 def _matrix(projection, seed, name, path, rank, size, epoch):
-    (key,) = _keys.leaf_keys(jnp.array([0, seed], jnp.uint32), name, [path], epoch)
+    (key,) = leaf_keys(jnp.array([0, seed], jnp.uint32), name, [path], epoch)
     return np.asarray(projection.matrix(key, rank, size), np.float64)
 
 
@@ -29,8 +40,8 @@ def draw(projection, seed, name, path, side):
 
 def case_id(value):
     """How a projection, a tuple of leaves or a function reads in a test's name."""
-    if isinstance(value, Projection):
-        return f"{type(value).__name__}-{value.scale}"
+    if isinstance(value, fj.Projection):
+        return f"{type(value).__name__}-{value.normalization}"
     if callable(value):
         return value.__name__
     return "-".join(value) if isinstance(value, tuple) else None

@@ -7,13 +7,13 @@ import optax
 import pytest
 
 import flora_jax as fj
-from flora_jax.leaves.plan import LeafPlan
-from flora_jax.leaves.rules import LeafRules
-from flora_jax.sketching.sketcher import Sketcher, accumulate_leaf
+from flora_jax import LeafPlan
+from flora_jax.sketching import Sketcher
+from flora_jax.transforms.accumulation import accumulate, estimate
 from tests.common import assert_close
 from tests.reference import folds
 from tests.reference.accumulation import sketched_accumulation
-from tests.transforms.draws import case_id, draw, jit, run
+from tests.transforms.draws import case_id, draw, jit, run, sketch_and_rest
 
 ALL = tuple(folds.SHAPES)
 
@@ -33,14 +33,15 @@ CASES = [
     (fj.CountSketch(), "larger", False, 3, 8, ("wide", "cut", "stack")),
     (fj.CountSketch(), "left", True, 3, 9, ("tall",)),
     (fj.CountSketch(), "right", False, growing, 9, ("wide",)),
-    (fj.CountSketch(scale="isometric"), "smaller", True, 3, 8, ("wide",)),
+    (fj.CountSketch("isometric"), "smaller", True, 3, 8, ("wide",)),
 ]
 
 
 def accumulation(inner=None, every_k=3, rank=4, **settings):
     settings = {"min_dim_size": 8, "key": 11, **settings}
     inner = optax.identity() if inner is None else inner
-    return fj.compressed_accumulation(inner, every_k, rank, **settings)
+    sketch, rest = sketch_and_rest(rank, settings)
+    return fj.compressed_accumulation(inner, every_k, sketch, **rest)
 
 
 @pytest.mark.parametrize(
@@ -125,20 +126,23 @@ def test_full_rank_equals_the_plain_accumulator(axis, mean):
     plan = LeafPlan(
         "w", (3, 8, 12), (0,), (1,), (2,), axis, rank=12 if axis == -1 else 8
     )
-    sketcher = Sketcher("identity", LeafRules(plan.rank), fj.CountSketch())
+    sketch = fj.Sketch(plan.rank, fj.CountSketch("unbiased"))
+    sketcher = Sketcher("identity", sketch)
     gradients = np.random.default_rng(3).normal(size=(4, 3, 8, 12)).astype(np.float32)
 
     @jit
-    def accumulate(gradients):
-        acc = jnp.zeros(plan.state_shape)
-        (drawn,) = sketcher.draw([plan], jnp.zeros(2, jnp.uint32), 0)
+    def run_cycle(gradients):
+        acc = [jnp.zeros(plan.state_shape)]
+        sampled = sketcher.sample([plan], jnp.zeros(2, jnp.uint32), 0)
         for i, gradient in enumerate(gradients):
-            acc = accumulate_leaf(sketcher, plan, drawn, mean, i, gradient, acc)
-        return acc, sketcher.unsketch(plan, drawn, acc)
+            acc = accumulate(
+                sketcher, [plan], mean, False, None, sampled, [gradient], acc, i
+            )
+        return *acc, *estimate(sketcher, [plan], None, sampled, acc)
 
-    acc, estimate = accumulate(gradients)
+    acc, found = run_cycle(gradients)
     expected = gradients.mean(axis=0) if mean else gradients.sum(axis=0)
-    assert_close(estimate, expected)
+    assert_close(found, expected)
     assert np.abs(np.asarray(acc) - expected).max() > 0.1
 
 

@@ -46,20 +46,20 @@ OPTIMIZERS = {
 class Selection(fj.ObliviousProjection):
     """Keeps the first r columns or rows: a projection that compiles in no time."""
 
-    def draw(self, key, rank, width):
+    def sample(self, key, rank, width):
         return key
 
-    def compress(self, drawn, matrix, rank, axis, weights=None):
+    def compress(self, sampled, matrix, rank, axis, weights=None):
         assert weights is None
         kept = jax.lax.slice_in_dim(matrix, 0, rank, axis=axis % matrix.ndim)
         return kept.astype(jnp.float32)
 
-    def expand(self, drawn, sketch, width, axis):
+    def expand(self, sampled, sketch, width, axis):
         pad = [(0, 0)] * sketch.ndim
         pad[axis] = (0, width - sketch.shape[axis])
         return jnp.pad(sketch, pad)
 
-    def entries(self, drawn, rank, width):
+    def as_matrix(self, sampled, rank, width):
         return jnp.eye(rank, width)
 
     def gram_diagonal(self, rank, width):
@@ -100,9 +100,8 @@ def train(tx, params, dtype):
 
 
 def accumulation(inner):
-    return fj.compressed_accumulation(
-        inner, 3, 2, projection=Selection(), min_dim_size=8
-    )
+    sketch = fj.Sketch(2, Selection("unbiased"), min_dim_size=8)
+    return fj.compressed_accumulation(inner, 3, sketch)
 
 
 def ones(dtype):

@@ -1,5 +1,6 @@
 """The accumulator for optax.microbatching equals the transformation's cycle."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,9 @@ import pytest
 
 import flora_jax as fj
 from tests.common import assert_close
-from tests.transforms.draws import jit, run
+from tests.transforms.draws import jit
 
-SETTINGS = {"min_dim_size": 8, "key": 3}
+SKETCH = fj.Sketch(4, key=3, min_dim_size=8)
 MEAN = optax.microbatching.AccumulationType.MEAN
 DATA = np.random.default_rng(4).normal(size=(8, 16)).astype(np.float32)
 PARAMS = {
@@ -28,15 +29,10 @@ def loss(params, x):
 gradient_of = jit(jax.grad(loss))
 
 
-def cycle(gradients, number, use_mean, **settings):
+def cycle(gradients, number, use_mean, sketch=SKETCH):
     """What compressed_accumulation gives to its inner transformation in one cycle."""
     tx = fj.compressed_accumulation(
-        optax.identity(),
-        len(gradients),
-        4,
-        use_grad_mean=use_mean,
-        **SETTINGS,
-        **settings,
+        optax.identity(), len(gradients), sketch, use_grad_mean=use_mean
     )
     fresh = tx.init(gradients[0])._replace(gradient_step=jnp.int32(number))
     state, step = fresh, jit(tx.update)
@@ -48,6 +44,7 @@ def cycle(gradients, number, use_mean, **settings):
 @pytest.mark.parametrize("use_mean", [True, False])
 @pytest.mark.parametrize("projection", [fj.Gaussian(), fj.CountSketch()])
 def test_equals_compressed_accumulation(projection, use_mean):
+    sketch = dataclasses.replace(SKETCH, projection=projection)
     rng = np.random.default_rng(6)
     gradients = [
         {"w": rng.normal(size=(3, 16, 24)).astype(np.float32), "b": np.ones(3, "f4")}
@@ -56,24 +53,22 @@ def test_equals_compressed_accumulation(projection, use_mean):
 
     @jit
     def accumulate(gradients, step):
-        accumulator = fj.compressed_accumulator(
-            4, step=step, use_mean=use_mean, projection=projection, **SETTINGS
-        )
+        accumulator = fj.compressed_accumulator(sketch, step=step, use_mean=use_mean)
         carry = accumulator.init(jax.eval_shape(lambda: gradients[0]))
         for i, gradient in enumerate(gradients):
             carry = accumulator.update(carry, gradient, i)
         return accumulator.finalize(carry)
 
-    drawn = [accumulate(gradients, step) for step in (0, 1)]
+    sampled = [accumulate(gradients, step) for step in (0, 1)]
     for step in (0, 1):
-        expected = cycle(gradients, step, use_mean, projection=projection)
-        assert_close(drawn[step], expected)
-    assert np.abs(drawn[0]["w"] - drawn[1]["w"]).max() > 0.1
+        expected = cycle(gradients, step, use_mean, sketch)
+        assert_close(sampled[step], expected)
+    assert np.abs(sampled[0]["w"] - sampled[1]["w"]).max() > 0.1
 
 
 @functools.partial(jit, static_argnums=3)
 def microbatched(params, data, step, size):
-    accumulator = fj.compressed_accumulator(4, step=step, **SETTINGS)
+    accumulator = fj.compressed_accumulator(SKETCH, step=step)
     return optax.microbatching.microbatch(
         jax.value_and_grad(loss),
         argnums=1,
@@ -99,7 +94,7 @@ def test_stops_early_with_the_mean_of_what_it_saw():
             jax.grad(loss),
             argnums=1,
             microbatch_size=2,
-            accumulator=fj.compressed_accumulator(4, **SETTINGS),
+            accumulator=fj.compressed_accumulator(SKETCH),
             num_real_microbatches=number,
         )(params, data)
 
@@ -117,7 +112,7 @@ def test_aggregates_inside_micro_vmap(use_mean):
             jax.grad(loss),
             in_axes=(None, 0),
             microbatch_size=2,
-            accumulator=fj.compressed_accumulator(4, use_mean=use_mean, **SETTINGS),
+            accumulator=fj.compressed_accumulator(SKETCH, use_mean=use_mean),
         )(params, data)
 
     each = [gradient_of(PARAMS, row) for row in DATA]
@@ -139,18 +134,24 @@ def test_gradients_come_back_in_their_dtype():
 
 
 @pytest.mark.parametrize(
-    "key", [jax.random.key(3), np.array([0, 3], np.uint32), jax.random.key_data]
+    "key", [3, jax.random.key(3), np.array([0, 3], np.uint32)], ids=type
 )
 def test_key_in_every_form(key):
     gradients = [{"w": np.eye(16, dtype=np.float32)}]
-    tx = fj.compressed_accumulation(optax.identity(), 2, 4, min_dim_size=8, key=3)
-    expected = run(tx, 2 * gradients)[0][-1]
+    accumulator = fj.compressed_accumulator(fj.Sketch(4, key=key, min_dim_size=8))
+    carry = accumulator.update(accumulator.init(gradients[0]), gradients[0], 0)
+    assert_close(accumulator.finalize(carry), cycle(gradients * 2, 0, True))
 
-    @jit
-    def accumulate(traced):
-        given = key(traced) if callable(key) else key
-        accumulator = fj.compressed_accumulator(4, key=given, min_dim_size=8)
-        carry = accumulator.update(accumulator.init(gradients[0]), gradients[0], 0)
-        return accumulator.finalize(carry)
 
-    assert_close(accumulate(jax.random.key(3)), expected)
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"step": 1.5}, TypeError, "`step` must be an integer"),
+        ({"axis_name": 3}, TypeError, "`axis_name`"),
+        ({"dtype": "int8"}, TypeError, "`dtype`"),
+        ({"sketch": fj.Sketch(4, projection=fj.TopSVD())}, TypeError, "regenerates"),
+    ],
+)
+def test_bad_arguments(settings, error, match):
+    with pytest.raises(error, match=match):
+        fj.compressed_accumulator(**{"sketch": SKETCH} | settings)

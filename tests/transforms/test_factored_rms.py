@@ -1,5 +1,7 @@
 """The factored second moment against the oracle and optax's."""
 
+import math
+
 import jax
 import numpy as np
 import optax
@@ -11,10 +13,12 @@ from tests.reference import folds
 from tests.reference.factored_rms import factored_rms
 from tests.transforms.draws import run
 
+RULES = fj.LeafRules(min_dim_size=8, max_aspect_ratio=math.inf)
+
 
 def test_equals_adafactor():
     gradients = folds.gradients(6)
-    updates, _ = run(fj.scale_by_factored_rms(min_dim_size_to_factor=8), gradients)
+    updates, _ = run(fj.scale_by_factored_rms(rules=RULES), gradients)
     for name in folds.SHAPES:
         stacks = [folds.fold(name, g[name]) for g in gradients]
         slices = [factored_rms(matrices) for matrices in zip(*stacks, strict=True)]
@@ -31,11 +35,12 @@ def test_equals_optax_where_both_factor_the_same_axes(decay_rate):
         {**g, "bias": b, "scalar": b[0]} for g, b in zip(gradients, bias, strict=True)
     ]
     folded = [{**g, "cut": g["cut"].reshape(16, 32)} for g in gradients]
-    settings = {"decay_rate": decay_rate, "min_dim_size_to_factor": 8}
-    updates, ours = run(fj.scale_by_factored_rms(**settings), gradients)
-    expected, theirs = run(
-        optax.scale_by_factored_rms(**settings, epsilon=1e-30), folded, folded[0]
+    tx = fj.scale_by_factored_rms(decay_rate, rules=RULES)
+    peer = optax.scale_by_factored_rms(
+        decay_rate=decay_rate, min_dim_size_to_factor=8, epsilon=1e-30
     )
+    updates, ours = run(tx, gradients)
+    expected, theirs = run(peer, folded, folded[0])
     for update, reference in zip(updates, expected, strict=True):
         folded_update = {**update, "cut": update["cut"].reshape(16, 32)}
         assert_close(folded_update, reference)
@@ -50,7 +55,7 @@ def test_equals_optax_where_both_factor_the_same_axes(decay_rate):
 
 def test_epsilon_keeps_a_zero_gradient_at_zero():
     gradients = [{"w": np.zeros((16, 24), np.float32), "b": np.zeros(3, np.float32)}]
-    tx = fj.scale_by_factored_rms(min_dim_size_to_factor=8)
+    tx = fj.scale_by_factored_rms(rules=RULES)
     for leaf in jax.tree.leaves(run(tx, 2 * gradients)):
         assert np.isfinite(leaf).all()
     assert not run(tx, gradients)[0][0]["w"].any()

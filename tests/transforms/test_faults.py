@@ -14,7 +14,7 @@ from tests.conformance.states import COUNTERS, own_states
 from tests.reference import folds
 
 # One for each kind of state; tests/conformance/test_wrappers.py has NaN for all cases.
-QUICK = ("accumulation-adam", "momentum-interpolated-gaussian", "subspace")
+QUICK = ("accumulation-adam", "momentum-nesterov-gaussian", "subspace")
 every_case = pytest.mark.parametrize(
     "case",
     [
@@ -74,11 +74,10 @@ def test_skip_large_updates_loses_no_micro_step():
     tx = fj.compressed_accumulation(
         optax.adam(1e-2),
         growing,
-        4,
+        fj.Sketch(4, min_dim_size=8),
         should_skip_update_fn=functools.partial(
             optax.skip_large_updates, max_squared_norm=limit
         ),
-        min_dim_size=8,
     )
     step = jit(tx.update)
 
@@ -123,9 +122,8 @@ def loss_fn(params, batch):
 
 accumulation = fj.compressed_accumulation(
     optax.adam(1e-2, eps=1e-12),
-    every_k=EVERY,
-    rank=4,
-    min_dim_size=8,
+    EVERY,
+    fj.Sketch(4, min_dim_size=8),
     should_skip_update_fn=optax.skip_not_finite,
 )
 

@@ -6,11 +6,10 @@ import optax
 import pytest
 
 import flora_jax as fj
-from flora_jax.leaves.plan import LeafPlan
-from flora_jax.leaves.rules import LeafRules
-from flora_jax.transforms.parts import ScaledLeaf, clip_step
-from flora_jax.transforms.parameter_scale import scale_by_parameter_scale
-from flora_jax.sketching.sketcher import Sketcher
+from flora_jax import LeafPlan
+from flora_jax.sketching import ScaledLeaf, Sketcher
+from flora_jax.transforms import scale_by_parameter_scale
+from flora_jax.transforms.parts import clip_leaf
 from tests.common import assert_close
 from tests.transforms.draws import jit
 
@@ -28,24 +27,24 @@ FACTORS = {
     # The last two are of other folds than the plan's.
     "folded": [(12, 1, 1), (1, 3, 4), (12, 3, 1), (1, 1, 4)],
 }
-PROJECTIONS = [fj.CountSketch(), fj.Gaussian(), fj.SRHT()]
+PROJECTIONS = [fj.CountSketch("unbiased"), fj.Gaussian(), fj.SRHT("unbiased")]
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("name", PLANS)
 def test_sketch_of_a_scaled_leaf(name, projection):
     plan, rng = PLANS[name], np.random.default_rng(0)
-    sketcher = Sketcher("test", LeafRules(plan.rank), projection)
+    sketcher = Sketcher("test", fj.Sketch(plan.rank, projection))
     leaf = rng.normal(size=plan.shape).astype(np.float32)
     factors = [rng.uniform(0.5, 2, size=s).astype(np.float32) for s in FACTORS[name]]
     factors.append(np.float32(3.0))
 
     @jit
     def sketches(leaf, factors):
-        (drawn,) = sketcher.draw([plan], jnp.zeros(2, jnp.uint32), 0)
+        (sampled,) = sketcher.sample([plan], jnp.zeros(2, jnp.uint32), 0)
         scaled = ScaledLeaf(leaf).times(*factors)
         plain = ScaledLeaf(scaled.value())
-        return [sketcher.sketch(plan, drawn, x) for x in (scaled, plain)]
+        return [sketcher.sketch_leaf(plan, sampled, x) for x in (scaled, plain)]
 
     scaled, plain = sketches(leaf, [jnp.asarray(factor) for factor in factors])
     assert scaled.shape == plan.state_shape
@@ -69,7 +68,7 @@ def test_clips_as_optax(size):
     tx = optax.clip_by_block_rms(0.5)
     expected, _ = tx.update(leaf, tx.init(leaf))
     factor = jnp.float32(2.0)
-    clipped = clip_step(ScaledLeaf(jnp.asarray(leaf / 2), (factor,)), 0.5)
+    clipped = clip_leaf(ScaledLeaf(jnp.asarray(leaf / 2), (factor,)), 0.5)
     assert_close(clipped.value(), expected)
 
 

@@ -10,7 +10,7 @@ import flora_jax as fj
 from tests.common import assert_close
 from tests.reference import folds
 from tests.reference.momentum import sketched_momentum
-from tests.transforms.draws import case_id, draw, run
+from tests.transforms.draws import case_id, draw, run, sketch_and_rest
 
 ALL = tuple(folds.SHAPES)
 # Every shape, on its columns and on its rows, whether or not the rank divides the side.
@@ -19,22 +19,25 @@ CASES = [
     (fj.Gaussian(), "paper", "larger", ALL),
     (fj.Gaussian(), "paper", "left", ("tall",)),
     (fj.Gaussian(), "paper", "right", ("wide",)),
-    (fj.Gaussian(), "interpolated", "smaller", ("tall", "cut")),
+    (fj.Gaussian(), "nesterov", "smaller", ("tall", "cut")),
+    (fj.Gaussian(), "fresh", "smaller", ("wide", "stack")),
+    (fj.CountSketch(), "fresh", "larger", ("tall", "cut")),
     (fj.CountSketch(), "paper", "smaller", ("wide", "square", "stack")),
     (fj.CountSketch(), "paper", "left", ("tall",)),
-    (fj.CountSketch(), "interpolated", "right", ("wide",)),
+    (fj.CountSketch(), "nesterov", "right", ("wide",)),
     (fj.CountSketch(), "residual", "smaller", ("tall", "cut", "stack")),
     (fj.CountSketch(), "residual", "larger", ("wide", "square")),
-    (fj.CountSketch(scale="isometric"), "residual", "smaller", ("wide",)),
+    (fj.CountSketch("isometric"), "residual", "smaller", ("wide",)),
 ]
 
 
 def momentum(rank=folds.RANKS, decay=0.5, **settings):
     settings = {"resample_every": 3, "min_dim_size": 8, "key": 11, **settings}
-    return fj.compressed_momentum(decay, rank, **settings)
+    sketch, rest = sketch_and_rest(rank, settings)
+    return fj.compressed_momentum(decay, sketch, **rest)
 
 
-def expected_momentum(gradients, name, projection, reading, side, every):
+def expected_momentum(gradients, name, projection, estimator, side, every):
     """The oracle's updates, and its last momentum, of one leaf."""
     results = [
         sketched_momentum(
@@ -42,7 +45,7 @@ def expected_momentum(gradients, name, projection, reading, side, every):
             draw(projection, 11, "compressed_momentum", name, side),
             0.5,
             every,
-            reading,
+            estimator,
             folds.left(name, side),
         )
         for matrices in zip(
@@ -53,11 +56,11 @@ def expected_momentum(gradients, name, projection, reading, side, every):
     return updates, np.stack([r[1] for r in results])
 
 
-def check_oracle(gradients, projection, reading, side, every):
+def check_oracle(gradients, projection, estimator, side, every):
     tx = momentum(
         {name: folds.RANKS[name] for name in gradients[0]},
         projection=projection,
-        reading=reading,
+        estimator=estimator,
         side=side,
         resample_every=every,
     )
@@ -65,17 +68,19 @@ def check_oracle(gradients, projection, reading, side, every):
     assert int(state.count) == len(gradients)
     for name in gradients[0]:
         expected, last = expected_momentum(
-            gradients, name, projection, reading, side, every
+            gradients, name, projection, estimator, side, every
         )
         assert_close([folds.fold(name, u[name]) for u in updates], expected, "float32")
         kept = np.asarray(state.momentum[name], np.float64).reshape(last.shape)
         assert_close(kept, last, "float32")
 
 
-@pytest.mark.parametrize(("projection", "reading", "side", "names"), CASES, ids=case_id)
-def test_equals_algorithm_2(projection, reading, side, names):
+@pytest.mark.parametrize(
+    ("projection", "estimator", "side", "names"), CASES, ids=case_id
+)
+def test_equals_algorithm_2(projection, estimator, side, names):
     # Eight steps: S is replaced before the steps 3 and 6.
-    check_oracle(folds.gradients(8, names), projection, reading, side, 3)
+    check_oracle(folds.gradients(8, names), projection, estimator, side, 3)
 
 
 @pytest.mark.parametrize("every", [None, 1])
@@ -92,7 +97,7 @@ def test_residual_is_the_designs_formula_where_the_rank_divides_the_width():
     """The update is (r/m) M S + (G - G P), P the projector onto the rows of S."""
     r, m = folds.RANKS["tall"], 16
     gradients = folds.gradients(5, ("tall",))
-    tx = momentum(r, projection=fj.CountSketch(), reading="residual")
+    tx = momentum(r, projection=fj.CountSketch(), estimator="residual")
     s = draw(fj.CountSketch(), 11, "compressed_momentum", "tall", "smaller")
     updates, state = run(tx, gradients)
     s, g = s(1), np.asarray(gradients[-1]["tall"], np.float64)
@@ -110,18 +115,19 @@ def test_decay_may_be_an_array(decay):
 
 
 @pytest.mark.parametrize(
-    ("reading", "projection", "uncompressed"),
+    ("estimator", "projection", "uncompressed"),
     [
         ("paper", fj.Gaussian(), optax.ema(0.5, debias=False)),
         (
-            "interpolated",
+            "nesterov",
             fj.Gaussian(),
             optax.chain(optax.scale(0.5), optax.trace(0.5, nesterov=True)),
         ),
+        ("fresh", fj.Gaussian(), optax.ema(0.5, debias=False)),
         ("residual", fj.CountSketch(), optax.ema(0.5, debias=False)),
     ],
 )
-def test_dense_leaves_equal_optax(reading, projection, uncompressed):
+def test_dense_leaves_equal_optax(estimator, projection, uncompressed):
     rng = np.random.default_rng(1)
     shapes = {"bias": (16,), "scalar": (), "masked": (16, 24), "narrow": (16, 4)}
     gradients = [
@@ -130,7 +136,7 @@ def test_dense_leaves_equal_optax(reading, projection, uncompressed):
     ]
     tx = momentum(
         4,
-        reading=reading,
+        estimator=estimator,
         projection=projection,
         mask=lambda path, shape: path != "masked",
     )
@@ -141,17 +147,17 @@ def test_leaves_of_a_tree_do_not_share_a_projection():
     """Nor do two epochs, nor the two transformations with one key."""
     gradients = [{"a": np.eye(16, dtype=np.float32), "b": np.eye(16, dtype=np.float32)}]
     updates, _ = run(
-        momentum(4, resample_every=1, decay=0.0, reading="paper"), 2 * gradients
+        momentum(4, resample_every=1, decay=0.0, estimator="paper"), 2 * gradients
     )
     with pytest.warns(UserWarning, match="every_k"):
         once = fj.compressed_accumulation(
-            optax.identity(), 1, 4, min_dim_size=8, key=11
+            optax.identity(), 1, fj.Sketch(4, min_dim_size=8, key=11)
         )
     accumulated, _ = run(once, gradients)
-    drawn = [updates[0]["a"], updates[0]["b"], updates[1]["a"], accumulated[0]["a"]]
+    sampled = [updates[0]["a"], updates[0]["b"], updates[1]["a"], accumulated[0]["a"]]
     # The estimate of the identity is S'S; those of independent S differ widely.
-    for i, x in enumerate(drawn):
-        for y in drawn[:i]:
+    for i, x in enumerate(sampled):
+        for y in sampled[:i]:
             assert np.abs(np.asarray(x) - np.asarray(y)).max() > 0.1
 
 

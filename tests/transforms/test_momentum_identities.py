@@ -10,17 +10,16 @@ import optax
 import pytest
 
 import flora_jax as fj
-from flora_jax.leaves.plan import LeafPlan
-from flora_jax.leaves.rules import LeafRules
-from flora_jax.transforms.parts import ScaledLeaf
-from flora_jax.transforms.momentum_step import momentum_step
-from flora_jax.sketching.sketcher import Sketcher, moved_sketch
+from flora_jax import LeafPlan
+from flora_jax.sketching import ScaledLeaf, Sketcher
+from flora_jax.transforms import momentum as momentum_module
 from tests.common import assert_close
 from tests.transforms.draws import jit, run
 
 UNCOMPRESSED = {
     "paper": optax.ema(0.5, debias=False),
-    "interpolated": optax.chain(optax.scale(0.5), optax.trace(0.5, nesterov=True)),
+    "nesterov": optax.chain(optax.scale(0.5), optax.trace(0.5, nesterov=True)),
+    "fresh": optax.ema(0.5, debias=False),
     "residual": optax.ema(0.5, debias=False),
 }
 # The public factories keep a leaf dense whose rank is its width: plans made by hand.
@@ -34,33 +33,42 @@ FULL = {
 @pytest.mark.parametrize("plan", FULL.values(), ids=FULL)
 def test_full_rank_equals_the_uncompressed_chain(plan):
     """CountSketch of rank m is a signed permutation, so S'S = I."""
-    sketcher = Sketcher("identity", LeafRules(plan.rank), fj.CountSketch())
-    root = jnp.array([0, 5], jnp.uint32)
+    sketch = fj.Sketch(plan.rank, fj.CountSketch("unbiased"))
+    sketcher = Sketcher("identity", sketch)
+    zero = jnp.zeros([], jnp.int32)
+    key = jnp.array([0, 5], jnp.uint32)
+    fields = {"count": zero, "epoch": zero, "key": key, "spec": key}
 
-    @jit
-    def step(gradient, momentum, count):
-        epoch = count // 2
-        (drawn,) = sketcher.draw([plan], root, epoch)
-        (matrix,) = sketcher.transfers([plan], root, epoch)
-        moved = moved_sketch(plan, matrix, momentum)
-        resample = (count > 0) & (count % 2 == 0)
-        momentum = jnp.where(resample, moved, momentum)
-        results = {
-            reading: momentum_step(
-                sketcher, plan, drawn, reading, 2, 0.5, ScaledLeaf(gradient), momentum
+    def run_estimator(estimator, gradients):
+        momentum = {"w": jnp.zeros(plan.state_shape)}
+        state = fj.CompressedMomentumState(**fields, momentum=momentum)
+
+        @jit
+        def step(gradient, state):
+            (update,), state = momentum_module.momentum_step(
+                sketcher,
+                estimator,
+                (False, [plan]),
+                [ScaledLeaf(gradient)],
+                state,
+                None,
+                0.5,
+                2,
             )
-            for reading in UNCOMPRESSED
-        }
-        return {k: u for k, (u, _) in results.items()}, results["paper"][1]
+            return update.value(), state
+
+        for gradient in gradients:
+            update, state = step(gradient, state)
+            yield update
 
     rng = np.random.default_rng(2)
     gradients = [rng.normal(size=plan.shape).astype(np.float32) for _ in range(5)]
-    expected = {k: run(tx, gradients)[0] for k, tx in UNCOMPRESSED.items()}
-    momentum = jnp.zeros(plan.state_shape)
-    for count, gradient in enumerate(gradients):
-        updates, momentum = step(gradient, momentum, count)
-        for reading, update in updates.items():
-            assert_close(update, expected[reading][count])
+    for estimator, tx in UNCOMPRESSED.items():
+        expected, _ = run(tx, gradients)
+        for update, other in zip(
+            run_estimator(estimator, gradients), expected, strict=True
+        ):
+            assert_close(update, other)
 
 
 def cosine(x, y):
@@ -82,15 +90,8 @@ def test_the_estimate_survives_a_resample(projection, expected):
     Before the last update, which has no gradient, S is replaced: its cosine with the
     update before it is that of an estimate M S with its own estimate M S S'' S'.
     """
-    tx = fj.compressed_momentum(
-        0.5,
-        256,
-        resample_every=2,
-        reading="paper",
-        projection=projection,
-        side="right",
-        min_dim_size=64,
-    )
+    sketch = fj.Sketch(256, projection, side="right", min_dim_size=64)
+    tx = fj.compressed_momentum(0.5, sketch, resample_every=2, estimator="paper")
     rng = np.random.default_rng(3)
     gradients = rng.normal(size=(3, 64, 512)).astype(np.float32)
     gradients[2] = 0
@@ -116,9 +117,8 @@ def test_within_an_interval_the_estimate_only_decays():
     gradients = list(np.random.default_rng(5).normal(size=(3, 16, 24)))
     gradients = [g.astype(np.float32) for g in gradients]
     gradients[2] *= 0
-    tx = fj.compressed_momentum(
-        0.5, 4, resample_every=3, reading="paper", min_dim_size=8
-    )
+    sketch = fj.Sketch(4, min_dim_size=8)
+    tx = fj.compressed_momentum(0.5, sketch, resample_every=3, estimator="paper")
     updates, _ = run(tx, gradients)
     assert_close(updates[2], 0.5 * updates[1])
 
@@ -127,7 +127,8 @@ class TestStabilityWarning:
     params = {"small": jnp.zeros((16, 16)), "large": jnp.zeros((64, 64))}
 
     def init(self, decay, every, rank=8):
-        tx = fj.compressed_momentum(decay, rank, resample_every=every, min_dim_size=8)
+        sketch = fj.Sketch(rank, min_dim_size=8)
+        tx = fj.compressed_momentum(decay, sketch, resample_every=every)
         return tx.init(self.params)
 
     @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Leaf plans: folds, sides, reasons, paths."""
+"""Leaf plans: folds, sides, ranks, masks, reasons, paths."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ FOLDS = [
 
 def one(shape, rank=16, **rules):
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return fj.plan_leaves(leaf, rank, **rules)
+    return fj.plan_leaves(leaf, fj.Sketch(rank, **rules))
 
 
 @pytest.mark.parametrize(("shape", "batch", "rows", "columns"), FOLDS)
@@ -59,7 +59,7 @@ def test_fold(shape, batch, rows, columns):
 def test_dense_reason(shape, rules, reason):
     rules = {"rank": 16, **rules}
     tree = [jax.ShapeDtypeStruct(shape, jnp.float32)]
-    (plan,) = fj.plan_leaves(tree, rules.pop("rank"), **rules)
+    (plan,) = fj.plan_leaves(tree, fj.Sketch(**rules))
     if reason is None:
         assert plan.dense_reason is None
         assert plan.rank > 0
@@ -115,16 +115,15 @@ def test_state_keeps_the_number_of_axes(shape, rules, state_shape):
 def test_weight_dimension_numbers(shape, spec, state_shape, form):
     tree = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
     given = {"spec": spec, "tree": {"w": spec}, "callable": lambda p: {"w": spec}}
-    plans = fj.plan_leaves(tree, 16, weight_dimension_numbers=given[form])
+    plans = fj.plan_leaves(tree, fj.Sketch(16, weight_dimension_numbers=given[form]))
     assert plans["w"].state_shape == state_shape
 
 
 def test_fold_and_unfold_are_inverse_with_permuted_axes():
     shape = (12, 16, 8)
     spec = optax.contrib.MuonDimensionNumbers(1, (0, 2))
-    plan = fj.plan_leaves(
-        jnp.zeros(shape), 4, min_dim_size=8, weight_dimension_numbers=spec
-    )
+    sketch = fj.Sketch(4, min_dim_size=8, weight_dimension_numbers=spec)
+    plan = fj.plan_leaves(jnp.zeros(shape), sketch)
     x = jnp.arange(12 * 16 * 8.0).reshape(shape)
     matrix = plan.fold(x)
     assert matrix.shape == (16, 96)
@@ -143,14 +142,14 @@ def test_stacked_leaf_has_the_plan_of_its_slice():
 
 
 def test_every_fold_of_the_test_tree():
-    plans = fj.plan_leaves(every_fold(), 4, min_dim_size=8)
+    plans = fj.plan_leaves(every_fold(), fj.Sketch(4, min_dim_size=8))
     assert {k for k, plan in plans.items() if plan.dense_reason is None} == SKETCHED
 
 
 def test_rank_by_leaf():
     tree = {"a": jnp.zeros((256, 512)), "b": {"c": jnp.zeros((128, 512))}}
-    by_shape = fj.plan_leaves(tree, lambda path, shape: shape[0] // 8)
-    by_tree = fj.plan_leaves(tree, {"a": 32, "b": {"c": 16}})
+    by_shape = fj.plan_leaves(tree, fj.Sketch(lambda path, shape: shape[0] // 8))
+    by_tree = fj.plan_leaves(tree, fj.Sketch({"a": 32, "b": {"c": 16}}))
     assert by_shape == by_tree
     assert by_tree["b"]["c"].path == "b/c"
     assert by_tree["b"]["c"].rank == 16
@@ -161,14 +160,15 @@ def test_mask_leaves_out_an_embedding_that_the_aspect_rule_lets_in():
     free = fj.plan_leaves(tree, 32)
     assert free["wte"].dense_reason is None
     for mask in (lambda path, shape: path != "wte", {"wte": False, "w": True}):
-        plans = fj.plan_leaves(tree, 32, mask=mask)
+        plans = fj.plan_leaves(tree, fj.Sketch(32, mask=mask))
         assert plans["wte"].dense_reason == "the mask leaves it out"
         assert plans["w"].dense_reason is None
 
 
 def test_a_parameter_called_value_keeps_its_name():
     tree = {"attn": {"query": jnp.zeros((256, 256)), "value": jnp.zeros((256, 256))}}
-    plans = fj.plan_leaves(tree, 32, mask=lambda path, shape: "value" not in path)
+    sketch = fj.Sketch(32, mask=lambda path, shape: "value" not in path)
+    plans = fj.plan_leaves(tree, sketch)
     assert plans["attn"]["value"].path == "attn/value"
     assert plans["attn"]["value"].dense_reason == "the mask leaves it out"
     assert plans["attn"]["query"].dense_reason is None

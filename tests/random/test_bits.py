@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flora_jax.random import keys as _keys
-from flora_jax.random import bits as _random
+from flora_jax.random import bits as _bits
+from flora_jax.random import leaf_keys, normals, signs
+from flora_jax.random.bits import threefry_2x32
 from tests.common import assert_close
 
 KEY = np.array([1, 2], np.uint32)
@@ -23,80 +24,78 @@ KEY = np.array([1, 2], np.uint32)
 def test_threefry_is_that_of_its_authors(key, counter, expected):
     """The known answers published with Random123."""
     words = [jnp.uint32(word) for word in (*key, *counter)]
-    found = _random.threefry_2x32(tuple(words[:2]), *words[2:])
+    found = threefry_2x32(tuple(words[:2]), *words[2:])
     assert tuple(int(word) for word in found) == expected
 
 
-def test_draws_are_those_of_the_first_release():
+def test_samples_are_those_of_the_first_release():
     np.testing.assert_array_equal(
-        _random.bits(KEY, (2, 2), 3), [[172616543, 142308645], [2675124092, 1724348574]]
+        _bits(KEY, (2, 2), 3), [[172616543, 142308645], [2675124092, 1724348574]]
     )
-    np.testing.assert_array_equal(
-        _random.signs(KEY, (8,), 0), [-1, -1, 1, -1, -1, 1, 1, -1]
-    )
+    np.testing.assert_array_equal(signs(KEY, (8,), 0), [-1, -1, 1, -1, -1, 1, 1, -1])
     assert_close(
-        _random.normals(KEY, (3,), 0),
+        normals(KEY, (3,), 0),
         np.array([0.28019002, -0.71377409, 0.45433894]),
         "float32",
     )
-    keys = _keys.leaf_keys(jnp.asarray(KEY), "name", ["a", "h/0/kernel"], 5)
+    keys = leaf_keys(jnp.asarray(KEY), "name", ["a", "h/0/kernel"], 5)
     np.testing.assert_array_equal(
         keys, [[1835323788, 1480856227], [3222607290, 3545010972]]
     )
 
 
 def test_no_flag_of_jax_changes_them():
-    expected = _random.normals(KEY, (64,), 0)
+    expected = normals(KEY, (64,), 0)
     with jax.threefry_partitionable(False):
-        np.testing.assert_array_equal(_random.normals(KEY, (64,), 0), expected)
+        np.testing.assert_array_equal(normals(KEY, (64,), 0), expected)
     with jax.enable_x64(True):
-        np.testing.assert_array_equal(_random.normals(KEY, (64,), 0), expected)
+        np.testing.assert_array_equal(normals(KEY, (64,), 0), expected)
 
 
-@pytest.mark.parametrize("draw", [_random.bits, _random.signs, _random.normals])
-def test_sharded_draws_are_the_same(draw):
-    """Each device draws its own part of what one device draws."""
+@pytest.mark.parametrize("sample", [_bits, signs, normals])
+def test_sharded_samples_are_the_same(sample):
+    """Each device samples its own part of what one device samples."""
     mesh = jax.make_mesh(
         (4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2
     )
     sharded = jax.jit(
-        lambda key: draw(key, (8, 6), 0),
+        lambda key: sample(key, (8, 6), 0),
         out_shardings=jax.NamedSharding(mesh, jax.P("x", "y")),
     )
-    whole, parts = jax.jit(lambda key: draw(key, (8, 6), 0))(KEY), sharded(KEY)
+    whole, parts = jax.jit(lambda key: sample(key, (8, 6), 0))(KEY), sharded(KEY)
     assert parts.addressable_shards[0].data.shape == (2, 3)
     np.testing.assert_array_equal(parts, whole)
     assert "all-gather" not in sharded.lower(KEY).compile().as_text()
 
 
 def test_streams_shapes_and_keys_differ():
-    one = np.asarray(_random.bits(KEY, (64,), 0))
-    assert (one != _random.bits(KEY, (64,), 1)).all()
-    assert (one != _random.bits(KEY[::-1], (64,), 0)).all()
+    one = np.asarray(_bits(KEY, (64,), 0))
+    assert (one != _bits(KEY, (64,), 1)).all()
+    assert (one != _bits(KEY[::-1], (64,), 0)).all()
     assert len(np.unique(one)) == 64
 
 
 def test_uniform_and_normal():
-    """Bits, signs and normals of 2**16 draws, within five standard errors."""
+    """Bits, signs and normals of 2**16 samples, within five standard errors."""
     n = 2**16
-    words = np.asarray(_random.bits(KEY, (n,), 0))
+    words = np.asarray(_bits(KEY, (n,), 0))
     ones = (words[:, None] >> np.arange(32, dtype=np.uint32) & 1).mean(axis=0)
     assert np.abs(ones - 0.5).max() < 5 * 0.5 / n**0.5
-    x = np.asarray(_random.normals(KEY, (n,), 0), np.float64)
+    x = np.asarray(normals(KEY, (n,), 0), np.float64)
     for power, mean, spread in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs((x**power).mean() - mean) < 5 * (spread / n) ** 0.5
-    assert np.isfinite(_random.normals(KEY, (n,), 0)).all()
+    assert np.isfinite(normals(KEY, (n,), 0)).all()
 
 
 def test_keys_go_by_path_name_and_epoch():
     root = jnp.asarray(KEY)
-    both = _keys.leaf_keys(root, "name", ["a", "b"], 0)
-    (alone,) = _keys.leaf_keys(root, "name", ["b"], 0)
+    both = leaf_keys(root, "name", ["a", "b"], 0)
+    (alone,) = leaf_keys(root, "name", ["b"], 0)
     np.testing.assert_array_equal(both[1], alone)
     others = [
-        _keys.leaf_keys(root, "name", ["b"], 1),
-        _keys.leaf_keys(root, "other", ["b"], 0),
-        _keys.leaf_keys(root + 1, "name", ["b"], 0),
+        leaf_keys(root, "name", ["b"], 1),
+        leaf_keys(root, "other", ["b"], 0),
+        leaf_keys(root + 1, "name", ["b"], 0),
         both[:1],
     ]
     assert all((other[0] != alone).any() for other in others)
