@@ -23,7 +23,7 @@ class Config(JobConfig):
     ranks: tuple[int, ...] = (32, 128)
     learning_rate: float = 0.1
     updates: int = 200
-    batch_size: int = 12
+    batch_size: int = 8
     micro_batches: int = 4
     resample_every: int | None = 50
     eval_every: int = 25
@@ -32,7 +32,7 @@ class Config(JobConfig):
     output_dir: pathlib.Path = pathlib.Path("runs/default")
     corpus_dir: pathlib.Path | None = None
     """Folder of Python sources to train on, in place of the standard library."""
-    model: GPT2Config = dataclasses.field(default_factory=GPT2Config)
+    model: GPT2Config = GPT2Config(layers=2, vocab_size=2048)
 
     def validate(self) -> None:
         """Refuses settings that make no sense, see `JobConfig.validate`."""

@@ -18,7 +18,7 @@ from experiments.common.errors import ConfigError, DiskError
 pytestmark = pytest.mark.xdist_group("experiments")
 
 IDENTITY = {"--seed": 0}
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 def make_state(update, size=64):

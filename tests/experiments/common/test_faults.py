@@ -41,9 +41,9 @@ pytestmark = pytest.mark.xdist_group("experiments")
 # Orbax has stopped to listen, and Python reports that at a time of its choosing.
 FAILING_WRITES = """
 import pathlib, resource, sys
-from experiments.checkpoints import Checkpoints
-from experiments.config import DiskError
-from tests.experiments.test_checkpoints import IDENTITY, make_state
+from experiments.common.checkpoints import Checkpoints
+from experiments.common.errors import DiskError
+from tests.experiments.common.test_checkpoints import IDENTITY, make_state
 
 unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 for folder in map(pathlib.Path, sys.argv[1:]):
@@ -100,15 +100,14 @@ def test_full_disk_stops_the_job(finished, tmp_path, monkeypatch, capsys):
         finished[0], output_dir=tmp_path, methods=("flora_momentum",)
     )
     run(dataclasses.replace(config, stop_after=2))
-    resumed = dataclasses.replace(config, resume=True)
     capsys.readouterr()
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: full)
-        assert execute(resumed, "experiments.main_job.run") == 1
+        assert execute(config, "experiments.main_job.run") == 1
     assert re.fullmatch(
-        r"error: .*flora_momentum/checkpoints: the checkpoint of update 7 could not be "
-        r"written: No space .*the one of update 2 is whole, .*\n",
+        r"error: .*flora_momentum-r16/checkpoints: the checkpoint of update 7 could "
+        r"not be written: No space .*the one of update 2 is whole, .*\n",
         capsys.readouterr().err,
     )
     assert read_state(config, "flora_momentum")[0] == 2
@@ -136,8 +135,8 @@ def test_full_disk_elsewhere(tiny, monkeypatch, capsys):
 KILLED_IN_A_WRITE = """
 import dataclasses, os, pathlib, signal, sys
 import jax
-from experiments import devices
-from experiments.run import run
+from experiments.common import devices
+from experiments.main_job.run import run
 from tests.experiments.job import TINY
 
 def kill(event, arguments):
@@ -171,10 +170,10 @@ def test_killed_during_a_write(finished, tmp_path):
         timeout=300,
     )
     assert process.returncode == -signal.SIGKILL
-    folder = tmp_path / "flora_momentum" / "checkpoints"
+    folder = tmp_path / "flora_momentum-r16" / "checkpoints"
     assert list(folder.glob("*.orbax-checkpoint-tmp"))
     assert checkpoints.latest(folder) == 2
-    run(dataclasses.replace(config, resume=True))
+    run(config)
     name = "flora_momentum"
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -183,13 +182,13 @@ def test_killed_during_a_write(finished, tmp_path):
     )
     rows = [without_times(read_rows(c, name)) for c in (config, finished[0])]
     assert rows[0] == rows[1]
-    assert json.loads((tmp_path / "summary.json").read_text())
+    assert json.loads((tmp_path / "results.json").read_text())
 
 
 KILLS = 20
 LONG = (
     "--methods flora_accumulation flora_momentum --updates 150 --batch-size 4 "
-    "--micro-batches 2 --rank 16 --momentum 0.5 --resample-every 3 --eval-every 50 "
+    "--micro-batches 2 --ranks 16 --momentum 0.5 --resample-every 3 --eval-every 50 "
     "--eval-examples 6 --checkpoint-every 1 --model.layers 1 --model.width 128 "
     "--model.heads 2 --model.context 16 --model.vocab-size 300"
 )
@@ -212,19 +211,13 @@ class Faults:
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             },
         }
-        self.names = ("flora_accumulation", "flora_momentum")
+        self.names = ("flora_accumulation-r16", "flora_momentum-r16")
 
     def folders(self):
         return [self.output / name / "checkpoints" for name in self.names]
 
-    def command(self):
-        """Resumes if there is something to resume."""
-        if any(checkpoints.latest(folder) is not None for folder in self.folders()):
-            return [*self._command, "--resume"]
-        return [*self._command, "--overwrite"]
-
     def finish(self):
-        subprocess.run(self.command(), **self._settings, check=True, timeout=600)
+        subprocess.run(self._command, **self._settings, check=True, timeout=600)
 
     def kill(self, delay, *, started):
         """Kills it after so many seconds of its life, or of its training.
@@ -236,7 +229,7 @@ class Faults:
             for path in folder.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(path)
         before = [checkpoints.latest(folder) for folder in self.folders()]
-        process = subprocess.Popen(self.command(), **self._settings)
+        process = subprocess.Popen(self._command, **self._settings)
         deadline = time.monotonic() + 300
         while started and before == [checkpoints.latest(f) for f in self.folders()]:
             assert process.poll() is None, "it ended before it could be killed"

@@ -16,17 +16,18 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
+import flora_jax as fj
 from experiments.common import checkpoints, devices, processes, records
 from experiments.common.errors import ConfigError
-from experiments.data.packing import load
-from experiments.main_job import methods
+from experiments.common.job import Run
+from experiments.common.methods import Method
+from experiments.common.problem import build
+from experiments.main_job.prepare import prepare
 from experiments.main_job.run import run
-from experiments.main_job.training import identity
-from experiments.models import create
 
 pytestmark = pytest.mark.xdist_group("experiments")
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 METHOD = "flora_accumulation"
 SECONDS = 240
 """For one pair of processes on a busy machine; alone they need a tenth of it."""
@@ -45,7 +46,7 @@ def arguments(config):
     fields = dataclasses.asdict(config)
     fields |= {f"model.{name}": value for name, value in fields.pop("model").items()}
     chosen = (
-        "methods updates batch_size micro_batches rank momentum resample_every "
+        "methods updates batch_size micro_batches ranks momentum resample_every "
         "eval_every eval_examples checkpoint_every output_dir data_dir corpus_dir "
         "model.layers model.width model.heads model.context model.vocab_size"
     )
@@ -53,7 +54,7 @@ def arguments(config):
     for name in chosen.split():
         value = fields[name]
         words += [f"--{name.replace('_', '-')}"]
-        words += [*value] if isinstance(value, tuple) else [str(value)]
+        words += map(str, value if isinstance(value, tuple) else (value,))
     return words
 
 
@@ -141,12 +142,12 @@ class Pair:
 
 def read_state(config):
     """The parameters and optimizer state of the last checkpoint."""
-    params = create(config.model, config.seed)[1]
-    tx = methods.optimizer(config, METHOD)
-    folder = config.output_dir / METHOD / "checkpoints"
-    kept = checkpoints.Checkpoints(folder, identity(config, METHOD, load(config)))
+    data, own = prepare(config), Run(config, METHOD, config.ranks[0])
+    state = build(config, data, METHOD, own.rank)[1]
+    identity = config.identity(METHOD, own.rank) | {"the data": data.fingerprint}
+    kept = checkpoints.Checkpoints(own.folder / "checkpoints", identity)
     with contextlib.closing(kept):
-        return kept.restore(checkpoints.State(params, tx.init(params)))
+        return kept.restore(state)
 
 
 def assert_same_training(pair, one):
@@ -154,7 +155,7 @@ def assert_same_training(pair, one):
     (file,) = pair.output_dir.rglob("metrics.jsonl")
     rows = records.read_rows(file)
     assert [row["update"] for row in rows] == list(range(pair.updates + 1))
-    expected = records.read_rows(one.output_dir / METHOD / "metrics.jsonl")
+    expected = records.read_rows(one.output_dir / f"{METHOD}-r16" / "metrics.jsonl")
     for name in ("loss", "validation_loss"):
         got = [row.get(name, 0) for row in rows]
         want = [row.get(name, 0) for row in expected]
@@ -179,14 +180,14 @@ def assert_same_training(pair, one):
 def test_two_processes_train_what_one_does(job, tmp_path, monkeypatch):
     """They are killed after a checkpoint, too, and go on from it."""
     pair = dataclasses.replace(job, output_dir=tmp_path / "pair")
-    saved = pair.output_dir / METHOD / "checkpoints"
+    saved = pair.output_dir / f"{METHOD}-r16" / "checkpoints"
     with Pair("experiments", arguments(pair), tmp_path) as two:
         two.until(lambda: checkpoints.latest(saved) is not None)
         for process in two.processes:
             process.kill()
         assert two.end() == [-signal.SIGKILL] * 2
     assert checkpoints.latest(saved) < job.updates
-    with Pair("experiments", [*arguments(pair), "--resume"], tmp_path) as two:
+    with Pair("experiments", arguments(pair), tmp_path) as two:
         assert two.end() == [0, 0], two.said()
         first, second = two.said()
     assert "Wall time" in first
@@ -214,13 +215,14 @@ def test_a_batch_keeps_its_order_on_any_number_of_devices(monkeypatch):
 @pytest.mark.parametrize("name", ["flora_accumulation", "flora_momentum"])
 def test_state_of_another_optimizer_is_refused(finished, name, monkeypatch):
     """Though every setting that has a flag agrees."""
-    real = methods.optimizer
+    real = Method.optimizer
 
-    def other(config, name):
-        return real(dataclasses.replace(config, projection="Rademacher"), name)
+    def other(method, rate, settings):
+        sketch = dataclasses.replace(settings.sketch, projection=fj.Rademacher())
+        return real(method, rate, dataclasses.replace(settings, sketch=sketch))
 
-    monkeypatch.setattr(methods, "optimizer", other)
-    config = dataclasses.replace(finished[0], resume=True, methods=(name,))
+    monkeypatch.setattr(Method, "optimizer", other)
+    config = dataclasses.replace(finished[0], methods=(name,))
     found = r"projection CountSketch\(.*\) in the state, Rademacher\(.*\) in tx"
     with pytest.raises(
         ConfigError, match=f"checkpoint of another optimizer: .*{found}"

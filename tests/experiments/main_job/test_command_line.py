@@ -2,6 +2,9 @@
 
 import dataclasses
 import io
+import pathlib
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -9,7 +12,10 @@ from rich.console import Console
 from experiments.__main__ import main
 from experiments.common.display import Display
 from experiments.common.errors import ConfigError
-from experiments.main_job.config import METHODS, Config
+from experiments.common.methods import MAIN
+from experiments.main_job.config import Config
+
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 def test_help_names_every_setting(capsys):
@@ -17,56 +23,47 @@ def test_help_names_every_setting(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     for field in dataclasses.fields(Config):
-        if field.name not in ("model", "learning_rates"):
+        if field.name not in ("model", "lora_tune_rest"):
             assert "--" + field.name.replace("_", "-") in text
     assert "--model.width" in text
-    assert "--learning-rates.flora-momentum" in text
+    assert "--no-lora-tune-rest" in text
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--methods galore", "`--methods` got 'galore', which is no method here; choo"),
-        ("--methods", "`--methods` names no training; choose from adafactor_momentum"),
+        ("--methods", "`--methods` must name at least one, each once, got ''"),
         (
             "--methods flora_momentum flora_momentum",
-            "`--methods` names a training twice",
+            "`--methods` must name at least one, each once, got 'flora_momentum flora_",
         ),
         (
             "--micro-batches 5",
-            "`--micro-batches` must divide `--batch-size`, got 5 and 12; use one of 1, "
-            "2, 3, 4, 6, 12",
+            "`--micro-batches` must divide `--batch-size` (8) for full_accumulation",
         ),
-        ("--rank 0", "`--rank` must be at least 1, got 0"),
-        ("--rank -2", "`--rank` must be at least 1, got -2"),
+        ("--ranks 0", "`--ranks` must be at least 1, got 0"),
+        ("--ranks 8 -2", "`--ranks` must be at least 1, got -2"),
         (
-            "--rank 256",
-            "`--rank` must be below `--model.width` (256) to compress anyth",
+            "--ranks 256",
+            "`--ranks` must be below `--model.width` (256) to compress anyth",
         ),
         ("--updates 0", "`--updates` must be at least 1, got 0"),
         ("--resample-every 0", "`--resample-every` must be at least 1, got 0"),
         ("--eval-every 0", "`--eval-every` must be at least 1, got 0"),
-        ("--momentum 1", "`--momentum` must be in [0, 1), got 1.0; 0.9 is usual"),
-        ("--reading nesterov", "`--reading` must be one of paper, interpolated, re"),
-        ("--reading residual --projection Gaussian", "`--reading residual` wants a p"),
+        ("--momentum 1", "`--momentum` must be in [0, 1), got 1.0"),
         (
-            "--sketched-gradients --methods flora_momentum",
-            "`--sketched-gradients` is for flora_accumulation, got `--methods` flora_",
+            "--estimator residual --projection Gaussian",
+            "`--estimator residual` needs a projection with orthogonal rows, got `--pr",
         ),
-        ("--projection gauss", "`--projection` must be one of Gaussian, Rademacher, "),
-        ("--warmup-fraction 1", "`--warmup-fraction` must be in [0, 1), got 1.0; 0.1 "),
-        ("--seed -1", "`--seed` must not be negative, got -1"),
+        ("--optimizer adam", "`--methods` got full_momentum, but `--optimizer adam`"),
+        ("--warmup-fraction 1", "`--warmup-fraction` must be in [0, 1), got 1.0"),
+        ("--seed -1", "`--seed` must be non-negative, got -1"),
         ("--learning-rate nan", "`--learning-rate` must be positive and finite, got n"),
-        (
-            "--learning-rates.flora-momentum 0",
-            "`--learning-rates.flora-momentum` must be positive and finite, got 0.0; ",
-        ),
         (
             "--stop-after 0",
             "`--stop-after` must be between 1 and `--updates` (200), go",
         ),
         ("--stop-after 201", "`--stop-after` must be between 1 and `--updates` (200)"),
-        ("--resume --overwrite", "`--resume` continues a run and `--overwrite` delete"),
         ("--model.layers 0", "`--model.layers` must be at least 1, got 0"),
         (
             "--model.heads 3",
@@ -82,22 +79,37 @@ def test_bad_settings_are_one_line(arguments, message, capsys):
     assert errors.count("\n") == 1
 
 
-def test_resume_without_a_checkpoint(tmp_path, capsys):
-    assert main(["--resume", "--output-dir", str(tmp_path / "none")]) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("error: `--resume` found no checkpoint in ")
-    assert errors.count("\n") == 1
+@pytest.mark.parametrize(
+    "arguments", ["--methods galore", "--estimator nestrov", "--projection gauss"]
+)
+def test_unknown_names_are_refused_with_the_known_ones(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments.split())
+    assert "invalid choice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"projection": "gauss"}, "`--projection` must be one of CountSketch, Gaussi"),
+        ({"methods": ("galore",)}, "`--methods` must be one of none, full_accumulat"),
+    ],
+)
+def test_a_program_is_refused_the_same(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(Config(), **changes).validate()
 
 
 def test_settings_reach_the_run(monkeypatch):
     seen = []
     monkeypatch.setattr("experiments.main_job.run.run", seen.append)
-    arguments = "--updates 8 --methods flora_momentum --learning-rate 0.5 --resume"
+    arguments = "--updates 8 --methods flora_momentum --learning-rate 0.5 --overwrite"
     assert main([*arguments.split(), "--model.width", "512"]) == 0
     (config,) = seen
     assert (config.updates, config.methods) == (8, ("flora_momentum",))
-    assert (config.model.width, config.resume) == (512, True)
-    assert config.peak_learning_rate("flora_momentum") == 0.5
+    assert (config.model.width, config.overwrite) == (512, True)
+    assert config.peak("flora_momentum") == 0.5
+    assert config.peak("lora_momentum") == 1.5
 
 
 @pytest.mark.parametrize(
@@ -112,13 +124,46 @@ def test_a_failing_run_has_a_status(monkeypatch, capsys, error, status):
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_a_missing_package_is_one_line(monkeypatch, capsys):
+    """Of the extra; what else cannot be imported is an error in the code."""
+
+    names = iter(("tensorboardX", "flora_jax", "grain.missing", None))
+
+    def fail(config):
+        name = next(names)
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr("experiments.main_job.run.run", fail)
+    assert main([]) == 2
+    assert capsys.readouterr().err == (
+        "error: experiments needs tensorboardX: pip install -e '.[experiments]'\n"
+    )
+    for _ in range(3):
+        with pytest.raises(ModuleNotFoundError, match="No module named"):
+            main([])
+
+
+def test_without_tyro_the_command_says_so():
+    code = (
+        "import sys; sys.modules['tyro'] = None\n"
+        "from experiments.__main__ import main; raise SystemExit(main([]))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 2
+    assert found.stderr == (
+        "error: experiments needs tyro: pip install -e '.[experiments]'\n"
+    )
+
+
 def test_identity_is_what_decides_the_numbers():
     config = Config()
-    same = dataclasses.replace(config, resume=True, stop_after=5, methods=METHODS[:1])
-    assert same.identity("flora_momentum") == config.identity("flora_momentum")
+    same = dataclasses.replace(config, overwrite=True, stop_after=5, methods=MAIN[:1])
+    assert same.identity("flora_momentum", 8) == config.identity("flora_momentum", 8)
     other = dataclasses.replace(config, learning_rate=0.5)
-    assert other.identity("flora_momentum")["--learning-rate"] == 0.5
-    assert config.identity("flora_momentum")["--model.width"] == 256
+    assert other.identity("flora_momentum", 8)["--learning-rate"] == 0.5
+    assert config.identity("flora_momentum", 8)["--model.width"] == 256
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -129,8 +174,13 @@ def test_progress_shows_loss_and_speed(terminal):
     row["step_bytes"] = 1.5 * 2**30
     with Display(console) as display:
         bar = display.add("FLORA momentum", total=5, done=2)
+        bar.say("compiling")
+        assert terminal or "compiling" in output.getvalue()
+        bar.show({"update": 0, "validation_loss": 8.3})
+        assert terminal or "0/5  validation 8.300" in output.getvalue()
         bar.show(row)
+        assert terminal or "loss" not in output.getvalue()
         bar.show(row | {"validation_loss": 5.6})
     for part in ("FLORA momentum", "3/5", "loss 5.432", "6,789 tokens/s", "1.50 GiB"):
         assert part in output.getvalue()
-    assert ("validation 5.600" in output.getvalue()) != terminal
+    assert "validation 5.600" in output.getvalue()
