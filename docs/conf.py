@@ -11,6 +11,8 @@ whose inventories are fetched for it.
 import os
 import re
 
+from sphinx.util.inspect import TypeAliasForwardRef
+
 project = "flora_jax"
 author = "the flora_jax authors"
 extensions = [
@@ -31,7 +33,17 @@ add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
+# Shown by these names, not by the unions that they stand for.
+autodoc_type_aliases = {
+    "jax.typing.ArrayLike": "jax.typing.ArrayLike",
+    "optax.ScalarOrSchedule": "optax.ScalarOrSchedule",
+    "KeyLike": "KeyLike",
+    "LeafMask": "LeafMask",
+    "PyTree": "PyTree",
+    "RankSpec": "RankSpec",
+}
 autodoc_preserve_defaults = True
+TypeAliasForwardRef.__repr__ = lambda self: self.name  # What unions show.
 autosummary_generate = False  # The tables link to entries of the same page.
 python_use_unqualified_type_names = True
 napoleon_google_docstring = True

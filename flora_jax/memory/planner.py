@@ -108,7 +108,7 @@ def memory_plan(
         :func:`flora_jax.state_sharding`; bytes are then those of one device.
 
     Returns:
-      The plan: ``print(plan)`` shows it as plain text, ``plan.print()`` with rich.
+      The plan, which ``print(plan)`` shows as plain text and ``plan.print()`` with rich.
       Layers that differ only in their index share a row.
 
     Raises:
