@@ -123,8 +123,10 @@ def is_sketch(leaf: StateLeaf, shapes: dict[str, Shape]) -> bool:
 
 
 def _state(make: Callable[[Any], Any], rank: Any, params: PyTree) -> PyTree:
-    tx = check.check_transformation("make(rank)", make(rank))
-    return abstract_state(tx.init, params)
+    def init(params: PyTree) -> PyTree:  # With what `make` itself warns of.
+        return check.check_transformation("make(rank)", make(rank)).init(params)
+
+    return abstract_state(init, params)
 
 
 def state_bytes(make: Callable[[Any], Any], rank: Any, params: PyTree) -> int:

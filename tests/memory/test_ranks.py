@@ -1,6 +1,6 @@
 """Ranks for a budget against WeLore's rule in float64, over all thresholds."""
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,20 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import flora_jax as fj
-from flora_jax.memory import ranks_for_budget
 from tests.reference import folds
 
-SETTINGS = {"min_dim_size": 8, "max_aspect_ratio": 4}
-# Beside the sketches: the count, the key, and the specification's 64 words.
-MOMENTUM_BYTES = 4 + 8 + 4 * 64
+SKETCH = fj.Sketch(1, min_dim_size=8, max_aspect_ratio=4)
+# Of the state but for the sketches: counters, the key, and the spec's 64 words.
+MOMENTUM_BYTES = 2 * 4 + 8 + 4 * 64
 DENSE = {"bias": (16,), "narrow": (16, 4)}
 
 
+def sketched(rank, **settings):
+    return dataclasses.replace(SKETCH, rank=rank, **settings)
+
+
 def momentum(rank, **settings):
-    return fj.compressed_momentum(0.5, rank, **{**SETTINGS, **settings})
+    return fj.compressed_momentum(0.5, sketched(rank, **settings))
 
 
 def tree(seed=0):
@@ -89,7 +92,7 @@ def test_equals_the_largest_of_all_thresholds_that_fits(steps):
     places = (0, 1, 20, 41, -2, -1)
     for budget in [sizes[i] + more for i in places for more in (-1, 0, 3)][1:]:
         given = iter(trees) if steps > 1 else trees[0]
-        ranks = ranks_for_budget(given, budget, momentum, **SETTINGS)
+        ranks = fj.ranks_for_budget(given, budget, momentum, SKETCH)
         assert ranks == largest(candidates, budget)
         assert all(type(rank) is int for rank in ranks.values())
 
@@ -100,7 +103,7 @@ def test_steep_spectra_get_smaller_ranks():
     params = {name: jnp.diag(jnp.array(s, jnp.float32)) for name, s in falls.items()}
     # steep: 1, 0.5, 0, ...; even: 1, 6/7, 5/7, 4/7, 3/7, ...
     budget = MOMENTUM_BYTES + 4 * 8 * (2 + 4)
-    ranks = ranks_for_budget(params, budget, momentum, **SETTINGS)
+    ranks = fj.ranks_for_budget(params, budget, momentum, SKETCH)
     assert ranks == {"steep": 2, "even": 4}
 
 
@@ -113,9 +116,9 @@ def test_equal_singular_values_share_the_threshold_evenly():
         "zero": jnp.zeros((9, 9)),
     }
     budget = MOMENTUM_BYTES + 4 * 9 * (5 + 5 + 5 + 1)
-    ranks = ranks_for_budget(params, budget, momentum, **SETTINGS)
+    ranks = fj.ranks_for_budget(params, budget, momentum, SKETCH)
     assert ranks == {"flat": 5, "exact": 5, "even": 5, "zero": 1}
-    everything = ranks_for_budget(params, 10**6, momentum, **SETTINGS)
+    everything = fj.ranks_for_budget(params, 10**6, momentum, SKETCH)
     assert everything == dict.fromkeys(params, 9)
 
 
@@ -123,7 +126,7 @@ def stored_basis(rank):
     """A state of r(n + 2m) numbers, or of 2nm where all directions are kept."""
 
     def init(params):
-        plans = fj.plan_leaves(params, rank, **SETTINGS)
+        plans = fj.plan_leaves(params, sketched(rank))
         return [
             jnp.zeros(
                 2 * x.size
@@ -144,7 +147,7 @@ def stored_basis(rank):
 )
 def test_a_state_that_shrinks_at_full_rank(numbers, rank):
     params = {"w": jnp.diag(jnp.arange(16.0) + 1)}
-    ranks = ranks_for_budget(params, 4 * numbers, stored_basis, **SETTINGS)
+    ranks = fj.ranks_for_budget(params, 4 * numbers, stored_basis, SKETCH)
     assert ranks == {"w": rank}
 
 
@@ -153,26 +156,26 @@ def state_bytes(state):
 
 
 RECIPES = {
-    "flora": lambda rank, **s: fj.flora(1e-3, rank, 0.5, **s),
     "momentum": momentum,
-    "accumulation": lambda rank, **s: fj.compressed_accumulation(
-        optax.adam(1e-3), 4, rank, dtype=jnp.bfloat16, **s
+    "flora": lambda rank: fj.flora(1e-3, sketched(rank), 0.5),
+    "accumulation": lambda rank: fj.compressed_accumulation(
+        optax.adam(1e-3), 4, sketched(rank), dtype=jnp.bfloat16
     ),
-    "accumulator": lambda rank, **s: fj.compressed_accumulator(rank, key=0, **s),
+    "accumulator": lambda rank: fj.compressed_accumulator(sketched(rank)),
 }
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kind", ["dict", "nnx"])
 def test_every_recipe_takes_the_tree(recipe, kind):
-    make = functools.partial(RECIPES[recipe], **SETTINGS)
+    make = RECIPES[recipe]
     leaves = tree() if kind == "dict" else {"layer": {"kernel": tree()["square"]}}
     params = jax.tree.map(jnp.asarray, leaves)
     if kind == "nnx":
         params = nnx.State(jax.tree.map(nnx.Param, params))
-    ends = [state_bytes(make(rank).init(params)) for rank in (1, 16)]
+    ends = [state_bytes(make(rank).init(params)) for rank in (1, 15)]
     budget = sum(ends) // 2
-    ranks = ranks_for_budget(params, budget, make, **SETTINGS)
+    ranks = fj.ranks_for_budget(params, budget, make, SKETCH)
     assert jax.tree.structure(ranks) == jax.tree.structure(params)
     tx = make(ranks)
     state = tx.init(params)
@@ -181,7 +184,7 @@ def test_every_recipe_takes_the_tree(recipe, kind):
     abstract = jax.eval_shape(tx.init, shapes)
     for x, y in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
-    plans = jax.tree.leaves(fj.plan_leaves(params, ranks, **SETTINGS))
+    plans = jax.tree.leaves(fj.plan_leaves(params, sketched(ranks)))
     chosen = {p.path: p.rank for p in plans if p.dense_reason is None}
     assert max(chosen.values()) > 1
     expected = {plan.state_shape for plan in plans}
@@ -192,15 +195,20 @@ def test_rules_decide_what_counts():
     """A fold by dimension numbers, and a mask that keeps a leaf dense."""
     spec = optax.contrib.MuonDimensionNumbers(1, (0, 2))
     leaf = np.random.default_rng(0).normal(size=(3, 16, 8)).astype(np.float32)
-    rules = {
-        **SETTINGS,
-        "mask": {"w": True, "wte": False},
-        "weight_dimension_numbers": {"w": spec, "wte": spec},
-    }
+    sketch = fj.Sketch(
+        1,
+        mask={"w": True, "wte": False},
+        min_dim_size=8,
+        weight_dimension_numbers={"w": spec, "wte": spec},
+    )
     params = {"w": jnp.asarray(leaf), "wte": jnp.ones((3, 16, 8))}
     expected = welore(leaf.transpose(1, 0, 2).reshape(16, 24))
     budget = MOMENTUM_BYTES + 4 * (7 * 24 + leaf.size)
-    ranks = ranks_for_budget(params, budget, lambda r: momentum(r, **rules), **rules)
+
+    def make(ranks):
+        return fj.compressed_momentum(0.5, dataclasses.replace(sketch, rank=ranks))
+
+    ranks = fj.ranks_for_budget(params, budget, make, sketch)
     assert ranks == {"w": 7, "wte": 1}
     assert np.sum(expected >= expected[6]) == 7
 
@@ -210,32 +218,36 @@ def test_sharded_leaves(kind):
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2)
     params = {name: tree()[name] for name in ("stack", "cut")}
     budget = MOMENTUM_BYTES + 4 * (3 * 5 * 24 + 5 * 32)
-    plain = ranks_for_budget(params, budget, momentum, **SETTINGS)
+    plain = fj.ranks_for_budget(params, budget, momentum, SKETCH)
     sharding = jax.NamedSharding(mesh, jax.P(None, "x", "y"))
     sharded = jax.device_put(params, sharding)
-    assert ranks_for_budget(sharded, budget, momentum, **SETTINGS) == plain
+    assert fj.ranks_for_budget(sharded, budget, momentum, SKETCH) == plain
 
 
 def test_leaves_of_other_dtypes_and_trees_without_matrices():
     half = {"w": jnp.diag(jnp.arange(8.0) + 1).astype(jnp.bfloat16)}
     budget = MOMENTUM_BYTES + 4 * 8 * 3
-    assert ranks_for_budget(half, budget, momentum, **SETTINGS) == {"w": 3}
-    assert ranks_for_budget({}, MOMENTUM_BYTES, momentum) == {}
+    assert fj.ranks_for_budget(half, budget, momentum, SKETCH) == {"w": 3}
+    assert fj.ranks_for_budget({}, MOMENTUM_BYTES, momentum) == {}
     bias = {"b": jnp.ones(8)}
-    assert ranks_for_budget(bias, MOMENTUM_BYTES + 32, momentum) == {"b": 1}
+    assert fj.ranks_for_budget(bias, MOMENTUM_BYTES + 32, momentum) == {"b": 1}
+
+
+def renewed_every_step(rank):
+    return fj.compressed_momentum(0.5, sketched(rank), resample_every=1)
 
 
 def every_step(rank):
-    return fj.compressed_accumulation(optax.identity(), 1, rank, **SETTINGS)
+    return fj.compressed_accumulation(optax.identity(), 1, sketched(rank))
 
 
 @pytest.mark.parametrize(
     ("make", "match"),
-    [(functools.partial(momentum, resample_every=1), "rho"), (every_step, "every_k")],
+    [(renewed_every_step, "rho"), (every_step, "every_k")],
 )
 def test_warnings_of_candidates_are_not_shown(make, match):
     params = {"w": jnp.diag(jnp.arange(8.0) + 1)}
-    ranks = ranks_for_budget(params, MOMENTUM_BYTES + 4 * 8 * 3, make, **SETTINGS)
+    ranks = fj.ranks_for_budget(params, MOMENTUM_BYTES + 4 * 8 * 3, make, SKETCH)
     with pytest.warns(UserWarning, match=match):
         make(ranks).init(params)
 
@@ -270,7 +282,7 @@ SMALLEST = MOMENTUM_BYTES + 4 * (8 + 8 * 64)
 )
 def test_bad_input(trees, budget, error, match):
     with pytest.raises(error, match=match):
-        ranks_for_budget(trees, budget, momentum, **SETTINGS)
+        fj.ranks_for_budget(trees, budget, momentum, SKETCH)
 
 
 def test_a_decomposition_that_hides_infinity_does_not_hide_it(monkeypatch):
@@ -280,20 +292,20 @@ def test_a_decomposition_that_hides_infinity_does_not_hide_it(monkeypatch):
     )
     params = {"w": SQUARE["w"].at[2, 3].set(jnp.nan)}
     with pytest.raises(ValueError, match="leaf 'w' must have finite"):
-        ranks_for_budget(params, 10**6, momentum, **SETTINGS)
+        fj.ranks_for_budget(params, 10**6, momentum, SKETCH)
 
 
 def test_make_must_be_callable_and_plan_leaves_alike():
     with pytest.raises(TypeError, match="`make` must be a callable .*lambda rank"):
-        ranks_for_budget(SQUARE, 10**6, momentum(4), **SETTINGS)
+        fj.ranks_for_budget(SQUARE, 10**6, momentum(4), SKETCH)
     with pytest.raises(
-        ValueError, match="`make` .*leaf 'long'.*aspect ratio.* 4; pass"
+        ValueError, match="`make` .*leaf 'long'.*aspect ratio.* 4; give"
     ):
-        ranks_for_budget(
-            SQUARE, 10**6, lambda r: momentum(r, max_aspect_ratio=8), **SETTINGS
+        fj.ranks_for_budget(
+            SQUARE, 10**6, lambda r: momentum(r, max_aspect_ratio=8), SKETCH
         )
 
 
 def test_not_under_jit():
     with pytest.raises(TypeError, match="outside of jit"):
-        jax.jit(lambda x: ranks_for_budget(x, 10**6, momentum, **SETTINGS))(SQUARE)
+        jax.jit(lambda x: fj.ranks_for_budget(x, 10**6, momentum, SKETCH))(SQUARE)
