@@ -61,10 +61,14 @@ def content_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def position_of(text: str) -> float:
+    """Returns a number in [0, 1), uniform over texts and decided by the content."""
+    return int(content_hash(text)[:8], 16) / 16**8
+
+
 def split_of(text: str) -> str:
     """Returns "train" or "validation", decided by the content alone."""
-    position = int(content_hash(text)[:8], 16) / 16**8
-    return "validation" if position < VALIDATION_SHARE else "train"
+    return "validation" if position_of(text) < VALIDATION_SHARE else "train"
 
 
 def split_documents(documents: Iterable[str]) -> dict[str, list[str]]:

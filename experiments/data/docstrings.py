@@ -34,12 +34,13 @@ _VERSION = 1
 _DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
-def load(data_dir: pathlib.Path) -> Splits:
+def load(data_dir: pathlib.Path, download: bool = False) -> Splits:
     """Returns the pairs of this installation, mined once and kept in `data_dir`.
 
     A summary decides the split of its pairs, so that functions which share one (the
     same method of several classes) are not spread over the splits.
     """
+    del download  # nothing to fetch
     file = data_dir / f"docstrings-{_fingerprint()}.jsonl"
     if not file.exists():
         lines = [json.dumps(pair) + "\n" for pair in mine(_folders())]

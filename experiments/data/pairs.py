@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from experiments.data.corpus import content_hash
+from experiments.data.corpus import content_hash, position_of
 
 HELD_OUT_SHARE = 0.05
 """Part of the content that validation gets; test gets as much."""
@@ -22,7 +22,7 @@ Splits = dict[str, list[Pair]]
 
 def split_of(key: str) -> str:
     """Returns the split of a piece of content: 90, 5 and 5 percent, by its hash."""
-    position = int(content_hash(key)[:8], 16) / 16**8
+    position = position_of(key)
     if position < HELD_OUT_SHARE:
         return "validation"
     return "test" if position < 2 * HELD_OUT_SHARE else "train"

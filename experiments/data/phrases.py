@@ -8,6 +8,7 @@ items are held out, and to translate them is to have understood the parts.
 """
 
 import datetime
+import pathlib
 import random
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -16,8 +17,8 @@ from babel import Locale, dates, lists, numbers, units
 
 from experiments.data.pairs import Pair, Splits, split_of
 
-DRAWS = 60_000
-"""Phrases that are drawn; repetitions leave fewer."""
+SAMPLES = 60_000
+"""Phrases that are sampled; repetitions leave fewer."""
 
 LOCALES = (Locale("de"), Locale("en"))
 """Of the sources and of the targets."""
@@ -56,23 +57,24 @@ class Phrase(NamedTuple):
     pair: Pair
 
 
-def load() -> Splits:
+def load(data_dir: pathlib.Path, download: bool = False) -> Splits:
     """Returns the phrases of seed 0, the same for one version of Babel."""
+    del data_dir, download  # made from what is installed
     return {
         split: [phrase.pair for phrase in members]
-        for split, members in split(phrases(DRAWS, seed=0)).items()
+        for split, members in split(phrases(SAMPLES, seed=0)).items()
     }
 
 
-def phrases(draws: int, seed: int) -> list[Phrase]:
-    """Returns all names and `draws` composed phrases.
+def phrases(samples: int, seed: int) -> list[Phrase]:
+    """Returns all names and `samples` composed phrases.
 
     A source has one target, and occurs once.
     """
     random_ = random.Random(seed)
     names = _unambiguous(_names())
-    drawn = (random_.choice(_TEMPLATES)(random_, names) for _ in range(draws))
-    return _unambiguous([*names, *drawn])
+    composed = (random_.choice(_TEMPLATES)(random_, names) for _ in range(samples))
+    return _unambiguous([*names, *composed])
 
 
 def split(members: Iterable[Phrase]) -> dict[str, list[Phrase]]:

@@ -3,9 +3,10 @@
 Loading imports what a data set needs; naming and describing it imports nothing.
 """
 
+import importlib
 import pathlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from experiments.data.pairs import Splits
 
@@ -16,19 +17,12 @@ _TRANSLATE = "translate German to English: "
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
-class Load(Protocol):
-    """Reads a data set, having prepared it if need be."""
+Load = Callable[..., Splits]
+"""Reads a data set, having prepared it if need be: `load(data_dir, download=False)`.
 
-    def __call__(self, data_dir: pathlib.Path, download: bool = False) -> Splits:
-        """Returns the pairs.
-
-        Args:
-            data_dir: where data sets are kept, and files that were fetched by hand
-                looked for.
-            download: whether the network may be used. Without it, and with nothing
-                in `data_dir`, a `ConfigError` says what to do.
-        """
-        ...
+`data_dir` is where data sets are kept, and files that were fetched by hand looked for.
+Without `download`, and with nothing there, a `ConfigError` says what to do.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,58 +38,24 @@ class Dataset:
     load: Load
 
 
-def _docstrings(data_dir: pathlib.Path, download: bool = False) -> Splits:
-    from experiments.data import docstrings
+def _loader(module: str, function: str = "load") -> Load:
+    """Returns a function that imports what a data set needs when it is called."""
 
-    del download  # nothing to fetch
-    return docstrings.load(data_dir)
+    def load(data_dir: pathlib.Path, download: bool = False) -> Splits:
+        home = importlib.import_module(f"experiments.data.{module}")
+        return getattr(home, function)(data_dir, download)
 
-
-def _phrases(data_dir: pathlib.Path, download: bool = False) -> Splits:
-    from experiments.data import phrases
-
-    del data_dir, download  # made from what is installed
-    return phrases.load()
+    return load
 
 
-def _xsum(data_dir: pathlib.Path, download: bool = False) -> Splits:
-    from experiments.data import builders
-
-    del download  # only people can fetch it
-    return builders.load_xsum(data_dir)
-
-
-def _billsum(data_dir: pathlib.Path, download: bool = False) -> Splits:
-    from experiments.data import builders
-
-    return builders.load_billsum(data_dir, download)
-
-
-def _iwslt2017(data_dir: pathlib.Path, download: bool = False) -> Splits:
-    from experiments.data import iwslt
-
-    del download  # only people can fetch it
-    return iwslt.load(data_dir)
-
-
-def _opus(data_dir: pathlib.Path, download: bool = False) -> Splits:
-    from experiments.data import builders
-
-    return builders.load_opus(data_dir, download)
-
-
-def _table(*datasets: Dataset) -> dict[str, Dataset]:
-    return {dataset.name: dataset for dataset in datasets}
-
-
-DATASETS: dict[str, Dataset] = _table(
+_DATASETS = (
     Dataset(
         "docstrings",
         "A smoke-scale task, not XSum: the first lines of docstrings of the standard "
         "library and of installed packages, from the rest of them.",
         _SUMMARIZE,
         ROUGE,
-        _docstrings,
+        _loader("docstrings"),
     ),
     Dataset(
         "phrases",
@@ -103,7 +63,7 @@ DATASETS: dict[str, Dataset] = _table(
         "CLDR writes them in German and in English.",
         _TRANSLATE,
         ("exact_match", "bleu", "chrf"),
-        _phrases,
+        _loader("phrases"),
     ),
     Dataset(
         "xsum",
@@ -111,7 +71,7 @@ DATASETS: dict[str, Dataset] = _table(
         "by hand.",
         _SUMMARIZE,
         ROUGE,
-        _xsum,
+        _loader("builders", "load_xsum"),
     ),
     Dataset(
         "billsum",
@@ -119,7 +79,7 @@ DATASETS: dict[str, Dataset] = _table(
         "downloaded.",
         _SUMMARIZE,
         ROUGE,
-        _billsum,
+        _loader("builders", "load_billsum"),
     ),
     Dataset(
         "iwslt2017",
@@ -127,14 +87,15 @@ DATASETS: dict[str, Dataset] = _table(
         "hand.",
         _TRANSLATE,
         ("bleu", "chrf"),
-        _iwslt2017,
+        _loader("iwslt"),
     ),
     Dataset(
         "opus",
         "German and English texts of free software (Tiedemann, 2012), downloaded.",
         _TRANSLATE,
         ("bleu", "chrf"),
-        _opus,
+        _loader("builders", "load_opus"),
     ),
 )
+DATASETS = {dataset.name: dataset for dataset in _DATASETS}
 """The data sets that can be asked for."""

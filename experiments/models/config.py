@@ -9,11 +9,23 @@ from typing import Literal
 
 from experiments.common.errors import ConfigError
 
-Compute = Literal["float32", "bfloat16"]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Computed:
+    """How a model is computed."""
+
+    dropout: float = 0.0
+    """Probability with which training zeroes an activation; 0 drops nothing."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; the parameters stay float32."""
+    remat: bool = False
+    """Recompute each block in the backward pass, which saves its activations."""
+    scan: bool = False
+    """Stack the parameters of the blocks and loop over them: compiles faster."""
 
 
 @dataclasses.dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(_Computed):
     """The size of the GPT-2, and how it is computed."""
 
     layers: int = 4
@@ -26,18 +38,10 @@ class GPT2Config:
     """Tokens that the model sees at once; also the length of a packed example."""
     vocab_size: int = 4096
     """Tokens in the vocabulary."""
-    dropout: float = 0.0
-    """Probability with which training drops a number; 0 drops nothing."""
-    dtype: Compute = "float32"
-    """Type of the computation; the parameters stay float32."""
-    remat: bool = False
-    """Recompute each block in the backward pass, which saves its activations."""
-    scan: bool = False
-    """Stack the parameters of the blocks and loop over them: compiles faster."""
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
+class T5Config(_Computed):
     """The size of the T5, and how it is computed."""
 
     layers: int = 2
@@ -62,14 +66,6 @@ class T5Config:
     """Buckets of relative positions, each with one bias per head; even, at least 4."""
     max_distance: int = 128
     """Distance from which on all relative positions share the last bucket."""
-    dropout: float = 0.0
-    """Probability with which training drops a number; 0 drops nothing."""
-    dtype: Compute = "float32"
-    """Type of the computation; the parameters stay float32."""
-    remat: bool = False
-    """Recompute each block in the backward pass, which saves its activations."""
-    scan: bool = False
-    """Stack the parameters of the blocks and loop over them: compiles faster."""
 
 
 Config = GPT2Config | T5Config

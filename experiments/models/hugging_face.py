@@ -20,7 +20,6 @@ from experiments.common.errors import ConfigError
 from experiments.models import blocks, hugging_face_config
 from experiments.models.build import Params, create
 from experiments.models.config import Config, GPT2Config, validate
-from experiments.models.hugging_face_names import GPT2_NAMES, T5_NAMES
 
 Tensors = dict[str, np.ndarray]
 
@@ -35,13 +34,15 @@ _IGNORED = re.compile(
 )
 # Names under which some files hold the embedding once more.
 _COPIES = {
-    GPT2_NAMES["wte/embedding"][0]: ("lm_head.weight",),
-    T5_NAMES["shared/embedding"][0]: (
+    "wte.weight": ("lm_head.weight",),
+    "shared.weight": (
         "encoder.embed_tokens.weight",
         "decoder.embed_tokens.weight",
         "lm_head.weight",
     ),
 }
+# T5's biases of positions belong to the stack here, and to its first block there.
+_POSITIONS = "block.0.layer.0.SelfAttention.relative_attention_bias"
 
 
 def read_config(path: str | pathlib.Path) -> Config:
@@ -104,9 +105,8 @@ def from_tensors(tensors: Tensors, config: Config) -> Params:
     for path, leaf in expected.items():
         name, transposed = names[path]
         tensor = tensors[name].T if transposed else tensors[name]
-        _check_shape(
-            name, tensors[name], leaf.shape[::-1] if transposed else leaf.shape
-        )
+        shape = leaf.shape[::-1] if transposed else leaf.shape
+        _check_shape(name, tensors[name], shape)
         *parents, last = path
         node = params
         for key in parents:
@@ -137,15 +137,15 @@ def _by_path(params: Params) -> dict[tuple[Any, ...], Any]:
 
 
 def _name(path: tuple[Any, ...], config: Config) -> tuple[str, bool]:
-    """Looks a path up: the name, and whether it is transposed there."""
-    table = GPT2_NAMES if isinstance(config, GPT2Config) else T5_NAMES
-    words = [str(key) for key in path]
-    number = ""
-    for i, word in enumerate(words[:-1]):
-        if word in ("h", "block"):
-            number, words[i + 1] = words[i + 1], "{i}"
-    name, transposed = table["/".join(words)]
-    return name.format(i=number), transposed
+    """Returns the name of a parameter in a checkpoint, and whether it is transposed.
+
+    Modules have the same names; the last word is "bias" or "weight" there. Kernels are
+    (in, out) here and in GPT-2's files, (out, in) in T5's.
+    """
+    *modules, last = map(str, path)
+    name = ".".join([*modules, "bias" if last == "bias" else "weight"])
+    name = name.replace(".relative_attention_bias", f".{_POSITIONS}")
+    return name, last == "kernel" and not isinstance(config, GPT2Config)
 
 
 def _check_names(tensors: Tensors, expected: set[str]) -> None:

@@ -176,7 +176,7 @@ def test_mocked_data_source(tmp_path):
 def test_tensorflow_is_not_imported(tmp_path, manual):
     code = (
         "import pathlib, sys\n"
-        "from experiments.datasets import builders\n"
+        "from experiments.data import builders\n"
         "builders.load_xsum(pathlib.Path(sys.argv[1]))\n"
         "sys.exit('tensorflow' in sys.modules)\n"
     )

@@ -105,7 +105,7 @@ def test_installed_docstrings(monkeypatch):
 def test_finding_packages_imports_none():
     code = (
         "import sys\n"
-        "from experiments.datasets import docstrings\n"
+        "from experiments.data import docstrings\n"
         "docstrings._folders()\n"
         "sys.exit(bool({'numpy', 'jax', 'flax', 'optax'} & set(sys.modules)))\n"
     )

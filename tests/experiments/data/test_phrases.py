@@ -127,10 +127,10 @@ def test_phrases_are_deterministic():
     assert random.getstate() == state
 
 
-def test_size_of_the_default(monkeypatch):
-    monkeypatch.setattr(phrases, "DRAWS", phrases.DRAWS // 10)
-    splits = phrases.load()
+def test_size_of_the_default(monkeypatch, tmp_path):
+    monkeypatch.setattr(phrases, "SAMPLES", phrases.SAMPLES // 10)
+    splits = phrases.load(tmp_path)
     total = sum(map(len, splits.values()))
-    assert 4_000 < total < phrases.DRAWS + 2_000
+    assert 4_000 < total < phrases.SAMPLES + 2_000
     for name in ("validation", "test"):
         assert 0.02 < len(splits[name]) / total < 0.06
