@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from flora_jax._typing import PyTree
 from flora_jax.leaves import LeafPlan, normalise_path, spec_identity, unboxed
