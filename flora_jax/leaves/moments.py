@@ -76,13 +76,16 @@ def map_moments(
         return not set(fields).isdisjoint(getattr(node, "_fields", ()))
 
     def is_moment(tree: Any) -> bool:
+        if not axes:  # No paths to compare, or nothing to compare them with.
+            same = jax.tree.structure(tree) == jax.tree.structure(params)
+            return params is None or same
         found = {(path, jnp.ndim(leaf)) for path, leaf in named_leaves(tree)}
-        return params is None or (bool(found or not axes) and found <= axes.items())
+        return bool(found) and found <= axes.items()
 
     def replaced(node: Any) -> Any:
         values = node._asdict()
         group = {k: v for k, v in values.items() if k in fields and is_moment(v)}
-        new = function(group) if group else {}
+        new = dict(function(group)) if group else {}
         for name, value in values.items():
             if name not in group and not isinstance(value, jax.Array):
                 new[name] = visit(value)

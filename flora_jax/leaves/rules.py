@@ -84,7 +84,7 @@ def _is_entry(x: Any) -> bool:
     return x is None or _is_dimension_numbers(x)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LeafRules:
     """Which leaves are folded to matrices, and by which axes.
 
@@ -136,52 +136,43 @@ class LeafRules:
         object.__setattr__(self, "weight_dimension_numbers", numbers)
 
     def plan(self, tree: PyTree) -> tuple[LeafPlan, ...]:
-        """Plans of all leaves, folded but not sketched.
+        """Plans of all leaves, in the order of ``jax.tree.leaves``.
 
         Args:
           tree: parameters, gradients or their ShapeDtypeStructs.
 
         Returns:
-          One plan per array leaf, in the order of ``jax.tree.leaves``.
+          One plan per array leaf.
 
         Raises:
           TypeError: for a leaf that is no array of a real floating dtype.
-          ValueError: for a mask or dimension numbers that do not fit a leaf.
+          ValueError: for a rank, mask or dimension numbers that do not fit a leaf.
         """
-        known, plans = self._plans, []
-        for leaf in self.folds(tree):
-            if leaf not in known:
-                known[leaf] = LeafPlan.of(*leaf)
-            plans.append(known[leaf])
-        return tuple(plans)
-
-    def folds(self, tree: PyTree) -> list[tuple[str, Shape, Fold]]:
-        """Path, shape and fold of each leaf; see :meth:`plan`."""
         numbers = self.weight_dimension_numbers
         if callable(numbers) and not _is_dimension_numbers(numbers):
             # Of optax's placeholder for parameters there is nothing to ask.
             numbers = numbers(tree) if jax.tree.leaves(tree) else None
             numbers = by_path(numbers, _hashable_numbers)
-        found = []
+        known, plans = self._known, []
         for path, leaf in named_leaves(tree):
             shape, own = _shape(path, leaf), numbers
             if isinstance(numbers, ByPath):
                 own = numbers.find("weight_dimension_numbers", path, shape)
                 own = False if own is None else own
             key = (path, shape, own)
-            if key not in self._known:
-                self._known[key] = self._fold(*key)
-            found.append((path, shape, self._known[key]))
-        return found
+            if key not in known:
+                known[key] = self._plan(path, shape, self._fold(*key))
+            plans.append(known[key])
+        return tuple(plans)
 
     @functools.cached_property
-    def _known(self) -> dict[Any, Fold]:
-        """Folds that were decided before: init and update ask for the same."""
+    def _known(self) -> dict[Any, LeafPlan]:
+        """Plans that were made before: init and update ask for the same."""
         return {}
 
-    @functools.cached_property
-    def _plans(self) -> dict[Any, LeafPlan]:
-        return {}
+    def _plan(self, path: str, shape: Shape, fold: Fold) -> LeafPlan:
+        """The plan of a leaf with a fold; subclasses add what they do with it."""
+        return LeafPlan.of(path, shape, fold)
 
     def _fold(self, path: str, shape: Shape, numbers: Any) -> Fold:
         """The fold by the rule, or by the user's dimension numbers."""

@@ -39,7 +39,7 @@ def plan_call(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
     return Step(
         [(eqn.invars[i], request) for i, request in program.inputs],
         _results(eqn, wanted),
-        lambda s, values: program.run(s, _behind_barrier(values, hidden)),
+        lambda s, *values: program.run(s, _behind_barrier(values, hidden)),
         program.fallbacks,
     )
 
@@ -48,7 +48,7 @@ def _results(eqn: JaxprEqn, wanted: Sequence[Slot]) -> list[Operand]:
     return [(eqn.outvars[i], request) for i, request in wanted]
 
 
-def _behind_barrier(values: list[Any], places: list[int]) -> list[Any]:
+def _behind_barrier(values: Sequence[Any], places: list[int]) -> list[Any]:
     """The values, those at some places behind one barrier that waits for them all."""
     groups: dict[Any, list[int]] = {}
     for k in places:
@@ -69,15 +69,14 @@ def plan_cond(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
     programs = [plan(branch, wanted) for branch in eqn.params["branches"]]
     inputs = list(dict.fromkeys(slot for p in programs for slot in p.inputs))
 
-    def run(projections: LeafProjections, values: list[Any]) -> list[Any]:
-        index, *operands = values
+    def run(projections: LeafProjections, index: Any, *values: Any) -> list[Any]:
         formed = projections.with_matrices(_leaves(wanted))
 
         def branch(program: Program) -> Callable[..., list[Any]]:
             places = [inputs.index(slot) for slot in program.inputs]
             return lambda *given: program.run(formed, [given[k] for k in places])
 
-        return jax.lax.switch(index, [branch(p) for p in programs], *operands)
+        return jax.lax.switch(index, [branch(p) for p in programs], *values)
 
     operands: list[Operand] = [(eqn.invars[0], None)]
     operands += [(eqn.invars[i + 1], request) for i, request in inputs]
@@ -155,7 +154,7 @@ def plan_scan(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
     places = [order.index(slot) for slot in program.inputs]
     stacked = [slot for slot in wanted if slot[0] >= carries]
 
-    def run(projections: LeafProjections, values: list[Any]) -> list[Any]:
+    def run(projections: LeafProjections, *values: Any) -> list[Any]:
         formed = projections.with_matrices(_leaves(wanted))
         a, b = len(fixed), len(fixed) + len(starts)
 
@@ -165,7 +164,12 @@ def plan_scan(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
             return out[: len(carried)], out[len(carried) :]
 
         last, stack = jax.lax.scan(
-            body, values[a:b], values[b:], p["length"], p["reverse"], p["unroll"]
+            body,
+            list(values[a:b]),
+            list(values[b:]),
+            p["length"],
+            p["reverse"],
+            p["unroll"],
         )
         found = dict(zip([*carried, *stacked], [*last, *stack], strict=True))
         return [found[slot] for slot in wanted]

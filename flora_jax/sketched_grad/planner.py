@@ -12,9 +12,11 @@ through one linear equation, and what no rule knows is computed as it stands.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
@@ -76,27 +78,21 @@ class Planner:
 
         def read(operands: Sequence[Operand]) -> None:
             for atom, request in operands:
-                if not isinstance(atom, Literal):
+                constant = isinstance(atom, Literal) or atom in jaxpr.constvars
+                if not constant:
                     requests.setdefault(atom, {})[request] = None
                 elif request is not None:
-                    fallbacks.append(_constant(atom, request))
-
-        def add(step: Step) -> None:
-            read(step.operands)
-            fallbacks.extend(step.fallbacks)
-            steps.append(step)
+                    why = "constant", shape_of(atom), "it is a constant"
+                    fallbacks.append(Fallback(request.leaf, *why))
 
         outputs: list[Operand] = [(jaxpr.outvars[i], request) for i, request in wanted]
         read(outputs)
         for eqn in reversed(jaxpr.eqns):
             slots = _slots(eqn.outvars, requests)
-            if slots or eqn.effects:
-                for step in self._equation(eqn, slots, flow):
-                    add(step)
-        for i, request in _slots(jaxpr.constvars, requests):
-            if request is not None:
-                v = jaxpr.constvars[i]
-                add(_sketch_of_value(v, request, _constant(v, request)))
+            for step in self._equation(eqn, slots, flow):
+                read(step.operands)
+                fallbacks.extend(step.fallbacks)
+                steps.append(step)
         inputs = _slots(jaxpr.invars, requests)
         return Program(inputs, steps[::-1], outputs, fallbacks, jaxpr, consts)
 
@@ -104,35 +100,36 @@ class Planner:
         self, eqn: JaxprEqn, wanted: list[Slot], flow: DataFlow
     ) -> list[Step]:
         """The steps that compute what is wanted of an equation, the last one first."""
-        name, steps, evaluated = eqn.primitive.name, [], []
+        name, steps = eqn.primitive.name, []
         control_flow = _CONTROL_FLOW.get(name)
         if called_body(eqn) is not None:
             control_flow = plan_call
+        evaluated: dict[Slot, None] = {}
         for index, request in wanted:
             if request is None:
-                evaluated.append((index, None))
+                evaluated[index, None] = None
                 continue
-            out = eqn.outvars[index]
-            found = None  # Body of a control flow: it sketches its own outputs.
+            out, fallbacks = eqn.outvars[index], []
+            found = None  # Where a body sketches its own outputs.
             if is_explicit(getattr(out.aval, "sharding", None)):
                 found = "it lies on a mesh with Explicit axes"
             elif control_flow is None:
                 found = flow.rewrite(eqn, index, request)
             elif control_flow is plan_scan:
                 found = why_not_in_loop(eqn, index, request, self.plan)
+            if isinstance(found, str):
+                fallbacks.append(Fallback(request.leaf, name, shape_of(out), found))
+                found = _sketch_in_full(out, request)
+                evaluated[index, None] = None
             if found is None:
-                evaluated.append((index, request))
-            elif isinstance(found, str):
-                why = Fallback(request.leaf, name, shape_of(out), found)
-                steps.append(_sketch_of_value(out, request, why))
-                evaluated.append((index, None))
+                evaluated[index, request] = None
             else:
-                steps.append(_rewritten(out, request, found))
-        evaluated = list(dict.fromkeys(evaluated))
+                run = functools.partial(_run_rewrite, found)
+                steps.append(Step(found.operands, [(out, request)], run, fallbacks))
         if control_flow and any(request is not None for _, request in evaluated):
-            steps.append(control_flow(eqn, evaluated, self.plan))
+            steps.append(control_flow(eqn, list(evaluated), self.plan))
         elif evaluated or eqn.effects:
-            steps.append(_unchanged(eqn, evaluated, flow.jaxpr))
+            steps.append(_unchanged(eqn, list(evaluated), flow.jaxpr))
         return steps
 
 
@@ -143,27 +140,12 @@ def _slots(
     return [(i, r) for i, v in enumerate(variables) for r in requests.get(v, ())]
 
 
-def _constant(atom: Atom, request: SketchRequest) -> Fallback:
-    return Fallback(request.leaf, "constant", shape_of(atom), "it is a constant")
+def _sketch_in_full(atom: Atom, request: SketchRequest) -> Rewrite:
+    return Rewrite([(atom, None)], lambda s, value: s.sketch(value, request))
 
 
-def _sketch_of_value(atom: Atom, request: SketchRequest, why: Fallback) -> Step:
-    """A step that sketches a value which is computed in full."""
-    return Step(
-        [(atom, None)],
-        [(atom, request)],
-        lambda s, values: [s.sketch(values[0], request)],
-        [why],
-    )
-
-
-def _rewritten(out: Atom, request: SketchRequest, rewrite: Rewrite) -> Step:
-    """A step that computes the sketch of an output in the output's place."""
-    return Step(
-        rewrite.operands,
-        [(out, request)],
-        lambda s, values: [rewrite.compute(s, *values)],
-    )
+def _run_rewrite(rewrite: Rewrite, projections: Any, *values: Any) -> list[jax.Array]:
+    return [rewrite.compute(projections, *values)]
 
 
 def _unchanged(eqn: JaxprEqn, wanted: list[Slot], jaxpr: Jaxpr) -> Step:
@@ -176,5 +158,5 @@ def _unchanged(eqn: JaxprEqn, wanted: list[Slot], jaxpr: Jaxpr) -> Step:
     return Step(
         [(v, None) for v in reads],
         [(v, None) for v in writes],
-        lambda _, values: eval_jaxpr(alone, (), *values),
+        lambda _, *values: eval_jaxpr(alone, (), *values),
     )

@@ -116,18 +116,18 @@ def is_explicit(sharding: Any) -> bool:
 
 
 class Step(NamedTuple):
-    """A part of a program: an equation, the sketch of its output, or one of a value.
+    """A part of a program: an equation, or what computes a sketch.
 
     Attributes:
       operands: what it reads.
       results: what it computes.
-      run: from (LeafProjections, values of the operands) to the results.
+      run: from (LeafProjections, *operands) to the results.
       fallbacks: what it computes in full only to sketch it.
     """
 
     operands: list[Operand]
     results: list[Operand]
-    run: Callable[[LeafProjections, list[Any]], Sequence[Any]]
+    run: Callable[..., Sequence[Any]]
     fallbacks: Sequence[Fallback] = ()
 
 
@@ -153,20 +153,20 @@ class Program(NamedTuple):
     def run(self, projections: LeafProjections, values: Sequence[Any]) -> list[Any]:
         """Computes the outputs from what ``inputs`` names."""
         known: dict[Operand, Any] = {}
-        for v, const in zip(self.jaxpr.constvars, self.consts, strict=True):
-            known[v, None] = const
         for (i, request), value in zip(self.inputs, values, strict=True):
             known[self.jaxpr.invars[i], request] = value
+        constants = dict(zip(self.jaxpr.constvars, self.consts, strict=True))
 
         def read(operand: Operand) -> Any:
             atom, request = operand
-            if not isinstance(atom, Literal):
+            if not isinstance(atom, Literal) and atom not in constants:
                 return known[operand]
+            value = atom.val if isinstance(atom, Literal) else constants[atom]
             if request is None:
-                return atom.val
-            return projections.sketch(jnp.asarray(atom.val), request)
+                return value
+            return projections.sketch(jnp.asarray(value), request)
 
         for step in self.steps:
-            results = step.run(projections, [read(x) for x in step.operands])
+            results = step.run(projections, *map(read, step.operands))
             known.update(zip(step.results, results, strict=True))
         return [read(operand) for operand in self.outputs]

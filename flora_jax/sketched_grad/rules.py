@@ -158,7 +158,11 @@ class DataFlow:
         found = self.rewrite(eqn, index, request)
         if isinstance(found, str):
             return False
-        return all(self.reaches_product(*x) for x in found.operands if x[1] is not None)
+        return all(
+            self.reaches_product(atom, request)
+            for atom, request in found.operands
+            if request is not None
+        )
 
     def is_zero(self, atom: Atom) -> bool:
         """Whether a value is known to be zero everywhere."""
@@ -173,26 +177,19 @@ class DataFlow:
 
 
 _KEEP_ZERO = ("broadcast_in_dim", "convert_element_type", "copy", "pvary", "reshape")
-# Calls that run their body once, and where the body stands among their parameters.
-_CALLS = {
-    **dict.fromkeys(("checkpoint", "jit", "pjit", "remat", "remat2"), ("jaxpr",)),
-    **dict.fromkeys(
-        (
-            "closed_call",
-            "core_call",
-            "custom_jvp_call",
-            "custom_vjp_call",
-            "custom_vjp_call_jaxpr",
-        ),
-        ("call_jaxpr", "fun_jaxpr", "jaxpr"),
-    ),
-}
+# Calls that run their body once, and the parameters in which it may stand.
+_CALLS = (
+    *("checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"),
+    *("custom_vjp_call_jaxpr", "jit", "pjit", "remat", "remat2"),
+)
+_BODIES = ("call_jaxpr", "fun_jaxpr", "jaxpr")
 
 
 def called_body(eqn: JaxprEqn) -> Any:
     """The jaxpr, closed or not, of a call that runs it once; None for all others."""
-    names = _CALLS.get(eqn.primitive.name, ())
-    return next((eqn.params[name] for name in names if name in eqn.params), None)
+    if eqn.primitive.name not in _CALLS:
+        return None
+    return next((eqn.params[name] for name in _BODIES if name in eqn.params), None)
 
 
 def opened(body: Any) -> tuple[Jaxpr, Sequence[Any]]:

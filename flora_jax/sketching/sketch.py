@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax import _validation
-from flora_jax._typing import KeyLike, LeafMask, PyTree, RankSpec, Shape
+from flora_jax._typing import KeyLike, PyTree, RankSpec, Shape
 from flora_jax.leaves import ByPath, LeafPlan, LeafRules, by_path, is_scalar
+from flora_jax.leaves.fold import Fold
 from flora_jax.projections import ObliviousProjection, Projection
 from flora_jax.random import raw_key
 
@@ -33,7 +34,7 @@ class SketchCycle(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sketch:
+class Sketch(LeafRules):
     """How the leaves of a tree are sketched: static settings, hashable.
 
     Pieces that have to agree, such as an accumulation and the gradients that are
@@ -70,14 +71,11 @@ class Sketch:
     rank: RankSpec
     projection: Projection | None = None
     key: KeyLike = 0
-    mask: LeafMask = None
-    side: str = "smaller"
-    min_dim_size: int = 128
-    max_aspect_ratio: float = 16
-    weight_dimension_numbers: Any = None
+    side: str = dataclasses.field(default="smaller", kw_only=True)
 
     def __post_init__(self) -> None:
         """Raises on bad arguments, and makes all of them hashable."""
+        super().__post_init__()
         rank = self.rank
         if callable(rank):
             _validation.check_leaf_rule("rank", rank)
@@ -90,30 +88,14 @@ class Sketch:
                 " flora_jax.CountSketch()"
             )
         _validation.check_choice("side", self.side, _SIDES)
-        rules = LeafRules(
-            self.mask,
-            self.min_dim_size,
-            self.max_aspect_ratio,
-            self.weight_dimension_numbers,
-        )
-        frozen = {
-            "rank": by_path(rank),
-            "key": _concrete(self.key),
-            "mask": rules.mask,
-            "weight_dimension_numbers": rules.weight_dimension_numbers,
-        }
-        for name, value in frozen.items():
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "rank", by_path(rank))
+        object.__setattr__(self, "key", _concrete(self.key))
 
     @functools.cached_property
     def rules(self) -> LeafRules:
         """The rules by which leaves are folded."""
-        return LeafRules(
-            self.mask,
-            self.min_dim_size,
-            self.max_aspect_ratio,
-            self.weight_dimension_numbers,
-        )
+        fields = dataclasses.fields(LeafRules)
+        return LeafRules(**{field.name: getattr(self, field.name) for field in fields})
 
     @functools.cached_property
     def key_data(self) -> np.ndarray:
@@ -140,33 +122,8 @@ class Sketch:
             )
         return SketchCycle(jnp.asarray(self.key_data), jnp.asarray(step, jnp.int32))
 
-    def plan(self, tree: PyTree) -> tuple[LeafPlan, ...]:
-        """Plans of all leaves, in the order of ``jax.tree.leaves``.
-
-        Args:
-          tree: parameters, gradients or their ShapeDtypeStructs.
-
-        Returns:
-          One plan per array leaf.
-
-        Raises:
-          TypeError: for a leaf that is no array of a real floating dtype.
-          ValueError: for a rank, mask or dimension numbers that do not fit a leaf.
-        """
-        known, plans = self._known, []
-        for leaf in self.rules.folds(tree):
-            if leaf not in known:
-                known[leaf] = self._plan(*leaf)
-            plans.append(known[leaf])
-        return tuple(plans)
-
-    @functools.cached_property
-    def _known(self) -> dict[Any, LeafPlan]:
-        """Plans that were made before: init and update ask for the same."""
-        return {}
-
-    def _plan(self, path: str, shape: Shape, fold: Any) -> LeafPlan:
-        plan = LeafPlan.of(path, shape, fold)
+    def _plan(self, path: str, shape: Shape, fold: Fold) -> LeafPlan:
+        plan = super()._plan(path, shape, fold)
         if plan.dense:
             return plan
         n, m = plan.rows, plan.columns

@@ -44,8 +44,8 @@ class Basis:
     def plan(self, tree: PyTree) -> tuple[LeafPlan, ...]:
         """Plans of all leaves, after checking that each has enough directions."""
         plans = self.sketcher.plan(tree)
-        for plan in plans if self.stored is not None else ():
-            if plan.dense:
+        for plan in plans:
+            if plan.dense or self.stored is None:
                 continue
             other = plan.rows if plan.axis == -1 else plan.columns
             found = self.stored.directions(plan.width, other)
@@ -146,6 +146,7 @@ class Basis:
                 for plan, a, b in zip(plans, old, sampled, strict=True)
             ]
         else:
+            assert self.refresh_every is not None
             epoch, _ = renewal(count, self.refresh_every, offset)
             back = self.sketcher.transfers(plans, sampled, key, epoch - 1)
             matrices = [matrix.swapaxes(-1, -2) for matrix in back]

@@ -183,9 +183,9 @@ def scale_in_subspace(
 
         dtypes = {"basis": basis.stored.dtype} if basis.stored is not None else {}
         kept = {
-            field: zeros_tree(params, own, dtypes.get(field, jnp.float32))
-            if own
-            else ()
+            field: ()
+            if own is None
+            else zeros_tree(params, own, dtypes.get(field, jnp.float32))
             for field, own in _kept_shapes(basis, rest, error_feedback, plans).items()
         }
         return SubspaceState(
@@ -220,7 +220,7 @@ def scale_in_subspace(
         kept = _kept_shapes(basis, rest, error_feedback, plans)
         stored, limits, error = (
             matching_leaves(_NAME, field, getattr(state, field), plans, own)
-            if own
+            if own is not None
             else []
             for field, own in kept.items()
         )
@@ -313,9 +313,9 @@ def scale_in_subspace(
             key=state.key,
             spec=state.spec,
             inner=jax.tree.map(cast_like, new_inner, state.inner),
-            basis=rebuild(state.basis, stored) if stored else (),
-            limiter=rebuild(state.limiter, limits) if limits else (),
-            error=rebuild(state.error, error) if error else (),
+            basis=rebuild(state.basis, stored) if stored else state.basis,
+            limiter=rebuild(state.limiter, limits) if limits else state.limiter,
+            error=rebuild(state.error, error) if error else state.error,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -336,7 +336,9 @@ def _check_objects(
             f" got {transport!r}; pass an instance"
         )
     projection = basis.sketcher.projection
-    needs = {"transport": transport if transport.needs_isometry else None}
+    needs: dict[str, Any] = {
+        "transport": transport if transport.needs_isometry else None
+    }
     if residual is not None:
         residual.check()
         needs["residual"] = residual if residual.needs_isometry else None
@@ -362,9 +364,9 @@ def _check_objects(
 
 def _kept_shapes(
     basis: Basis, residual: Residual, error_feedback: bool, plans: Sequence[LeafPlan]
-) -> dict[str, list[Shape]]:
-    """Shapes of what a state keeps beside the inner one; empty for what it does not."""
-    stored, limits, errors = [], [], []
+) -> dict[str, list[Shape] | None]:
+    """Shapes of what a state keeps beside the inner one; None for what it does not."""
+    stored = limits = errors = None
     if basis.stored is not None:
         stored = [basis.stored_shape(plan) for plan in plans]
     if residual.is_limited:
