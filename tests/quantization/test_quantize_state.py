@@ -1,0 +1,292 @@
+"""Moments in codes: tracks float32, exact bytes, what it wraps, what it refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flora_jax as fj
+from flora_jax.quantization import decode
+from flora_jax.quantization.quantize_state import quantize_state
+from tests.common import assert_close
+from tests.conformance.cases import assert_identical, jit
+
+DTYPES = ("int8", "float8_e4m3fn", "bfloat16")
+CONFIGURATIONS = [
+    ("int8", False),
+    ("int8", True),
+    ("float8_e4m3fn", False),
+    ("bfloat16", False),
+]
+SHAPES = {"w": (64, 128), "stack": (3, 16, 100), "small": (16, 16), "bias": (5000,)}
+small_blocks = functools.partial(quantize_state, block=32, min_size=1024)
+
+
+def params(dtype=jnp.float32):
+    return {name: jnp.ones(shape, dtype) for name, shape in SHAPES.items()}
+
+
+def gradients(step, dtype=jnp.float32):
+    rng = np.random.default_rng(step)
+    return {name: jnp.asarray(rng.normal(size=s), dtype) for name, s in SHAPES.items()}
+
+
+def run(tx, steps, dtype=jnp.float32):
+    step, state = jit(tx.update), tx.init(params(dtype))
+    states = [state]
+    for i in range(steps):
+        updates, state = step(gradients(i, dtype), state, params(dtype))
+        states.append(state)
+    return updates, states
+
+
+def types(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+@functools.cache
+def adam(dtype="int8", stochastic=False):
+    tx = small_blocks(optax.adam(0.1), dtype, stochastic_rounding=stochastic, key=3)
+    return tx, *run(tx, 3)
+
+
+def test_shapes_dtypes_and_bytes_of_the_state():
+    tx = quantize_state(optax.adam(1e-3), min_size=1024)
+    shape = {"w": jax.ShapeDtypeStruct((64, 512), jnp.float32)}
+    state = jax.eval_shape(tx.init, shape)
+    moments = state.inner[0]
+    assert (moments.mu["w"].dtype, moments.nu["w"].dtype) == (jnp.int8, jnp.uint8)
+    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
+    numbers = 64 * 512
+    # Two moments; two counters, the key and the spec.
+    assert sum(sizes) == 2 * (numbers + 4 * numbers // 256) + 4 + 4 + 8 + 4 * 64
+    assert types(tx.init(shape)) == types(state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_and_one_dimensional_leaves_are_exact(dtype):
+    _, updates, states = adam(dtype)
+    expected, theirs = run(optax.adam(0.1), 3)
+    for name in ("small", "bias"):
+        assert_close(updates[name], expected[name])
+        for field in ("mu", "nu"):
+            kept = getattr(states[-1].inner[0], field)[name]
+            assert_close(kept, getattr(theirs[-1][0], field)[name])
+        for tree in states[-1].scales:
+            assert tree[name].shape == (1,) * len(SHAPES[name])
+    assert states[-1].inner[0].mu["stack"].dtype == jnp.dtype(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_step_is_that_of_the_inner_transformation(dtype):
+    """Encoding comes last: the first update is exact, the next reads the codes."""
+    tx, _, states = adam(dtype)
+    plain = optax.adam(0.1)
+    expected, _ = plain.update(gradients(0), plain.init(params()))
+    updates, _ = tx.update(gradients(0), states[0])
+    assert_close(updates, expected)
+    state, moments = states[1], []
+    for field, scales in zip(("mu", "nu"), state.scales, strict=True):
+        tree = dict(getattr(state.inner[0], field))
+        for name in ("w", "stack"):
+            tree[name] = decode(tree[name], scales[name], dtype, 32, field == "mu")
+        moments.append(tree)
+    inner = state.inner[0]._replace(mu=moments[0], nu=moments[1])
+    expected, new = plain.update(gradients(1), (inner, *state.inner[1:]))
+    updates, ours = tx.update(gradients(1), state)
+    assert_close(updates, expected)
+    back = decode(ours.inner[0].mu["w"], ours.scales[0]["w"], dtype, 32, True)
+    worst = {"int8": 2 / 127, "float8_e4m3fn": 1 / 16, "bfloat16": 1 / 256}[dtype]
+    error = np.abs(np.asarray(back) - np.asarray(new[0].mu["w"])).max()
+    assert 0 < error <= worst * np.abs(np.asarray(new[0].mu["w"])).max()
+
+
+@pytest.mark.parametrize(("dtype", "stochastic"), CONFIGURATIONS)
+def test_dtypes_and_shapes_never_change(dtype, stochastic):
+    _, _, states = adam(dtype, stochastic)
+    assert len({str(types(state)) for state in states}) == 1
+    assert [int(state.count) for state in states] == [0, 1, 2, 3]
+    assert_identical(states[-1].key, states[0].key)
+
+
+def quadratic(tx, curvature, steps):
+    """Parameters after each step on sum(h x^2)/2 from ones."""
+
+    @jit
+    def descend(x):
+        def body(carry, _):
+            x, state = carry
+            updates, state = tx.update({"x": curvature * x["x"]}, state, x)
+            x = optax.apply_updates(x, updates)
+            return (x, state), x["x"]
+
+        return jax.lax.scan(body, (x, tx.init(x)), length=steps)[1]
+
+    return np.asarray(descend({"x": jnp.ones_like(curvature)}))
+
+
+@functools.cache
+def curvature():
+    """Condition number 1000, without order: gradients of a block differ as much."""
+    rng = np.random.default_rng(0)
+    return jnp.asarray(10 ** rng.uniform(-1.5, 1.5, (64, 64)), jnp.float32)
+
+
+@functools.cache
+def exact_descent():
+    return quadratic(optax.adam(0.02), curvature(), 200)
+
+
+@pytest.mark.parametrize(("dtype", "stochastic"), CONFIGURATIONS)
+def test_adam_tracks_float32_on_an_ill_scaled_quadratic(dtype, stochastic):
+    tx = quantize_state(optax.adam(0.02), dtype, stochastic_rounding=stochastic)
+    exact, coded = exact_descent(), quadratic(tx, curvature(), 200)
+    # Each entry has gone a way of 0.4 in 20 steps. A gradient 1000 times smaller than
+    # the largest of its block has a moment at the codes 3 to 5 of 127, where steps are
+    # half of it; the mean entry has steps of a tenth.
+    error = np.abs(coded[19] - exact[19])
+    assert error.mean() <= 0.05 * 0.4
+    assert error.max() <= 0.5 * 0.4
+    loss = [np.sum(curvature() * x**2) / 2 for x in (exact[0], exact[-1], coded[-1])]
+    assert loss[1] <= 1e-8 * loss[0]
+    assert loss[2] <= 1e-8 * loss[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stochastic"), [("int8", True), ("float8_e4m3fn", False)]
+)
+def test_an_unchanged_state_does_not_drift(dtype, stochastic):
+    """An accumulator runs its inner transformation once per cycle."""
+    inner = fj.compressed_accumulation(
+        optax.adam(0.1), 8, rank=4, min_dim_size=8, max_aspect_ratio=32
+    )
+    tx = small_blocks(inner, dtype, fields=("mu", "nu"), stochastic_rounding=stochastic)
+    _, states = run(tx, 12)
+    assert int(states[8].inner.gradient_step) == 1
+    assert np.any(np.asarray(states[8].inner.inner_opt_state[0].mu["w"]) != 0)
+    for state in states[9:]:
+        assert_identical(
+            state.inner.inner_opt_state[0], states[8].inner.inner_opt_state[0]
+        )
+        assert_identical(state.scales, states[8].scales)
+    assert states[9].inner.acc_grads["w"].dtype == jnp.float32
+
+
+def test_random_rounding_follows_key_count_and_path():
+    """Two trees and two leaves with the same numbers are rounded differently."""
+    inner = optax.chain(optax.trace(0.0), optax.trace(0.0))
+    zeros = {"a": jnp.zeros((64, 64)), "b": jnp.zeros((64, 64))}
+    grads = {"a": 1.0 * gradients(0)["w"][:, :64]}
+    grads["b"] = grads["a"]
+
+    tx = quantize_state(inner, stochastic_rounding=True)
+    state, step = tx.init(zeros), jit(tx.update)
+
+    def codes(key, count=0):
+        start = state._replace(
+            key=jnp.array([0, key], jnp.uint32), count=jnp.int32(count)
+        )
+        return [np.asarray(x) for x in jax.tree.leaves(step(grads, start)[1].inner)]
+
+    drawn = codes(0)
+    assert len(drawn) == 4
+    for i, x in enumerate(drawn):
+        assert all(np.any(x != y) for y in drawn[:i])
+    assert_identical(codes(0), drawn)
+    for other in (codes(1), codes(0, 1)):
+        assert all(np.any(x != y) for x, y in zip(other, drawn, strict=True))
+
+
+def test_random_rounding_keeps_what_the_nearest_loses():
+    """A second moment that falls by 0.05% an update beside one that does not."""
+    steps, shape = 100, (64, 64)
+    # Blocks of 32 along the first axis: each holds one row that stays, its scale.
+    row = np.arange(64)[:, None] % 32 == 0
+    grads = {"w": jnp.broadcast_to(jnp.where(row, 1.0, 0.5**0.5), shape)}
+
+    def moment(stochastic):
+        inner = optax.scale_by_rms(decay=0.999, initial_scale=1.0)
+        tx = small_blocks(inner, stochastic_rounding=stochastic)
+
+        def body(state, _):
+            return tx.update(grads, state)[1], None
+
+        run = jit(lambda state: jax.lax.scan(body, state, length=steps)[0])
+        state = run(tx.init({"w": jnp.zeros(shape)}))
+        back = decode(state.inner.nu["w"], state.scales[0]["w"], "int8", 32, False)
+        return np.asarray(back, np.float64)
+
+    nearest, random = moment(False), moment(True)
+    np.testing.assert_allclose(nearest, 1.0, rtol=1e-5)
+    falling = random[~np.broadcast_to(row, shape)]
+    error = falling.std() / np.sqrt(falling.size)
+    expected = 0.5 + 0.5 * 0.999**steps
+    assert abs(falling.mean() - expected) <= 5 * error < 1e-2
+
+
+def test_verify_state_refuses_other_settings():
+    _, _, states = adam()
+    fj.verify_state(adam()[0], states[-1])
+    # Rounding does not change what the codes mean.
+    fj.verify_state(
+        small_blocks(optax.adam(0.1), stochastic_rounding=True, key=3), states[-1]
+    )
+    other = quantize_state(optax.adam(0.1), block=64, min_size=1024, key=3)
+    with pytest.raises(ValueError, match="block 32 in the state, 64 in tx"):
+        fj.verify_state(other, states[-1])
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "arguments"),
+    [
+        (ValueError, "`dtype` must be one of", {"dtype": "int4"}),
+        (ValueError, "`dtype` must be one of", {"dtype": "float8"}),
+        (ValueError, "`block` must be positive", {"block": 0}),
+        (TypeError, "`block` must be an int", {"block": 2.0}),
+        (ValueError, "`min_size` must be positive", {"min_size": 0}),
+        (TypeError, "`stochastic_rounding` must be", {"stochastic_rounding": 1}),
+        (TypeError, "`fields` must be a collection", {"fields": "mu"}),
+        (TypeError, "`fields` must be a collection", {"fields": 1}),
+        (ValueError, "`fields` must name some of", {"fields": ()}),
+        (ValueError, "`fields` must name some of", {"fields": ("m",)}),
+        (TypeError, "`inner` must be an optax", {"inner": optax.adam}),
+        (TypeError, "`key` must be a seed", {"key": "1"}),
+    ],
+)
+def test_bad_arguments(error, match, arguments):
+    with pytest.raises(error, match=match):
+        quantize_state(**{"inner": optax.adam(0.1), **arguments})
+
+
+def test_a_state_without_moments():
+    with pytest.raises(ValueError, match="must have moments to code, got none in"):
+        quantize_state(optax.sgd(0.1)).init(params())
+    with pytest.raises(ValueError, match="fields named ema; use"):
+        quantize_state(optax.adam(0.1), fields=("ema", "mu")).init(params())
+
+
+def test_states_of_other_settings():
+    tx, _, states = adam()
+    state = states[0]
+    with pytest.raises(TypeError, match="`state.key` of quantize_state must be uint32"):
+        tx.update(params(), state._replace(key=state.key.astype(jnp.float32)))
+    with pytest.raises(ValueError, match="must have scales for each array of"):
+        tx.update(params(), state._replace(scales=state.scales[:1]))
+    other = small_blocks(optax.adam(0.1), "float8_e4m3fn")
+    with pytest.raises(ValueError, match="codes of dtype float8_e4m3fn and scales"):
+        other.update(params(), state)
+    other = quantize_state(optax.adam(0.1), block=16, min_size=1024)
+    with pytest.raises(
+        ValueError, match=r"scales of shape \(3, 16, 7\) at '0/mu/stack'"
+    ):
+        other.update(params(), state)
+
+
+def test_dtypes_may_be_given_as_such():
+    assert_identical(
+        quantize_state(optax.adam(0.1), jnp.float8_e4m3fn).init(params()),
+        quantize_state(optax.adam(0.1), "float8_e4m3fn").init(params()),
+    )
