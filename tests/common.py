@@ -1,8 +1,11 @@
-"""Tolerances and trees that several tests share."""
+"""Tolerances, trees and tiers that several tests share."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 # Relative to the largest entry of what is expected: a few dozen roundings of the dtype.
 _TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "bfloat16": 3e-2, "float16": 4e-3}
@@ -30,8 +33,8 @@ def assert_close(actual, expected, dtype=None):
 def every_fold(dtype=jnp.float32):
     """Parameters with every kind of fold, at min_dim_size=8 and rank 4.
 
-    Sketched: tall, wide, square, cut (16 x 32 from three axes), stack, conv. Dense: the
-    others.
+    Sketched: tall, wide, square, cut (16 x 32 from three axes), stack, conv. Dense:
+    the others.
     """
     shapes = {
         "tall": (32, 16),
@@ -53,3 +56,30 @@ def every_fold(dtype=jnp.float32):
 
 
 SKETCHED = {"tall", "wide", "square", "cut", "stack", "conv"}
+
+
+def full(*values, **options):
+    """pytest.param for the full tier: the quick one tests the same by other values."""
+    return pytest.param(*values, marks=pytest.mark.full, **options)
+
+
+def representative(values, quick=1):
+    """Values of one parameter, of which the quick tier takes the first few."""
+    return [*values[:quick], *(full(value) for value in values[quick:])]
+
+
+_CACHED = []
+
+
+def cached(function):
+    """functools.cache for what holds compiled programs; see :func:`clear_caches`."""
+    wrapped = functools.cache(function)
+    _CACHED.append(wrapped)
+    return wrapped
+
+
+def clear_caches():
+    """Lets go of all compiled programs, jax's own included."""
+    for function in _CACHED:
+        function.cache_clear()
+    jax.clear_caches()

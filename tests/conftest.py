@@ -1,7 +1,9 @@
-"""Eight CPU devices for every test: set before jax starts."""
+"""Eight CPU devices for every test, and tests that share programs in one worker."""
 
 import os
+import pathlib
 
+# Before jax starts.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # XLA has a thread per core: with fewer than its devices want, a branch that gathers
 # waits for threads that wait for it, for ever. With 8 for 8 devices it still did.
@@ -9,3 +11,47 @@ os.environ.setdefault("NPROC", "32")
 # A decomposition on each device has threads of its own, which wait for one another:
 # 15 s for a matrix of 64 x 96 on two cores in place of 0.07.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+
+# Compiled programs stay in memory: beyond this a worker lets go of them.
+LIMIT = 1_500 * 2**20
+
+
+def group(item):
+    """Tests of one case of the conformance suite share programs; else those of a file.
+
+    In one worker: the other would compile the same again.
+    """
+    marked = item.get_closest_marker("xdist_group")
+    if marked is not None:
+        return marked.args[0]
+    case = getattr(getattr(item, "callspec", None), "params", {}).get("case")
+    return getattr(case, "name", str(item.path))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    result = yield
+    if nextitem is None or group(nextitem) != group(item):
+        let_go()
+    return result
+
+
+def let_go():
+    """Clears the caches of a worker that holds much memory."""
+    statm = pathlib.Path("/proc/self/statm")
+    if statm.exists() and int(statm.read_text().split()[1]) * 4096 > LIMIT:
+        import gc
+
+        from tests.common import clear_caches
+
+        clear_caches()
+        gc.collect()

@@ -1,6 +1,8 @@
 """The layers of the package import strictly downward, and only public API of others."""
 
 import ast
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,70 +10,144 @@ import pytest
 import flora_jax
 
 ROOT = Path(flora_jax.__file__).parent
-# Lower layers first; a module may import its own layer's earlier modules and below.
+# Lower layers first. The first three are modules that all layers share.
 LAYERS = [
-    ["_checks", "_mesh", "_keys", "_plan", "_random", "_rules", "_spec", "_state"],
-    ["projections"],
-    ["quantization"],
-    ["transforms"],
-    ["optimizers"],
-    ["sharding"],
-    ["memory"],
-    ["__init__"],
-    ["__main__"],
+    "_typing",
+    "_validation",
+    "_xla",
+    "random",
+    "leaves",
+    "projections",
+    "sketching",
+    "quantization",
+    "subspace",
+    "transforms",
+    "sketched_grad",
+    "optimizers",
+    "sharding",
+    "memory",
+    "diagnostics",
+    "cli",
+    "__init__",
+    "__main__",
 ]
-LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-# The site's configuration lies in docs, and is no part of the package.
-FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent.name != "docs")
+LEVEL = {name: i for i, name in enumerate(LAYERS)}
+FILES = sorted(ROOT.rglob("*.py"))
+every_file = pytest.mark.parametrize(
+    "path", FILES, ids=lambda path: str(path.relative_to(ROOT))
+)
+
+
+def layer_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 def imported(path):
-    """Names of the modules that a file imports, TYPE_CHECKING blocks included."""
+    """Modules that a file imports, in functions and for type checkers as well.
+
+    ``from x import y`` gives x.y where that is a module of the package, else x.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if is_module(name) else node.module
 
 
-def part(module):
-    """The part of the package that a module belongs to, or None for `flora_jax`."""
-    names = module.split(".")
-    return names[1] if len(names) > 1 else None
+def is_module(name):
+    path = ROOT.joinpath(*name.split(".")[1:])
+    if not name.startswith("flora_jax."):
+        return False
+    # A recipe and its module have the same name.
+    package, _, last = name.rpartition(".")
+    exported = last in getattr(importlib.import_module(package), "__all__", ())
+    return not exported and (path.is_dir() or path.with_suffix(".py").exists())
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_layers_import_downward(path):
-    here = path.relative_to(ROOT).parts[0].removesuffix(".py")
+@every_file
+def test_layers_import_strictly_downward(path):
+    here = layer_of(path)
     for module in imported(path):
-        if module.startswith("flora_jax."):
-            there = part(module)
-            if there in LEVEL:
-                assert LEVEL[there] <= LEVEL[here], f"{path} imports upward: {module}"
-                same_package = there == here or not (ROOT / here).is_dir()
-                assert LEVEL[there] < LEVEL[here] or same_package
+        names = module.split(".")
+        if names[0] != "flora_jax" or module == "flora_jax":
+            # Only what stands above all of it imports the package as its users do.
+            assert module != "flora_jax" or here in ("cli", "__main__"), path
+            continue
+        there = names[1]
+        if there != here:
+            assert LEVEL[there] < LEVEL[here], f"{path} imports upward: {module}"
+            # What a subpackage re-exports, and no module inside of it.
+            assert len(names) == 2, f"{path} imports inside of a package: {module}"
+            private = there.startswith("_") and there not in LAYERS[:3]
+            assert not private, f"{path} imports a private module: {module}"
+
+
+@every_file
+def test_modules_of_a_package_import_one_another_without_circles(path):
+    assert path not in reachable(path), f"{path} imports itself in the end"
+
+
+def reachable(path):
+    """All files of the same package that a file imports, directly or not."""
+    found, waiting = set(), [path]
+    while waiting:
+        for module in imported(waiting.pop()):
+            names = module.split(".")[1:]
+            file = ROOT.joinpath(*names).with_suffix(".py")
+            if file.parent == path.parent and file.exists() and file not in found:
+                found.add(file)
+                waiting.append(file)
+    return found
+
+
+@every_file
+def test_what_is_imported_is_exported(path):
+    """A package's __init__ names all that others take from it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.count(".") == 1:
+            source = ROOT / node.module.split(".")[1] / "__init__.py"
+            other = source.parent != path.parent and source.exists()
+            if node.module.startswith("flora_jax.") and other:
+                exported = importlib.import_module(node.module).__all__
+                names = {alias.name for alias in node.names}
+                assert names <= set(exported), (path, names - set(exported))
 
 
 def test_every_part_has_a_layer():
-    parts = {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in FILES}
-    assert parts == set(LEVEL)
+    assert {layer_of(path) for path in FILES} == set(LAYERS)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_are_public_and_core_only(path):
-    allowed = {"flora_jax", "jax", "numpy", "optax", "chex", "jaxtyping"}
-    name = str(path.relative_to(ROOT))
-    allowed |= LATE.get(name, set())
-    top_level = ast.parse(path.read_text()).body
-    early = [x for node in top_level for x in direct_imports(node)]
-    assert not LATE.get(name, set()) & {x.split(".")[0] for x in early}, path
+def test_modules_of_packages_have_plain_names():
+    for path in FILES:
+        if path.parent != ROOT and path.name != "__init__.py":
+            assert not path.name.startswith("_"), path
+
+
+# What is imported where it is used, if it is installed.
+LATE = {
+    "cli/picture.py": {"matplotlib"},
+    "memory/tables.py": {"rich"},
+}
+
+
+@every_file
+def test_only_jax_and_optax_are_needed(path):
+    late = LATE.get(str(path.relative_to(ROOT)), set())
+    allowed = {"flora_jax", "jax", "numpy", "optax", "chex", "jaxtyping"} | late
     for module in imported(path):
         top = module.split(".")[0]
         assert "_src" not in module.split("."), f"{path} imports a private module"
-        if top not in allowed:
-            assert top in STANDARD_LIBRARY, f"{path} imports {module}"
+        known = top in allowed or top in sys.stdlib_module_names
+        assert known, f"{path} imports {module}"
+    at_once = {
+        module.split(".")[0]
+        for node in ast.parse(path.read_text()).body
+        for module in direct_imports(node)
+    }
+    assert not late & at_once, path
 
 
 def direct_imports(node):
@@ -81,40 +157,16 @@ def direct_imports(node):
     return [node.module] if isinstance(node, ast.ImportFrom) else []
 
 
-# What is imported where it is used, if it is installed.
-LATE = {"memory/_tables.py": {"rich"}, "memory/_picture.py": {"matplotlib"}}
-STANDARD_LIBRARY = set(__import__("sys").stdlib_module_names)
+def test_nothing_is_handed_on_beside_the_arguments():
+    """No context variable, no thread-local and no global that functions rebind."""
+    for path in FILES:
+        modules = set(imported(path))
+        assert not modules & {"contextvars", "threading"}, path
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        assert not any(isinstance(node, ast.Global) for node in nodes), path
 
 
 def test_public_names_are_sorted_and_exist():
     order = sorted(flora_jax.__all__, key=lambda name: (not name.isupper(), name))
     assert flora_jax.__all__ == order
     assert all(hasattr(flora_jax, name) for name in flora_jax.__all__)
-
-
-def test_files_and_functions_stay_small():
-    for path in FILES:
-        text = path.read_text()
-        assert len(text.splitlines()) <= 300, path
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef) and not has_nested_functions(node):
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
-                is_factory = node.name in flora_jax.__all__
-                assert lines <= 40 or is_factory, (path, node.name, lines)
-
-
-def has_nested_functions(node):
-    return any(isinstance(x, ast.FunctionDef) for x in node.body)
-
-
-def test_a_recipe_is_short():
-    """A method is fewer than 60 lines, all that it adds included."""
-    text = (ROOT / "optimizers" / "_galore.py").read_text()
-    skipped = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node):
-            skipped |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    lines = text.splitlines()
-    code = [x for i, x in enumerate(lines, 1) if x.strip() and i not in skipped]
-    assert len(code) < 60

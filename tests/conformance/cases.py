@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,17 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import flora_jax as fj
+from tests.common import cached
 
 # Three cycles of accumulation, and two transfers of momentum or changes of a subspace
 # in STEPS updates. Widths are at most 4 times the rank: rho = 0.5**8 * 4, far from
 # where init warns.
 DECAY, EVERY_K, RESAMPLE_EVERY, STEPS = 0.5, 3, 4, 9
 
-# Each factory takes the arguments of a setting that it knows.
-FOLDS = {"rank": 4, "min_dim_size": 8, "min_dim_size_to_factor": 8}
-SMALL = {"rank": 1, "min_dim_size": 2, "min_dim_size_to_factor": 2}
+# Two settings, from which each case takes what it knows.
+FOLDS = fj.Sketch(4, min_dim_size=8)
+SMALL = fj.Sketch(1, min_dim_size=2)
+_SKETCH_FIELDS = {field.name for field in dataclasses.fields(fj.Sketch)}
 
 # Programs here run for microseconds and compile for seconds: these options take two
 # thirds of that.
@@ -57,14 +61,16 @@ class Case:
     Attributes:
       name: the test's id.
       factory: the function of flora_jax.
-      options: its arguments, beside those of a setting.
+      options: its arguments, and fields of its sketch, beside those of a setting.
       inner: makes the ``inner`` argument from a setting and a learning rate.
+      full: whether only the full tier runs it; some other case is much like it.
     """
 
     name: str
     factory: Callable[..., Any]
     options: Mapping[str, Any]
-    inner: Callable[[Mapping, Any], optax.GradientTransformation] | None = None
+    inner: Callable[[fj.Sketch, Any], optax.GradientTransformation] | None = None
+    full: bool = False
 
     def takes(self, name):
         """Whether the factory has an argument of that name."""
@@ -78,38 +84,52 @@ class Case:
     @property
     def sketches(self):
         """Whether some of the state is a sketch, by the factory's own arguments."""
-        return self.takes("rank") and self.options.get("b1", DECAY) is not None
+        return self.takes("sketch") and self.options.get("b1", DECAY) is not None
 
     @property
     def keys(self):
         """The number of states that have a root key."""
-        return 2 if self.factory is fj.quantize_state else int(self.sketches)
+        coded = self.options.get("state_dtype") is not None
+        return 2 if coded or self.factory is fj.quantize_state else int(self.sketches)
+
+    def holds(self, params):
+        """Paths of the leaves that states of this package hold; Adam has the others."""
+        plans = named(fj.plan_leaves(params, FOLDS))
+        kept = self.factory is not fj.flora_muon
+        return {path for path, plan in plans.items() if kept or not plan.dense_reason}
 
     @property
     def accumulates(self):
         """Whether ``inner`` is given parameters, and only every EVERY_K-th step."""
         return self.takes("every_k")
 
-    def arguments(self, setting=FOLDS, **overrides):
-        """The factory's arguments in a setting."""
-        arguments = {k: v for k, v in setting.items() if self.takes(k)}
+    def arguments(self, setting=FOLDS, **changes):
+        """The factory's arguments in a setting; changes may be of the sketch."""
+        changes, arguments = {**self.options, **changes}, {}
+        if self.takes("sketch"):
+            own = {k: changes.pop(k) for k in _SKETCH_FIELDS & changes.keys()}
+            arguments["sketch"] = dataclasses.replace(setting, **own)
+        if self.takes("rules"):
+            arguments["rules"] = fj.LeafRules(
+                min_dim_size=setting.min_dim_size, max_aspect_ratio=math.inf
+            )
         if self.inner is not None:
             arguments["inner"] = self.inner(setting, 0.1)
-        return {**self.options, **arguments, **overrides}
+        return {**arguments, **changes}
 
-    def __call__(self, setting=FOLDS, **overrides):
+    def __call__(self, setting=FOLDS, **changes):
         """The transformation in a setting."""
-        return self.factory(**self.arguments(setting, **overrides))
+        return self.factory(**self.arguments(setting, **changes))
 
 
-def _momentum(name, reading, projection):
+def _momentum(name, estimator, projection, **more):
     options = {
         "decay": DECAY,
         "resample_every": RESAMPLE_EVERY,
-        "reading": reading,
+        "estimator": estimator,
         "projection": projection,
     }
-    return Case(f"momentum-{name}", fj.compressed_momentum, options)
+    return Case(f"momentum-{name}", fj.compressed_momentum, options, **more)
 
 
 def _accumulation(name, projection, inner):
@@ -122,30 +142,45 @@ def _flora(name, b1, **options):
     return Case(f"flora-{name}", fj.flora, {"learning_rate": 0.1, "b1": b1, **options})
 
 
-def _adamw(factory, name="", **options):
+def _adamw(factory, name="", full=False, **options):
     # Decays whose powers are far from 1: optax debiases in float32, where 1 - b2**t
     # has few digits otherwise, and other ones where b2 is an array.
     settings = {"learning_rate": 0.1, "b1": DECAY, "b2": 0.9}
     options = {**settings, "refresh_every": RESAMPLE_EVERY, **options}
     name = factory.__name__.replace("_", "-") + name
-    return Case(name, factory, options)
+    return Case(name, factory, options, full=full)
+
+
+def _adam(setting, rate):
+    return optax.scale_by_adam(DECAY, 0.9)
 
 
 def _fira(setting, rate):
-    rank, size = setting["rank"], setting["min_dim_size"]
-    return _adamw(fj.fira)({"rank": rank, "min_dim_size": size}, learning_rate=rate)
+    return _adamw(fj.fira)(setting, learning_rate=rate)
+
+
+def _subspace(name, projection, residual, transport, full):
+    options = {
+        "refresh_every": RESAMPLE_EVERY,
+        "projection": projection,
+        "residual": residual,
+        "transport": transport,
+    }
+    name = f"subspace-{name}"
+    return Case(name, fj.scale_in_subspace, options, _adam, full=full)
 
 
 CASES = (
     _momentum("paper-gaussian", "paper", fj.Gaussian()),
-    _momentum("paper-countsketch", "paper", fj.CountSketch()),
-    _momentum("interpolated-gaussian", "interpolated", fj.Gaussian()),
+    _momentum("paper-countsketch", "paper", fj.CountSketch(), full=True),
+    _momentum("nesterov-gaussian", "nesterov", fj.Gaussian()),
+    _momentum("fresh-countsketch", "fresh", fj.CountSketch(), full=True),
     _momentum("residual-countsketch", "residual", fj.CountSketch()),
     _accumulation(
         "adafactor",
         fj.Gaussian(),
         lambda setting, rate: optax.adafactor(
-            rate, min_dim_size_to_factor=setting["min_dim_size_to_factor"]
+            rate, min_dim_size_to_factor=setting.min_dim_size
         ),
     ),
     _accumulation("adam", fj.CountSketch(), lambda setting, rate: optax.adam(rate)),
@@ -156,26 +191,56 @@ CASES = (
     _adamw(fj.galore),
     _adamw(fj.fira, weight_decay=0.01),
     _adamw(fj.apollo),
-    _adamw(fj.apollo_mini),
+    _adamw(fj.apollo_mini, full=True),
     _adamw(fj.dct_adamw, error_feedback=True),
     _adamw(fj.flora_adamw, weight_decay=0.01),
-    _adamw(fj.flora_adamw, "-plain", orthogonal=False, stagger=True),
-    Case(
-        "subspace",
-        fj.scale_in_subspace,
-        {
-            "projection": fj.TopSVD(method="randomized"),
-            "refresh_every": RESAMPLE_EVERY,
-            "transport": "ldadam",
-            "residual": "plain",
-            "betas": (DECAY, 0.9),
-        },
-        lambda setting, rate: optax.scale_by_adam(DECAY, 0.9),
+    _adamw(fj.flora_adamw, "-orthogonal", orthogonal=True, stagger=True, full=True),
+    _adamw(fj.flora_muon),
+    _adamw(fj.galore, "-int8", state_dtype="int8", full=True),
+    _adamw(fj.flora_muon, "-int8", state_dtype="int8", full=True),
+    _subspace(
+        "ldadam",
+        fj.TopSVD(method="randomized"),
+        fj.Plain(),
+        fj.LDAdam(DECAY, 0.9),
+        full=False,
     ),
+    _subspace(
+        "reset",
+        fj.CountSketch(),
+        fj.FiraCode(b1=DECAY, b2=0.9),
+        fj.Reset(DECAY, 0.9),
+        full=True,
+    ),
+    _subspace("rms", fj.Orthogonal(), None, fj.PreserveRMS(), full=True),
     # Leaves are far below the size from which on moments are coded by default.
     Case("quantized", fj.quantize_state, {"min_size": 1, "block": 4}, _fira),
 )
 SKETCHING = tuple(case for case in CASES if case.sketches)
+
+
+def by_tier(cases, quick=None):
+    """Parameters of a test: most cases are left to the full tier.
+
+    Args:
+      cases: some of CASES.
+      quick: names of those that the quick tier runs; by default all but those that are
+        marked as much like another.
+    """
+
+    def is_full(case):
+        return case.full if quick is None else case.name not in quick
+
+    return [
+        pytest.param(case, id=case.name, marks=[pytest.mark.full] * is_full(case))
+        for case in cases
+    ]
+
+
+# Where every case would compile a program of its own: one of each kind of state.
+FEW = ("momentum-nesterov-gaussian", "accumulation-adam", "flora-weight-decay", "fira")
+every_case = pytest.mark.parametrize("case", by_tier(CASES))
+few_cases = pytest.mark.parametrize("case", by_tier(CASES, FEW))
 
 
 def named(tree):
@@ -245,7 +310,7 @@ def run(tx, params, steps=STEPS, donate=False, **extra_args):
     return Run(tx, params, grads, updates, [*states, state], step, traces)
 
 
-@functools.cache
+@cached
 def run_layer(case):
     """The run of a case on the small tree: what wrappers must not change."""
     return run(case(), layer(), an_argument_that_no_optimizer_expects=1)

@@ -1,7 +1,5 @@
 """What the states of this package hold, and where they stand inside of others."""
 
-import operator
-
 import jax
 
 import flora_jax as fj
@@ -11,11 +9,18 @@ TREES = {
     fj.CompressedMomentumState: ("momentum",),
     fj.CompressedAccumulationState: ("acc_grads",),
     fj.FactoredRmsState: ("v_row", "v_col", "v"),
-    fj.SubspaceState: ("inner.mu", "inner.nu", "basis", "limiter", "error"),
+    fj.SubspaceState: (
+        "inner.mu",
+        "inner.nu",
+        "inner.trace",
+        "basis",
+        "limiter",
+        "error",
+    ),
     fj.QuantizedState: ("scales",),
 }
 # Those that hold sketches.
-SKETCHES = ("momentum", "acc_grads", "inner.mu", "inner.nu")
+SKETCHES = ("momentum", "acc_grads", "inner.mu", "inner.nu", "inner.trace")
 COUNTERS = {
     fj.CompressedMomentumState: ("count",),
     fj.CompressedAccumulationState: ("mini_step", "gradient_step"),
@@ -52,8 +57,15 @@ def own_trees(state):
         (f"{type(own).__name__}.{field}", tree)
         for own in own_states(state)
         for field in TREES[type(own)]
-        for tree in _trees(field, operator.attrgetter(field)(own))
+        for tree in _trees(field, _found(field, own))
     ]
+
+
+def _found(field, own):
+    """What is in a field, or () where the state or what is inside has none."""
+    for name in field.split("."):
+        own = getattr(own, name, ())
+    return own
 
 
 def _trees(field, value):

@@ -15,12 +15,12 @@ from tests.conformance.cases import (
     RESAMPLE_EVERY,
     STEPS,
     assert_identical,
+    every_case,
+    few_cases,
     layer,
     run_layer,
 )
 from tests.conformance.states import COUNTERS, own_states
-
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def test_the_phases_are_of_every_kind():
@@ -60,7 +60,7 @@ def through_equinox(state, template):
 @pytest.mark.parametrize(
     "through", [through_bytes, through_a_state_dict, through_equinox]
 )
-@every_case
+@few_cases
 def test_every_phase_continues(case, through):
     reference = run_layer(case)
     template = reference.tx.init(reference.params)

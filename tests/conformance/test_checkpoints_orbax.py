@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import flora_jax as fj
-from tests.common import assert_close
+from tests.common import assert_close, full
 from tests.conformance.cases import (
     CASES,
     EVERY_K,
@@ -99,6 +99,7 @@ def chain(tmp_path_factory):
     return states, folder
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("devices", [8, 4, 1])
 def test_every_bit_is_restored_where_it_should_lie(chain, devices):
     found = chain[0][devices]
@@ -117,12 +118,12 @@ def test_every_bit_is_restored_where_it_should_lie(chain, devices):
 
 
 def on_meshes():
-    """Every case on 4 devices; most of those on 8 are left to the slow tier."""
+    """Every case on 4 devices; most of those on 8 are run by hand."""
     for case in CASES:
-        quick = case.name in {"accumulation-adam", "galore", "quantized"}
-        slow = () if quick else pytest.mark.slow
-        yield pytest.param(case, 4, id=f"{case.name}-4")
-        yield pytest.param(case, 8, id=f"{case.name}-8", marks=slow)
+        few = case.name in {"accumulation-adam", "galore", "quantized"}
+        marks = pytest.mark.full if few else pytest.mark.slow
+        yield pytest.param(case, 4, id=f"{case.name}-4", marks=pytest.mark.full)
+        yield pytest.param(case, 8, id=f"{case.name}-8", marks=marks)
 
 
 @pytest.mark.parametrize(("case", "devices"), list(on_meshes()))
@@ -178,6 +179,7 @@ def expected_of_resume(case):
     return runs
 
 
+@pytest.mark.full
 def test_another_process_continues_on_one_device(chain, tmp_path):
     # All cases at once: most of the time goes into starting the process.
     root = pathlib.Path(__file__).parents[2]
@@ -218,7 +220,7 @@ def pointers(state):
     return {part.unsafe_buffer_pointer() for part in parts}
 
 
-@pytest.mark.parametrize("devices", [8, 1])
+@pytest.mark.parametrize("devices", [8, full(1)])
 def test_what_is_saved_is_the_state_of_then(tmp_path, devices):
     # Training goes on before anything is written, and donates the state.
     case = next(case for case in CASES if case.name == "flora-momentum")

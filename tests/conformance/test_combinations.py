@@ -10,11 +10,10 @@ from flax import nnx
 import flora_jax as fj
 from tests.common import assert_close
 
+SKETCH = fj.Sketch(4, min_dim_size=8)
 MAKE = {
-    "flora": lambda: fj.flora(1e-2, 4, min_dim_size=8, resample_every=20),
-    "accumulation": lambda: fj.compressed_accumulation(
-        optax.sgd(1e-2), 2, 4, min_dim_size=8
-    ),
+    "flora": lambda: fj.flora(1e-2, SKETCH, resample_every=20),
+    "accumulation": lambda: fj.compressed_accumulation(optax.sgd(1e-2), 2, SKETCH),
 }
 
 
@@ -90,7 +89,7 @@ def test_accumulator_on_an_explicit_mesh(projection):
 
     def accumulate(grads):
         accumulator = fj.compressed_accumulator(
-            4, key=0, projection=projection, min_dim_size=8
+            fj.Sketch(4, projection, min_dim_size=8)
         )
         carry = accumulator.init(jax.eval_shape(lambda x: x, grads))
         for i in range(2):

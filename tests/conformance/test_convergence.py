@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 import flora_jax as fj
-from tests.conformance.cases import CASES, EVERY_K, SMALL, jit, named
+from tests.conformance.cases import EVERY_K, SMALL, few_cases, jit, named
 
 # As many as optax takes.
 STEPS = 30_000
@@ -69,12 +68,12 @@ def solve(tx):
 
 
 def test_the_matrices_are_sketched_and_the_vectors_are_not():
-    plans = named(fj.plan_leaves(START, rank=1, min_dim_size=2))
+    plans = named(fj.plan_leaves(START, SMALL))
     sketched = {path for path, plan in plans.items() if plan.dense_reason is None}
     assert sketched == {"matrix_parabola", "mixed/1"}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@few_cases
 def test_it_converges(case):
     params, goal = named(solve(optimizer(case))), named(GOAL)
     # optax's own tolerance; some entry of each starts at least 1 away.

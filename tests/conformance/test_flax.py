@@ -10,12 +10,14 @@ from flax import linen, nnx
 from flax.training.train_state import TrainState
 
 import flora_jax as fj
-from tests.common import assert_close
+from tests.common import assert_close, cached
 from tests.conformance.cases import (
-    CASES,
     EVERY_K,
+    FEW,
     FOLDS,
     SKETCHING,
+    by_tier,
+    few_cases,
     jit,
     layer,
     named,
@@ -24,7 +26,6 @@ from tests.conformance.cases import (
 from tests.conformance.states import own_trees
 
 P = jax.P
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 NAMES = {"kernel": ("data", "model"), "bias": ("model",)}
 
 
@@ -70,7 +71,7 @@ def train(tx, step, grads):
     return params, state
 
 
-@functools.cache
+@cached
 def trained(case):
     reference = run_layer(case)
     return train(reference.tx, reference.step, reference.grads[:EVERY_K])
@@ -108,7 +109,7 @@ def arrays(tree):
     return jax.tree.map(lambda x: x.get_value(), tree, is_leaf=is_variable)
 
 
-@every_case
+@few_cases
 def test_nnx_optimizer(case):
     params, state = trained(case)
     model = Model()
@@ -126,7 +127,7 @@ def on_a_mesh(case):
     """
     if case.name != "accumulation-adafactor":
         return case()
-    return case(inner=fj.flora(0.1, 1, None, min_dim_size_to_factor=8))
+    return case(inner=fj.flora(0.1, FOLDS, None))
 
 
 def make_mesh(kind):
@@ -145,12 +146,14 @@ def assert_sharded_as_fits(optimizer, mesh, but=()):
         if name in but:
             continue
         for part in NAMES:
-            leaf = named(tree)[f"layer/{part}"]
+            leaf = named(tree).get(f"layer/{part}")
+            if leaf is None:
+                continue  # Not of ours: Adam has it.
             expected = jax.NamedSharding(mesh, fitting(part, leaf.shape))
             assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), (name, part)
 
 
-@every_case
+@few_cases
 def test_nnx_optimizer_with_sharding_metadata(case):
     mesh = make_mesh(jax.sharding.AxisType.Auto)
     tx, grads = on_a_mesh(case), run_layer(case).grads[:EVERY_K]
@@ -171,7 +174,7 @@ def test_nnx_optimizer_with_sharding_metadata(case):
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@every_case
+@few_cases
 def test_nnx_optimizer_made_under_jit_on_a_mesh(case, kind):
     mesh = make_mesh(jax.sharding.AxisType[kind])
 
@@ -186,7 +189,7 @@ def test_nnx_optimizer_made_under_jit_on_a_mesh(case, kind):
 
 
 @pytest.mark.parametrize("boxed", [False, True], ids=["plain", "boxed"])
-@every_case
+@few_cases
 def test_linen_train_state(case, boxed):
     params, opt_state = trained(case)
     model = LinenModel(boxed)
@@ -223,7 +226,7 @@ class Recorder:
 
     def rank(self, path, shape):
         self.ranks.add((path, shape))
-        return FOLDS["rank"]
+        return FOLDS.rank
 
     def mask(self, path, shape):
         self.masks.add((path, shape))
@@ -237,7 +240,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("kind", ["dict", "nnx", "linen", "linen-boxed"])
-@pytest.mark.parametrize("case", SKETCHING, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", by_tier(SKETCHING, FEW))
 def test_paths_are_the_same_everywhere(case, kind):
     recorder = Recorder(case)
     inputs = jnp.ones((1, 8))
@@ -272,10 +275,11 @@ def test_paths_are_the_same_everywhere(case, kind):
     nnx.eval_shape(init_and_update)
     kernel, bias = ("layer/kernel", (8, 16)), ("layer/bias", (16,))
     assert at_init == [({kernel}, {kernel, bias})]
-    assert recorder.seen() == ({kernel}, {kernel, bias})
+    # A plan is made once: a path of another form would be asked about in update.
+    assert recorder.seen() == (set(), set())
 
 
-@pytest.mark.parametrize("case", SKETCHING, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", by_tier(SKETCHING, FEW))
 def test_a_parameter_may_be_called_value(case):
     # As the attribute is that holds the array of an nnx.Variable.
     recorder = Recorder(case)
@@ -286,9 +290,10 @@ def test_a_parameter_may_be_called_value(case):
     def init_and_update():
         model = nnx.Dict(attention=nnx.Dict(value=nnx.Param(jnp.ones((8, 16)))))
         optimizer = nnx.Optimizer(model, recorder.tx, wrt=nnx.Param)
-        assert recorder.seen() == expected
+        # Plans are known by path: one of another form would be asked about.
+        assert recorder.seen() == (set(), set())
         optimizer.update(model, nnx.state(model, nnx.Param))
-        assert recorder.seen() == expected
+        assert recorder.seen() == (set(), set())
         return nnx.state(model)
 
     nnx.eval_shape(init_and_update)

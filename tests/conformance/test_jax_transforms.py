@@ -1,21 +1,20 @@
 """What jax does to a state: scan, vmap, donation, no jit, another order of leaves."""
 
 import collections
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
-from tests.common import assert_close
+from tests.common import assert_close, cached
 from tests.conformance.cases import (
-    CASES,
     EVERY_K,
     RESAMPLE_EVERY,
     STEPS,
     assert_identical,
+    every_case,
+    few_cases,
     gradients,
     jit,
     layer,
@@ -24,8 +23,6 @@ from tests.conformance.cases import (
     run_layer,
 )
 from tests.conformance.states import own_trees
-
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def stack(trees):
@@ -36,7 +33,7 @@ def at(i, tree):
     return jax.tree.map(lambda x: x[i], tree)
 
 
-@every_case
+@few_cases
 def test_without_jit(case):
     reference = run_layer(case)
     # Here the momentum is transferred, and a cycle of accumulation ends.
@@ -51,7 +48,7 @@ def test_without_jit(case):
     assert_close(state, reference.states[-1], "float32")
 
 
-@every_case
+@few_cases
 def test_scan_carries_the_state_of_a_chain(case):
     reference = run_layer(case)
     # Powers of two are exact.
@@ -72,7 +69,7 @@ def test_scan_carries_the_state_of_a_chain(case):
         assert_close(at(i, updates), optax.tree.scale(4.0, expected))
 
 
-@every_case
+@few_cases
 def test_vmap_over_an_ensemble(case):
     reference = run_layer(case)
     tx, step = reference.tx, reference.step
@@ -101,13 +98,13 @@ def turned(tree):
     return collections.OrderedDict(reversed(list(named(tree).items())))
 
 
-@functools.cache
+@cached
 def run_turned(case):
     """A run with the leaves in another order, each state donated to the next step."""
     return run(case(), turned(layer()), donate=True)
 
 
-@every_case
+@few_cases
 def test_the_order_and_nesting_of_leaves_do_not_matter(case):
     ours, theirs = run_turned(case), run_layer(case)
     assert list(named(ours.params)) == list(named(theirs.params))[::-1]
@@ -120,7 +117,7 @@ def test_the_order_and_nesting_of_leaves_do_not_matter(case):
             assert_close(named(tree), named(other))
 
 
-@every_case
+@few_cases
 def test_the_state_can_be_donated(case):
     # Straight from init: no two of its arrays may share a buffer. Nor may the
     # transformation keep one, so that another state can be made and donated.

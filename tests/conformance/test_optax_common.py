@@ -8,12 +8,21 @@ import numpy as np
 import optax
 import pytest
 
-import flora_jax as fj
-from tests.common import assert_close
-from tests.conformance.cases import CASES, EVERY_K, jit, layer, run, run_layer
+from tests.common import assert_close, cached, full, representative
+from tests.conformance.cases import (
+    CASES,
+    EVERY_K,
+    FEW,
+    by_tier,
+    every_case,
+    few_cases,
+    jit,
+    layer,
+    run,
+    run_layer,
+)
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 @every_case
@@ -26,9 +35,7 @@ def test_unknown_extra_arguments_are_accepted_and_nothing_is_retraced(case):
 
 @every_case
 def test_inject_hyperparams_changes_nothing(case):
-    inject = optax.inject_hyperparams(
-        case.factory, static_args=fj.static_args(case.factory)
-    )
+    inject = optax.inject_hyperparams(case.factory)
     reference = run_layer(case)
     injected = run(inject(**case.arguments()), reference.params)
     numbers = {"decay", "decay_rate", "learning_rate"}
@@ -51,7 +58,7 @@ def low_precision(case):
     return {"inner": optax.sgd(0.1)} if case.accumulates else {}
 
 
-@functools.cache
+@cached
 def in_float32(case):
     """The step that others are compared with."""
     changes = low_precision(case)
@@ -62,7 +69,7 @@ def in_float32(case):
     ("kernel", "bias"),
     [("bfloat16", "float16"), ("float64", "float64")],
 )
-@every_case
+@few_cases
 def test_updates_in_other_dtypes_are_those_of_float32(case, kernel, bias):
     tx = case(**low_precision(case))
     with jax.enable_x64(kernel == "float64"):
@@ -87,10 +94,10 @@ def test_updates_in_other_dtypes_are_those_of_float32(case, kernel, bias):
     ("dtype", "gradient_dtype"),
     [
         ("float32", "bfloat16"),
-        ("bfloat16", "float32"),
-        ("float32", "float16"),
-        ("float64", "float32"),
-        ("float32", "float64"),
+        full("bfloat16", "float32"),
+        full("float32", "float16"),
+        full("float64", "float32"),
+        full("float32", "float64"),
     ],
 )
 @every_case
@@ -103,7 +110,7 @@ def test_updates_take_the_gradients_dtype(case, dtype, gradient_dtype):
         assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", representative(DTYPES))
 @every_case
 def test_state_can_be_a_branch_of_cond(case, dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -123,7 +130,7 @@ def test_state_can_be_a_branch_of_cond(case, dtype):
         assert {x.dtype.name for x in jax.tree.leaves(new_params)} == {dtype}
 
 
-@every_case
+@few_cases
 def test_multi_steps_around(case):
     reference = run_layer(case)
     tx = optax.MultiSteps(case(), every_k_schedule=2)
@@ -138,7 +145,7 @@ def test_multi_steps_around(case):
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if c.takes("learning_rate")], ids=lambda case: case.name
+    "case", by_tier([c for c in CASES if c.takes("learning_rate")], FEW)
 )
 def test_a_learning_rate_schedule(case):
     # Times 1, 2, 3, ...: the reference has a constant rate.

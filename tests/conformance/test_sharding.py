@@ -15,6 +15,8 @@ from tests.conformance.cases import (
     SMALL,
     STEPS,
     assert_identical,
+    by_tier,
+    few_cases,
     gradients,
     jit,
     layer,
@@ -24,9 +26,8 @@ from tests.conformance.cases import (
 from tests.conformance.states import own_states, own_trees
 
 P = jax.P
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 accumulations = pytest.mark.parametrize(
-    "case", [c for c in CASES if c.accumulates], ids=lambda case: case.name
+    "case", by_tier([c for c in CASES if c.accumulates], ["accumulation-adam"])
 )
 
 
@@ -38,7 +39,7 @@ def types(tree):
     return jax.tree.map(jax.typeof, tree)
 
 
-@every_case
+@few_cases
 def test_sharding_types_of_init_and_update(case):
     # As optax asks (optax/_src/sharding_test.py); here the last axis is sketched.
     explicit = mesh((8,), ("x",), jax.sharding.AxisType.Explicit)
@@ -60,9 +61,9 @@ def test_sharding_types_of_init_and_update(case):
         assert types(traced) == types((updates, new))
 
 
-@every_case
+@few_cases
 def test_sharded_parameters_give_the_same_numbers(case):
-    # Both sides of the kernel are cut: the sketched one, 8 long, and the other.
+    # Both sides of the kernel are sharded: the sketched one, 8 long, and the other.
     reference = run_layer(case)
     auto = mesh((4, 2), ("data", "model"), jax.sharding.AxisType.Auto)
     specs = {"layer": {"kernel": P("data", "model"), "bias": P("model")}}
@@ -107,7 +108,7 @@ def unlocal(tree):
     return jax.tree.map(lambda x: x[None], tree)
 
 
-@every_case
+@few_cases
 def test_a_replicated_state_under_shard_map(case):
     # Gradients are reduced first. check_vma proves, in tracing, that all outputs are
     # the same on all devices, and that branches of cond agree on what differs.

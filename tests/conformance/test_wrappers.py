@@ -9,7 +9,9 @@ import pytest
 from tests.common import assert_close
 from tests.conformance.cases import (
     CASES,
+    FEW,
     assert_identical,
+    few_cases,
     jit,
     named,
     run,
@@ -17,7 +19,6 @@ from tests.conformance.cases import (
 )
 from tests.conformance.states import own_states, own_trees
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 KERNEL, BIAS = "layer/kernel", "layer/bias"
 
 
@@ -25,7 +26,7 @@ def assert_zero(tree):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(tree))
 
 
-@every_case
+@few_cases
 def test_masked_leaves_do_not_move_the_randomness_of_others(case):
     # The bias comes before the kernel, whose index therefore changes.
     reference = run_layer(case)
@@ -46,11 +47,14 @@ def test_masked_leaves_do_not_move_the_randomness_of_others(case):
             assert_close(named(tree)[KERNEL], named(expected)[KERNEL])
 
 
-@pytest.mark.parametrize(
-    ("case", "other"),
-    list(zip(CASES, CASES[1:] + CASES[:1], strict=True)),
-    ids=lambda case: case.name,
-)
+def pairs():
+    """Each case and the next one."""
+    for case, other in zip(CASES, CASES[1:] + CASES[:1], strict=True):
+        marks = () if case.name in FEW else pytest.mark.full
+        yield pytest.param(case, other, id=f"{case.name}-{other.name}", marks=marks)
+
+
+@pytest.mark.parametrize(("case", "other"), list(pairs()))
 def test_partition_between_two_transformations(case, other):
     labels = {"layer": {"kernel": "a", "bias": "b"}}
     first, second = run_layer(case), run_layer(other)
@@ -67,7 +71,7 @@ def test_multi_transform_is_partition():
     assert optax.multi_transform is optax.partition
 
 
-@every_case
+@few_cases
 def test_apply_if_finite_leaves_the_state_alone(case):
     reference = run_layer(case)
     tx = optax.apply_if_finite(case(), max_consecutive_errors=3)
