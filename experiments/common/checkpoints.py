@@ -235,30 +235,29 @@ def _sort_out(folder: pathlib.Path) -> None:
         )
     last = _update(whole[-1]) if whole else 0
     for path, defect in defects.items():
-        if defect is not None and _update(path) > last:
+        if defect is None:
+            continue
+        newer = _update(path) > last
+        unfinished = not (path / checksums.NAME).exists()
+        if unfinished and (whole or not newer):
+            # A common trace of kills, as large as a checkpoint: of a write, or of the
+            # deletion of an old one.
+            shutil.rmtree(path)
+            fate = "it is removed"
+        else:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            fate = f"what was there is now in {aside.name}"
+        if newer:
             used = f"the one of update {last} is used" if whole else "training begins"
-            fate = _put_away(path, spare=bool(whole))
-            print(
-                f"warning: {path} is not used: {defect}; {used}, and {fate}",
-                file=sys.stderr,
-            )
-        elif not (path / checksums.NAME).exists():
-            shutil.rmtree(path)  # a kill left it while it was deleted
-        elif defect is not None:
-            fate = _put_away(path, spare=True)
-            print(f"warning: {path} is damaged: {defect}; {fate}", file=sys.stderr)
+            _warn(f"{path} is not used: {defect}; {used}, and {fate}")
+        elif not unfinished:
+            _warn(f"{path} is damaged: {defect}; {fate}")
 
 
-def _put_away(path: pathlib.Path, *, spare: bool) -> str:
-    """Frees the name of a checkpoint that is not whole; says what became of it."""
-    if spare and not (path / checksums.NAME).exists():
-        # A common trace of kills, as large as a checkpoint.
-        shutil.rmtree(path)
-        return "it is removed"
-    aside = path.with_name(f"{path.name}.damaged")
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-    return f"what was there is now in {aside.name}"
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _update(path: pathlib.Path) -> int:

@@ -10,7 +10,8 @@ import typing
 from typing import Any, Literal
 
 from experiments.common.errors import ConfigError, flag
-from experiments.common.methods import FINETUNE, METHODS
+from experiments.common.methods import FINETUNE, METHODS, Method
+from experiments.common.report import ranked
 
 MethodName = Literal[FINETUNE]
 
@@ -118,17 +119,43 @@ class JobConfig:
         """Returns LoRA's alpha at a rank."""
         return rank if self.lora_alpha is None else self.lora_alpha
 
-    def identity(self, method: str, rank: int | None) -> dict[str, Any]:
-        """Returns the settings, by flag, that decide the numbers of one run."""
-        fields = {"learning_rate": self.peak(method)}
-        for name, value in dataclasses.asdict(self).items():
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A method of a job, at a rank if it has one."""
+
+    config: JobConfig
+    name: str
+    rank: int | None
+
+    @property
+    def method(self) -> Method:
+        """The method."""
+        return METHODS[self.name]
+
+    @property
+    def title(self) -> str:
+        """Its name on the screen and in tables."""
+        return ranked(self.method.title, self.rank)
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where its metrics and checkpoints are kept."""
+        rank = "" if self.rank is None else f"-r{self.rank}"
+        return self.config.output_dir / (self.name + rank)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings, by flag, that decide its numbers."""
+        fields = {"learning_rate": self.config.peak(self.name)}
+        for name, value in dataclasses.asdict(self.config).items():
             if isinstance(value, dict):
                 fields |= {f"{name}.{key}": part for key, part in value.items()}
             elif name not in _NOT_PART_OF_A_RUN.split():
                 is_path = isinstance(value, pathlib.Path)
                 fields[name] = str(value) if is_path else value
         flags = {flag(name): value for name, value in fields.items()}
-        return flags | {"method": method, "rank": rank}
+        return flags | {"method": self.name, "rank": self.rank}
 
 
 def check_choices(config: Any) -> None:

@@ -1,97 +1,16 @@
-"""The runs of one job: their folders, their starts, and what is left of them."""
+"""The runs of one job, and what is left of them."""
 
-import dataclasses
 import json
-import pathlib
 import shutil
 from typing import Any
 
 import jax
 
 from experiments.common import devices, processes, records, state_bytes
-from experiments.common.config import JobConfig
-from experiments.common.display import Display
+from experiments.common.config import JobConfig, Run
 from experiments.common.loop import Training
-from experiments.common.methods import METHODS, Method, settings_of
-from experiments.common.problem import Data, build, learning_rate
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A method, at a rank if it has one."""
-
-    config: JobConfig
-    name: str
-    rank: int | None
-
-    @property
-    def method(self) -> Method:
-        """The method."""
-        return METHODS[self.name]
-
-    @property
-    def title(self) -> str:
-        """Its name on the screen and in tables."""
-        rank = "" if self.rank is None else f", r={self.rank}"
-        return self.method.title + rank
-
-    @property
-    def folder(self) -> pathlib.Path:
-        """Where its metrics and checkpoints are kept."""
-        rank = "" if self.rank is None else f"-r{self.rank}"
-        return self.config.output_dir / (self.name + rank)
-
-    def start(self, data: Data, display: Display) -> Training:
-        """Starts the run, or takes it up again from its last checkpoint.
-
-        Raises:
-            ConfigError: nothing would be compressed, or the checkpoint was made with
-                other settings.
-        """
-        config = self.config
-        problem, state, tx = build(config, data, self.name, self.rank)
-        return Training(
-            self.title,
-            problem,
-            state,
-            tx,
-            config,
-            micro_batches=self.method.micro_batches(config),
-            schedule=learning_rate(config, self.name),
-            sizes=state_bytes.measure(
-                self.method, settings_of(config, self.rank).sketch, *state
-            ),
-            folder=self.folder,
-            identity=config.identity(self.name, self.rank)
-            | {"the data": data.fingerprint},
-            rate_flag=f"--{'lora-' * self.method.adapters}learning-rate",
-            display=display,
-        )
-
-    def finish(self, training: Training, scores: dict[str, float]) -> records.Row:
-        """Returns what tables say of a finished run; `result.json` keeps it."""
-        config, rows = self.config, training.metrics.rows
-        seconds = records.median_seconds(rows)
-        row = {
-            "run": self.folder.name,
-            "method": self.name,
-            "title": self.title,
-            "rank": self.rank,
-            "learning_rate": config.peak(self.name),
-            "updates": config.updates,
-            "tokens_per_update": training.problem.tokens,
-            **training.sizes,
-            "step_peak_bytes": training.step_bytes,
-            "step_seconds": seconds,
-            "tokens_per_second": training.problem.tokens / seconds,
-            "train_loss": records.final_train_loss(rows),
-            "validation_loss": rows[-1]["validation_loss"],
-            "perplexity": rows[-1]["perplexity"],
-            **scores,
-        }
-        if processes.is_first():
-            records.write_json(self.folder / "result.json", row)
-        return row
+from experiments.common.methods import METHODS, settings_of
+from experiments.common.problem import Data
 
 
 def runs_of(config: JobConfig, data: Data) -> list[Run]:
@@ -117,10 +36,36 @@ def runs_of(config: JobConfig, data: Data) -> list[Run]:
     return runs
 
 
-def results(config: JobConfig) -> list[records.Row]:
-    """Returns the rows of all finished runs in the output directory; keeps them.
+def finish(training: Training, scores: dict[str, float]) -> records.Row:
+    """Returns what tables say of a finished run; `result.json` keeps it."""
+    run, rows = training.run, training.metrics.rows
+    seconds = records.median_seconds(rows)
+    row = {
+        "run": run.folder.name,
+        "method": run.name,
+        "title": run.title,
+        "rank": run.rank,
+        "learning_rate": run.config.peak(run.name),
+        "updates": run.config.updates,
+        "tokens_per_update": training.problem.tokens,
+        **training.sizes,
+        "step_peak_bytes": training.step_bytes,
+        "step_seconds": seconds,
+        "tokens_per_second": training.problem.tokens / seconds,
+        "train_loss": records.final_train_loss(rows),
+        "validation_loss": rows[-1]["validation_loss"],
+        "perplexity": rows[-1]["perplexity"],
+        **scores,
+    }
+    if processes.is_first():
+        records.write_json(run.folder / "result.json", row)
+    return row
 
-    Together with all that made them, in `results.json`.
+
+def results(config: JobConfig) -> list[records.Row]:
+    """Returns the rows of all finished runs in the output directory.
+
+    `results.json` keeps them, together with what made them.
     """
     files = config.output_dir.glob("*/result.json")
     order = list(METHODS)

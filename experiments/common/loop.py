@@ -7,11 +7,9 @@ run that was killed ends with the same parameters as one that was not.
 
 import functools
 import math
-import pathlib
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,30 +19,15 @@ from tensorboardX import SummaryWriter
 import flora_jax as fj
 from experiments.common import devices, gradients, processes, records
 from experiments.common.checkpoints import Checkpoints, State
-from experiments.common.config import JobConfig
+from experiments.common.config import Run
 from experiments.common.display import Display
 from experiments.common.errors import ConfigError, NonFiniteLossError
 from experiments.common.gradients import Gradient, Loss
-from experiments.common.state_bytes import step_bytes
+from experiments.common.methods import settings_of
+from experiments.common.problem import Batch, Data, build, learning_rate
+from experiments.common.state_bytes import measure, step_bytes
 
 _DROPOUT = zlib.crc32(b"dropout")
-
-Batch = Any
-
-
-class Problem(NamedTuple):
-    """What is trained, on what, and how it is judged."""
-
-    loss: Loss
-    frozen: Any
-    """Parameters that are not trained; an empty tree where all are."""
-    batches: Sequence[Batch]
-    """Item i is the batch of update i + 1: NumPy arrays, (examples, ...)."""
-    tokens: int
-    """Tokens in a batch, padding included."""
-    evaluate: Callable[[Any, Any], dict[str, float]]
-    """Metrics of params and frozen; "validation_loss" among them."""
-    gradient: Gradient = gradients.full
 
 
 def training_step(
@@ -73,66 +56,47 @@ class Training:
     So several can take turns, and what else the machine does slows all of them alike.
     """
 
-    def __init__(
-        self,
-        title: str,
-        problem: Problem,
-        state: State,
-        tx: optax.GradientTransformation,
-        config: JobConfig,
-        *,
-        micro_batches: int,
-        schedule: optax.Schedule,
-        sizes: dict[str, Any],
-        folder: pathlib.Path,
-        identity: dict[str, Any],
-        rate_flag: str,
-        display: Display,
-    ):
+    def __init__(self, run: Run, data: Data, display: Display):
         """Starts the run, or takes it up again from its last checkpoint.
 
         Args:
-            title: its name on the screen.
-            problem: what is trained.
-            state: the state that it starts from.
-            tx: the optimizer.
-            config: how long it is, and what happens when.
-            micro_batches: calls of the optimizer in one update, each on an equal part
-                of its batch.
-            schedule: the learning rate, which is recorded.
-            sizes: bytes of parameters and optimizer state, for whoever asks.
-            folder: where metrics and checkpoints are kept.
-            identity: the settings, by flag, that a checkpoint has to agree with.
-            rate_flag: the setting to lower when the loss diverges.
+            run: the method and its settings.
+            data: what it trains on.
             display: where progress is shown.
 
         Raises:
             ConfigError: the checkpoint to resume from was made with other settings, or
                 the processes of this run see different ones.
         """
-        self.title, self.problem, self.sizes = title, problem, sizes
-        self._config, self._micro_batches = config, micro_batches
-        self._schedule, self._rate_flag = schedule, rate_flag
+        self.run, config = run, run.config
+        self.problem, state, tx = build(config, data, run.name, run.rank)
+        sketch = settings_of(config, run.rank).sketch
+        self.sizes = measure(run.method, sketch, *state)
+        self._micro_batches = run.method.micro_batches(config)
+        self._schedule = learning_rate(config, run.name)
         self._step = functools.partial(
-            training_step, problem.loss, tx, gradient=problem.gradient
+            training_step, self.problem.loss, tx, gradient=self.problem.gradient
         )
-        self._kept = Checkpoints(folder / "checkpoints", identity)
+        identity = run.identity | {"the data": data.fingerprint}
+        self._kept = Checkpoints(run.folder / "checkpoints", identity)
         self.state, self.done = devices.replicated(state), 0
-        self.frozen = devices.replicated(problem.frozen)
+        self.frozen = devices.replicated(self.problem.frozen)
         fresh = self._kept.latest() is None
-        processes.check_same(f"the last checkpoint in {folder}", fresh)
+        processes.check_same(f"the last checkpoint in {run.folder}", fresh)
         if not fresh:
             self._restore(tx)
         first = processes.is_first()
         self.metrics = records.MetricsFile(
-            folder / "metrics.jsonl",
+            run.folder / "metrics.jsonl",
             keep_until=-1 if fresh else self.done,
             write=first,
         )
         self._board = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=self.done + 1, write_to_disk=first
+            str(run.folder / "tensorboard"),
+            purge_step=self.done + 1,
+            write_to_disk=first,
         )
-        self._bar = display.add(title, config.updates, self.done)
+        self._bar = display.add(run.title, config.updates, self.done)
         self._compile()
         if fresh:
             self._log({"update": 0, "tokens": 0} | self._evaluate())
@@ -172,7 +136,7 @@ class Training:
     def _key(self, number: int, part: int) -> jax.Array:
         """The dropout key of one micro-batch."""
         # Salted: models initialize their parameters from the bare key of the same seed.
-        root = jax.random.fold_in(jax.random.key(self._config.seed), _DROPOUT)
+        root = jax.random.fold_in(jax.random.key(self.run.config.seed), _DROPOUT)
         number = np.uint32(number * self._micro_batches + part)
         return jax.random.fold_in(root, number)
 
@@ -184,7 +148,7 @@ class Training:
         """
         if number <= self.done:
             return
-        config = self._config
+        config = self.run.config
         row = self._update(number)
         if number % config.eval_every == 0 or number == config.updates:
             row |= self._evaluate()
@@ -223,9 +187,11 @@ class Training:
 
     def _check_finite(self, row: records.Row, loss: float) -> None:
         if not math.isfinite(loss):
+            lora = "lora-" * self.run.method.adapters
             raise NonFiniteLossError(
-                f"{self.title}: the loss is {loss} at update {row['update']}, learning "
-                f"rate {row['learning_rate']:.3g}; lower `{self._rate_flag}`"
+                f"{self.run.title}: the loss is {loss} at update {row['update']}, "
+                f"learning rate {row['learning_rate']:.3g}; lower "
+                f"`--{lora}learning-rate`"
             )
 
     def _log(self, row: records.Row) -> None:

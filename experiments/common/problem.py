@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,33 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.common import devices, gradients, loop, lora
+from experiments.common import devices, gradients, lora
 from experiments.common.checkpoints import State
 from experiments.common.config import JobConfig
+from experiments.common.gradients import Gradient, Loss
 from experiments.common.methods import METHODS, schedule, settings_of
 from experiments.data import batches
 from experiments.models import token_losses
 from experiments.models.build import Params
 from experiments.models.config import Config as ModelConfig
 from experiments.models.t5 import PAD as T5_PAD
+
+Batch = Any
+
+
+class Problem(NamedTuple):
+    """What is trained, on what, and how it is judged."""
+
+    loss: Loss
+    frozen: Any
+    """Parameters that are not trained; an empty tree where all are."""
+    batches: Sequence[Batch]
+    """Item i is the batch of update i + 1: NumPy arrays, (examples, ...)."""
+    tokens: int
+    """Tokens in a batch, padding included."""
+    evaluate: Callable[[Any, Any], dict[str, float]]
+    """Metrics of params and frozen; "validation_loss" among them."""
+    gradient: Gradient = gradients.full
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +71,7 @@ def learning_rate(config: JobConfig, method: str) -> optax.Schedule:
 
 def build(
     config: JobConfig, data: Data, name: str, rank: int | None
-) -> tuple[loop.Problem, State, optax.GradientTransformationExtraArgs]:
+) -> tuple[Problem, State, optax.GradientTransformationExtraArgs]:
     """Returns the problem of the method called `name`, its start, and its optimizer."""
     method = METHODS[name]
     graphdef, trained, frozen = data.graphdef, data.params, {}
@@ -70,7 +88,7 @@ def build(
 
     settings = settings_of(config, rank)
     examples = batches.batched(data.train, config.batch_size, seed=config.seed)
-    problem = loop.Problem(
+    problem = Problem(
         loss=loss,
         frozen=frozen,
         batches=examples.map(_with_share),

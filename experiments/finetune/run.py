@@ -7,6 +7,7 @@ import jax
 from rich.console import Console
 
 from experiments.common import display, job, lora, processes, records
+from experiments.common.config import Run
 from experiments.common.loop import Training
 from experiments.common.report import markdown
 from experiments.finetune.config import Config
@@ -52,34 +53,33 @@ def _describe(prepared: Prepared, console: Console) -> None:
     )
 
 
-def _train(each: job.Run, prepared: Prepared, console: Console) -> records.Row | None:
+def _train(this: Run, prepared: Prepared, console: Console) -> records.Row | None:
     """One run and its evaluation; None if it has updates to come."""
-    config = each.config
+    config = this.config
     with display.Display(console) as shown, contextlib.ExitStack() as stack:
-        training = each.start(prepared, shown)
+        training = Training(this, prepared, shown)
         stack.callback(training.close)
         for number in range(1, (config.stop_after or config.updates) + 1):
             training.advance(number)
     if training.done < config.updates:
-        console.print(f"{each.title}: stopped after update {training.done}")
+        console.print(f"{this.title}: stopped after update {training.done}")
         return None
-    return _finish(each, prepared, training, console)
+    return _finish(training, prepared, console)
 
 
-def _finish(
-    each: job.Run, prepared: Prepared, training: Training, console: Console
-) -> records.Row:
+def _finish(training: Training, prepared: Prepared, console: Console) -> records.Row:
     """Evaluates a finished run; writes its model, result and samples."""
+    this = training.run
     params = lora.join(training.state.params, training.frozen)
-    if each.method.adapters:
-        params = lora.merge(params, each.rank, each.config.alpha(each.rank))
+    if this.method.adapters:
+        params = lora.merge(params, this.rank, this.config.alpha(this.rank))
     if processes.is_first():  # Before the evaluation, which may fail.
-        save(params, prepared.model, each.folder / "model")
-        prepared.vocabulary.save(each.folder / "model")
-    scores, samples = evaluate(each.config, prepared, params)
+        save(params, prepared.model, this.folder / "model")
+        prepared.vocabulary.save(this.folder / "model")
+    scores, samples = evaluate(this.config, prepared, params)
     if processes.is_first():
-        _show_samples(samples, each.folder / "samples.txt", console)
-    return each.finish(training, scores)
+        _show_samples(samples, this.folder / "samples.txt", console)
+    return job.finish(training, scores)
 
 
 def _show_samples(samples: list[Sample], path: pathlib.Path, console: Console) -> None:

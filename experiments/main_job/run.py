@@ -7,6 +7,7 @@ from rich.console import Console
 
 from experiments.common import job, processes, records
 from experiments.common.display import Display, make_console
+from experiments.common.loop import Training
 from experiments.common.problem import Data
 from experiments.main_job import report
 from experiments.main_job.config import Config
@@ -52,15 +53,11 @@ def run(config: Config) -> list[records.Row]:
 def _train(config: Config, data: Data, console: Console) -> list[records.Row]:
     """Lets the runs take turns, an update each, so that all see the same machine."""
     with Display(console) as display, contextlib.ExitStack() as stack:
-        trainings = {}
+        trainings = []
         for run in job.runs_of(config, data):
-            trainings[run] = run.start(data, display)
-            stack.callback(trainings[run].close)
+            trainings.append(Training(run, data, display))
+            stack.callback(trainings[-1].close)
         for number in range(1, (config.stop_after or config.updates) + 1):
-            for training in trainings.values():
+            for training in trainings:
                 training.advance(number)
-        return [
-            run.finish(training, {})
-            for run, training in trainings.items()
-            if training.done == config.updates
-        ]
+    return [job.finish(each, {}) for each in trainings if each.done == config.updates]

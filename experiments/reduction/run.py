@@ -20,8 +20,7 @@ from rich.progress import track
 import flora_jax as fj
 from experiments.common import devices, records
 from experiments.common.errors import ConfigError
-from experiments.common.loop import Problem
-from experiments.common.problem import Data, build
+from experiments.common.problem import Data, Problem, build
 from experiments.main_job.prepare import prepare
 from experiments.models import create
 from experiments.reduction import report

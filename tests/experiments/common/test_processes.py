@@ -18,8 +18,8 @@ from jax.experimental import multihost_utils
 
 import flora_jax as fj
 from experiments.common import checkpoints, devices, processes, records
+from experiments.common.config import Run
 from experiments.common.errors import ConfigError
-from experiments.common.job import Run
 from experiments.common.methods import Method
 from experiments.common.problem import build
 from experiments.main_job.prepare import prepare
@@ -144,7 +144,7 @@ def read_state(config):
     """The parameters and optimizer state of the last checkpoint."""
     data, own = prepare(config), Run(config, METHOD, config.ranks[0])
     state = build(config, data, METHOD, own.rank)[1]
-    identity = config.identity(METHOD, own.rank) | {"the data": data.fingerprint}
+    identity = own.identity | {"the data": data.fingerprint}
     kept = checkpoints.Checkpoints(own.folder / "checkpoints", identity)
     with contextlib.closing(kept):
         return kept.restore(state)

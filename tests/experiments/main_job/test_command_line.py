@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from experiments.__main__ import main
+from experiments.common.config import Run
 from experiments.common.display import Display
 from experiments.common.errors import ConfigError
 from experiments.common.methods import MAIN
@@ -158,12 +159,15 @@ def test_without_tyro_the_command_says_so():
 
 
 def test_identity_is_what_decides_the_numbers():
-    config = Config()
-    same = dataclasses.replace(config, overwrite=True, stop_after=5, methods=MAIN[:1])
-    assert same.identity("flora_momentum", 8) == config.identity("flora_momentum", 8)
-    other = dataclasses.replace(config, learning_rate=0.5)
-    assert other.identity("flora_momentum", 8)["--learning-rate"] == 0.5
-    assert config.identity("flora_momentum", 8)["--model.width"] == 256
+    run = Run(Config(), "flora_momentum", 8)
+    same = dataclasses.replace(
+        run.config, overwrite=True, stop_after=5, methods=MAIN[:1]
+    )
+    assert dataclasses.replace(run, config=same).identity == run.identity
+    other = dataclasses.replace(run.config, learning_rate=0.5)
+    identity = dataclasses.replace(run, config=other).identity
+    assert identity["--learning-rate"] == 0.5
+    assert run.identity["--model.width"] == 256
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from experiments.common import checkpoints, problem, records, state_bytes
+from experiments.common.config import Run
 from experiments.common.errors import ConfigError, NonFiniteLossError
-from experiments.common.job import Run
 from experiments.common.methods import MAIN, METHODS, settings_of
 from experiments.main_job.config import Config
 from experiments.main_job.prepare import prepare
@@ -62,7 +62,7 @@ def without_times(rows):
 def read_state(config, name):
     own, data = run_of(config, name), prepared(config)
     _, state, _ = problem.build(config, data, name, own.rank)
-    identity = config.identity(name, own.rank) | {"the data": data.fingerprint}
+    identity = own.identity | {"the data": data.fingerprint}
     kept = checkpoints.Checkpoints(own.folder / "checkpoints", identity)
     with contextlib.closing(kept):
         return kept.restore(state)
