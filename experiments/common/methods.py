@@ -251,7 +251,14 @@ def _apollo_mini(rate: Any, s: Settings) -> Any:
 
 def _flora_muon(rate: Any, s: Settings) -> Any:
     own = {"refresh_every": s.refresh_every} | s.options
-    return fj.flora_muon(rate, s.sketch, **own)
+    if own.pop("nesterov", True):
+        return fj.flora_muon(rate, s.sketch, **own)
+    # Its matrices without Nesterov's look-ahead, for an ablation.
+    every, residual = own["refresh_every"], fj.Fira()
+    momentum = fj.scale_in_subspace(
+        optax.trace(0.95), s.sketch, every, residual=residual, transport=fj.Squared()
+    )
+    return _orthogonalized(_coded(momentum, s), rate, s)
 
 
 def _adamw(rate: Any, s: Settings) -> Any:

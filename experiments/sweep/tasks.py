@@ -11,8 +11,8 @@ import optax
 from experiments.common import lora, problem
 from experiments.common.checkpoints import State
 from experiments.common.errors import ConfigError
-from experiments.common.loop import Problem
 from experiments.common.methods import METHODS, Method, matrices, settings_of
+from experiments.common.problem import Problem
 from experiments.finetune.config import Config as FinetuneConfig
 from experiments.finetune.evaluate import evaluate as decode_and_score
 from experiments.finetune.prepare import Prepared
@@ -136,6 +136,7 @@ def split(
     names = {field.name for field in dataclasses.fields(config)} - {"projection"}
     options = {"projection": cell.get("projection")} | cell.get("options", {})
     own = {name: options.pop(name) for name in names & set(options)}
-    rates = {"learning_rate": 1.0, "lora_learning_rate": 1.0}
-    config = dataclasses.replace(config, **rates | own)
+    own |= {"learning_rate": 1.0, "lora_learning_rate": 1.0}
+    own["ranks"] = (cell.get("rank", 1),)
+    config = dataclasses.replace(config, **own)
     return config, {"options": options, "b2": cell.get("b2", 0.999)}

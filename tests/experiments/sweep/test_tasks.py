@@ -1,4 +1,4 @@
-"""What a cell of a grid trains: from random numbers, or a fine-tuning."""
+"""What a cell of a grid trains: from scratch, or a fine-tuning."""
 
 import json
 
@@ -9,13 +9,16 @@ import pytest
 from flax import traverse_util
 
 from experiments.common import lora, records
-from experiments.family import recipes as family
+from experiments.common.errors import ConfigError
+from experiments.common.methods import matrices
 from experiments.sweep import run as sweep
 from experiments.sweep.bench import Bench
+from experiments.sweep.config import Config
 from experiments.sweep.tasks import Sources
 from tests.experiments import phrases
 from tests.experiments.job import TINY
 
+RANK = 16
 WIDTH = TINY.model.width
 SIDES = WIDTH * (1 + 3) + WIDTH * (1 + 1) + WIDTH * (1 + 4) + WIDTH * (4 + 1)
 SETTINGS = {
@@ -23,7 +26,6 @@ SETTINGS = {
     "updates": 3,
     "batch_size": TINY.batch_size,
     "micro_batches": TINY.micro_batches,
-    "rank": TINY.rank,
     "eval_examples": 4,
 }
 
@@ -37,7 +39,7 @@ def test_a_fine_tuning(tmp_path, monkeypatch):
     phrases.shrink(monkeypatch)
     rank = 8
     content = {
-        "report": "claims",
+        "report": "claims.report",
         "methods": ["flora_accumulation", "lora_accumulation"],
         "ranks": [rank],
         "learning_rates": [0.05],
@@ -54,9 +56,9 @@ def test_a_fine_tuning(tmp_path, monkeypatch):
             "decode_examples": 4,
         },
     }
-    path, output = tmp_path / "grid.json", tmp_path / "out.jsonl"
+    path, output = tmp_path / "grid.json", tmp_path / "out/grid.jsonl"
     path.write_text(json.dumps(content))
-    sweep.sweep(path, output, tmp_path)
+    sweep.run(Config((str(path),), output.parent, tmp_path))
     rows = records.read_rows(output)
     assert [(row["method"], row["seed"]) for row in rows] == [
         (method, seed) for method in content["methods"] for seed in (0, 1)
@@ -85,17 +87,17 @@ def test_a_fine_tuning(tmp_path, monkeypatch):
     assert output.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_adapters_from_random_numbers(tiny):
+def test_adapters_from_scratch(tiny):
     """They start as the model without, and all but the kernels is trained."""
     data = sources(tiny)
     task = data.task({"method": "lora_momentum", "rank": 4})
-    start = task.start(0)
+    problem, state = task.start(0)
     plain = data.task({"method": "none"})
     without = plain.start(0)
-    loss = task.judge(start.state.params, start.frozen)["validation_loss"]
-    assert loss == plain.judge(without.state.params, {})["validation_loss"]
+    loss = task.judge(problem, state)["validation_loss"]
+    assert loss == pytest.approx(plain.judge(*without)["validation_loss"], rel=1e-6)
 
-    frozen, before = traverse_util.flatten_dict(start.frozen), without.state.params
+    frozen, before = traverse_util.flatten_dict(problem.frozen), without[1].params
     assert {path[-2:] for path in frozen} == {("base", "kernel")}
     assert len(frozen) == 4
     for path, leaf in frozen.items():
@@ -105,27 +107,38 @@ def test_adapters_from_random_numbers(tiny):
     assert row["validation_loss"] < loss
     # Momentum and Adafactor's second moment.
     assert 0 <= row["matrix_bytes"] - 2 * 4 * 4 * SIDES < 400
-    adapters = {
-        path[-1]
-        for path in traverse_util.flatten_dict(start.state.params)
-        if path[-1] in lora.ADAPTERS
-    }
-    assert adapters == set(lora.ADAPTERS)
+    trained = traverse_util.flatten_dict(state.params)
+    assert set(lora.ADAPTERS) < {path[-1] for path in trained}
+
+
+def test_each_seed_has_a_start_and_projections_of_its_own(tiny):
+    task = sources(tiny).task({"method": "flora_momentum", "rank": RANK})
+    params, keys = zip(
+        *(
+            (state.params, optax.tree.get(state.opt_state, "key"))
+            for _, state in map(task.start, (0, 1))
+        ),
+        strict=True,
+    )
+    assert not np.array_equal(*keys)
+    chosen = jax.tree.leaves(matrices(params[0]))
+    for own, one, other in zip(chosen, *map(jax.tree.leaves, params), strict=True):
+        assert not own or not np.array_equal(one, other)
 
 
 def test_the_rest_has_the_same_adam_in_all_methods(tiny):
-    """Whatever the method and its rate, which is the matrices' alone."""
+    """Whatever the method and its learning rate, which is the matrices' alone."""
     dense_rate, decay = 0.03, 0.99
     data = sources(tiny, dense_learning_rate=dense_rate)
     rng = np.random.default_rng(0)
     found = {}
     for cell in (
         {"method": "adamw", "b2": 0.9},
-        {"method": "flora_adamw", "rank": TINY.rank, "b2": 0.9},
+        {"method": "flora_adamw", "rank": RANK, "b2": 0.9},
         {"method": "muon"},
     ):
         task = data.task(cell)
-        state = task.start(0).state
+        state = task.start(0)[1]
         if not found:
             grads = jax.tree.map(
                 lambda x: np.float32(rng.normal(size=x.shape)), state.params
@@ -133,12 +146,12 @@ def test_the_rest_has_the_same_adam_in_all_methods(tiny):
 
         @jax.jit
         def update(rate, state, task=task, grads=grads):
-            tx = task.optimizer(rate)
+            tx = task.optimizer(rate, 0)
             return tx.update(grads, state.opt_state, state.params)[0]
 
         for rate in (0.0, 0.01, 0.02):
             found[cell["method"], rate] = update(rate, state)
-    chosen = jax.tree.leaves(family.matrices(grads))
+    chosen = jax.tree.leaves(matrices(grads))
     assert sorted(set(chosen)) == [False, True]
     # With no warm-up in three updates, the first is at the peak.
     adam = optax.adam(dense_rate, b2=decay)
@@ -162,33 +175,48 @@ def test_the_rest_has_the_same_adam_in_all_methods(tiny):
                 np.testing.assert_allclose(update, factor * other, rtol=1e-6)
 
 
-def test_the_rate_of_the_matrices_in_a_training(tiny):
+def test_the_learning_rate_of_the_matrices_in_a_run(tiny):
     """At zero, two methods do the same; and they move the rest."""
     data = sources(tiny, dense_learning_rate=0.03)
     losses = []
     for name in ("adamw", "muon"):
         task = data.task({"method": name})
         losses.append(Bench(task).train(0.0, 0)["validation_loss"])
-    start = task.start(0)
-    first = task.judge(start.state.params, {})["validation_loss"]
+    first = task.judge(*task.start(0))["validation_loss"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0] < first - 0.01
 
 
-def test_options_reach_the_training(tiny):
-    """Of a method of the main job, and of a member of the family."""
+@pytest.mark.parametrize("method", ["full_accumulation", "lora_momentum"])
+def test_a_dense_learning_rate_is_for_whole_optimizers(method, tiny):
+    data = sources(tiny, dense_learning_rate=0.03)
+    with pytest.raises(ConfigError, match=f"`dense_learning_rate` is for .*{method!r}"):
+        data.task({"method": method, "rank": RANK})
+
+
+def test_refuses_dropout(tiny):
+    model = vars(TINY.model) | {"dropout": 0.1}
+    with pytest.raises(ConfigError, match="a grid trains without dropout"):
+        sources(tiny, model=model)
+
+
+def test_options_reach_the_run(tiny):
+    """A setting of the job, and an argument of the optimizer."""
     data = sources(tiny)
-    for method in ("flora_momentum", "flora"):
-        cell = {"method": method, "rank": TINY.rank}
-        reading = {"options": {"reading": "interpolated"}}
+    for method, options in (
+        ("flora_momentum", {"estimator": "nesterov"}),
+        ("flora", {"clipping_threshold": None}),
+    ):
+        cell = {"method": method, "rank": RANK}
         found = []
-        for options in ({}, reading):
-            task = data.task(cell | options)
-            state = task.start(0).state
-            tx = task.optimizer(0.1)
-            grads = jax.tree.map(np.ones_like, state.params)
+        for extra in ({}, {"options": options}):
+            task = data.task(cell | extra)
+            state = task.start(0)[1]
+            tx = task.optimizer(0.1, 0)
+            grads = jax.tree.map(lambda x: x + np.ones_like(x), state.params)
+            grads = jax.tree.map(lambda x: x * np.arange(x.shape[-1]), grads)
             updates, _ = jax.jit(tx.update)(grads, state.opt_state, state.params)
             found.append(jax.tree.leaves(updates))
-        chosen = jax.tree.leaves(family.matrices(grads))
+        chosen = jax.tree.leaves(matrices(grads))
         for own, update, other in zip(chosen, *found, strict=True):
             assert not own or np.any(update != other), method

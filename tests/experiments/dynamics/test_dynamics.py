@@ -8,7 +8,8 @@ import pytest
 
 from experiments.common.errors import ConfigError
 from experiments.dynamics import run as dynamics
-from experiments.dynamics.run import Config, Run, decompose
+from experiments.dynamics.config import Config, Run
+from experiments.dynamics.run import decompose
 from experiments.finetune.config import Config as FinetuneConfig
 from experiments.finetune.prepare import prepare
 from experiments.models import save
@@ -76,7 +77,7 @@ def config(tmp_path, monkeypatch):
     checkpoint.mkdir()
     start = prepare(
         FinetuneConfig(
-            "phrases",
+            dataset="phrases",
             model="gpt2-tiny",
             vocab_size=300,
             source_length=12,
@@ -90,8 +91,8 @@ def config(tmp_path, monkeypatch):
         output_dir=tmp_path / "out",
         data_dir=tmp_path,
         rank=RANK,
-        sgd_rates=(0.03,),
-        adafactor_rate=0.1,
+        sgd_learning_rates=(0.03,),
+        adafactor_learning_rate=0.1,
         runs=(
             Run("none", None, 0.05),
             Run("lora_accumulation", RANK, 0.1),
@@ -130,7 +131,7 @@ def test_from_a_checkpoint_to_the_pictures(config):
             else:
                 assert values[RANK] > 1e-3 * values[0], path
 
-    table = (config.output_dir / "table.md").read_text()
+    table = (config.output_dir / "dynamics.md").read_text()
     assert f"| SGD, 0.03 | {sgd[0]['cosine']:.3f} | {sgd[1]['cosine']:.3f} |" in table
     loss = spectra["lora_accumulation"]["validation_loss"]
     assert f"| LoRA accumulation, r={RANK} | 0.1 | {loss:.3f} |" in table
@@ -143,7 +144,7 @@ def test_from_a_checkpoint_to_the_pictures(config):
     [
         ({"updates": 0}, "`--updates` must be at least 1, got 0"),
         ({"rank": 0}, "`--rank` must be at least 1, got 0"),
-        ({"sgd_rates": ()}, "`--sgd-rates` names no rate; 0.01 is one"),
+        ({"sgd_learning_rates": ()}, "`--sgd-learning-rates` names none; 0.01 is one"),
     ],
 )
 def test_refuses_what_makes_no_sense(changes, message, tmp_path):

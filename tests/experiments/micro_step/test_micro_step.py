@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments.micro_step import __main__ as command
-from experiments.micro_step import measure
+from experiments.micro_step.run import buffers
 from experiments.models import PUBLISHED, GPT2Config, T5Config
 
 PROGRAM = """
@@ -24,9 +24,9 @@ ENTRY %main (x: f32[480,768]) -> (f32[768,3072], f32[]) {
 
 
 def test_buffers_of_a_weights_shape():
-    found = measure.buffers(PROGRAM, {(768, 3072)})
+    found = buffers(PROGRAM, {(768, 3072)})
     assert found == {"dot": 1, "fusion": 1, "transpose": 1}
-    assert measure.buffers(PROGRAM, {(768, 768)}) == {}
+    assert buffers(PROGRAM, {(768, 768)}) == {}
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_rows_table_and_picture(tiny, tmp_path, capsys):
         full = next(r for r in rows if r["model"] == row["model"])
         assert row["milliseconds"] > 0
         assert row["flops_ratio"] == row["flops"] / full["flops"]
-        if row["method"] == "sketched":
+        if row["method"] == "sketched_accumulation":
             assert row["flops_ratio"] < 0.85
             assert row["weight_shaped_buffers"] == {}
             assert row["gradient_output_bytes"] < 0.7 * full["gradient_output_bytes"]
@@ -62,9 +62,7 @@ def test_rows_table_and_picture(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model t5-11b", "`--model` must be of gpt2, "),
-        ("--projections TopSVD", "`--projections` must be of Gaussian, "),
-        ("--ranks 0", "`--ranks` must be at least 1, got (0,)"),
+        ("--ranks 0", "`--ranks` must be at least 1, got 0"),
         ("--ranks", "`--ranks` must name at least one, got none"),
         ("--rounds 1", "`--rounds` must be at least 2"),
         ("--length 1025", "`--length` must be at most 1024, the context of gpt2"),
