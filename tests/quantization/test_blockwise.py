@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flora_jax.random import bits as _random
 from flora_jax.quantization import CODES, code_dtype, decode, encode, scale_shape
+from flora_jax.random import bits as random_bits
 
 BLOCK = 8
 SCALED = [(code, signed) for code in CODES[:2] for signed in (True, False)]
@@ -92,7 +92,7 @@ def bound(x, code, signed, stochastic):
 @every_code
 def test_errors_are_below_the_bounds(code, signed, stochastic):
     x = numbers(signed, (20, 3, 27))
-    words = _random.bits(jnp.array([1, 2], jnp.uint32), x.shape, 0)
+    words = random_bits(jnp.array([1, 2], jnp.uint32), x.shape, 0)
     bits = words if stochastic else None
     actual = np.asarray(there_and_back(x, code, signed, bits), np.float64)
     expected, limit = np.asarray(x, np.float64), bound(x, code, signed, stochastic)
@@ -158,7 +158,7 @@ def test_random_rounding_is_unbiased(code, signed):
     """Within five standard errors, for each of a block's numbers; zero stays."""
     draws = 20_000
     x = numbers(signed, (8,), decades=3).at[0].set(0.0)
-    words = _random.bits(jnp.array([3, 4], jnp.uint32), (draws, 8), 0)
+    words = random_bits(jnp.array([3, 4], jnp.uint32), (draws, 8), 0)
 
     def once(bits):
         return decode(*encode(x, code, 8, signed, bits), code, 8, signed)

@@ -160,9 +160,8 @@ def test_adam_tracks_float32_on_an_ill_scaled_quadratic(dtype, stochastic):
 )
 def test_an_unchanged_state_does_not_drift(dtype, stochastic):
     """An accumulator runs its inner transformation once per cycle."""
-    inner = fj.compressed_accumulation(
-        optax.adam(0.1), 8, rank=4, min_dim_size=8, max_aspect_ratio=32
-    )
+    sketch = fj.Sketch(4, min_dim_size=8, max_aspect_ratio=32)
+    inner = fj.compressed_accumulation(optax.adam(0.1), 8, sketch)
     tx = small_blocks(inner, dtype, fields=("mu", "nu"), stochastic_rounding=stochastic)
     _, states = run(tx, 12)
     assert int(states[8].inner.gradient_step) == 1
@@ -191,13 +190,13 @@ def test_random_rounding_follows_key_count_and_path():
         )
         return [np.asarray(x) for x in jax.tree.leaves(step(grads, start)[1].inner)]
 
-    drawn = codes(0)
-    assert len(drawn) == 4
-    for i, x in enumerate(drawn):
-        assert all(np.any(x != y) for y in drawn[:i])
-    assert_identical(codes(0), drawn)
+    rounded = codes(0)
+    assert len(rounded) == 4
+    for i, x in enumerate(rounded):
+        assert all(np.any(x != y) for y in rounded[:i])
+    assert_identical(codes(0), rounded)
     for other in (codes(1), codes(0, 1)):
-        assert all(np.any(x != y) for x, y in zip(other, drawn, strict=True))
+        assert all(np.any(x != y) for x, y in zip(other, rounded, strict=True))
 
 
 def test_random_rounding_keeps_what_the_nearest_loses():

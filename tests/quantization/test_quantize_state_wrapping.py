@@ -1,5 +1,7 @@
 """What quantize_state wraps, and what wraps it; sharded parameters."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ import flora_jax as fj
 from flora_jax.quantization.quantize_state import quantize_state
 from tests.common import assert_close
 from tests.conformance.cases import assert_identical, jit
-from tests.transforms.test_quantize_state import (
+from tests.quantization.test_quantize_state import (
     SHAPES,
     adam,
     gradients,
@@ -30,7 +32,7 @@ def coded_trees(state):
     }
 
 
-SKETCH = {"rank": 16, "min_dim_size": 8, "max_aspect_ratio": 32}
+SKETCH = fj.Sketch(16, min_dim_size=8, max_aspect_ratio=32)
 ADAM = {"0/mu": "int8", "0/nu": "uint8"}
 
 
@@ -70,11 +72,11 @@ WRAPPED = {
         {"acc_grads": "int8", **under("inner_opt_state", ADAM)},
     ),
     "accumulation": (
-        fj.compressed_accumulation(optax.sgd(0.1, momentum=0.9), 2, **SKETCH),
+        fj.compressed_accumulation(optax.sgd(0.1, momentum=0.9), 2, SKETCH),
         {"acc_grads": "int8", "inner_opt_state/0/trace": "int8"},
     ),
     "momentum": (
-        fj.compressed_momentum(0.5, resample_every=2, **SKETCH),
+        fj.compressed_momentum(0.5, SKETCH, resample_every=2),
         {"momentum": "int8"},
     ),
 }
@@ -104,7 +106,7 @@ def test_what_it_wraps(name):
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda tx: fj.compressed_accumulation(tx, 2, **SKETCH),
+        lambda tx: fj.compressed_accumulation(tx, 2, SKETCH),
         multi_steps,
         lambda tx: optax.apply_if_finite(tx, 2),
         lambda tx: optax.masked(tx, without_stack),
@@ -134,6 +136,46 @@ def test_fields_that_are_not_named_stay():
     assert coded_trees(state) == {"0/nu": "uint8"}
     assert len(state.scales) == 1
     assert state.inner[0].mu["w"].dtype == jnp.float32
+
+
+class Watched(NamedTuple):
+    """The state of a transformation that logs, under names that optax has as well."""
+
+    trace: jax.Array
+    error: Any
+    momentum: Any
+    inner: Any
+
+
+def watched(inner):
+    """A transformation beside whose state other things are kept."""
+
+    def init(params):
+        history = jnp.full((64, 128), 0.3)
+        return Watched(history, {"w": history[0]}, {"x": history}, inner.init(params))
+
+    def update(updates, state, params=None):
+        updates, new = inner.update(updates, state.inner, params)
+        return updates, state._replace(inner=new)
+
+    return optax.GradientTransformation(init, update)
+
+
+def test_fields_that_are_no_moments_stay():
+    """By their paths or numbers of axes; the moments beside them are coded."""
+    tx = small_blocks(watched(optax.adam(0.1)))
+    updates, states = run(tx, 3)
+    assert coded_trees(states[-1]) == under("inner", ADAM)
+    first, last = states[0].inner, states[-1].inner
+    assert_identical(last[:3], first[:3])
+    np.testing.assert_array_equal(last.trace, np.full((64, 128), np.float32(0.3)))
+    assert_close(updates, adam()[1])
+
+
+def test_a_state_whose_fields_are_no_moments():
+    tx = fj.quantize_state(watched(optax.sgd(0.1)))
+    with pytest.raises(ValueError, match="none in fields named acc_grads, ema, error"):
+        tx.init(params())
 
 
 def test_trees_without_leaves_and_map_params():
@@ -172,8 +214,9 @@ def test_sharded_parameters(kind):
         for tree in (state.inner[0].mu, state.inner[0].nu):
             assert tree["w"].sharding.is_equivalent_to(sharding, 2)
         for tree in state.scales:
-            expected = jax.NamedSharding(mesh, jax.P("a", None))
-            assert tree["w"].sharding.is_equivalent_to(expected, 2)
+            # Both sides of the scales are divided by the mesh as well.
+            assert tree["w"].shape == (32, 16)
+            assert tree["w"].sharding.is_equivalent_to(sharding, 2)
         updates, new = jit(tx.update)(grads, state)
         if kind == "Explicit":
             assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
