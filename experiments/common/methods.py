@@ -319,8 +319,8 @@ def _optax_galore(rate: Any, s: Settings) -> Any:
 
 _ACC, _MOM = "accumulation", "momentum"
 
-_ALL = (
-    # What is kept of the gradients of a base optimizer that the run chooses.
+# What is kept of the gradients of a base optimizer that the run chooses.
+_OF_A_BASE = (
     Method("none", "No accumulation", base_optimizer),
     Method("full_accumulation", "Full accumulation", _multi_steps, _ACC),
     Method("flora_accumulation", "FLORA accumulation", _accumulation, _ACC, "sketch"),
@@ -335,10 +335,12 @@ _ALL = (
     Method("full_momentum", "Full momentum", _full_momentum, _MOM),
     Method("flora_momentum", "FLORA momentum", _momentum, _MOM, "sketch"),
     Method("lora_momentum", "LoRA momentum", _full_momentum, _MOM, "adapters"),
+)
+# Whole optimizers, without weight decay.
+_WHOLE = (
     Method(
         "adam_accumulation", "Adam, full accumulation", _multi_steps, _ACC, base="adam"
     ),
-    # Optimizers as they are called, without weight decay.
     Method("sgd", "SGD", base_optimizer, base="sgd"),
     Method("adam", "Adam", base_optimizer, base="adam"),
     Method("adamw", "AdamW", _adamw),
@@ -365,19 +367,10 @@ _ALL = (
     Method("flora_muon", "FLORA-Muon", _flora_muon, keeps="sketch"),
     Method("sketched_muon", "Muon, sketched", _sketched_muon, keeps="sketch"),
 )
-METHODS = {method.name: method for method in _ALL}
+METHODS = {method.name: method for method in (*_OF_A_BASE, *_WHOLE)}
 
 MAIN = ("full_momentum", "flora_momentum", "full_accumulation", "flora_accumulation")
 """Methods of the main job: two uncompressed ones, each with its compressed peer."""
 
-FINETUNE = (
-    "none",
-    "full_accumulation",
-    "flora_accumulation",
-    "sketched_accumulation",
-    "lora_accumulation",
-    "full_momentum",
-    "flora_momentum",
-    "lora_momentum",
-)
+FINETUNE = tuple(method.name for method in _OF_A_BASE)
 """Methods of a fine-tuning: the rows of the paper's tables."""

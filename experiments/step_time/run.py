@@ -93,8 +93,7 @@ def time_all(
         which: of our contenders.
 
     Returns:
-        One row per contender, with its time relative to Adam's (and AdamW's, if that is
-        a peer) and to the floor.
+        One row per contender.
     """
     like = shapes(tree, dtype)
     params, grads = random_like(like, 0), random_like(like, 1)
@@ -117,29 +116,8 @@ def time_all(
             if not runner.contender.once or number == timing.UNTIMED:
                 params = runner.run(grads, params, number >= timing.UNTIMED)
     rows = [runner.row(params) for runner in runners]
-    over_floor = {"floor_milliseconds": floor}
-    return [
-        {"tree": tree, "dtype": dtype}
-        | row
-        | _ratios(row, rows)
-        | over_floor
-        | {"over_floor": row["milliseconds"] / floor}
-        for row in rows
-    ]
-
-
-def _ratios(row: Row, rows: Sequence[Row]) -> Row:
-    """Times relative to those that they are compared with, where these are there."""
-    compared = {
-        "over_adam": ("optax.adam", "optimizer", None),
-        "over_adamw": ("optax.adamw", "optimizer", None),
-    }
-    times = {(r["name"], r["kind"], r["rank"]): r["milliseconds"] for r in rows}
-    return {
-        name: row["milliseconds"] / times[key]
-        for name, key in compared.items()
-        if key in times
-    }
+    shared = {"tree": tree, "dtype": dtype, "floor_milliseconds": floor}
+    return [shared | row for row in rows]
 
 
 def _floor_seconds(params: Any, rounds: int) -> float:

@@ -43,11 +43,9 @@ def test_rows(small, tree, dtype, tmp_path):
     names = [row["name"] for row in rows]
     assert names.count("optax.adam") == 1
     assert names.count("flora(CountSketch)") == 2  # A step, and one that resamples.
-    adam = next(row for row in rows if row["name"] == "optax.adam")
-    assert adam["over_adam"] == 1
     for row in rows:
         assert row["quartiles"][0] <= row["milliseconds"] <= row["quartiles"][1]
-        assert row["over_floor"] > 0
+        assert row["milliseconds"] > 0 < row["floor_milliseconds"]
     sketched = next(row for row in rows if row["name"] == "flora(CountSketch)")
     momentum = next(row for row in rows if row["name"] == "optax.adafactor(momentum)")
     assert sketched["state_bytes"] < momentum["state_bytes"]
@@ -83,7 +81,7 @@ def test_family(small, three, tmp_path):
     result = json.loads((output / "family.json").read_text())
     rows = {(row["name"], row["kind"]): row for row in result["steps"]}
     assert len(rows) == len(result["steps"]) == 4
-    assert rows["optax.adamw", "optimizer"]["over_adamw"] == 1
+    adamw = rows["optax.adamw", "optimizer"]["milliseconds"]
     step, renewal = (rows["galore(exact)", kind] for kind in ("optimizer", "renewal"))
     assert (step["steps"], renewal["steps"]) == (2, 1)
     ratio = renewal["milliseconds"] / step["milliseconds"]
@@ -93,8 +91,8 @@ def test_family(small, three, tmp_path):
     assert [cell.strip() for cell in line.split("|")[4:9]] == [
         "16",
         f"{step['milliseconds']:.0f}",
-        f"{step['over_adamw']:.2f}",
-        f"{step['over_floor']:.1f}",
+        f"{step['milliseconds'] / adamw:.2f}",
+        f"{step['milliseconds'] / step['floor_milliseconds']:.1f}",
         f"{renewal['milliseconds']:.0f} ({ratio:.1f} steps)",
     ]
     assert (output / "family.png").stat().st_size > 10_000
