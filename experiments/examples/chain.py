@@ -30,7 +30,7 @@ def main() -> None:
     tx = optax.chain(
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
-        fj.compressed_momentum(0.9, rank=64, resample_every=100),
+        fj.compressed_momentum(0.9, fj.Sketch(64), resample_every=100),
         optax.scale_by_learning_rate(optax.cosine_decay_schedule(3e-3, 60)),
     )
     print(fj.memory_plan(tx, params))

@@ -1,4 +1,4 @@
-"""FLORA-AdamW on an Equinox module.
+"""AdamW on sketches for an Equinox module.
 
 python -m experiments.examples.equinox
 """
@@ -21,7 +21,7 @@ def main() -> None:
     x = jax.random.normal(keys[0], (512, 256))
     y = jnp.sin(x @ jax.random.normal(keys[1], (256, 256)) / 16)
     model = eqx.nn.MLP(256, 256, width_size=1024, depth=1, key=keys[2])
-    tx = fj.flora_adamw(3e-3, rank=64, refresh_every=20)
+    tx = fj.flora_adamw(3e-3, fj.Sketch(64), refresh_every=20)
     # The state is of the arrays alone: activation functions are leaves as well.
     arrays = eqx.filter(model, eqx.is_inexact_array)
     print(fj.memory_plan(tx, arrays))

@@ -39,7 +39,7 @@ def main() -> None:
     y = jnp.sin(x @ jax.random.normal(keys[1], (256, 256)) / 16)
     model = Network()
     params = model.init(keys[2], x)["params"]
-    tx = fj.compressed_accumulation(optax.adafactor(0.1), every_k=4, rank=64)
+    tx = fj.compressed_accumulation(optax.adafactor(0.1), 4, fj.Sketch(64))
     print(fj.memory_plan(tx, params))
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
     for i in range(100):

@@ -9,7 +9,7 @@ import optax
 
 import flora_jax as fj
 
-RANK, MEAN = 64, optax.microbatching.AccumulationType.MEAN
+SKETCH, MEAN = fj.Sketch(64), optax.microbatching.AccumulationType.MEAN
 
 
 def loss(params, batch):
@@ -28,18 +28,17 @@ def main() -> None:
     x = jax.random.normal(keys[2], (512, 256))
     y = jnp.sin(x @ jax.random.normal(keys[3], (256, 256)) / 16)
     tx = optax.adafactor(0.1)
+    value_and_grad = fj.sketched_value_and_grad(loss, SKETCH)
 
     @jax.jit
     def step(params, state, i):
-        # The step draws the projection: the same for sketches and accumulator.
-        shared = {"rank": RANK, "key": 0, "step": i}
-        value_and_grad = fj.sketched_value_and_grad(loss, **shared)
+        # The step number decides the projection, of sketches and of accumulator.
         _, grad = optax.microbatching.microbatch(
             value_and_grad,
-            argnums=1,
+            argnums=2,
             microbatch_size=128,
-            accumulator=(MEAN, fj.compressed_accumulator(**shared)),
-        )(params, (x, y))
+            accumulator=(MEAN, fj.compressed_accumulator(SKETCH, step=i)),
+        )(SKETCH.cycle(i), params, (x, y))
         updates, state = tx.update(grad, state, params)
         return optax.apply_updates(params, updates), state
 

@@ -41,7 +41,7 @@ def main() -> None:
     x = jax.random.normal(keys[0], (512, 256))
     y = jnp.sin(x @ jax.random.normal(keys[1], (256, 256)) / 16)
     model = Network(nnx.Rngs(0))
-    tx = fj.flora(0.1, rank=64, mask=lambda path, shape: "embed" not in path)
+    tx = fj.flora(0.1, fj.Sketch(64, mask=fj.not_embeddings))
     print(fj.memory_plan(tx, nnx.state(model, nnx.Param)))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     for i in range(60):
