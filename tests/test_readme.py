@@ -33,6 +33,7 @@ def test_the_example_prints_what_the_readme_says(capsys):
     ]
 
 
+@pytest.mark.full
 def test_many_devices(monkeypatch, tmp_path):
     page = ROOT / "docs" / "distributed.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)

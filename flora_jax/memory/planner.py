@@ -108,8 +108,8 @@ def memory_plan(
         :func:`flora_jax.state_sharding`; bytes are then those of one device.
 
     Returns:
-      The plan, which ``print(plan)`` shows as plain text and ``plan.print()`` with rich.
-      Layers that differ only in their index share a row.
+      The plan, as plain text by ``print(plan)``, with rich by ``plan.print()``. Layers
+      that differ only in their index share a row.
 
     Raises:
       TypeError: for arguments of a wrong type.
