@@ -49,7 +49,7 @@ from IPython.utils.capture import capture_output
 
 import flora_jax as fj
 from experiments.finetune.prepare import prepare
-from experiments.finetune.published import PRESETS
+from experiments.finetune.presets import PRESETS
 from experiments.finetune.run import run
 
 logging.getLogger("absl").setLevel(logging.ERROR)

@@ -45,8 +45,7 @@ import numpy as np
 import optax
 
 import flora_jax as fj
-from experiments.data import packing as data
-from experiments.main_job.config import Config
+from experiments.data import batches, packing
 from experiments.models import GPT2Config, build
 
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -117,19 +116,17 @@ axes.grid(alpha=0.3)
 
 # %%
 UPDATES, BATCH = 60, 8
-settings = Config(
-    model=GPT2Config(layers=2, width=128, heads=4, context=64, vocab_size=512),
-    corpus_dir=pathlib.Path(
-        asyncio.__file__
-    ).parent,  # A part of the library is enough.
-    data_dir=pathlib.Path(tempfile.mkdtemp()),
-    eval_examples=16,
+model = GPT2Config(layers=2, width=128, heads=4, context=64, vocab_size=512)
+dataset = packing.load(
+    pathlib.Path(asyncio.__file__).parent,  # A part of the library is enough.
+    pathlib.Path(tempfile.mkdtemp()),
+    vocab_size=model.vocab_size,
+    context=model.context,
 )
-dataset = data.load(settings)
-order = data.batches(dataset, BATCH, seed=0)
-tokens = np.stack([order[i] for i in range(UPDATES)])
-graphdef, start = build.create(settings.model, 0)
-print(f"{len(dataset.train)} examples of {settings.model.context} tokens")
+order = batches.batched(dataset.train, BATCH, seed=0)
+tokens = np.stack([order[i]["tokens"] for i in range(UPDATES)])
+graphdef, start = build.create(model, 0)
+print(f"{len(dataset.train)} examples of {model.context} tokens")
 
 
 def train(make):
