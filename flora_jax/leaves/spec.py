@@ -29,6 +29,7 @@ _HEADER = 5  # Format, checksum of the whole text, identity, two words of the ro
 _TEXT_BYTES = 4 * (_WORDS - _HEADER)
 _MOST_DIFFERENCES = 8  # More of them say nothing new.
 _LONGEST_VALUE = 64  # The settings of one transformation share about 240 bytes.
+_TRACED = "traced"
 # Settings that act through the leaf plans alone, which the identity covers.
 _PLANNING = {
     "rank",
@@ -76,8 +77,8 @@ def describe(value: Any) -> str:
 
     Of a dataclass only the fields that differ from their defaults are written, so that
     a field added later does not change the meaning of old states. Functions go by their
-    qualified name, arrays by the word "traced" (``optax.inject_hyperparams`` makes
-    arrays of numbers), and long values by a checksum.
+    qualified name, traced numbers by the word "traced", which agrees with any, and long
+    values by a checksum.
 
     Args:
       value: the setting.
@@ -92,8 +93,10 @@ def describe(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, jax.core.Tracer):
+        return _TRACED
     if isinstance(value, jax.Array | np.ndarray):
-        return "traced"
+        return _text(np.asarray(value).tolist())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = (
             (field.name, getattr(value, field.name), field)
@@ -266,17 +269,17 @@ def _differences(found: np.ndarray, expected: np.ndarray, planned: bool) -> list
     if found[0] != expected[0]:
         return [f"state format {found[0]} in the state, {expected[0]} in tx"]
     ours, theirs = _decode(expected), _decode(found)
-    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    both = {name: (theirs.get(name), ours.get(name)) for name in {**ours, **theirs}}
+    unequal = {name: pair for name, pair in both.items() if pair[0] != pair[1]}
     same_plans = planned and found[2] == expected[2]
     lines = [
-        f"{name} {theirs.get(name, 'default')} in the state,"
-        f" {ours.get(name, 'default')} in tx"
-        for name in names
-        if not (same_plans and name in _PLANNING)
+        f"{name} {pair[0] or 'default'} in the state, {pair[1] or 'default'} in tx"
+        for name, pair in unequal.items()
+        if _TRACED not in pair and not (same_plans and name in _PLANNING)
     ]
     if planned and not same_plans and not lines:
         return ["its mask, ranks or dimension numbers decide otherwise for some leaf"]
-    if found[1] != expected[1] and not names:  # Beyond the end of the vector.
+    if found[1] != expected[1] and not unequal:  # Beyond the end of the vector.
         return [f"settings {theirs} in the state, {ours} in tx"]
     return lines
 
