@@ -16,9 +16,10 @@ def fold_axes(
 ) -> tuple[Axes, Axes, Axes] | str:
     """Batch, row and column axes of the fold, or the reason why there is none.
 
-    The shortest suffix of axes wins whose most balanced split (ties: the first) has
-    both sides >= ``min_dim_size`` and an aspect ratio <= ``max_aspect_ratio``; a
-    stacked leaf therefore folds as its slices do.
+    Starting from the last two axes and adding one leading axis at a time, takes the
+    first suffix whose most balanced split into rows and columns has both sides >=
+    ``min_dim_size`` and an aspect ratio <= ``max_aspect_ratio``. Ties go to the earlier
+    split. A stacked leaf is therefore folded in the same way as its slices.
 
     Args:
       shape: the leaf's shape.

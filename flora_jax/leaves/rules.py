@@ -150,7 +150,7 @@ class LeafRules:
         """
         numbers = self.weight_dimension_numbers
         if callable(numbers) and not _is_dimension_numbers(numbers):
-            # Of optax's placeholder for parameters there is nothing to ask.
+            # optax.tree.map_params calls init with a placeholder without leaves.
             numbers = numbers(tree) if jax.tree.leaves(tree) else None
             numbers = by_path(numbers, _hashable_numbers)
         known, plans = self._known, []

@@ -264,7 +264,7 @@ class DenseProjection(MatrixProjection, ObliviousProjection):
     """S is sampled as a matrix, each time that it is used."""
 
     def sample(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
-        """The key itself: matrices of many leaves at once would be a state's size."""
+        """Returns the key: S of many leaves at once would be as large as the state."""
         del rank, width
         return key
 

@@ -117,8 +117,9 @@ def renewal(
 ) -> tuple[jax.Array, jax.Array]:
     """The epoch of a projection that is resampled every T steps, and whether it is new.
 
-    Counted in uint32, where the offset cannot overflow. A counter that has saturated
-    says the same at every later step: the projection then stays what it was before.
+    Counted in uint32, where the offset cannot overflow. Once the int32 counter
+    saturates, after 2³¹ − 1 steps, the epoch no longer advances and the last projection
+    stays in use.
 
     Args:
       count: steps so far, an int32 scalar that ``optax.safe_increment`` counts.

@@ -88,11 +88,11 @@ def compressed_accumulation(
     ``inner`` alone: unlike optax, it runs once per cycle. E‖C S‖² is m/r times ‖G‖²
     (Gaussian: 1 + (m+1)/r): a norm clip in ``inner`` nearly always clips; clip before.
 
-    Each micro-step forms full gradients: what is saved is the accumulator. Not so if
-    ``update`` is given what :func:`flora_jax.sketched_value_and_grad` returns in place
-    of gradients, with the same sketch. In one program with the update, XLA still
-    reserves the mean gradient that the last micro-step of a cycle forms;
-    :func:`flora_jax.compressed_accumulator` is apart.
+    By default every micro-step still forms full gradients; only the accumulator
+    shrinks. To avoid that, pass the output of
+    :func:`flora_jax.sketched_value_and_grad`, made with the same sketch. XLA reserves
+    memory for the mean gradient in any program that contains this update;
+    :func:`flora_jax.compressed_accumulator` lets the accumulation be compiled by itself.
 
     Under ``shard_map`` with gradients that are not reduced yet, give ``axis_name``:
     each device accumulates its own, and once per cycle their sketches are averaged, r·n

@@ -105,17 +105,17 @@ def compressed_accumulator(
     _validation.check_axis_name("axis_name", axis_name)
     dtype = _validation.check_state_dtype(dtype)
     sketcher = Sketcher(NAME, resolve(sketch, CountSketch("unbiased")))
-    key, step = sketcher.sketch.cycle(step)
+    cycle = sketcher.sketch.cycle(step)
 
-    def init(gradients: PyTree) -> CompressedAccumulatorCarry:
+    def init(gradients: PyTree) -> PyTree:
         plans = sketcher.plan(gradients)
         gradients = gradient_shapes(gradients)
         sketches = zeros_tree(gradients, [p.state_shape for p in plans], dtype)
         return CompressedAccumulatorCarry(
             # They will differ from device to device.
             sketches=varying(sketches, axis_name),
-            key=jnp.asarray(key),
-            step=step,
+            key=jnp.asarray(cycle.key),
+            step=cycle.cycle,
             plans=plans,
             like=tuple(
                 jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.typeof(x).sharding)
@@ -123,9 +123,7 @@ def compressed_accumulator(
             ),
         )
 
-    def update(
-        carry: CompressedAccumulatorCarry, gradients: PyTree, index: Any
-    ) -> CompressedAccumulatorCarry:
+    def update(carry: PyTree, gradients: PyTree, index: Any) -> PyTree:
         plans = sketcher.plan(gradients)
         shapes = [plan.state_shape for plan in plans]
         old = matching_leaves(
@@ -141,7 +139,7 @@ def compressed_accumulator(
         new = run_sharded(add, old, sampled, jax.tree.leaves(gradients), old, index)
         return dataclasses.replace(carry, sketches=rebuild(carry.sketches, new))
 
-    def finalize(carry: CompressedAccumulatorCarry) -> PyTree:
+    def finalize(carry: PyTree) -> PyTree:
         leaves = run_sharded(
             functools.partial(estimate, sketcher, carry.plans, axis_name),
             list(carry.like),
