@@ -36,14 +36,6 @@ class Way(NamedTuple):
     """plain, sketch or feedback."""
     rank: int = 0
 
-    @property
-    def sketch(self) -> fj.Sketch:
-        """How leaves are sketched; error feedback wants an isometry."""
-        projection = None
-        if self.name == "feedback":
-            projection = fj.CountSketch(normalization="isometric")
-        return fj.Sketch(self.rank, projection, mask=fj.not_embeddings)
-
 
 def run(config: Config) -> None:
     """Trains all ways; writes rows, table and picture.
@@ -146,14 +138,13 @@ class Bench:
         grads = jax.grad(self._loss)(varying, {}, batch, key)
         if self._way.name == "plain":
             mean = jax.lax.pmean(grads, "data")
-        elif self._way.name == "sketch":
-            mean = fj.compressed_pmean(grads, "data", self._way.sketch, step=step)
         else:
-            own = jax.tree.map(lambda x: x[0], error)
-            mean, own = fj.compressed_pmean(
-                grads, "data", self._way.sketch, step=step, error=own
-            )
-            error = jax.tree.map(lambda x: x[None], own)
+            sketch = fj.Sketch(self._way.rank, mask=fj.not_embeddings)
+            own = jax.tree.map(lambda x: x[0], error) if error else None
+            mean = fj.compressed_pmean(grads, "data", sketch, step=step, error=own)
+            if error:
+                mean, own = mean
+                error = jax.tree.map(lambda x: x[None], own)
         updates, opt_state = self._tx.update(mean, opt_state, params)
         updates = optax.tree.scale(rate, updates)
         return optax.apply_updates(params, updates), opt_state, error

@@ -72,6 +72,7 @@ def three(monkeypatch):
         )
 
 
+@pytest.mark.full
 def test_family(small, three, tmp_path):
     """Refreshes are compared with steps; the lines of the table are measured rows."""
     output = tmp_path / "out"
@@ -102,6 +103,7 @@ def state_bytes(contender, params):
     return tree_bytes(jax.eval_shape(contender.init, params))
 
 
+@pytest.mark.full
 def test_all_of_the_family_keep_less(small):
     params = step_time.shapes("gpt2", "float32")
     peers = list(contenders.peers("family", False, "float32"))
@@ -131,6 +133,7 @@ def test_a_renewal_is_one(small):
     assert [contender.kind for contender in pair] == ["optimizer", "renewal"]
 
 
+@pytest.mark.full
 def test_compile_times_allocate_nothing(small):
     adafactor = next(iter(contenders.compiled_only()))
     (row,) = step_time.compile_times("gpt2", [adafactor])

@@ -34,6 +34,7 @@ def measured(name, params=None, **options):
     return measure(make(name, **options), shapes() if params is None else params)
 
 
+@pytest.mark.full
 def test_trains_the_family(tmp_path, tiny):
     """One method, from the grid to table and picture; bytes are counted by hand."""
     content = {
@@ -97,6 +98,7 @@ def test_bytes_of_sketched_muons(name):
     assert 2 * kept <= measured("flora_adamw")[1] < 2 * kept + SMALL
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["muon", "flora_muon"])
 def test_muons_in_eight_bits(name):
     """A quarter, scales, and small leaves as they are; steps change every matrix."""

@@ -34,6 +34,7 @@ def sources(tiny, **settings):
     return Sources(SETTINGS | settings, tiny.data_dir, tiny.corpus_dir)
 
 
+@pytest.mark.full
 def test_a_fine_tuning(tmp_path, monkeypatch):
     """FLORA and LoRA, from the grid to table and picture."""
     phrases.shrink(monkeypatch)
@@ -87,6 +88,7 @@ def test_a_fine_tuning(tmp_path, monkeypatch):
     assert output.with_suffix(".png").stat().st_size > 10_000
 
 
+@pytest.mark.full
 def test_adapters_from_scratch(tiny):
     """They start as the model without, and all but the kernels is trained."""
     data = sources(tiny)
@@ -175,6 +177,7 @@ def test_the_rest_has_the_same_adam_in_all_methods(tiny):
                 np.testing.assert_allclose(update, factor * other, rtol=1e-6)
 
 
+@pytest.mark.full
 def test_the_learning_rate_of_the_matrices_in_a_run(tiny):
     """At zero, two methods do the same; and they move the rest."""
     data = sources(tiny, dense_learning_rate=0.03)
