@@ -8,14 +8,21 @@ import pytest
 from flax import linen, nnx
 
 import flora_jax as fj
-from flora_jax.sharding import state_sharding
 from tests.common import assert_close
-from tests.conformance.cases import CASES, STEPS, jit, layer, named, run_layer
+from tests.conformance.cases import (
+    CASES,
+    FOLDS,
+    STEPS,
+    every_case,
+    jit,
+    layer,
+    named,
+    run_layer,
+)
 from tests.conformance.states import own_trees
 
 P = jax.P
 SPECS = {"layer": {"kernel": P("data", "model"), "bias": P("model")}}
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def mesh(kind=jax.sharding.AxisType.Auto):
@@ -29,7 +36,7 @@ def on(where, specs=None):
 
 
 def expected(shape):
-    """By hand: an axis of the (8, 16) kernel is cut if four, or two, divide it."""
+    """By hand: an axis of the (8, 16) kernel is sharded if 4, or 2, divide it."""
     return tuple(
         name if n % size == 0 else None
         for n, name, size in zip(shape, ("data", "model"), (4, 2), strict=True)
@@ -39,7 +46,7 @@ def expected(shape):
 @every_case
 def test_every_array_follows_its_parameter(case):
     tx, params = case(), jax.eval_shape(layer)
-    shardings = state_sharding(tx, params, on(mesh()))
+    shardings = fj.state_sharding(tx, params, on(mesh()))
     state = jax.eval_shape(tx.init, params)
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
     trees = own_trees(state)
@@ -63,7 +70,7 @@ def test_init_and_step_stay_on_the_mesh(case):
     reference, where = run_layer(case), on(mesh())
     tx = reference.tx
     params = jax.tree.map(jax.device_put, reference.params, where)
-    shardings = state_sharding(tx, params, where)
+    shardings = fj.state_sharding(tx, params, where)
     state = jit(tx.init, out_shardings=shardings)(params)
 
     def update(grads, state, params):  # Programs of tx.update are shared by all tests.
@@ -79,14 +86,14 @@ def test_init_and_step_stay_on_the_mesh(case):
         jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True
     ):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    # What is cut is not whole anywhere.
+    # No device holds all of what is sharded.
     kernel = named(own_trees(state)[0][1])["layer/kernel"]
     assert kernel.addressable_shards[0].data.size * 2 <= kernel.size
 
 
 def wrapped():
     """Chains and wrappers, and the path of the trees that they leave out."""
-    galore = fj.galore(0.1, 4, min_dim_size=8)
+    galore = fj.galore(0.1, FOLDS)
     kernels = {"layer": {"kernel": True, "bias": False}}
     labels = {"layer": {"kernel": "ours", "bias": "theirs"}}
     parts = {"ours": galore, "theirs": optax.adam(0.1)}
@@ -96,16 +103,14 @@ def wrapped():
         "partition": optax.partition(parts, labels),
         "multi_steps": optax.MultiSteps(galore, 2).gradient_transformation(),
         "finite": optax.apply_if_finite(galore, 3),
-        "inject": optax.inject_hyperparams(
-            fj.galore, static_args=fj.static_args(fj.galore)
-        )(learning_rate=0.1, rank=4, min_dim_size=8),
+        "inject": optax.inject_hyperparams(fj.galore)(learning_rate=0.1, sketch=FOLDS),
     }
 
 
 @pytest.mark.parametrize("name", wrapped())
 def test_in_wrappers(name):
     tx, params = wrapped()[name], jax.eval_shape(layer)
-    shardings = state_sharding(tx, params, on(mesh()))
+    shardings = fj.state_sharding(tx, params, on(mesh()))
     state = jax.eval_shape(tx.init, params)
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
     found = jax.tree_util.tree_flatten_with_path(state)[0]
@@ -122,10 +127,10 @@ def test_in_wrappers(name):
 
 
 def test_partition_specs_take_the_mesh_of_the_context():
-    tx, params = fj.galore(0.1, 3, min_dim_size=8), jax.eval_shape(layer)
+    tx, params = fj.galore(0.1, fj.Sketch(3, min_dim_size=8)), jax.eval_shape(layer)
     with jax.set_mesh(mesh()):
-        shardings = state_sharding(tx, params, SPECS)
-    # The rank of 3 is not cut; two devices divide the 16 columns.
+        shardings = fj.state_sharding(tx, params, SPECS)
+    # Four devices do not divide the rank of 3; two devices divide the 16 columns.
     assert shardings[0].inner.mu["layer"]["kernel"] == P(None, "model")
     assert shardings[0].basis["layer"]["kernel"] == P("data", None)
     assert shardings[0].count == P()
@@ -135,7 +140,7 @@ def test_factored_moments_of_optax_are_replicated():
     params = {"w": jax.ShapeDtypeStruct((16, 32), jnp.float32)}
     tx = optax.scale_by_factored_rms(min_dim_size_to_factor=8)
     where = on(mesh(), {"w": P("data", "model")})
-    shardings = state_sharding(tx, params, where)
+    shardings = fj.state_sharding(tx, params, where)
     assert shardings.v_row["w"].spec == P()
 
 
@@ -149,11 +154,11 @@ class Model(nnx.Module):
     "kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit]
 )
 def test_nnx_with_sharding_metadata(kind):
-    tx, where = fj.galore(0.1, 4, min_dim_size=8), mesh(kind)
+    tx, where = fj.galore(0.1, FOLDS), mesh(kind)
     with jax.set_mesh(where):
         params = nnx.state(Model(), nnx.Param)
         shardings = nnx.get_named_sharding(params, where)
-        found = state_sharding(tx, params, shardings)
+        found = fj.state_sharding(tx, params, shardings)
         state = jax.jit(tx.init, out_shardings=found)(params)
     (kernel,) = jax.tree.leaves(state[0].inner.mu["layer"]["kernel"])
     assert kernel.shape == (4, 16)
@@ -161,26 +166,68 @@ def test_nnx_with_sharding_metadata(kind):
 
 
 def test_linen_boxes():
-    tx, where = fj.galore(0.1, 4, min_dim_size=8), mesh()
+    tx, where = fj.galore(0.1, FOLDS), mesh()
     init = linen.with_partitioning(linen.initializers.ones, ("data", "model"))
     model = linen.Dense(16, kernel_init=init, use_bias=False)
     params = jax.eval_shape(model.init, jax.random.key(0), np.ones((1, 8), np.float32))
     specs = linen.get_partition_spec(params)
     shardings = jax.tree.map(lambda spec: jax.NamedSharding(where, spec), specs)
-    found = state_sharding(tx, params, shardings)
+    found = fj.state_sharding(tx, params, shardings)
     (kernel,) = jax.tree.leaves(found[0].inner.mu["params"]["kernel"])
     assert kernel.spec == P("data", "model")
 
 
+def test_masks_may_have_the_structure_of_variables():
+    params, where = nnx.state(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.Param), mesh()
+    shardings = jax.tree.map(lambda x: jax.NamedSharding(where, P()), params)
+    shardings["kernel"].set_value(jax.NamedSharding(where, P("data", "model")))
+
+    def matrices(params):
+        return jax.tree.map(
+            lambda x: x.get_value().ndim > 1,
+            params,
+            is_leaf=lambda x: isinstance(x, nnx.Param),
+        )
+
+    tx = optax.masked(fj.galore(0.1, FOLDS), matrices)
+    found = fj.state_sharding(tx, params, shardings)
+    assert jax.tree.structure(found) == jax.tree.structure(
+        jax.eval_shape(tx.init, params)
+    )
+    (kernel,) = jax.tree.leaves(found.inner_state[0].inner.mu)
+    assert kernel.spec == P("data", "model")
+
+
+@pytest.mark.parametrize("name", ["key", "spec", "count"])
+def test_parameters_may_have_the_names_of_settings(name):
+    """A mesh axis that would divide the key, the spec and a single array's state."""
+    where = on(mesh(), {name: P("data", "model"), "bias": P("model")})
+    params = {
+        name: jax.ShapeDtypeStruct((8, 16), jnp.float32),
+        "bias": jax.ShapeDtypeStruct((64,), jnp.float32),
+    }
+    tx = fj.compressed_momentum(0.5, FOLDS)
+    found = fj.state_sharding(tx, params, where)
+    assert found.momentum[name].spec == P("data", "model")
+    assert found.key.spec == found.spec.spec == found.count.spec == P()
+    single = fj.state_sharding(
+        optax.chain(tx), params["bias"], jax.NamedSharding(mesh(), P("model"))
+    )
+    assert single[0].momentum.spec == P("model")
+    assert single[0].key.spec == single[0].spec.spec == P()
+
+
 def test_refuses_what_does_not_fit():
-    tx, params = fj.galore(0.1, 4, min_dim_size=8), jax.eval_shape(layer)
+    tx, params = fj.galore(0.1, FOLDS), jax.eval_shape(layer)
+    with pytest.raises(TypeError, match="`tx` must be .*in the other order[?]$"):
+        fj.state_sharding(params, tx, on(mesh()))
     with pytest.raises(ValueError, match=r"`shardings` must have one entry.*bias"):
-        state_sharding(tx, params, {"layer": {"kernel": P()}})
+        fj.state_sharding(tx, params, {"layer": {"kernel": P()}})
     wrong = {"layer": {"kernel": "data", "bias": P()}}
     with pytest.raises(TypeError, match="`shardings` must hold NamedShardings or"):
-        state_sharding(tx, params, wrong)
+        fj.state_sharding(tx, params, wrong)
     other = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     two = on(mesh())
     two["layer"]["bias"] = jax.NamedSharding(other, P())
     with pytest.raises(ValueError, match="`shardings` must live on one mesh, got"):
-        state_sharding(tx, params, two)
+        fj.state_sharding(tx, params, two)
