@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from experiments.common import records
+
 
 def mean_and_error(values: Sequence[float | None]) -> tuple[float, float]:
     """Returns mean and standard error over seeds.
@@ -71,6 +73,19 @@ def megabytes(count: float, digits: int = 2) -> str:
 def ranked(title: str, rank: int | None) -> str:
     """Returns a title with its rank, if there is one."""
     return title if rank is None else f"{title}, r={rank}"
+
+
+def publish(
+    path: pathlib.Path,
+    config: Any,
+    content: Mapping[str, Any],
+    write: Callable[[pathlib.Path], None],
+) -> None:
+    """Writes data with what made them, then their report, and prints its tables."""
+    records.write_json(path, records.provenance(config) | dict(content))
+    write(path)
+    print(path.with_suffix(".md").read_text(), end="")
+    print(f"Tables, pictures and data are in {path.parent}")
 
 
 def main(write: Callable[[pathlib.Path], None]) -> None:

@@ -18,12 +18,12 @@ from flax import traverse_util
 from rich.progress import track
 
 import flora_jax as fj
-from experiments.common import loop, lora, records
+from experiments.common import loop, lora
 from experiments.common.checkpoints import State
 from experiments.common.errors import NonFiniteLossError
 from experiments.common.methods import METHODS
 from experiments.common.problem import build
-from experiments.common.report import ranked
+from experiments.common.report import publish, ranked
 from experiments.dynamics import report
 from experiments.dynamics.config import Config, Run
 from experiments.finetune.config import Config as FinetuneConfig
@@ -60,16 +60,14 @@ def run(config: Config) -> None:
     }
     rate = config.adafactor_learning_rate
     optimizers[f"Adafactor, {rate:g}"] = optax.adafactor(rate)
-    results = records.provenance(config) | {
+    results = {
         "traces": [
             _trace(config.rank, task, prepared, title, tx)
             for title, tx in optimizers.items()
         ],
         "spectra": [_spectrum(task, prepared, run) for run in config.runs],
     }
-    path = config.output_dir / "dynamics.json"
-    records.write_json(path, results)
-    report.write(path)
+    publish(config.output_dir / "dynamics.json", config, results, report.write)
 
 
 def _trace(

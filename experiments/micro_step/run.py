@@ -15,6 +15,7 @@ from rich.progress import track
 import flora_jax as fj
 from experiments.common import gradients, records, timing
 from experiments.common.methods import METHODS, Settings, built, matrices
+from experiments.common.report import publish
 from experiments.micro_step import report
 from experiments.micro_step.config import Config
 from experiments.models import PUBLISHED, GPT2Config, T5Config, create, mean_loss
@@ -26,12 +27,9 @@ _CYCLE = 1000  # Micro-steps; none of those that are timed is the last of one.
 def run(config: Config) -> None:
     """Measures every model and writes data, table and picture."""
     rows = [row for name in config.models for row in measure(config, name)]
+    content = {"machine": timing.machine(), "rows": rows}
     path = config.output_dir / "micro_step.json"
-    content = records.provenance(config) | {"machine": timing.machine(), "rows": rows}
-    records.write_json(path, content)
-    report.write(path)
-    print(path.with_suffix(".md").read_text(), end="")
-    print(f"Table, picture and data are in {config.output_dir}")
+    publish(path, config, content, report.write)
 
 
 class Contender(NamedTuple):

@@ -18,6 +18,7 @@ from rich.progress import track
 import flora_jax as fj
 from experiments.common import lora, records
 from experiments.common.methods import METHODS, Method, Settings, base_optimizer, built
+from experiments.common.report import publish
 from experiments.common.state_bytes import step_bytes, tree_bytes
 from experiments.models import PUBLISHED, GPT2Config, abstract, create, mean_loss
 from experiments.step_memory import report
@@ -36,10 +37,7 @@ def run(config: Config) -> None:
     ]
     rows = [measure(config, *each) for each in track(wanted, "compiling")]
     path = config.output_dir / "step_memory.json"
-    records.write_json(path, records.provenance(config) | {"rows": rows})
-    report.write(path)
-    print(path.with_suffix(".md").read_text(), end="")
-    print(f"Table, picture and data are in {config.output_dir}")
+    publish(path, config, {"rows": rows}, report.write)
 
 
 def measure(config: Config, model: str, name: str, rank: int | None) -> records.Row:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments.common import records, timing
+from experiments.common import timing
 from experiments.common.records import Row
+from experiments.common.report import publish
 from experiments.common.state_bytes import tree_bytes
 from experiments.models import PUBLISHED, create
 from experiments.models.build import Params
@@ -21,28 +22,23 @@ from experiments.step_time.contenders import Contender
 
 
 def run(config: Config) -> None:
-    """Times every contender; the data is written after each tree."""
-    console = Console()
-    path = config.output_dir / f"{config.contenders}.json"
-    result: Row = records.provenance(config) | {"machine": timing.machine()}
-    result["steps"] = []
+    """Times every contender, and compares compile times."""
+    steps: list[Row] = []
+    content: Row = {"machine": timing.machine(), "steps": steps}
     places = [(tree, dtype) for tree in config.trees for dtype in config.dtypes]
-    with console.status("") as status:
+    with Console().status("") as status:
         for i, (tree, dtype) in enumerate(places):
             ranks = config.other_ranks if i else config.ranks
-            result["steps"] += time_all(
+            steps += time_all(
                 tree, dtype, ranks, config.rounds, status.update, config.contenders
             )
-            records.write_json(path, result)
         if config.compile_tree is not None:
             status.update(f"compile times on {config.compile_tree}")
-            result["compile"] = compile_times(
+            content["compile"] = compile_times(
                 config.compile_tree, contenders.compiled_only()
             )
-    records.write_json(path, result)
-    report.write(path)
-    print(path.with_suffix(".md").read_text(), end="")
-    console.print(f"Table, picture and data are in {config.output_dir}")
+    path = config.output_dir / f"{config.contenders}.json"
+    publish(path, config, content, report.write)
 
 
 class _Runner:

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.common.errors import ConfigError
+from experiments.common.errors import ConfigError, NonFiniteLossError
 from experiments.dynamics import run as dynamics
 from experiments.dynamics.config import Config, Run
 from experiments.dynamics.run import decompose
@@ -150,3 +150,8 @@ def test_from_a_checkpoint_to_the_pictures(config):
 def test_refuses_what_makes_no_sense(changes, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(Config(tmp_path), **changes).validate()
+
+
+def test_a_run_that_diverges():
+    with pytest.raises(NonFiniteLossError, match="SGD, 3: the loss is inf; lower that"):
+        dynamics._check("SGD, 3", np.float32(np.inf))
