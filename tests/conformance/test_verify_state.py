@@ -1,18 +1,26 @@
 """verify_state knows a transformation's own state, in any wrapper, from another's."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
 
 import flora_jax as fj
+from tests.common import full
 from tests.conformance.cases import (
     CASES,
+    FEW,
+    FOLDS,
     RESAMPLE_EVERY,
     SKETCHING,
+    by_tier,
+    every_case,
     layer,
     run_layer,
 )
@@ -22,9 +30,8 @@ MASK = {"layer": {"kernel": True, "bias": False}}
 
 
 def inject(case, **changes):
-    make = optax.inject_hyperparams(
-        case.factory, static_args=fj.static_args(case.factory)
-    )
+    static = ("block", "key", "min_size") if case.factory is fj.quantize_state else ()
+    make = optax.inject_hyperparams(case.factory, static_args=static)
     return make(**case.arguments(**changes))
 
 
@@ -43,84 +50,231 @@ WRAPPERS = {
     "MultiSteps": around(lambda tx: optax.MultiSteps(tx, 2).gradient_transformation()),
     "apply_if_finite": around(lambda tx: optax.apply_if_finite(tx, 3)),
 }
-wrappers = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-sketching = pytest.mark.parametrize("case", SKETCHING, ids=lambda case: case.name)
+# Quickly each wrapper around one case, and each case in one wrapper.
+WRAPPED = [
+    (full if wrap != "inject_hyperparams" and case.name != "fira" else pytest.param)(
+        case, WRAPPERS[wrap], id=f"{case.name}-{wrap}"
+    )
+    for case in CASES
+    for wrap in WRAPPERS
+]
+sketching = pytest.mark.parametrize("case", by_tier(SKETCHING))
 
 
-@wrappers
-@every_case
-def test_its_own_state_passes(case, wrap):
-    fj.verify_state(wrap(case), wrap(case).init(layer()))
+def shapes(tree):
+    return jax.eval_shape(lambda: tree)
+
+
+@pytest.mark.parametrize(("case", "wrap"), WRAPPED)
+def test_its_own_state_passes_and_another_seed_does_not(case, wrap):
+    params = layer()
+    state = wrap(case).init(params)
+    fj.verify_state(wrap(case), state)
+    fj.verify_state(wrap(case), state, shapes(params))
+    if not case.sketches:
+        return
+    for given in ((), (params,)):
+        with pytest.raises(ValueError, match=r"key data \[0, 0\] in the .*, \[0, 1\]"):
+            fj.verify_state(wrap(case, key=1), state, *given)
 
 
 @every_case
 def test_its_own_state_passes_after_updates(case):
-    fj.verify_state(case(), run_layer(case).states[-1])
-
-
-@wrappers
-@sketching
-def test_another_seed_is_refused_in_any_wrapper(case, wrap):
-    state = wrap(case, key=1).init(layer())
-    with pytest.raises(ValueError, match=r"key data \[0, 1\] in the state, \[0, 0\]"):
-        fj.verify_state(wrap(case), state)
+    reference = run_layer(case)
+    fj.verify_state(case(), reference.states[-1])
+    fj.verify_state(case(), reference.states[-1], reference.params)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@sketching
+@pytest.mark.parametrize("case", by_tier(SKETCHING, FEW))
 def test_the_state_of_an_nnx_optimizer(case, seed):
     model = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, case(key=seed), wrt=nnx.Param)
-    verify = functools.partial(fj.verify_state, case(), optimizer.opt_state)
-    if seed == 0:
-        verify()
-    else:
-        with pytest.raises(ValueError, match=r"key data \[0, 1\] in the state"):
+    for given in ((), (nnx.state(model, nnx.Param),)):
+        verify = functools.partial(fj.verify_state, case(), optimizer.opt_state, *given)
+        if seed == 0:
             verify()
+        else:
+            with pytest.raises(ValueError, match=r"key data \[0, 1\] in the state"):
+                verify()
 
 
-# Projections whose states have the same arrays. Others are isometric already.
+# Projections whose states have the same arrays; for others the isometric CountSketch,
+# or Orthogonal in its place.
 OTHER = {
-    fj.Gaussian(): fj.CountSketch(),
-    fj.CountSketch(scale="isometric"): fj.Orthogonal(scale="isometric"),
     fj.TopSVD(): fj.TopSVD(method="randomized"),
     fj.TopSVD(method="randomized"): fj.TopSVD(),
     fj.TopDCT(): fj.TopDCT(norm="l2"),
 }
+OWN = {fj.galore: fj.TopSVD(), fj.fira: fj.TopSVD(), fj.dct_adamw: fj.TopDCT()}
 
 
-def other_settings():
-    """(case, argument, another value of it, what the message says of both)."""
-    for case in SKETCHING:
-        ours = case.option("projection")
-        other = OTHER.get(ours, fj.CountSketch(scale="isometric"))
-        yield case, "projection", other, f"{other} in the state, {ours} in tx"
-        yield case, "key", 7, r"[0, 7] in the state, [0, 0] in tx"
-        yield case, "rank", 3, "3 in the state, 4 in tx"
-        yield case, "side", "right", "right in the state, smaller in tx"
-        for name in ("resample_every", "refresh_every"):
-            if case.takes(name):
-                other = RESAMPLE_EVERY + 1
-                message = f"{other} in the state, {RESAMPLE_EVERY} in tx"
-                yield case, name, other, message
-        if case.takes("use_grad_mean"):
-            yield case, "use_grad_mean", False, "False in the state, True in tx"
+def other_projection(case):
+    own = case.options.get("projection", OWN.get(case.factory))
+    return OTHER.get(own, fj.SRHT("isometric"))
 
 
-@pytest.mark.parametrize(
-    ("case", "name", "value", "message"),
-    [
-        pytest.param(*row, id="-".join([row[0].name, row[1]]))
-        for row in other_settings()
-    ],
-)
-def test_other_settings_are_refused(case, name, value, message):
-    state = case(**{name: value}).init(layer())
-    with pytest.raises(ValueError, match="made under other settings") as error:
-        fj.verify_state(case(), state)
-    assert f"{name} " in str(error.value)
-    assert message in str(error.value)
+def other_settings(case):
+    """(argument, another value of it, what the message says)."""
+    yield "projection", other_projection(case), "projection "
+    yield "key", 7, "key data [0, 7] in the state, [0, 0] in tx"
+    yield "rank", 3, "rank 3 in the state, 4 in tx"
+    yield "side", "right", "side right in the state, default in tx"
+    yield "mask", fj.not_embeddings, "mask not_embeddings in the state, default in tx"
+    yield "mask", {"layer": {"kernel": True, "bias": False}}, "mask "
+    for name in ("resample_every", "refresh_every"):
+        if case.takes(name):
+            other = RESAMPLE_EVERY + 1
+            message = f"{name} {other} in the state, {RESAMPLE_EVERY} in tx"
+            yield name, other, message
+    if case.takes("use_grad_mean"):
+        yield "use_grad_mean", False, "use_grad_mean "
+    if case.takes("dtype"):
+        yield "dtype", "bfloat16", "dtype bfloat16 in the state, "
+    if case.takes("state_dtype") and case.options.get("state_dtype") is None:
+        yield "state_dtype", "bfloat16", "must have the structure that `tx` gives it"
+
+
+@pytest.mark.parametrize("case", by_tier(SKETCHING, FEW))
+def test_other_settings_are_refused(case):
+    for name, value, message in other_settings(case):
+        state = case(**{name: value}).init(layer())
+        with pytest.raises(ValueError, match=re.escape(message)):
+            fj.verify_state(case(), state)
+
+
+@sketching
+def test_settings_that_only_use_a_state_may_differ(case):
+    """Learning rates, decays and estimators."""
+    others = {"learning_rate": 0.2, "decay": 0.6, "b1": 0.6}
+    changes = {k: v for k, v in others.items() if case.takes(k)}
+    if case.options.get("estimator") == "paper":
+        changes["estimator"] = "nesterov"
+    if case.options.get("transport") is not None:
+        changes = {}
+    state = case().init(layer())
+    fj.verify_state(case(**changes), state)
+    fj.verify_state(case(**changes), state, layer())
+
+
+def momentum(**settings):
+    return fj.compressed_momentum(0.5, dataclasses.replace(FOLDS, **settings))
+
+
+def kernels(path, shape):
+    return path.endswith("kernel")
+
+
+def matrices(path, shape):
+    return len(shape) == 2
+
+
+def nothing(path, shape):
+    return False
+
+
+def test_with_params_rules_are_compared_by_what_they_decide():
+    params = layer()
+    state = momentum(mask=kernels).init(params)
+    same = (
+        {"mask": kernels},
+        {"mask": matrices},
+        {"mask": lambda path, shape: "kernel" in path},
+        {"mask": {"layer": {"kernel": True, "bias": False}}},
+        {"mask": None},
+        {"mask": kernels, "rank": lambda path, shape: 4},
+        {"mask": kernels, "rank": {"*/kernel": 1 / 2}},
+        {"mask": kernels, "min_dim_size": 4},
+    )
+    for settings in same:
+        fj.verify_state(momentum(**settings), state, params)
+    for settings in same[1:]:
+        with pytest.raises(ValueError, match="made under other settings"):
+            fj.verify_state(momentum(**settings), state)
+
+
+@pytest.mark.filterwarnings("ignore:compressed_momentum sketches 0 of 2 leaves")
+def test_rules_of_one_name_that_decide_otherwise_need_params():
+    """Two lambdas of one function have one name."""
+    first, second = (lambda path, shape, size=size: shape[0] == size for size in (8, 9))
+    params = layer()
+    state = momentum(mask=first).init(params)
+    fj.verify_state(momentum(mask=second), state)
+    with pytest.raises(ValueError, match="decide otherwise for some leaf"):
+        fj.verify_state(momentum(mask=second), state, params)
+    # Two square leaves of swapped ranks: states of the same shapes.
+    params = {"a": jnp.zeros((16, 16)), "b": jnp.zeros((16, 16))}
+    ranks = [lambda path, shape, one=one: 4 if path == one else 8 for one in "ab"]
+    state = momentum(rank=ranks[0]).init(params)
+    with pytest.raises(ValueError, match="decide otherwise for some leaf"):
+        fj.verify_state(momentum(rank=ranks[1]), state, params)
+
+
+def test_shapes_and_dtypes_are_those_of_the_parameters():
+    params, tx = layer(), optax.chain(momentum(), optax.scale_by_adam())
+    state = tx.init(params)
+    fj.verify_state(tx, state, params)
+    narrow = jax.tree.map(lambda x: x[..., :8], params)
+    half = optax.tree.cast(params, jnp.bfloat16)
+    for other, match in (
+        (narrow, r"decide otherwise|1/mu/layer/bias: float32\[16\] in the state, .*8"),
+        (half, r"1/mu/layer/bias: float32\[16\] in the state, bfloat16\[16\] in tx"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            fj.verify_state(tx, state, other)
+    with pytest.raises(ValueError, match="that differ at .*for|trees that differ at"):
+        fj.verify_state(tx, state, {"layer": {"kernel": params["layer"]["kernel"]}})
+
+
+def test_a_new_field_of_a_projection_changes_no_state():
+    """The same class as a later version has it, with one field more."""
+    newer = dataclasses.make_dataclass(
+        "Gaussian",
+        [("accuracy", int, dataclasses.field(default=3))],
+        bases=(fj.Gaussian,),
+        frozen=True,
+    )
+    params = layer()
+    state = momentum(projection=fj.Gaussian()).init(params)
+    fj.verify_state(momentum(projection=newer()), state)
+    fj.verify_state(momentum(projection=newer()), state, params)
+    other = momentum(projection=newer(accuracy=4))
+    with pytest.raises(ValueError, match="projection Gaussian.*accuracy=4"):
+        fj.verify_state(other, state)
+
+
+def test_an_injected_interval():
+    """It is written by its value, or as traced where init is: that agrees with any."""
+    make = optax.inject_hyperparams(fj.compressed_momentum)
+    tx, other = (make(0.5, FOLDS, resample_every=every) for every in (4, 5))
+    state = tx.init(layer())
+    assert "resample_every: 4" in text_of(state.inner_state.spec)
+    fj.verify_state(tx, state, layer())
+    with pytest.raises(ValueError, match="resample_every 4 in the state, 5 in tx"):
+        fj.verify_state(other, state)
+    traced = jax.jit(tx.init)(layer())
+    assert "resample_every: traced" in text_of(traced.inner_state.spec)
+    fj.verify_state(other, traced)
+
+
+def text_of(spec):
+    return np.asarray(spec[5:]).tobytes().rstrip(b"\0").decode()
+
+
+def test_the_arguments_in_another_order():
+    tx = momentum()
+    with pytest.raises(TypeError, match="`tx` must be .*in the other order[?]$"):
+        fj.verify_state(tx.init(layer()), tx)
+
+
+def test_a_state_of_another_format_and_a_stacked_one():
+    tx = momentum()
+    state = tx.init(layer())
+    with pytest.raises(ValueError, match="state format 2 in the state, 3 in tx"):
+        fj.verify_state(tx, state._replace(spec=state.spec.at[0].set(2)))
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    with pytest.raises(ValueError, match=r"`state.spec` must have shape .64,., got"):
+        fj.verify_state(tx, stacked)
 
 
 @sketching
@@ -130,13 +284,12 @@ def test_a_state_without_a_spec_is_refused(case):
         fj.verify_state(case(), state)
 
 
-@pytest.mark.parametrize(
-    "wrong", [optax.sgd(0.1), optax.adam(0.1)], ids=["sgd", "adam"]
-)
 @every_case
-def test_the_state_of_another_optimizer_is_refused(case, wrong):
-    with pytest.raises(ValueError, match="structure"):
-        fj.verify_state(case(), wrong.init(layer()))
+def test_the_state_of_another_optimizer_is_refused(case):
+    for wrong in (optax.sgd(0.1), optax.adam(0.1)):
+        for given in ((), (layer(),)):
+            with pytest.raises(ValueError, match="structure"):
+                fj.verify_state(case(), wrong.init(layer()), *given)
 
 
 @sketching
