@@ -11,14 +11,20 @@ import optax
 import pytest
 
 import flora_jax as fj
-from flora_jax.random import keys as _keys
-from tests.common import assert_close
-from tests.conformance.cases import CASES, assert_identical, jit, run_layer
+from flora_jax.random import leaf_keys, renewal
+from tests.common import assert_close, full
+from tests.conformance.cases import (
+    CASES,
+    assert_identical,
+    by_tier,
+    few_cases,
+    jit,
+    run_layer,
+)
 from tests.conformance.states import COUNTERS, INNER, own_states
 
 MILLION = 10**6
 LAST = 2**31 - 1
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 quick_and_slow = pytest.mark.parametrize(
     "steps", [10**4, pytest.param(MILLION, marks=pytest.mark.slow)]
 )
@@ -29,6 +35,7 @@ def words(pairs):
     return np.ascontiguousarray(pairs).view(np.uint64).ravel()
 
 
+@pytest.mark.full
 def test_no_two_keys_of_a_million_epochs_are_equal():
     """Over leaves and names too.
 
@@ -39,7 +46,7 @@ def test_no_two_keys_of_a_million_epochs_are_equal():
     root, paths = jnp.array([0, 7], jnp.uint32), ["a", "b/kernel", "h/0/attn"]
     found = []
     for name in ("compressed_momentum", "compressed_accumulation"):
-        keys = jit(jax.vmap(functools.partial(_keys.leaf_keys, root, name, paths)))
+        keys = jit(jax.vmap(functools.partial(leaf_keys, root, name, paths)))
         found.append(words(keys(jnp.arange(MILLION))))
     found = np.sort(np.concatenate(found))
     assert found.size == 6 * MILLION
@@ -47,7 +54,7 @@ def test_no_two_keys_of_a_million_epochs_are_equal():
 
 
 @pytest.mark.parametrize(
-    "epochs", [10**5, pytest.param(MILLION, marks=pytest.mark.slow)]
+    "epochs", [full(10**5), pytest.param(MILLION, marks=pytest.mark.slow)]
 )
 def test_no_projection_comes_twice(epochs):
     """All 64 signs of one are never those of another, and next ones are independent."""
@@ -55,13 +62,13 @@ def test_no_projection_comes_twice(epochs):
 
     @jit
     @jax.vmap
-    def drawn(epoch):
-        (key,) = _keys.leaf_keys(root, "compressed_momentum", ["w"], epoch)
-        signs, _, offsets, _ = fj.CountSketch().draw(key, rank, 64)
+    def sampled(epoch):
+        (key,) = leaf_keys(root, "compressed_momentum", ["w"], epoch)
+        signs, _, offsets, _ = fj.CountSketch().sample(key, rank, 64)
         return signs > 0, offsets
 
     parts = [
-        jax.tree.map(np.asarray, drawn(start + jnp.arange(part)))
+        jax.tree.map(np.asarray, sampled(start + jnp.arange(part)))
         for start in range(0, epochs, part)
     ]
     signs, offsets = (np.concatenate(x) for x in zip(*parts, strict=True))
@@ -76,18 +83,18 @@ def test_no_projection_comes_twice(epochs):
 
 # Of short memory: after 120 steps nothing is left of what came before.
 TAIL, EVERY = 120, 3
-ISOMETRIC = fj.CountSketch(scale="isometric")
+SKETCH = fj.Sketch(1, min_dim_size=2)
 AVERAGE = optax.ema(0.5, debias=False)
 TRANSFORMATIONS = {
-    "momentum": fj.compressed_momentum(0.5, 1, resample_every=EVERY, min_dim_size=2),
-    "accumulation": fj.compressed_accumulation(AVERAGE, EVERY, 1, min_dim_size=2),
+    "momentum": fj.compressed_momentum(0.5, SKETCH, resample_every=EVERY),
+    "accumulation": fj.compressed_accumulation(AVERAGE, EVERY, SKETCH),
     "subspace": fj.scale_in_subspace(
-        AVERAGE, ISOMETRIC, 1, EVERY, transport="squared", stagger=True, min_dim_size=2
+        AVERAGE, SKETCH, EVERY, transport=fj.Squared(), stagger=True
     ),
     "quantized": fj.quantize_state(
         AVERAGE, block=2, min_size=1, stochastic_rounding=True
     ),
-    "factored-rms": fj.scale_by_factored_rms(min_dim_size_to_factor=2),
+    "factored-rms": fj.scale_by_factored_rms(rules=fj.LeafRules(min_dim_size=2)),
 }
 SMALL = {"w": jnp.zeros((2, 4)), "b": jnp.zeros(2)}
 
@@ -162,7 +169,7 @@ def saturated(state, value=LAST):
     return jax.tree.map(fill, state, is_leaf=is_counted)
 
 
-@every_case
+@few_cases
 def test_counters_stay_at_the_largest_number(case):
     reference = run_layer(case)
     first = state = saturated(reference.states[5])
@@ -184,8 +191,10 @@ def test_counters_stay_at_the_largest_number(case):
 
 @pytest.mark.parametrize(
     "case",
-    [c for c in CASES if c.factory is fj.compressed_momentum],
-    ids=lambda case: case.name,
+    by_tier(
+        [c for c in CASES if c.factory is fj.compressed_momentum],
+        ["momentum-nesterov-gaussian"],
+    ),
 )
 def test_the_projection_stands_still_where_the_counter_does(case):
     """As within one interval, of which the largest number is the fourth step."""
@@ -201,15 +210,14 @@ def test_the_projection_stands_still_where_the_counter_does(case):
 def test_a_projection_for_every_step_stands_still_too():
     """Without transfers to where the momentum is already."""
     shape, rank, decay = (16, 24), 4, 0.3
-    tx = fj.compressed_momentum(
-        decay, rank, resample_every=1, reading="paper", key=11, min_dim_size=8
-    )
+    sketch = fj.Sketch(rank, key=11, min_dim_size=8)
+    tx = fj.compressed_momentum(decay, sketch, resample_every=1, estimator="paper")
     root, name = jnp.array([0, 11], jnp.uint32), "compressed_momentum"
 
     @jit
     @jax.vmap
     def matrix(epoch):
-        (key,) = _keys.leaf_keys(root, name, ["wide"], epoch)
+        (key,) = leaf_keys(root, name, ["wide"], epoch)
         return fj.CountSketch().matrix(key, rank, 16)
 
     matrices = np.asarray(matrix(LAST - 3 + jnp.arange(3)), np.float64)
@@ -236,9 +244,9 @@ def test_renewals_by_whole_numbers():
     counts = [0, 1, 3, 4, 5, 1000, LAST - 4, LAST - 3, LAST - 2, LAST - 1, LAST]
     offsets = np.arange(4)
     for every in (1, 4, 1000):
-        renewal = jit(lambda count, every=every: _keys.renewal(count, every, offsets))
+        renewed = jit(lambda count, every=every: renewal(count, every, offsets))
         for count in counts:
-            epochs, new = jax.tree.map(np.asarray, renewal(jnp.int32(count)))
+            epochs, new = jax.tree.map(np.asarray, renewed(jnp.int32(count)))
             assert epochs.dtype == jnp.uint32
             for i, offset in enumerate(offsets.tolist()):
                 ahead = min(count, LAST - 1) + offset
@@ -264,9 +272,13 @@ def grown(step, state, warm_up=200, steps=2000):
     return resident() - before[0], len(jax.live_arrays()) - before[1]
 
 
-QUICK = ("accumulation-adam", "flora-momentum")
+LONG = ("accumulation-adam", "flora-momentum")
 CASES_BY_TIER = [
-    pytest.param(case, marks=[] if case.name in QUICK else [pytest.mark.slow])
+    pytest.param(
+        case,
+        id=case.name,
+        marks=pytest.mark.full if case.name in LONG else pytest.mark.slow,
+    )
     for case in CASES
 ]
 
@@ -275,7 +287,7 @@ CASES_BY_TIER = [
     not pathlib.Path("/proc/self/statm").exists(), reason="reads Linux's /proc"
 )
 class TestMemory:
-    @pytest.mark.parametrize("case", CASES_BY_TIER, ids=lambda case: case.name)
+    @pytest.mark.parametrize("case", CASES_BY_TIER)
     def test_is_flat_over_two_thousand_steps(self, case):
         reference = run_layer(case)
 
@@ -291,6 +303,7 @@ class TestMemory:
         assert size < 2 * 2**20
         assert reference.step._cache_size() == programs
 
+    @pytest.mark.full
     def test_of_a_run_that_keeps_its_states_is_not(self):
         kept, add = [], jit(lambda x: x + 1)
 

@@ -243,7 +243,8 @@ def test_checkpoints_are_read_without_pickle(tmp_path):
     hugging_face.save_file(tensors, tmp_path / "model.safetensors")
     read = hugging_face._read_tensors(tmp_path)
     np.testing.assert_array_equal(read["wte.weight"], tensors["wte.weight"])
-    state = flora_jax.compressed_momentum(0.9, 1, min_dim_size=2).init(tensors)
+    sketch = flora_jax.Sketch(1, min_dim_size=2)
+    state = flora_jax.compressed_momentum(0.9, sketch).init(tensors)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()

@@ -5,6 +5,7 @@ library: a case either raises for one of its reasons, or has none and runs.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -23,9 +24,13 @@ from tests.properties.subspaces import (
     subspace,
 )
 
+DTYPES = ("float32", "bfloat16", "float16")
+RULES = tuple(
+    fj.LeafRules(min_dim_size=size, max_aspect_ratio=math.inf) for size in (1, 4)
+)
 # Decay and interval of a momentum: far from where init warns, at every width.
 MOMENTUM = ((0.25, 4), (0.0, 1), (0.9, None))
-BAD_RANKS = {0: "`rank` must be positive", 2.0: "`rank` must be an int"}
+BAD_RANKS = {0: "`rank` must be positive", 2.0: "`rank` as a fraction must lie"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Case:
     Attributes:
       factory: a public function of flora_jax.
       arguments: its arguments.
+      sketch: the fields of its sketch; None for one that has none.
       tree: of :class:`tests.properties.trees.Leaf`.
       seed: of parameters and gradients.
       reasons: patterns of messages, of which it must raise one if there are any.
@@ -42,6 +48,7 @@ class Case:
 
     factory: Any
     arguments: dict
+    sketch: dict | None
     tree: Any
     seed: int
     reasons: tuple
@@ -49,7 +56,7 @@ class Case:
     @property
     def narrow(self):
         """Whether some state is in float16."""
-        return self.arguments.get("dtype") == jnp.float16
+        return self.arguments.get("dtype") == "float16"
 
     @property
     def boundless(self):
@@ -60,16 +67,26 @@ class Case:
         divides by the norm of a sketch, which may have seen next to nothing; Fira's
         has a bound where the basis is random.
         """
-        settings = {"clipping_threshold": None, "residual": "dropped"}
+        settings = {"clipping_threshold": None, "residual": None}
         settings |= {**FIXED.get(self.factory, {}), **self.arguments}
         if self.factory in (fj.scale_by_factored_rms, fj.flora):
             return settings["clipping_threshold"] is None
-        residual, chosen = settings["residual"], settings.get("projection") in ADAPTIVE
-        return residual == "apollo" or (residual.startswith("fira") and chosen)
+        residual, projection = (
+            settings["residual"],
+            (self.sketch or {}).get("projection"),
+        )
+        own = self.factory is fj.fira and projection is None
+        chosen = own or projection in ADAPTIVE
+        return isinstance(residual, fj.Apollo) or (
+            isinstance(residual, fj.Fira) and chosen
+        )
 
     def make(self):
         """The transformation."""
-        tx = self.factory(**self.arguments)
+        arguments = dict(self.arguments)
+        if self.sketch is not None:
+            arguments["sketch"] = fj.Sketch(**self.sketch)
+        tx = self.factory(**arguments)
         if isinstance(tx, optax.microbatching.Accumulator):
             return _as_transformation(tx)
         return tx
@@ -91,8 +108,8 @@ def _as_transformation(accumulator):
 
 @st.composite
 def rules(draw, tree):
-    """Arguments that plan the leaves, and their reasons for a refusal."""
-    rank = draw(st.sampled_from([1, 2, 3, 1, 2, 1000]))
+    """Fields of a sketch that plan the leaves, and their reasons for a refusal."""
+    rank = draw(st.sampled_from([1, 2, 3, 1 / 4, 2, 1000]))
     reasons = []
     if draw(st.integers(0, 24)) == 11:
         rank = draw(st.sampled_from(sorted(BAD_RANKS)))
@@ -107,7 +124,7 @@ def rules(draw, tree):
             mask = _sketch_none
         elif not jax.tree.leaves(tree):
             mask = None
-    arguments = {
+    sketch = {
         "rank": rank,
         "mask": mask,
         "min_dim_size": draw(st.sampled_from([1, 2, 4])),
@@ -115,7 +132,7 @@ def rules(draw, tree):
         "side": draw(st.sampled_from(["smaller", "larger", "left", "right"])),
         "key": draw(st.integers(0, 2**64 - 1)),
     }
-    return arguments, reasons
+    return sketch, reasons
 
 
 def _sketch_none(path, shape):
@@ -125,33 +142,33 @@ def _sketch_none(path, shape):
 def _momentum(draw, flora):
     decay, every = draw(st.sampled_from(MOMENTUM))
     projection = draw(st.sampled_from(OBLIVIOUS * 3 + ADAPTIVE[:1]))
-    reading = draw(st.sampled_from(["paper", "interpolated", "residual"]))
+    estimator = draw(st.sampled_from(["paper", "nesterov", "fresh", "residual"]))
     reasons = []
     if projection in ADAPTIVE:
-        reasons += ["`projection` must be a flora_jax projection that a key"]
-    elif reading == "residual" and isinstance(projection, fj.Gaussian | fj.Rademacher):
-        reasons += ["`reading` 'residual' needs a projection with orthogonal rows"]
+        reasons += ["`projection` must be one that a key regenerates"]
+    elif estimator == "residual" and isinstance(
+        projection, fj.Gaussian | fj.Rademacher
+    ):
+        reasons += ["`estimator` 'residual' needs a projection with orthogonal rows"]
     arguments = {
         "b1" if flora else "decay": decay,
         "resample_every": every,
-        "projection": projection,
-        "reading": reading,
-        "dtype": draw(st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16])),
+        "estimator": estimator,
+        "dtype": draw(st.sampled_from(DTYPES)),
     }
-    return arguments, reasons
+    return arguments, {"projection": projection}, reasons
 
 
 def _flora(draw):
-    arguments, reasons = _momentum(draw, flora=True)
+    arguments, sketch, reasons = _momentum(draw, flora=True)
     options = choose(
         draw,
         learning_rate=(0.1, optax.linear_schedule(0.1, 0.0, 3)),
-        min_dim_size_to_factor=(1, 2, 8),
         clipping_threshold=(1.0, None),
         multiply_by_parameter_scale=(True, False),
         weight_decay=(None, 0.01),
     )
-    return {**arguments, **options}, reasons
+    return {**arguments, **options}, sketch, reasons
 
 
 def _inner(draw, tree):
@@ -166,43 +183,35 @@ def _accumulation(draw, tree):
     projection = draw(st.sampled_from(OBLIVIOUS * 3 + ADAPTIVE[2:3]))
     arguments = {
         "inner": _inner(draw, tree),
-        "projection": projection,
         **choose(
             draw,
             every_k=(2, 3, lambda cycle: 2 + cycle % 2),
             use_grad_mean=(True, False),
             should_skip_update_fn=(None, optax.skip_not_finite),
-            dtype=(jnp.float32, jnp.bfloat16, jnp.float16),
+            dtype=DTYPES,
         ),
     }
-    return arguments, ["`projection` must be"] if projection in ADAPTIVE else []
+    reasons = ["`projection` must be one"] if projection in ADAPTIVE else []
+    return arguments, {"projection": projection}, reasons
 
 
 def _accumulator(draw):
-    options = {
-        "projection": OBLIVIOUS,
-        "step": (0, 7),
-        "use_mean": (True, False),
-        "dtype": (jnp.float32, jnp.bfloat16, jnp.float16),
-    }
-    return choose(draw, **options), []
+    arguments = choose(draw, step=(0, 7), use_mean=(True, False), dtype=DTYPES)
+    return arguments, choose(draw, projection=OBLIVIOUS), []
 
 
-def plans_of(arguments, tree):
+def plans_of(sketch, tree):
     """Plans of a tree of leaves, as if all of them had a real dtype."""
-    names = ("mask", "min_dim_size", "max_aspect_ratio", "side")
-    return fj.plan_leaves(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32"), tree),
-        arguments["rank"],
-        **{name: arguments[name] for name in names},
-    )
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32"), tree)
+    return fj.plan_leaves(shapes, fj.Sketch(**sketch))
 
 
-def _too_few_directions(arguments, tree):
+def _too_few_directions(factory, sketch, tree):
     """Whether a leaf has fewer singular vectors than are asked for."""
-    if not isinstance(arguments.get("projection"), fj.TopSVD):
+    own = fj.TopSVD() if factory in (fj.galore, fj.fira) else None
+    if not isinstance(sketch["projection"] or own, fj.TopSVD):
         return []
-    plans = jax.tree.leaves(plans_of(arguments, tree))
+    plans = jax.tree.leaves(plans_of(sketch, tree))
     if any(plan.rank > min(plan.rows, plan.columns) for plan in plans):
         return ["`rank` of leaf .* must be at most"]
     return []
@@ -215,8 +224,8 @@ def cases(draw, factory):
     refused = [x for x in jax.tree.leaves(tree) if x.refused]
     dtypes = ["leaf .* must have a real floating dtype"] if refused else []
     if factory is fj.scale_by_factored_rms:
-        arguments = choose(draw, decay_rate=(0.8, 0.5), min_dim_size_to_factor=(1, 4))
-        return Case(factory, arguments, tree, seed, tuple(dtypes))
+        arguments = choose(draw, decay_rate=(0.8, 0.5), rules=RULES)
+        return Case(factory, arguments, None, tree, seed, tuple(dtypes))
     if factory is fj.quantize_state:
         return _quantized(draw, tree, seed)
     make = {
@@ -226,13 +235,13 @@ def cases(draw, factory):
         fj.compressed_accumulator: lambda: _accumulator(draw),
         fj.scale_in_subspace: lambda: subspace(draw),
     }
-    own, reasons = make.get(factory, lambda: adamw(draw, factory))()
+    arguments, own, reasons = make.get(factory, lambda: adamw(draw, factory))()
     shared, bad_rank = draw(rules(tree))
-    arguments = {**shared, **own}
+    sketch = {**shared, **own}
     reasons = [*dtypes, *reasons, *bad_rank]
     if not reasons:
-        reasons = _too_few_directions(arguments, tree)
-    return Case(factory, arguments, tree, seed, tuple(reasons))
+        reasons = _too_few_directions(factory, sketch, tree)
+    return Case(factory, arguments, sketch, tree, seed, tuple(reasons))
 
 
 def _quantized(draw, tree, seed):
@@ -245,9 +254,8 @@ def _quantized(draw, tree, seed):
     )
     leaves, dtypes = jax.tree.leaves(tree), []
     if draw(st.booleans()):
-        inner = fj.flora_adamw(
-            0.1, 2, min_dim_size=2, refresh_every=2, key=draw(st.integers(0, 9))
-        )
+        sketch = fj.Sketch(2, min_dim_size=2, key=draw(st.integers(0, 9)))
+        inner = fj.flora_adamw(0.1, sketch, refresh_every=2)
         if any(leaf.refused for leaf in leaves):
             dtypes = ["leaf .* must have a real floating dtype"]
     else:
@@ -255,9 +263,8 @@ def _quantized(draw, tree, seed):
         inner = optax.sgd(0.1, momentum=0.9)
         if any(leaf.dtype in ("int32", "bool") for leaf in leaves):
             dtypes = ["`inner` must keep floating or complex moments"]
-    return Case(
-        fj.quantize_state, {"inner": inner, **arguments}, tree, seed, tuple(dtypes)
-    )
+    arguments["inner"] = inner
+    return Case(fj.quantize_state, arguments, None, tree, seed, tuple(dtypes))
 
 
 FACTORIES = (

@@ -8,14 +8,16 @@ from hypothesis import strategies as st
 import flora_jax as fj
 
 OBLIVIOUS = (
+    None,
     fj.CountSketch(),
-    fj.CountSketch(scale="isometric"),
+    fj.CountSketch("unbiased"),
+    fj.CountSketch("isometric"),
     fj.Gaussian(),
     fj.Rademacher(),
     fj.Orthogonal(),
-    fj.Orthogonal(scale="isometric"),
-    fj.SRHT(),
-    fj.SRHT(scale="isometric"),
+    fj.Orthogonal("isometric"),
+    fj.SRHT("unbiased"),
+    fj.SRHT("isometric"),
 )
 ADAPTIVE = (
     fj.TopSVD(),
@@ -23,15 +25,32 @@ ADAPTIVE = (
     fj.TopDCT(),
     fj.TopDCT(norm="l2"),
 )
-RESIDUALS = ("dropped", "plain", "fira", "fira_code", "apollo")
+RESIDUALS = (
+    None,
+    fj.Plain(),
+    *(
+        kind(limiter, norms, 0.5, 0.9)
+        for kind in (fj.Fira, fj.FiraCode, fj.Apollo)
+        for limiter in (1.01, None)
+        for norms in ("channel", "tensor")
+    ),
+)
+TRANSPORTS = (
+    fj.Keep(),
+    fj.Squared(),
+    fj.LDAdam(0.5, 0.9),
+    fj.PreserveRMS(),
+    fj.Reset(0.5, 0.9),
+)
 # What each recipe fixes of scale_in_subspace, where its own arguments do not say.
 FIXED = {
-    fj.galore: {"transport": "keep", "residual": "dropped", "limiter": None},
-    fj.fira: {"transport": "keep"},
-    fj.apollo: {"transport": "keep", "residual": "apollo"},
-    fj.apollo_mini: {"transport": "keep", "residual": "apollo"},
-    fj.dct_adamw: {"transport": "squared", "residual": "dropped", "limiter": None},
+    fj.galore: {"transport": fj.Keep(), "residual": None},
+    fj.fira: {"transport": fj.Keep()},
+    fj.apollo: {"transport": fj.Keep()},
+    fj.apollo_mini: {"transport": fj.Keep()},
+    fj.dct_adamw: {"transport": fj.Squared(), "residual": None},
     fj.flora_adamw: {},
+    fj.flora_muon: {},
 }
 
 
@@ -39,76 +58,82 @@ def choose(draw, **options):
     return {name: draw(st.sampled_from(values)) for name, values in options.items()}
 
 
+def is_isometric(projection, factory):
+    """Whether a projection has orthonormal rows, given what a recipe fills in."""
+    if projection is None:
+        return factory not in (fj.apollo, fj.apollo_mini)
+    if projection.normalization is None:
+        return is_isometric(None, factory)
+    return projection.normalization == "isometric"
+
+
 def adamw(draw, factory):
     """A recipe of the family, most often with a projection that suits it."""
     known = inspect.signature(factory).parameters
+    of_apollo = factory in (fj.apollo, fj.apollo_mini)
     wide = OBLIVIOUS + ADAPTIVE
-    suited = tuple(p for p in wide if p.scale == "isometric")
-    if factory in (fj.galore, fj.apollo, fj.apollo_mini):
+    suited = tuple(p for p in wide if is_isometric(p, factory))
+    if factory is fj.galore or of_apollo:
         suited = wide
+    scaled = tuple(
+        x
+        for x in RESIDUALS
+        if isinstance(x, fj.Fira) and isinstance(x, fj.Apollo) == of_apollo
+    )
     options = {
         "learning_rate": (0.1, optax.linear_schedule(0.1, 0.0, 3)),
-        "projection": suited * 4 + wide,
         "refresh_every": (None, 1, 2, 4),
         "stagger": (True, False),
         "weight_decay": (None, 0.01),
         "state_dtype": (None, "int8"),
-        "transport": ("keep", "squared", "ldadam", "rms", "reset"),
-        "residual": ("fira", "fira_code"),
-        "norms": ("channel", "tensor"),
-        "limiter": (1.01, None),
+        "transport": TRANSPORTS,
+        "residual": scaled,
         "error_feedback": (True, False),
     }
     arguments = choose(draw, **{k: v for k, v in options.items() if k in known})
-    settings = {"betas": (), "error_feedback": False, **FIXED[factory], **arguments}
-    return arguments, excluded(settings)
+    sketch = choose(draw, projection=suited * 4 + wide)
+    settings = {"error_feedback": False, **FIXED[factory], **arguments, **sketch}
+    return arguments, sketch, excluded(factory, settings)
 
 
 def subspace(draw):
     adam = draw(st.booleans())
+    decays = TRANSPORTS if adam else (fj.Keep(), fj.Squared(), fj.LDAdam(), fj.Reset())
     arguments = {
         "inner": optax.scale_by_adam(0.5, 0.9) if adam else optax.trace(0.5),
-        "betas": draw(st.sampled_from([(0.5, 0.9), None])) if adam else None,
         **choose(
             draw,
-            projection=OBLIVIOUS + ADAPTIVE,
             refresh_every=(None, 1, 2, 4),
-            transport=("keep", "squared", "ldadam", "rms", "reset"),
+            transport=decays,
             residual=RESIDUALS,
-            norms=("channel", "tensor"),
             stagger=(True, False),
         ),
     }
-    limited = arguments["residual"] not in ("dropped", "plain")
-    arguments["limiter"] = draw(st.sampled_from([1.01, None] if limited else [None]))
-    if arguments["residual"] == "dropped":
+    if arguments["residual"] is None:
         arguments["error_feedback"] = draw(st.booleans())
-    # Exclusions that are rare enough to be tried on top.
-    arguments |= draw(
-        st.sampled_from([{}] * 18 + [{"limiter": 1.01}, {"error_feedback": True}])
-    )
-    settings = {"error_feedback": False, **arguments}
-    return arguments, excluded(settings)
+    # An exclusion that is rare enough to be tried on top.
+    arguments |= draw(st.sampled_from([{}] * 18 + [{"error_feedback": True}]))
+    sketch = choose(draw, projection=OBLIVIOUS + ADAPTIVE)
+    settings = {"error_feedback": False, **arguments, **sketch}
+    return arguments, sketch, excluded(fj.scale_in_subspace, settings)
 
 
-def excluded(settings):
+def excluded(factory, settings):
     """Why settings of a subspace exclude each other, as its documentation says."""
     projection, residual = settings["projection"], settings["residual"]
     transport, reasons = settings["transport"], []
-    if settings["limiter"] is not None and residual in ("dropped", "plain"):
-        reasons += ["`limiter` limits a scaled residual"]
-    if settings["error_feedback"] and residual != "dropped":
+    if settings["error_feedback"] and residual is not None:
         reasons += ["`error_feedback` keeps what the update leaves out"]
-    if projection.scale != "isometric":
+    if not is_isometric(projection, factory):
         wants = {
-            "residual": residual not in ("dropped", "apollo"),
-            "transport": transport not in ("keep", "reset"),
+            "residual": not isinstance(residual, fj.Apollo | None),
+            "transport": not isinstance(transport, fj.Reset) and transport != fj.Keep(),
             "error_feedback": settings["error_feedback"],
         }
         needs = "needs a projection with orthonormal rows"
         reasons += [f"`{name}` .* {needs}" for name, wanted in wants.items() if wanted]
-    if transport == "rms" and projection in ADAPTIVE:
-        reasons += ["`transport` 'rms' is for bases that are drawn anew"]
-    if transport == "ldadam" and settings["betas"] is None:
-        reasons += ["`betas` must be given for transport='ldadam'"]
+    if isinstance(transport, fj.PreserveRMS) and projection in ADAPTIVE:
+        reasons += ["`transport` PreserveRMS.* is for bases that a key regenerates"]
+    if transport == fj.LDAdam():
+        reasons += ["`transport` LDAdam needs the decays of `inner`"]
     return reasons

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import flora_jax as fj
+from tests.common import full
 from tests.conformance.cases import assert_identical, jit
 from tests.properties.strategies import FACTORIES, cases, plans_of
 from tests.properties.trees import FLOATS, ODD, gradients, parameters
@@ -96,8 +97,8 @@ def traits(case):
         found |= {leaf.dtype, f"{len(leaf.shape)}-D"}
         found |= {"zero-size axis"} if 0 in leaf.shape else set()
         found |= {"size-1 axis"} if 1 in leaf.shape else set()
-    if not case.reasons and "rank" in case.arguments:
-        plans = jax.tree.leaves(plans_of(case.arguments, case.tree))
+    if not case.reasons and case.sketch is not None:
+        plans = jax.tree.leaves(plans_of(case.sketch, case.tree))
         found |= {"sketched"} if any(not plan.dense_reason for plan in plans) else set()
     return found
 
@@ -133,18 +134,21 @@ def search(factory, examples, compiled):
 TREES = [*(f"{n}-D" for n in range(6)), "size-1 axis", "zero-size axis", *FLOATS, *ODD]
 TREES += ["dict", "list", "tuple", "Pair", "Layer", "NoneType", "MaskedNode"]
 COUNTED = ["cases", "worked", "refused", "sketched", *TREES]
-QUICK = [12, 4]  # 13 times both are 208 cases.
+# Most trees have leaves that are not sketched, as most settings leave them.
+pytestmark = pytest.mark.filterwarnings("ignore:.* sketches .* leaves:UserWarning")
 names = pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__name__)
 
 
+@pytest.mark.parametrize("examples", [5, full(12)])
 @names
-def test_types_and_refusals(factory):
-    assert search(factory, QUICK[0], compiled=False)["worked"]
+def test_types_and_refusals(factory, examples):
+    assert search(factory, examples, compiled=False)["worked"]
 
 
+@pytest.mark.full
 @names
 def test_runs(factory):
-    assert search(factory, QUICK[1], compiled=True)["worked"]
+    assert search(factory, 4, compiled=True)["worked"]
 
 
 TOTAL = collections.Counter()
@@ -155,7 +159,7 @@ TOTAL = collections.Counter()
 def test_runs_of_many(factory):
     seen = search(factory, 154, compiled=True)
     TOTAL.update(seen)
-    print(f"so far: {TOTAL['cases']} cases", flush=True)  # 2,002 in the end.
+    print(f"so far: {TOTAL['cases']} cases", flush=True)  # 2,156 in the end.
     assert seen["worked"] >= 50
     assert seen["refused"]
     assert min(seen[name] for name in TREES if name not in ODD) >= 1
@@ -187,7 +191,7 @@ def test_moments_of_integers_are_refused(dtype):
 def test_complex_leaves_split_as_the_refusal_says():
     ones = {"z": jnp.ones((8, 16), jnp.complex64), "d": jnp.ones(3, jnp.complex64)}
     params = jax.tree.map(lambda x: x * (1 + 2j), ones)
-    ours = fj.compressed_momentum(0.5, 2, reading="paper", min_dim_size=8)
+    ours = fj.compressed_momentum(0.5, fj.Sketch(2, min_dim_size=8), estimator="paper")
     with pytest.raises(TypeError, match="leaf 'd' .*split_real_and_imaginary"):
         ours.init(params)
     tx = optax.contrib.split_real_and_imaginary(ours)

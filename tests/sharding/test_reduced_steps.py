@@ -14,10 +14,13 @@ from tests.conformance.cases import jit
 from tests.sharding.test_compressed_pmean import batch, bytes_reduced, gradients
 
 P = jax.P
-OPTIONS = {"rank": 4, "min_dim_size": 8}
 SHAPES = {"wide": (16, 24), "stack": (3, 40, 16), "bias": (16,)}
 FULL = 4 * (16 * 24 + 3 * 40 * 16 + 16)
 SKETCHES = 4 * (4 * 24 + 3 * 40 * 4 + 16)
+
+
+def sketch(rank=4, key=0):
+    return fj.Sketch(rank, min_dim_size=8, key=key)
 
 
 def zeros():
@@ -37,9 +40,7 @@ def on_devices(function, in_specs, out_specs):
 
 def accumulating(rank):
     """One call of the optimizer, with accumulators of each device, and their state."""
-    tx = fj.compressed_accumulation(
-        optax.sgd(1.0), 2, axis_name="batch", **OPTIONS | {"rank": rank}
-    )
+    tx = fj.compressed_accumulation(optax.sgd(1.0), 2, sketch(rank), axis_name="batch")
     state = tx.init(zeros())
     own = jax.tree.map(lambda x: jnp.broadcast_to(x, (8, *x.shape)), state.acc_grads)
     specs = jax.tree.map(lambda _: P(), state)
@@ -67,7 +68,7 @@ def test_accumulation_reduces_sketches_once_per_cycle():
         updates, state = step(gradients(i), state)
         assert any(np.any(x) for x in jax.tree.leaves(updates)) == (i == 1)
     # On one device, of the mean over devices, the same.
-    tx = fj.compressed_accumulation(optax.sgd(1.0), 2, **OPTIONS)
+    tx = fj.compressed_accumulation(optax.sgd(1.0), 2, sketch())
     alone = tx.init(zeros())
     for _ in range(2):
         expected, alone = tx.update(mean, alone)
@@ -90,9 +91,7 @@ def test_the_accumulator_of_microbatches(rank, expected):
         )
 
     def step(params, x):
-        accumulator = fj.compressed_accumulator(
-            key=3, axis_name="batch", **OPTIONS | {"rank": rank}
-        )
+        accumulator = fj.compressed_accumulator(sketch(rank, 3), axis_name="batch")
         # Or the gradient of what is the same on all devices would be summed already.
         params = jax.lax.pcast(params, "batch", to="varying")
         return optax.microbatching.microbatch(
@@ -104,7 +103,7 @@ def test_the_accumulator_of_microbatches(rank, expected):
     step = on_devices(step, (P(), P("batch")), P())
     assert bytes_reduced(step.lower(zeros(), data).compile()) == expected
     mean = jax.tree.map(lambda x: x.mean(0), data)
-    accumulator = fj.compressed_accumulator(key=3, **OPTIONS | {"rank": rank})
+    accumulator = fj.compressed_accumulator(sketch(rank, 3))
     alone = accumulator.update(accumulator.init(mean), mean, 0)
     assert_close(step(zeros(), data), accumulator.finalize(alone), "float32")
 
@@ -113,7 +112,7 @@ def test_the_accumulator_of_microbatches(rank, expected):
 def test_flora_of_a_compressed_mean(rank):
     # Flora's second moment is of the whole gradient, so the mean comes first, with an
     # S of its own at each step.
-    tx = fj.flora(0.1, 4, min_dim_size=8, resample_every=None)
+    tx = fj.flora(0.1, sketch(), resample_every=None)
     state = tx.init(zeros())
 
     def step(mean_fn, grads, state):
@@ -124,9 +123,8 @@ def test_flora_of_a_compressed_mean(rank):
     ours = functools.partial(
         fj.compressed_pmean,
         axis_name="batch",
-        key=1,
+        sketch=sketch(rank, 1),
         step=state[0].count,
-        **OPTIONS | {"rank": rank},
     )
     steps = [on_devices(functools.partial(step, f), *specs) for f in (plain, ours)]
     sent = [bytes_reduced(s.lower(gradients(0), state).compile()) for s in steps]
