@@ -71,7 +71,7 @@ class _TracedGradient(NamedTuple):
     params: Sequence[Any]
     value: PyTree
     like: tuple[jax.ShapeDtypeStruct, ...]
-    grad_tree: jax.tree_util.PyTreeDef
+    grad_tree: Any
     plans: tuple[LeafPlan, ...]
     requests: list[SketchRequest | None]
 
@@ -247,7 +247,7 @@ def sketched_value_and_grad(
         sketcher = Sketcher(source.name, resolved)
         traced = _trace(fun, sketcher, argnums, has_aux, args, kwargs)
         sampled = sketcher.sample(traced.plans, jnp.asarray(source.key), source.cycle)
-        projections = LeafProjections(traced.plans, resolved.projection, sampled)
+        projections = LeafProjections(traced.plans, sketcher.projection, sampled)
         (loss, *aux), grads = traced.run(projections)
         # The loss too: apply_if_finite and a skip of what is not finite would hide it.
         agrees = source.agrees(sketcher, traced.plans)
@@ -258,8 +258,7 @@ def sketched_value_and_grad(
             jax.tree.unflatten(traced.grad_tree, grads),
             traced.plans,
             traced.like,
-            resolved.projection,
-            tuple(map(int, resolved.key_data)),
+            resolved,
             source.name,
         )
 

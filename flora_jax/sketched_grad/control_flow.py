@@ -163,14 +163,9 @@ def plan_scan(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
             out = program.run(formed, [given[k] for k in places])
             return out[: len(carried)], out[len(carried) :]
 
-        last, stack = jax.lax.scan(
-            body,
-            list(values[a:b]),
-            list(values[b:]),
-            p["length"],
-            p["reverse"],
-            p["unroll"],
-        )
+        start, slices = list(values[a:b]), list(values[b:])
+        settings = (p["length"], p["reverse"], p["unroll"])
+        last, stack = jax.lax.scan(body, start, slices, *settings)
         found = dict(zip([*carried, *stacked], [*last, *stack], strict=True))
         return [found[slot] for slot in wanted]
 

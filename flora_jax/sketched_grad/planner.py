@@ -75,11 +75,11 @@ class Planner:
     ) -> Program:
         flow, steps, fallbacks = DataFlow(jaxpr, _RULES), [], []
         requests: dict[Atom, dict[SketchRequest | None, None]] = {}
+        constants = {*jaxpr.constvars}
 
         def read(operands: Sequence[Operand]) -> None:
             for atom, request in operands:
-                constant = isinstance(atom, Literal) or atom in jaxpr.constvars
-                if not constant:
+                if not isinstance(atom, Literal) and atom not in constants:
                     requests.setdefault(atom, {})[request] = None
                 elif request is not None:
                     why = "constant", shape_of(atom), "it is a constant"

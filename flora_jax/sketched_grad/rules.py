@@ -142,7 +142,7 @@ class DataFlow:
     def reaches_product(self, atom: Atom, request: SketchRequest) -> bool:
         """Whether S goes back on each path to a product, or to zeros."""
         eqn = self.producer(atom)
-        if eqn is None:
+        if eqn is None or isinstance(atom, Literal):
             return False
         if (atom, request) not in self._reaches:
             index = eqn.outvars.index(atom)

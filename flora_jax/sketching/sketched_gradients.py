@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flora_jax._typing import PyTree
 from flora_jax.leaves import LeafPlan
-from flora_jax.projections import Projection
+from flora_jax.sketching.sketch import Sketch
 
 
 @jax.tree_util.register_dataclass
@@ -26,16 +27,14 @@ class SketchedGradients:
         gradients of dense leaves.
       plans: static plans of the leaves, in flattening order.
       like: static shapes and dtypes of the gradients.
-      projection: static; how they are sketched.
-      key: static; the two words of the sketch's root key.
+      sketch: static; how they are sketched.
       name: static; the transformation that they are sketched for.
     """
 
     tree: PyTree
     plans: tuple[LeafPlan, ...] = dataclasses.field(metadata={"static": True})
     like: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
-    projection: Projection = dataclasses.field(metadata={"static": True})
-    key: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    sketch: Sketch = dataclasses.field(metadata={"static": True})
     name: str = dataclasses.field(metadata={"static": True})
 
     def shapes(self) -> PyTree:
@@ -53,28 +52,22 @@ class SketchedGradients:
         Returns:
           A float32 scalar.
         """
+        isometric = getattr(self.sketch.projection, "normalization", "") == "isometric"
         total = jnp.float32(0)
         for plan, leaf in zip(self.plans, jax.tree.leaves(self.tree), strict=True):
             square = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
-            if not plan.dense and self.projection.normalization == "isometric":
+            if isometric and not plan.dense:
                 square = square * (plan.width / plan.rank)
             total = total + square
         return jnp.sqrt(total)
 
-    def check(
-        self,
-        name: str,
-        plans: Sequence[LeafPlan],
-        projection: Projection,
-        key: Sequence[int],
-    ) -> None:
+    def check(self, name: str, sketch: Sketch, plans: Sequence[LeafPlan]) -> None:
         """Raises unless the transformation that is given them sketches as they do.
 
         Args:
           name: the transformation.
+          sketch: its sketch.
           plans: its plans.
-          projection: its projection.
-          key: the two words of its root key.
 
         Raises:
           ValueError: naming the first difference.
@@ -84,15 +77,13 @@ class SketchedGradients:
                 f"`updates` of {name} are sketches for {self.name}, whose projections"
                 f" are others; give sketched_value_and_grad the state of {name}"
             )
-        key = tuple(map(int, key))
-        for what, ours, theirs in (
-            ("projection", self.projection, projection),
-            ("key", self.key, key),
-        ):
-            if ours != theirs:
+        # What else a sketch says acts through the plans.
+        for what in ("projection", "key_data"):
+            ours, theirs = getattr(self.sketch, what), getattr(sketch, what)
+            if np.any(ours != theirs):
                 raise ValueError(
                     f"`updates` of {name} were sketched with {what} {ours}, but it has"
-                    f" {what} {theirs}; give both the same Sketch"
+                    f" {theirs}; give both the same Sketch"
                 )
         for ours, theirs in zip(self.plans, plans, strict=True):  # Of the same leaves.
             if ours != theirs:
@@ -105,12 +96,9 @@ class SketchedGradients:
 
 def _differing(plan: LeafPlan, other: LeafPlan) -> str:
     """The fields of a plan that differ from another's."""
-    fields = (field.name for field in dataclasses.fields(plan))
-    return ", ".join(
-        f"{name}={getattr(plan, name)!r}"
-        for name in fields
-        if getattr(plan, name) != getattr(other, name)
-    )
+    theirs = dataclasses.asdict(other)
+    ours = dataclasses.asdict(plan).items()
+    return ", ".join(f"{name}={x!r}" for name, x in ours if x != theirs[name])
 
 
 def gradient_shapes(updates: PyTree) -> PyTree:

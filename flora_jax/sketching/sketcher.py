@@ -88,7 +88,7 @@ class Sketcher:
         """
         plans = self.sketch.plan(gradient_shapes(gradients))
         if isinstance(gradients, SketchedGradients):
-            gradients.check(self.name, plans, self.projection, self.sketch.key_data)
+            gradients.check(self.name, self.sketch, plans)
         return plans
 
     def sample(

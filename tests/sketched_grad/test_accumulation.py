@@ -88,7 +88,7 @@ def test_the_accumulator_of_microbatches_takes_sketches(use_mean):
     ("settings", "match"),
     [
         ({"projection": fj.Gaussian()}, "with projection CountSketch.* both the same"),
-        ({"key": 6}, r"with key \(0, 5\), but it has key \(0, 6\)"),
+        ({"key": 6}, r"with key_data \[0 5\], but it has \[0 6\]"),
         ({"side": "larger"}, "leaf 'w' planned as .* give both the same Sketch"),
     ],
 )

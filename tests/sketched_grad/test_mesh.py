@@ -1,5 +1,6 @@
 """Sketched gradients on eight devices: what is reduced, and whole training steps."""
 
+import functools
 import itertools
 import re
 
@@ -14,6 +15,9 @@ from tests.transforms.draws import jit
 
 # A rank that no shard of a weight has as a side.
 SKETCH = fj.Sketch(3, key=3, min_dim_size=8)
+
+
+full = functools.partial(pytest.param, marks=pytest.mark.full)
 
 
 def numbers(seed, *shape, scale=0.3):
@@ -86,17 +90,17 @@ def reduced_gradients(compiled, params):
 @pytest.mark.parametrize(
     ("step", "kind", "spec"),
     [
-        (data_parallel_by_hand, "Auto", {}),
-        (data_parallel_by_shard_map, "Auto", {}),
         (by_the_compiler, "Auto", {}),
-        (by_the_compiler, "Auto", {"a": (None, "m"), "b": (None, None, "m")}),
-        (by_the_compiler, "Auto", {"a": ("d",), "b": (None, "d"), "c": ("d",)}),
-        (by_the_compiler, "Auto", {"a": ("d", "m"), "b": (None, "d", "m")}),
-        (by_the_compiler, "Explicit", {}),  # Falls back to full gradients.
-        (by_the_compiler, "Explicit", {"c": (None, "m")}),
+        full(data_parallel_by_hand, "Auto", {}),
+        full(data_parallel_by_shard_map, "Auto", {}),
+        full(by_the_compiler, "Auto", {"a": (None, "m"), "b": (None, None, "m")}),
+        full(by_the_compiler, "Auto", {"a": ("d",), "b": (None, "d"), "c": ("d",)}),
+        full(by_the_compiler, "Auto", {"a": ("d", "m"), "b": (None, "d", "m")}),
+        full(by_the_compiler, "Explicit", {}),  # Falls back to full gradients.
+        full(by_the_compiler, "Explicit", {"c": (None, "m")}),
     ],
     ids=[
-        *("own", "summed", "compiler", "tensor parallel", "FSDP", "both"),
+        *("compiler", "own", "summed", "tensor parallel", "FSDP", "both"),
         *("explicit", "explicit, sharded"),
     ],
 )
@@ -126,6 +130,7 @@ def test_on_a_mesh_sketches_are_reduced(step, kind, spec):
         assert reduced_gradients(full, params)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["data parallel", "FSDP", "tensor parallel", "both"])
 def test_training_steps_with_donated_and_sharded_state(kind):
     """The same as on one device with full gradients."""
@@ -182,6 +187,7 @@ def test_training_steps_with_donated_and_sharded_state(kind):
     assert int(state.gradient_step) == 2
 
 
+@pytest.mark.full
 def test_accumulators_of_devices_take_sketches():
     """With axis_name: each device's own sketches, averaged once per cycle."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))

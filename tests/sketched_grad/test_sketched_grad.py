@@ -11,6 +11,7 @@ import pytest
 from flax import linen, nnx
 
 import flora_jax as fj
+from flora_jax.sketched_grad.planner import Planner
 from flora_jax.sketched_grad.shape_rules import axes_before_reshape
 from flora_jax.sketching import ScaledLeaf, Sketcher, resolve
 from flora_jax.transforms.accumulation import NAME
@@ -178,20 +179,37 @@ FUNCTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def functions():
-    """All functions in one program: reports by name."""
-    params = {
-        name: numbers(i, *shape)
-        for i, (name, (_, shape)) in enumerate(FUNCTIONS.items())
-    }
+# The quick tier has these.
+COMMON = ("columns", "tied", "heads", "scaled", "jit", "scan", "cond", "experts")
+
+
+def in_quick_tier(names, quick):
+    """Parameters; the cases of a tier are one program, compiled by one process."""
+    return [
+        pytest.param(
+            name,
+            marks=[
+                pytest.mark.xdist_group(f"sketched_grad {name in quick}"),
+                *([] if name in quick else [pytest.mark.full]),
+            ],
+        )
+        for name in names
+    ]
+
+
+@functools.cache
+def functions(names):
+    """Some functions in one program: reports by name."""
+    params = {name: numbers(i, *FUNCTIONS[name][1]) for i, name in enumerate(names)}
 
     def loss(params):
-        outputs = {name: f(params[name]) for name, (f, _) in FUNCTIONS.items()}
+        outputs = {name: FUNCTIONS[name][0](params[name]) for name in names}
         return sum(
             jnp.sum(jnp.sin(x.astype(jnp.float32) + 0.1)) for x in outputs.values()
         )
 
+    if "bfloat16" not in names:
+        return compare(loss, params)
     # The full gradient is rounded to bfloat16 before it is sketched, ours after.
     others = sketch_of(mask=lambda path, shape: path != "bfloat16")
     exact = compare(loss, params, others)
@@ -199,11 +217,13 @@ def functions():
     return exact | compare(lambda p: loss({**params, **p}), rounded, tolerance=2**-7)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_weight_is_sketched_during_backpropagation(functions, name):
-    assert functions[name].dense_reason is None
-    assert functions[name].fallbacks == ()
-    assert functions[name].sketched_during_backpropagation
+@pytest.mark.parametrize("name", in_quick_tier(FUNCTIONS, COMMON))
+def test_a_weight_is_sketched_during_backpropagation(name):
+    tier = tuple(x for x in FUNCTIONS if (x in COMMON) == (name in COMMON))
+    report = functions(tier)[name]
+    assert report.dense_reason is None
+    assert report.fallbacks == ()
+    assert report.sketched_during_backpropagation
 
 
 def _loop(w):
@@ -241,28 +261,33 @@ FALLBACKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def fallbacks():
-    params = {
-        name: numbers(i, *shape)
-        for i, (name, (_, shape, *_)) in enumerate(FALLBACKS.items())
-    }
+COMMON_FALLBACKS = ("square", "masked", "in a loop")
+
+
+@functools.cache
+def fallbacks(names):
+    """Reports by name."""
+    params = {name: numbers(i, *FALLBACKS[name][1]) for i, name in enumerate(names)}
 
     def loss(params):
-        outputs = (f(params[name]) for name, (f, *_) in FALLBACKS.items())
+        outputs = (FALLBACKS[name][0](params[name]) for name in names)
         return sum(jnp.sum(jnp.sin(x + 0.1)) for x in outputs)
 
     return compare(loss, params)
 
 
-@pytest.mark.parametrize("name", FALLBACKS)
-def test_what_no_rule_knows_is_computed_in_full_and_listed(fallbacks, name):
-    _, _, primitive, shape = FALLBACKS[name]
-    assert (primitive, shape) in [x[1:3] for x in fallbacks[name].fallbacks]
-    assert not fallbacks[name].sketched_during_backpropagation
+@pytest.mark.parametrize("name", in_quick_tier(FALLBACKS, COMMON_FALLBACKS))
+def test_what_no_rule_knows_is_computed_in_full_and_listed(name):
+    common = name in COMMON_FALLBACKS
+    tier = tuple(x for x in FALLBACKS if (x in COMMON_FALLBACKS) == common)
+    report, (_, _, primitive, shape) = fallbacks(tier)[name], FALLBACKS[name]
+    assert (primitive, shape) in [x[1:3] for x in report.fallbacks]
+    assert not report.sketched_during_backpropagation
 
 
-@pytest.mark.parametrize("index", [-5, -4, -1, 1, 5])
+@pytest.mark.parametrize(
+    "index", [-1, 5, *(pytest.param(i, marks=pytest.mark.full) for i in (-5, -4, 1))]
+)
 def test_a_layer_by_any_index(index):
     """Those that are out of range are clamped, once."""
     stack = {"w": numbers(1, 3, 16, 16)}
@@ -274,6 +299,7 @@ def test_a_layer_by_any_index(index):
     assert compare(loss, stack)["w"].sketched_during_backpropagation
 
 
+@pytest.mark.full
 def test_casts_that_change_a_factor_and_narrow_operands():
     params = {name: numbers(i, 16, 24) for i, name in enumerate("abc")}
     columns = jnp.broadcast_to(0.4 * jnp.arange(24.0), (16, 24))
@@ -306,7 +332,14 @@ PROJECTIONS = [
 ]
 
 
-@pytest.mark.parametrize("projection", PROJECTIONS, ids=case_id)
+@pytest.mark.parametrize(
+    "projection",
+    [
+        pytest.param(x, marks=[pytest.mark.full] if i else [])
+        for i, x in enumerate(PROJECTIONS)
+    ],
+    ids=case_id,
+)
 def test_every_projection_that_a_key_regenerates(projection):
     params = {
         "columns": numbers(1, 16, 12),
@@ -331,26 +364,30 @@ def test_a_projection_that_is_chosen_from_the_gradient_is_refused():
             function(jnp.sum, sketch)
 
 
-def test_both_sides_and_named_axes():
-    def loss(p):
-        return jnp.sum(jnp.sin(jnp.einsum("bti,ihd->bthd", X, p["w"])))
+def _heads(p):
+    return jnp.sum(jnp.sin(jnp.einsum("bti,ihd->bthd", X, p["w"])))
 
-    params = {"w": numbers(1, 16, 3, 8)}
-    for side in ("left", "right"):
-        assert compare(loss, params, sketch_of(side=side))[
-            "w"
-        ].sketched_during_backpropagation
-    # The heads are batch, and share one S; the columns in the order of their names.
-    for rows, columns in (((0,), (2,)), ((0,), (2, 1)), ((2, 0), (1,))):
-        fold = {
-            "weight_dimension_numbers": optax.contrib.MuonDimensionNumbers(
-                rows, columns
-            ),
-            "min_dim_size": 3,
-            "max_aspect_ratio": 100,
-        }
-        report = compare(loss, params, sketch_of(2, **fold))
-        assert report["w"].sketched_during_backpropagation
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_both_sides(side):
+    report = compare(_heads, {"w": numbers(1, 16, 3, 8)}, sketch_of(side=side))["w"]
+    assert report.sketched_during_backpropagation
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("rows", "columns"), [((0,), (2,)), ((0,), (2, 1)), ((2, 0), (1,))]
+)
+def test_named_axes(rows, columns):
+    """The heads are batch, and share one S; the columns in the order of their names."""
+    sketch = sketch_of(
+        2,
+        weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(rows, columns),
+        min_dim_size=3,
+        max_aspect_ratio=100,
+    )
+    report = compare(_heads, {"w": numbers(1, 16, 3, 8)}, sketch)["w"]
+    assert report.sketched_during_backpropagation
 
 
 def test_arguments_and_results_are_those_of_value_and_grad():
@@ -411,12 +448,19 @@ def test_a_leaf_without_numbers(shape):
     sketch = sketch_of()
     tx = fj.compressed_accumulation(optax.sgd(0.1), 2, sketch)
     w = jnp.zeros(shape)
-    state = tx.init(w)
-    grads = fj.sketched_value_and_grad(loss, sketch)(state, w)[1]
-    assert grads.tree.shape == fj.plan_leaves(w, sketch).state_shape
-    assert tx.update(grads, state, w)[0].shape == shape
+
+    @jit
+    def step(w):
+        state = tx.init(w)
+        grads = fj.sketched_value_and_grad(loss, sketch)(state, w)[1]
+        return grads.tree, tx.update(grads, state, w)[0]
+
+    sketch_of_w, update = step(w)
+    assert sketch_of_w.shape == fj.plan_leaves(w, sketch).state_shape
+    assert update.shape == shape
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("simplified", [False, True])
 def test_a_gradient_that_is_a_constant(simplified):
     """Also where JAX keeps constants in the equations."""
@@ -457,6 +501,7 @@ class Linen(linen.Module):
         return linen.remat(linen.Dense)(16)(x)
 
 
+@pytest.mark.full
 def test_linen():
     model = Linen()
     params = model.init(jax.random.key(0), X)["params"]
@@ -484,6 +529,27 @@ def test_nnx_with_variables_in_the_tree():
     kernels = {path: r for path, r in reports.items() if path.endswith("kernel")}
     assert len(kernels) == 7
     assert all(r.sketched_during_backpropagation for r in kernels.values())
+
+
+def test_the_body_of_a_loop_is_planned_once_for_each_question(monkeypatch):
+    """Four nested loops: not a number of plans that grows like 3**4."""
+    planned = []
+    original = Planner._planned
+    monkeypatch.setattr(
+        Planner,
+        "_planned",
+        lambda self, *args: planned.append(args) or original(self, *args),
+    )
+
+    def nested(h, w):
+        if w.ndim == 2:
+            return jnp.tanh(h @ w)
+        return jax.lax.scan(lambda h, w: (nested(h, w), None), h, w)[0]
+
+    fj.explain_sketched_gradients(lambda w: jnp.sum(nested(X, w)), sketch_of())(
+        jnp.ones((2, 2, 2, 2, 16, 16))
+    )
+    assert len(planned) <= 3 * 8
 
 
 def test_no_buffer_has_the_shape_of_a_full_gradient():

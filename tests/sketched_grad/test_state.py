@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import flora_jax as fj
+from flora_jax.sketched_grad.cycle import find_source
 from tests.common import assert_close
 from tests.transforms.draws import jit
 
@@ -32,22 +33,13 @@ def accumulation(sketch=SKETCH, inner=None, **settings):
     )
 
 
-def sketched(state, sketch=SKETCH):
-    return jit(fj.sketched_value_and_grad(loss, sketch))(state, PARAMS, X)
-
-
 @functools.cache
-def expected():
-    """In the cycle after the first update."""
-    return sketched(SKETCH.cycle(1))
+def gradient_of(sketch):
+    return jit(fj.sketched_value_and_grad(loss, sketch))
 
 
-def updated(tx):
-    """A state in its second cycle, after gradients in full."""
-    state, step = tx.init(PARAMS), jit(tx.update)
-    for _ in range(2):
-        _, state = step(jax.grad(loss)(PARAMS, X), state, PARAMS)
-    return state
+def sketched(state, sketch=SKETCH):
+    return gradient_of(sketch)(state, PARAMS, X)
 
 
 def momentum():
@@ -68,9 +60,23 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_the_state_is_found(name):
-    state = updated(WRAPPERS[name]())
-    assert_close(sketched(state), expected())
-    assert_close(sketched({"optimizer": state, "step": 3}), expected())
+    state = WRAPPERS[name]().init(PARAMS)
+    state = optax.tree.set(state, gradient_step=jnp.int32(3))
+    for given in (state, {"optimizer": state, "step": 5}):
+        source = find_source(given)
+        assert (source.name, int(source.cycle)) == ("compressed_accumulation", 3)
+        assert source.key.tolist() == [0, 5]
+
+
+def test_the_cycle_is_that_of_the_state():
+    state = accumulation().init(PARAMS)._replace(gradient_step=jnp.int32(2))
+    assert_close(sketched(state), sketched(SKETCH.cycle(2)))
+    assert (
+        jnp.abs(
+            sketched(state)[1].tree["w"] - sketched(SKETCH.cycle(1))[1].tree["w"]
+        ).max()
+        > 0.01
+    )
 
 
 def test_the_state_of_an_nnx_optimizer_is_found():
@@ -81,9 +87,11 @@ def test_the_state_of_an_nnx_optimizer_is_found():
     model = Model()
     tx = optax.chain(optax.scale(1.0), accumulation())
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    graph, params = nnx.split(model)
-    gradient = fj.sketched_value_and_grad(
-        lambda params, x: loss({n: params[n][...] for n in "wvb"}, x), SKETCH
+    params = nnx.state(model)
+    gradient = jit(
+        fj.sketched_value_and_grad(
+            lambda params, x: loss({n: params[n][...] for n in "wvb"}, x), SKETCH
+        )
     )
     for cycle in (0, 1):
         value, grads = gradient(optimizer.opt_state, params, X)
@@ -193,6 +201,7 @@ def test_a_leaf_report_reads_as_a_sentence():
     lines = map(str, fj.explain_sketched_gradients(fun, SKETCH)(PARAMS))
     assert list(lines) == [
         "b (24,): not sketched, because it has fewer than two axes",
-        "v (24, 16): computed in full and then sketched at neg (24, 16) (it is)",
+        "v (24, 16): computed in full and then sketched at mul (24, 16)"
+        " (both of its operands may vary along the sketched axes)",
         "w (16, 24): sketched during backpropagation",
     ]
