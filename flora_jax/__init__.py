@@ -8,20 +8,13 @@ Hao, Cao, Mou, `FLORA: Low-Rank Adapters Are Secretly Gradient Compressors
 """
 
 from flora_jax.diagnostics import LeafDiagnostics, diagnostics
-from flora_jax.leaves import (
-    LeafPlan,
-    LeafRules,
-    embeddings,
-    not_embeddings,
-    verify_state,
-)
-from flora_jax.memory import (
-    LeafMemory,
-    MemoryPlan,
-    memory_plan,
-    rank_for_budget,
-    ranks_for_budget,
-)
+from flora_jax.leaves.masks import embeddings, not_embeddings
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.rules import LeafRules
+from flora_jax.leaves.spec import verify_state
+from flora_jax.memory.budget import rank_for_budget
+from flora_jax.memory.planner import LeafMemory, MemoryPlan, memory_plan
+from flora_jax.memory.ranks import ranks_for_budget
 from flora_jax.optimizers import (
     apollo,
     apollo_mini,
@@ -32,52 +25,43 @@ from flora_jax.optimizers import (
     flora_muon,
     galore,
 )
-from flora_jax.projections import (
-    SRHT,
+from flora_jax.projections.base import (
     AdaptiveProjection,
-    CountSketch,
-    Gaussian,
     ObliviousProjection,
-    Orthogonal,
     Projection,
-    Rademacher,
-    TopDCT,
-    TopSVD,
 )
-from flora_jax.quantization import QuantizedState, quantize_state
-from flora_jax.sharding import compressed_pmean, state_sharding
-from flora_jax.sketched_grad import (
+from flora_jax.projections.count_sketch import CountSketch
+from flora_jax.projections.gaussian import Gaussian
+from flora_jax.projections.orthogonal import Orthogonal
+from flora_jax.projections.rademacher import Rademacher
+from flora_jax.projections.srht import SRHT
+from flora_jax.projections.top_dct import TopDCT
+from flora_jax.projections.top_svd import TopSVD
+from flora_jax.quantization.quantize_state import QuantizedState, quantize_state
+from flora_jax.sharding.compressed_pmean import compressed_pmean
+from flora_jax.sharding.state_sharding import state_sharding
+from flora_jax.sketched_grad.api import (
     LeafReport,
     explain_sketched_gradients,
     sketched_value_and_grad,
 )
-from flora_jax.sketching import Sketch, SketchCycle, SketchedGradients, plan_leaves
-from flora_jax.subspace import (
-    Apollo,
-    Fira,
-    FiraCode,
-    Keep,
-    LDAdam,
-    Plain,
-    PreserveRMS,
-    Reset,
-    Squared,
-    SubspaceState,
-    scale_in_subspace,
-)
-from flora_jax.transforms import (
+from flora_jax.sketching.sketch import Sketch, SketchCycle, plan_leaves
+from flora_jax.sketching.sketched_gradients import SketchedGradients
+from flora_jax.subspace.residuals import Apollo, Fira, FiraCode, Plain
+from flora_jax.subspace.transform import SubspaceState, scale_in_subspace
+from flora_jax.subspace.transports import Keep, LDAdam, PreserveRMS, Reset, Squared
+from flora_jax.transforms.accumulation import (
     CompressedAccumulationState,
-    CompressedAccumulatorCarry,
-    CompressedMomentumState,
-    FactoredRmsState,
-    NewtonSchulz,
     compressed_accumulation,
-    compressed_accumulator,
-    compressed_momentum,
     has_updated,
-    orthogonalize,
-    scale_by_factored_rms,
 )
+from flora_jax.transforms.accumulator import (
+    CompressedAccumulatorCarry,
+    compressed_accumulator,
+)
+from flora_jax.transforms.factored_rms import FactoredRmsState, scale_by_factored_rms
+from flora_jax.transforms.momentum import CompressedMomentumState, compressed_momentum
+from flora_jax.transforms.orthogonalize import NewtonSchulz, orthogonalize
 
 __all__ = [
     "SRHT",

@@ -12,8 +12,9 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
-from flora_jax.leaves import unboxed
-from flora_jax.sketching import Sketched, refuse_sketches
+from flora_jax.leaves.boxes import unboxed
+from flora_jax.sketching.sketched_gradients import refuse_sketches
+from flora_jax.sketching.sketcher import SketchEvent
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -112,7 +113,7 @@ def diagnostics(
     grads, state, params = unboxed((grads, state, params))
 
     def measure() -> dict[str, dict[str, LeafDiagnostics]]:
-        seen: list[Sketched] = []
+        seen: list[SketchEvent] = []
         tx.update(grads, state, params, on_sketch=seen.append, **extra_args)
         if not seen:
             raise ValueError(
@@ -150,7 +151,7 @@ def _refuse_explicit(trees: Any) -> None:
             )
 
 
-def _named(seen: Sequence[Sketched]) -> dict[str, dict[str, LeafDiagnostics]]:
+def _named(seen: Sequence[SketchEvent]) -> dict[str, dict[str, LeafDiagnostics]]:
     """By transformation and path; a transformation sees each path once."""
     found: dict[str, dict[str, LeafDiagnostics]] = {}
     for leaf in seen:
@@ -165,7 +166,7 @@ def _named(seen: Sequence[Sketched]) -> dict[str, dict[str, LeafDiagnostics]]:
     return found
 
 
-def _measure(leaf: Sketched) -> LeafDiagnostics:
+def _measure(leaf: SketchEvent) -> LeafDiagnostics:
     plan, given = leaf.plan, leaf.given.value()
     estimate = leaf.sketcher.unsketch_leaf(plan, leaf.sampled, leaf.sketch)
     norm, size = _norm(given), _norm(estimate)

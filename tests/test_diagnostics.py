@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import flora_jax as fj
-from flora_jax.random import leaf_keys
+from flora_jax.random.keys import leaf_keys
 from tests.common import representative
 from tests.conformance.cases import jit
 

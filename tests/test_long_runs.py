@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import flora_jax as fj
-from flora_jax.random import leaf_keys, renewal
+from flora_jax.random.keys import leaf_keys, renewal
 from tests.common import assert_close, full
 from tests.conformance.cases import (
     CASES,

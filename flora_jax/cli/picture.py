@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import pathlib
 
-from flora_jax.memory import MemoryPlan, format_bytes
+from flora_jax.memory.planner import MemoryPlan
+from flora_jax.memory.tables import format_bytes
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73")  # Of Okabe and Ito.
 

@@ -15,17 +15,12 @@ import optax
 
 from flora_jax import optimizers
 from flora_jax.cli import model_files, picture
-from flora_jax.leaves import not_embeddings
-from flora_jax.memory import (
-    MemoryPlan,
-    default_peers,
-    format_bytes,
-    memory_plan,
-    rank_for_budget,
-    tree_bytes,
-)
-from flora_jax.sketching import Sketch
-from flora_jax.transforms import compressed_accumulation
+from flora_jax.leaves.masks import not_embeddings
+from flora_jax.memory.budget import rank_for_budget, tree_bytes
+from flora_jax.memory.planner import MemoryPlan, default_peers, memory_plan
+from flora_jax.memory.tables import format_bytes
+from flora_jax.sketching.sketch import Sketch
+from flora_jax.transforms.accumulation import compressed_accumulation
 
 _LEARNING_RATE = 1e-3  # Any: it is not part of the state.
 _PLAIN = {"adafactor": optax.adafactor, "adamw": optax.adamw}

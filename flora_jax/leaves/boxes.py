@@ -8,7 +8,7 @@ import jax
 import optax
 
 from flora_jax._typing import PyTree, Shape
-from flora_jax.leaves.layout import fit_names, fit_sharding
+from flora_jax.leaves.shardings import fit_names, fit_sharding
 
 # Metadata of a Variable that name a mesh axis for each of its array's axes.
 _SHARDINGS = ("out_sharding", "optimizer_sharding")

@@ -20,8 +20,8 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax.leaves.boxes import is_masked
-from flora_jax.leaves.owners import abstract_state
 from flora_jax.leaves.paths import named_arrays
+from flora_jax.leaves.state_leaves import abstract_state
 
 FORMAT = 3
 _WORDS = 64

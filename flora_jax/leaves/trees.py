@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from flora_jax._typing import PyTree, Shape
 from flora_jax.leaves.boxes import is_box, rebox
-from flora_jax.leaves.layout import fit_sharding
 from flora_jax.leaves.paths import named_leaves
 from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.shardings import fit_sharding
 
 
 def zeros_tree(params: PyTree, shapes: Sequence[Shape], dtype: Any) -> PyTree:

@@ -10,14 +10,10 @@ import jax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree, Shape
-from flora_jax.leaves import (
-    KINDS,
-    StateLeaf,
-    abstract_state,
-    is_masked,
-    named_leaves,
-    state_leaves,
-)
+from flora_jax.leaves.boxes import is_masked
+from flora_jax.leaves.moments import KINDS
+from flora_jax.leaves.paths import named_leaves
+from flora_jax.leaves.state_leaves import StateLeaf, abstract_state, state_leaves
 
 
 def rank_for_budget(

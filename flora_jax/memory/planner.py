@@ -11,17 +11,13 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree, Shape
-from flora_jax.leaves import (
-    StateLeaf,
-    abstract_state,
-    is_masked,
-    named_leaves,
-    state_leaves,
-)
+from flora_jax.leaves.boxes import is_masked
+from flora_jax.leaves.paths import named_leaves
+from flora_jax.leaves.state_leaves import StateLeaf, abstract_state, state_leaves
 from flora_jax.memory import tables
 from flora_jax.memory.budget import is_sketch, tree_bytes
-from flora_jax.sharding import state_sharding
-from flora_jax.sketching import Sketch, plan_leaves
+from flora_jax.sharding.state_sharding import state_sharding
+from flora_jax.sketching.sketch import Sketch, plan_leaves
 
 
 class LeafMemory(NamedTuple):

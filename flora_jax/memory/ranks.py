@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax._typing import PyTree
-from flora_jax.leaves import LeafPlan, run_sharded
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.trees import run_sharded
 from flora_jax.memory.budget import check_budget, state_bytes
-from flora_jax.sketching import Sketch, as_sketch
+from flora_jax.sketching.sketch import Sketch, as_sketch
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

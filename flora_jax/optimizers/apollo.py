@@ -7,9 +7,9 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax.optimizers.common import DecayMask, adamw_in_subspace, recipe
-from flora_jax.projections import Gaussian
-from flora_jax.sketching import Sketch
-from flora_jax.subspace import Apollo, Residual
+from flora_jax.projections.gaussian import Gaussian
+from flora_jax.sketching.sketch import Sketch
+from flora_jax.subspace.residuals import Apollo, Residual
 
 
 @recipe

@@ -13,11 +13,14 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
-from flora_jax.projections import Projection
-from flora_jax.quantization import quantize_state
-from flora_jax.sketching import Sketch, resolve
-from flora_jax.subspace import Fira, Keep, LDAdam, Reset, scale_in_subspace
-from flora_jax.transforms import chain_parts, orthogonalize
+from flora_jax.projections.base import Projection
+from flora_jax.quantization.quantize_state import quantize_state
+from flora_jax.sketching.sketch import Sketch, resolve
+from flora_jax.subspace.residuals import Fira
+from flora_jax.subspace.transform import scale_in_subspace
+from flora_jax.subspace.transports import Keep, LDAdam, Reset
+from flora_jax.transforms.orthogonalize import orthogonalize
+from flora_jax.transforms.parts import chain_parts
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -6,9 +6,9 @@ import jax
 import optax
 
 from flora_jax.optimizers.common import DecayMask, adamw_in_subspace, recipe
-from flora_jax.projections import TopDCT
-from flora_jax.sketching import Sketch
-from flora_jax.subspace import Squared
+from flora_jax.projections.top_dct import TopDCT
+from flora_jax.sketching.sketch import Sketch
+from flora_jax.subspace.transports import Squared
 
 
 @recipe

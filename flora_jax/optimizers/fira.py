@@ -6,9 +6,9 @@ import jax
 import optax
 
 from flora_jax.optimizers.common import DecayMask, adamw_in_subspace, recipe
-from flora_jax.projections import TopSVD
-from flora_jax.sketching import Sketch
-from flora_jax.subspace import Fira, Residual
+from flora_jax.projections.top_svd import TopSVD
+from flora_jax.sketching.sketch import Sketch
+from flora_jax.subspace.residuals import Fira, Residual
 
 
 @recipe

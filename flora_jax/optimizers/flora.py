@@ -10,14 +10,11 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax.optimizers.common import DecayMask, decay_and_learning_rate, recipe
-from flora_jax.sketching import Sketch, as_sketch
-from flora_jax.transforms import (
-    chain_parts,
-    clip_part,
-    factored_rms_part,
-    momentum_part,
-    scale_by_parameter_scale,
-)
+from flora_jax.sketching.sketch import Sketch, as_sketch
+from flora_jax.transforms.factored_rms import factored_rms_part
+from flora_jax.transforms.momentum import momentum_part
+from flora_jax.transforms.parameter_scale import scale_by_parameter_scale
+from flora_jax.transforms.parts import chain_parts, clip_part
 
 
 @recipe

@@ -6,9 +6,10 @@ import jax
 import optax
 
 from flora_jax.optimizers.common import DecayMask, adamw_in_subspace, recipe
-from flora_jax.projections import CountSketch
-from flora_jax.sketching import Sketch
-from flora_jax.subspace import Fira, Keep, Residual, Squared
+from flora_jax.projections.count_sketch import CountSketch
+from flora_jax.sketching.sketch import Sketch
+from flora_jax.subspace.residuals import Fira, Residual
+from flora_jax.subspace.transports import Keep, Squared
 
 
 @recipe

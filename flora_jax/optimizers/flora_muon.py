@@ -10,13 +10,17 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
-from flora_jax.leaves import rebuild, zeros_tree
+from flora_jax.leaves.trees import rebuild, zeros_tree
 from flora_jax.optimizers.common import DecayMask, decay_and_learning_rate, recipe
-from flora_jax.projections import CountSketch, Projection
-from flora_jax.quantization import quantize_state
-from flora_jax.sketching import Sketch, resolve
-from flora_jax.subspace import Fira, Keep, Residual, Squared, scale_in_subspace
-from flora_jax.transforms import chain_parts, orthogonalize
+from flora_jax.projections.base import Projection
+from flora_jax.projections.count_sketch import CountSketch
+from flora_jax.quantization.quantize_state import quantize_state
+from flora_jax.sketching.sketch import Sketch, resolve
+from flora_jax.subspace.residuals import Fira, Residual
+from flora_jax.subspace.transform import scale_in_subspace
+from flora_jax.subspace.transports import Keep, Squared
+from flora_jax.transforms.orthogonalize import orthogonalize
+from flora_jax.transforms.parts import chain_parts
 
 
 @recipe

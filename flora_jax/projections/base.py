@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from flora_jax import _validation
 from flora_jax._typing import KeyLike
-from flora_jax.random import raw_key
+from flora_jax.random.keys import raw_key
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt32

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.leaves import is_sharded
+from flora_jax.leaves.mesh import is_sharded
 from flora_jax.projections.base import ObliviousProjection, along, multiply
-from flora_jax.random import bits, signs
+from flora_jax.random.bits import bits, signs
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt32

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from flora_jax.projections.base import IndependentEntries
-from flora_jax.random import normals
+from flora_jax.random.bits import normals
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from flora_jax.projections.base import DenseProjection, ScaledIsometry
-from flora_jax.random import normals
+from flora_jax.random.bits import normals
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax import _validation
-from flora_jax.leaves import sharded_along
+from flora_jax.leaves.mesh import sharded_along
 from flora_jax.projections.base import (
     AdaptiveProjection,
     MatrixProjection,

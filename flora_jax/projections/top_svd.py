@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from flora_jax import _validation
 from flora_jax.projections.base import AdaptiveProjection, MatrixProjection
-from flora_jax.random import normals
+from flora_jax.random.bits import normals
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt32

@@ -133,7 +133,7 @@ def encode(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from flora_jax.quantization import decode, encode
+      >>> from flora_jax.quantization.blockwise import decode, encode
       >>> codes, scales = encode(jnp.array([-2.0, 0.5, 0.0]), "int8", 256, True)
       >>> codes.tolist(), scales.tolist()
       ([-127, 63, 0], [2.0])

@@ -11,18 +11,12 @@ import jax.core
 import jax.numpy as jnp
 
 from flora_jax._typing import PyTree
-from flora_jax.leaves import (
-    KINDS,
-    SECOND,
-    find_moments,
-    map_moments,
-    named_leaves,
-    rebuild,
-    run_sharded,
-    zeros_tree,
-)
+from flora_jax.leaves.moments import KINDS, SECOND, find_moments, map_moments
+from flora_jax.leaves.paths import named_leaves
+from flora_jax.leaves.trees import rebuild, run_sharded, zeros_tree
 from flora_jax.quantization.blockwise import code_dtype, decode, encode, scale_shape
-from flora_jax.random import bits, leaf_keys
+from flora_jax.random.bits import bits
+from flora_jax.random.keys import leaf_keys
 
 NAME = "quantize_state"
 

@@ -11,7 +11,9 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import KeyLike, PyTree
-from flora_jax.leaves import KINDS, make_spec, named_leaves
+from flora_jax.leaves.moments import KINDS
+from flora_jax.leaves.paths import named_leaves
+from flora_jax.leaves.spec import make_spec
 from flora_jax.quantization.blockwise import CODES
 from flora_jax.quantization.codec import (
     NAME,
@@ -20,8 +22,8 @@ from flora_jax.quantization.codec import (
     empty_scales,
     encode_moments,
 )
-from flora_jax.random import check_state_key, raw_key
-from flora_jax.sketching import gradient_shapes
+from flora_jax.random.keys import check_state_key, raw_key
+from flora_jax.sketching.sketched_gradients import gradient_shapes
 
 
 class QuantizedState(NamedTuple):

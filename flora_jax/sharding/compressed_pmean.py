@@ -8,15 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax._typing import AxisNames, PyTree
-from flora_jax.leaves import matching_leaves, rebuild
-from flora_jax.projections import CountSketch
-from flora_jax.sketching import (
-    ScaledLeaf,
-    Sketch,
-    Sketcher,
-    refuse_sketches,
-    resolve,
-)
+from flora_jax.leaves.trees import matching_leaves, rebuild
+from flora_jax.projections.count_sketch import CountSketch
+from flora_jax.sketching.scaled_leaf import ScaledLeaf
+from flora_jax.sketching.sketch import Sketch, resolve
+from flora_jax.sketching.sketched_gradients import refuse_sketches
+from flora_jax.sketching.sketcher import Sketcher
 
 _NAME = "compressed_pmean"
 

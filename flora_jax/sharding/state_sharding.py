@@ -9,13 +9,10 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
-from flora_jax.leaves import (
-    abstract_state,
-    fit_names,
-    is_masked,
-    named_leaves,
-    state_leaves,
-)
+from flora_jax.leaves.boxes import is_masked
+from flora_jax.leaves.paths import named_leaves
+from flora_jax.leaves.shardings import fit_names
+from flora_jax.leaves.state_leaves import abstract_state, state_leaves
 
 
 def state_sharding(

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax._typing import PyTree
-from flora_jax.leaves import LeafPlan
-from flora_jax.projections import CountSketch
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.sketched_grad.cycle import find_source
 from flora_jax.sketched_grad.planner import Planner
 from flora_jax.sketched_grad.program import Fallback, LeafProjections, Program
 from flora_jax.sketched_grad.rules import SketchRequest
-from flora_jax.sketching import Sketch, SketchedGradients, Sketcher, resolve
-from flora_jax.transforms import ACCUMULATION
+from flora_jax.sketching.sketch import Sketch, resolve
+from flora_jax.sketching.sketched_gradients import SketchedGradients
+from flora_jax.sketching.sketcher import Sketcher
+from flora_jax.transforms.accumulation import NAME as ACCUMULATION
 
 _DEFAULT = CountSketch("unbiased")  # As accumulation and momentum have it.
 _ARRAY = object()

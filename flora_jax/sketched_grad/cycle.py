@@ -10,15 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax._typing import PyTree
-from flora_jax.leaves import LeafPlan, normalise_path, spec_identity, unboxed
-from flora_jax.random import check_state_key
-from flora_jax.sketching import SketchCycle, Sketcher
-from flora_jax.transforms import (
-    ACCUMULATION,
-    MOMENTUM,
-    CompressedAccumulationState,
-    CompressedMomentumState,
-)
+from flora_jax.leaves.boxes import unboxed
+from flora_jax.leaves.paths import normalise_path
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.spec import spec_identity
+from flora_jax.random.keys import check_state_key
+from flora_jax.sketching.sketch import SketchCycle
+from flora_jax.sketching.sketcher import Sketcher
+from flora_jax.transforms.accumulation import NAME as ACCUMULATION
+from flora_jax.transforms.accumulation import CompressedAccumulationState
+from flora_jax.transforms.momentum import NAME as MOMENTUM
+from flora_jax.transforms.momentum import CompressedMomentumState
 
 # What holds key and cycle in a state, and the name by which its keys are salted.
 _SOURCES = {

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 
-from flora_jax.leaves import LeafPlan
-from flora_jax.projections import MatrixProjection, ObliviousProjection, multiply
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.projections.base import MatrixProjection, ObliviousProjection, multiply
 from flora_jax.sketched_grad.rules import Operand, SketchRequest, Slot
 
 

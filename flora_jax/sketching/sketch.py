@@ -13,10 +13,11 @@ import numpy as np
 
 from flora_jax import _validation
 from flora_jax._typing import KeyLike, PyTree, RankSpec, Shape
-from flora_jax.leaves import ByPath, LeafPlan, LeafRules, by_path, is_scalar
 from flora_jax.leaves.fold import Fold
-from flora_jax.projections import ObliviousProjection, Projection
-from flora_jax.random import raw_key
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.rules import ByPath, LeafRules, by_path, is_scalar
+from flora_jax.projections.base import ObliviousProjection, Projection
+from flora_jax.random.keys import raw_key
 
 _SIDES = ("smaller", "larger", "left", "right")
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax._typing import PyTree
-from flora_jax.leaves import LeafPlan
+from flora_jax.leaves.plan import LeafPlan
 from flora_jax.sketching.sketch import Sketch
 
 

@@ -15,16 +15,11 @@ import numpy as np
 
 from flora_jax._typing import PyTree
 from flora_jax._xla import materialized
-from flora_jax.leaves import (
-    LeafPlan,
-    describe,
-    is_sharded,
-    make_spec,
-    replicated,
-    replicated_along,
-)
-from flora_jax.projections import product
-from flora_jax.random import leaf_keys
+from flora_jax.leaves.mesh import is_sharded, replicated, replicated_along
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.spec import describe, make_spec
+from flora_jax.projections.base import product
+from flora_jax.random.keys import leaf_keys
 from flora_jax.sketching.scaled_leaf import ScaledLeaf
 from flora_jax.sketching.sketch import Sketch
 from flora_jax.sketching.sketched_gradients import SketchedGradients, gradient_shapes
@@ -33,7 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 
-class Sketched(NamedTuple):
+class SketchEvent(NamedTuple):
     """One leaf of one transformation at one update, as told to ``on_sketch``.
 
     Attributes:

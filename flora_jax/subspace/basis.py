@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax._typing import PyTree, Shape
-from flora_jax.leaves import LeafPlan
-from flora_jax.projections import AdaptiveProjection
-from flora_jax.random import renewal
-from flora_jax.sketching import ScaledLeaf, Sketcher
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.projections.base import AdaptiveProjection
+from flora_jax.random.keys import renewal
+from flora_jax.sketching.scaled_leaf import ScaledLeaf
+from flora_jax.sketching.sketcher import Sketcher
 from flora_jax.subspace.transports import BasisChange, Keep, Moments
 
 _GROUPS = 16  # Of leaves that change their basis at the same step, if staggered.

@@ -11,9 +11,9 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._xla import widened
-from flora_jax.leaves import LeafPlan
-from flora_jax.projections import ObliviousProjection
-from flora_jax.sketching import Sketcher
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.projections.base import ObliviousProjection
+from flora_jax.sketching.sketcher import Sketcher
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

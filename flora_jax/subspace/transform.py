@@ -12,28 +12,23 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree, Shape
-from flora_jax.leaves import (
-    LeafPlan,
+from flora_jax.leaves.boxes import is_masked
+from flora_jax.leaves.moments import find_moments, replace_moments
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.trees import (
     cast_like,
-    find_moments,
-    is_masked,
     matching_leaves,
     rebuild,
-    replace_moments,
     run_sharded,
     zeros_tree,
 )
-from flora_jax.projections import CountSketch, Projection
-from flora_jax.random import check_state_key
-from flora_jax.sketching import (
-    ScaledLeaf,
-    Sketch,
-    Sketched,
-    Sketcher,
-    refuse_sketches,
-    resolve,
-    warn_if_dense,
-)
+from flora_jax.projections.base import Projection
+from flora_jax.projections.count_sketch import CountSketch
+from flora_jax.random.keys import check_state_key
+from flora_jax.sketching.scaled_leaf import ScaledLeaf
+from flora_jax.sketching.sketch import Sketch, resolve, warn_if_dense
+from flora_jax.sketching.sketched_gradients import refuse_sketches
+from flora_jax.sketching.sketcher import Sketcher, SketchEvent
 from flora_jax.subspace.basis import Basis
 from flora_jax.subspace.residuals import LeafStep, Residual
 from flora_jax.subspace.transports import Keep, Moments, check_moments
@@ -129,7 +124,7 @@ def scale_in_subspace(
 
     Returns:
       The gradient transformation. Updates have the dtype of the gradients. An extra
-      argument ``on_sketch`` of its update is called with each leaf's ``Sketched``.
+      argument ``on_sketch`` of its update is called with each leaf's ``SketchEvent``.
 
     Raises:
       TypeError: for arguments of a wrong type; from update, if the key was cast.
@@ -203,7 +198,7 @@ def scale_in_subspace(
         state: Any,
         params: PyTree = None,
         *,
-        on_sketch: Callable[[Sketched], None] | None = None,
+        on_sketch: Callable[[SketchEvent], None] | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, SubspaceState]:
         del params
@@ -255,7 +250,7 @@ def scale_in_subspace(
                     plans, sampled, given, sketches, strict=True
                 ):
                     if not plan.dense:
-                        on_sketch(Sketched(sketcher, plan, own, leaf, new, new))
+                        on_sketch(SketchEvent(sketcher, plan, own, leaf, new, new))
             return sketches, sampled, stored, moments
 
         # What is sampled is replicated, as the key is.

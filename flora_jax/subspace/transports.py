@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax._typing import PyTree
-from flora_jax.leaves import FIRST, KINDS, SECOND, LeafPlan, find_moments
-from flora_jax.sketching import moved_sketch
+from flora_jax.leaves.moments import FIRST, KINDS, SECOND, find_moments
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.sketching.sketcher import moved_sketch
 from flora_jax.subspace.residuals import check_decays
 
 if TYPE_CHECKING:

@@ -12,27 +12,21 @@ import optax
 
 from flora_jax import _validation
 from flora_jax._typing import AxisNames, PyTree
-from flora_jax.leaves import (
-    LeafPlan,
+from flora_jax.leaves.boxes import unboxed
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.trees import (
     cast_like,
     matching_leaves,
     rebuild,
     run_sharded,
-    unboxed,
     zeros_tree,
 )
-from flora_jax.projections import CountSketch
-from flora_jax.random import check_state_key
-from flora_jax.sketching import (
-    ScaledLeaf,
-    Sketch,
-    Sketched,
-    SketchedGradients,
-    Sketcher,
-    gradient_shapes,
-    resolve,
-    warn_if_dense,
-)
+from flora_jax.projections.count_sketch import CountSketch
+from flora_jax.random.keys import check_state_key
+from flora_jax.sketching.scaled_leaf import ScaledLeaf
+from flora_jax.sketching.sketch import Sketch, resolve, warn_if_dense
+from flora_jax.sketching.sketched_gradients import SketchedGradients, gradient_shapes
+from flora_jax.sketching.sketcher import Sketcher, SketchEvent
 from flora_jax.transforms.parts import OnSketch
 
 if TYPE_CHECKING:
@@ -92,7 +86,7 @@ def compressed_accumulation(
     shrinks. To avoid that, pass the output of
     :func:`flora_jax.sketched_value_and_grad`, made with the same sketch. XLA reserves
     memory for the mean gradient in any program that contains this update;
-    :func:`flora_jax.compressed_accumulator` lets the accumulation be compiled by itself.
+    :func:`flora_jax.compressed_accumulator` lets it be compiled by itself.
 
     Under ``shard_map`` with gradients that are not reduced yet, give ``axis_name``:
     each device accumulates its own, and once per cycle their sketches are averaged, r·n
@@ -296,7 +290,7 @@ def accumulate(
         total = old.astype(jnp.float32)
         total = total + ((fresh - total) / (i + 1) if use_mean else fresh)
         if on_sketch is not None and not plan.dense:
-            on_sketch(Sketched(sketcher, plan, s, given, fresh, total))
+            on_sketch(SketchEvent(sketcher, plan, s, given, fresh, total))
         new.append(cast_like(total, old))
     return new
 

@@ -12,22 +12,13 @@ import optax
 
 from flora_jax import _validation
 from flora_jax._typing import AxisNames, PyTree
-from flora_jax.leaves import (
-    LeafPlan,
-    matching_leaves,
-    rebuild,
-    run_sharded,
-    varying,
-    zeros_tree,
-)
-from flora_jax.projections import CountSketch
-from flora_jax.sketching import (
-    Sketch,
-    SketchedGradients,
-    Sketcher,
-    gradient_shapes,
-    resolve,
-)
+from flora_jax.leaves.mesh import varying
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.trees import matching_leaves, rebuild, run_sharded, zeros_tree
+from flora_jax.projections.count_sketch import CountSketch
+from flora_jax.sketching.sketch import Sketch, resolve
+from flora_jax.sketching.sketched_gradients import SketchedGradients, gradient_shapes
+from flora_jax.sketching.sketcher import Sketcher
 from flora_jax.transforms.accumulation import NAME, accumulate, estimate
 
 

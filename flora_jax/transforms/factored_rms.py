@@ -13,8 +13,11 @@ import optax
 from flora_jax import _validation
 from flora_jax._typing import PyTree, Shape
 from flora_jax._xla import unshared
-from flora_jax.leaves import LeafPlan, LeafRules, matching_leaves, rebuild, zeros_tree
-from flora_jax.sketching import ScaledLeaf, refuse_sketches
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.rules import LeafRules
+from flora_jax.leaves.trees import matching_leaves, rebuild, zeros_tree
+from flora_jax.sketching.scaled_leaf import ScaledLeaf
+from flora_jax.sketching.sketched_gradients import refuse_sketches
 from flora_jax.transforms.parts import OnSketch, Part, leafwise
 
 if TYPE_CHECKING:

@@ -14,20 +14,15 @@ import optax
 
 from flora_jax import _validation
 from flora_jax._typing import PyTree
-from flora_jax.leaves import LeafPlan, cast_like, matching_leaves, rebuild, zeros_tree
-from flora_jax.projections import CountSketch, along
-from flora_jax.random import check_state_key, renewal
-from flora_jax.sketching import (
-    ScaledLeaf,
-    Sketch,
-    Sketched,
-    SketchedGradients,
-    Sketcher,
-    moved_sketch,
-    refuse_sketches,
-    resolve,
-    warn_if_dense,
-)
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.trees import cast_like, matching_leaves, rebuild, zeros_tree
+from flora_jax.projections.base import along
+from flora_jax.projections.count_sketch import CountSketch
+from flora_jax.random.keys import check_state_key, renewal
+from flora_jax.sketching.scaled_leaf import ScaledLeaf
+from flora_jax.sketching.sketch import Sketch, resolve, warn_if_dense
+from flora_jax.sketching.sketched_gradients import SketchedGradients, refuse_sketches
+from flora_jax.sketching.sketcher import Sketcher, SketchEvent, moved_sketch
 from flora_jax.transforms.parts import OnSketch, Part, leafwise
 
 if TYPE_CHECKING:
@@ -211,7 +206,7 @@ def momentum_step(
         if on_sketch is not None and not plan.dense:
             normalization = sketcher.projection.normalization
             largest = _largest_ratio(plan, normalization, decay, resample_every)
-            on_sketch(Sketched(sketcher, plan, s, leaf, fresh, new, largest))
+            on_sketch(SketchEvent(sketcher, plan, s, leaf, fresh, new, largest))
         update = _estimate(sketcher, estimator, plan, s, decay, leaf, m, new, fresh)
         updates.append(ScaledLeaf(update))
         momentum.append(cast_like(new, m))

@@ -12,14 +12,11 @@ import optax
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
 from flora_jax._xla import widened
-from flora_jax.leaves import (
-    LeafPlan,
-    LeafRules,
-    rebuild,
-    replicated_along,
-    run_sharded,
-)
-from flora_jax.sketching import refuse_sketches
+from flora_jax.leaves.mesh import replicated_along
+from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.rules import LeafRules
+from flora_jax.leaves.trees import rebuild, run_sharded
+from flora_jax.sketching.sketched_gradients import refuse_sketches
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

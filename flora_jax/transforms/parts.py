@@ -11,10 +11,12 @@ import optax
 
 from flora_jax._typing import PyTree
 from flora_jax._xla import unshared
-from flora_jax.leaves import rebuild, run_sharded
-from flora_jax.sketching import ScaledLeaf, Sketched, gradient_shapes
+from flora_jax.leaves.trees import rebuild, run_sharded
+from flora_jax.sketching.scaled_leaf import ScaledLeaf
+from flora_jax.sketching.sketched_gradients import gradient_shapes
+from flora_jax.sketching.sketcher import SketchEvent
 
-OnSketch = Callable[[Sketched], Any] | None
+OnSketch = Callable[[SketchEvent], Any] | None
 
 
 class Part(NamedTuple):
@@ -66,7 +68,7 @@ def run_parts(
       parts: applied in this order.
       updates: the gradients; SketchedGradients if the first part takes them.
       states: one per part.
-      on_sketch: told of each sketch that is made; see :class:`Sketched`.
+      on_sketch: told of each sketch that is made; see :class:`SketchEvent`.
 
     Returns:
       The updates, in the dtype of the gradients, and the new states.

@@ -1,18 +1,26 @@
 """Optax's wrappers around each transformation change nothing about it."""
 
+import dataclasses
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from tests.common import assert_close
+import flora_jax as fj
+from tests.common import assert_close, representative
 from tests.conformance.cases import (
     CASES,
+    DECAY,
+    EVERY_K,
     FEW,
+    FOLDS,
     assert_identical,
     few_cases,
     jit,
+    layer,
     named,
     run,
     run_layer,
@@ -88,3 +96,42 @@ def test_apply_if_finite_leaves_the_state_alone(case):
         assert_close(updates, reference.updates[i])
     assert state.total_notfinite == len(reference.grads)
     assert_close(state.inner_state, reference.states[-1], "float32")
+
+
+def matrices(tree):
+    return jax.tree.map(lambda x: jnp.ndim(x) == 2, tree)
+
+
+def masks():
+    """A mask around an accumulation, and one around what it has inside."""
+    half = {"a": {"kernel": True, "bias": True}, "c": {"kernel": False, "bias": False}}
+    return [(matrices, half), (half, matrices), (half, half), (True, half)]
+
+
+@pytest.mark.parametrize(("outside", "inside"), representative(masks()))
+def test_masks_outside_and_inside_of_an_accumulation(outside, inside):
+    params = {
+        "a": layer()["layer"],
+        "c": {"kernel": jnp.ones((24, 8)), "bias": jnp.ones(8)},
+    }
+
+    def both(accumulate, masked=optax.masked):
+        recipe = fj.flora(0.1, FOLDS, DECAY)
+        tx = masked(accumulate(masked(recipe, inside)), outside)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return run(tx, params, 2 * EVERY_K).updates
+
+    # Nothing sketched by the accumulation: optax's, to the last bits.
+    none = dataclasses.replace(FOLDS, mask=lambda path, shape: False)
+    ours = both(lambda inner: fj.compressed_accumulation(inner, EVERY_K, none))
+    theirs = both(lambda inner: optax.MultiSteps(inner, EVERY_K))
+    assert_close(ours, theirs)
+
+    # Sketched: leaves in both masks as if there were none.
+    def sketched(inner):
+        return fj.compressed_accumulation(inner, EVERY_K, FOLDS)
+
+    ours, theirs = both(sketched), both(sketched, lambda tx, mask: tx)
+    for updates, expected in zip(ours, theirs, strict=True):
+        assert_close(named(updates)["a/kernel"], named(expected)["a/kernel"])

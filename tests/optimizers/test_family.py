@@ -1,5 +1,7 @@
 """The recipes inside a subspace against their oracles."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -10,11 +12,11 @@ from tests.common import assert_close
 from tests.reference import folds
 from tests.reference.apollo import apollo
 from tests.reference.dct import dct_adamw
-from tests.reference.fira import fira, flora_adamw
+from tests.reference.fira import direction, fira, flora_adamw
 from tests.reference.galore import galore
 from tests.reference.muon import orthogonalized
-from tests.transforms.bases import regenerated, singular_vectors, stepped
-from tests.transforms.settings import gradients_of
+from tests.subspace.bases import regenerated, singular_vectors, stepped
+from tests.subspace.settings import gradients_of
 
 B1, B2, EPS, DECAY, EVERY, STEPS = 0.8, 0.9, 1e-3, 0.2, 4, 10
 ADAM = {"b1": B1, "b2": B2, "eps": EPS}
@@ -24,7 +26,7 @@ WEIGHTS = {
     for name, leaf in folds.gradients(1, seed=9)[0].items()
 }
 BIAS = np.random.default_rng(5).normal(size=(STEPS + 1, 16)).astype(np.float32)
-COMMON = {"min_dim_size": 8, "key": 11}
+SKETCH = fj.Sketch(4, min_dim_size=8, key=11)
 
 
 def schedule(count):
@@ -35,7 +37,7 @@ def rate(t):
     return float(RATES[t])
 
 
-def drawn(projection, name, rank=None):
+def sampled(projection, name, rank=None):
     """epoch -> S of a leaf's smaller side."""
     width = folds.width(name, "smaller")
     return regenerated(projection, 11, name, rank or folds.RANKS[name], width)
@@ -46,7 +48,7 @@ def left(name):
 
 
 ALGORITHM = {"weight_decay": DECAY, **ADAM}
-ISOMETRY = fj.CountSketch(scale="isometric")
+ISOMETRY = fj.CountSketch(normalization="isometric")
 
 # Recipe, its arguments, leaves, and the oracle of one leaf: (name, w, g) -> updates.
 RECIPES = {
@@ -73,16 +75,16 @@ RECIPES = {
         {"refresh_every": EVERY, "scale": 2.0},
         ("wide", "stack"),
         lambda k, w, g: apollo(
-            w, g, drawn(fj.Gaussian(), k), rate, EVERY, scale=2.0, left=left(k),
+            w, g, sampled(fj.Gaussian(), k), rate, EVERY, scale=2.0, left=left(k),
             **ALGORITHM,
         ),
     ),
     "apollo_mini": (
         fj.apollo_mini,
-        {"refresh_every": EVERY, "rank": 1},
+        {"refresh_every": EVERY, "sketch": dataclasses.replace(SKETCH, rank=1)},
         ("tall",),
         lambda k, w, g: apollo(
-            w, g, drawn(fj.Gaussian(), k, 1), rate, EVERY, scale=128.0, left=left(k),
+            w, g, sampled(fj.Gaussian(), k, 1), rate, EVERY, scale=128.0, left=left(k),
             whole=True, **ALGORITHM,
         ),
     ),
@@ -94,21 +96,21 @@ RECIPES = {
             w, g, rate, folds.RANKS[k], 1, left=left(k), **ALGORITHM
         ),
     ),
-    "flora_adamw-plain": (
-        fj.flora_adamw,
-        {"refresh_every": EVERY, "orthogonal": False},
-        ("wide", "cut"),
-        lambda k, w, g: flora_adamw(
-            w, g, drawn(ISOMETRY, k), rate, EVERY, "squared", left=left(k), **ALGORITHM
-        ),
-    ),
-    # The oracle runs on transposes where it sketches columns; so may its last step.
     "flora_adamw": (
         fj.flora_adamw,
         {"refresh_every": EVERY},
+        ("wide", "cut"),
+        lambda k, w, g: flora_adamw(
+            w, g, sampled(ISOMETRY, k), rate, EVERY, "squared", left=left(k), **ALGORITHM
+        ),
+    ),
+    # The oracle runs on transposes where it sketches columns; so may its last step.
+    "flora_adamw-orthogonal": (
+        fj.flora_adamw,
+        {"refresh_every": EVERY, "orthogonal": True},
         ("tall", "wide", "cut", "stack"),
         lambda k, w, g: flora_adamw(
-            w, g, drawn(ISOMETRY, k), rate, EVERY, "squared", left=left(k),
+            w, g, sampled(ISOMETRY, k), rate, EVERY, "squared", left=left(k),
             last=orthogonalized, **ALGORITHM,
         ),
     ),
@@ -124,7 +126,8 @@ def test_equals_the_oracle_and_adamw_on_dense_leaves(recipe):
     ]
     params = {**{k: WEIGHTS[k] for k in names}, "bias": BIAS[-1]}
     ranks = {name: folds.RANKS[name] for name in names}
-    arguments = {"rank": ranks, **arguments, **ALGORITHM, **COMMON}
+    sketch = dataclasses.replace(SKETCH, rank={**ranks, "*": 4})
+    arguments = {"sketch": sketch, **arguments, **ALGORITHM}
     updates, _ = stepped(factory(schedule, **arguments), gradients, params)
     for name in names:
         expected = np.stack(
@@ -141,4 +144,33 @@ def test_equals_the_oracle_and_adamw_on_dense_leaves(recipe):
     dense, _ = stepped(
         adamw, [{"bias": g["bias"]} for g in gradients], {"bias": params["bias"]}
     )
+    assert_close([u["bias"] for u in updates], [u["bias"] for u in dense])
+
+
+def test_flora_muon_is_orthogonalized_momentum_on_matrices():
+    """With the momentum's transport and residual by hand; AdamW on the rest."""
+    momentum, gradients = 0.8, gradients_of(("wide",), STEPS)
+    gradients = [{**g, "bias": bias} for g, bias in zip(gradients, BIAS, strict=False)]
+    params = {"wide": WEIGHTS["wide"], "bias": BIAS[-1]}
+    tx = fj.flora_muon(
+        schedule, SKETCH, refresh_every=EVERY, momentum=momentum, **ALGORITHM
+    )
+    updates, _ = stepped(tx, gradients, params)
+    basis = sampled(ISOMETRY, "wide", 4)
+    w, m, previous = np.float64(params["wide"]), np.zeros((4, 24)), 0.0
+    residual = direction(1.0, least=1 / 8)
+    for t, (gradient, update) in enumerate(zip(gradients, updates, strict=True)):
+        g, s = np.float64(gradient["wide"]), basis(t // EVERY)
+        if t and t % EVERY == 0:
+            m = s @ basis(t // EVERY - 1).T @ m
+        m = momentum * m + s @ g
+        nesterov = momentum * m + s @ g
+        full, previous = residual(g, s, s @ g, nesterov, 1.0, previous)
+        expected = -rate(t) * (orthogonalized(full) + DECAY * w)
+        atol = 1e-4 * np.abs(expected).max()
+        np.testing.assert_allclose(update["wide"], expected, rtol=0, atol=atol)
+        w = w + expected
+    adamw = optax.adamw(schedule, weight_decay=DECAY, **ADAM)
+    biases = [{"bias": g["bias"]} for g in gradients]
+    dense, _ = stepped(adamw, biases, {"bias": params["bias"]})
     assert_close([u["bias"] for u in updates], [u["bias"] for u in dense])

@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flora_jax.quantization import CODES, code_dtype, decode, encode, scale_shape
-from flora_jax.random import bits as random_bits
+from flora_jax.quantization.blockwise import (
+    CODES,
+    code_dtype,
+    decode,
+    encode,
+    scale_shape,
+)
+from flora_jax.random.bits import bits as random_bits
 
 BLOCK = 8
 SCALED = [(code, signed) for code in CODES[:2] for signed in (True, False)]

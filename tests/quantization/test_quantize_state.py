@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import flora_jax as fj
-from flora_jax.quantization import decode
+from flora_jax.quantization.blockwise import decode
 from flora_jax.quantization.quantize_state import quantize_state
 from tests.common import assert_close
 from tests.conformance.cases import assert_identical, jit

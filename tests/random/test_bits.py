@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flora_jax.random import bits as _bits
-from flora_jax.random import leaf_keys, normals, signs
-from flora_jax.random.bits import threefry_2x32
+from flora_jax.random.bits import bits as _bits
+from flora_jax.random.bits import normals, signs, threefry_2x32
+from flora_jax.random.keys import leaf_keys
 from tests.common import assert_close
 
 KEY = np.array([1, 2], np.uint32)

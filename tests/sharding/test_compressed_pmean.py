@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import flora_jax as fj
-from flora_jax.random import leaf_keys
+from flora_jax.random.keys import leaf_keys
 from tests.common import assert_close
 
 P = jax.P

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flora_jax as fj
-from flora_jax.random import leaf_keys
+from flora_jax.random.keys import leaf_keys
 from tests.conformance.cases import jit
 from tests.reference import dct, folds
 

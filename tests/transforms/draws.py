@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flora_jax as fj
-from flora_jax.random import leaf_keys
+from flora_jax.random.keys import leaf_keys
 from tests.reference.folds import RANKS, width
 
 # Unoptimised programs: these tests compile much and compute little.

@@ -8,7 +8,7 @@ import pytest
 
 import flora_jax as fj
 from flora_jax import LeafPlan
-from flora_jax.sketching import Sketcher
+from flora_jax.sketching.sketcher import Sketcher
 from flora_jax.transforms.accumulation import accumulate, estimate
 from tests.common import assert_close
 from tests.reference import folds

@@ -7,8 +7,9 @@ import pytest
 
 import flora_jax as fj
 from flora_jax import LeafPlan
-from flora_jax.sketching import ScaledLeaf, Sketcher
-from flora_jax.transforms import scale_by_parameter_scale
+from flora_jax.sketching.scaled_leaf import ScaledLeaf
+from flora_jax.sketching.sketcher import Sketcher
+from flora_jax.transforms.parameter_scale import scale_by_parameter_scale
 from flora_jax.transforms.parts import clip_leaf
 from tests.common import assert_close
 from tests.transforms.draws import jit

@@ -24,9 +24,18 @@ LOW, HIGH = (
 )
 
 
+def make(steps=5, rms=0.2, **rules):
+    """The transformation, with small matrices among those that it treats."""
+    return fj.orthogonalize(
+        rms=rms,
+        method=fj.NewtonSchulz(steps),
+        rules=fj.LeafRules(**{"min_dim_size": 8, **rules}),
+    )
+
+
 def orthogonalize(updates, **settings):
     """The updates of one compiled step."""
-    tx = fj.orthogonalize(**{"min_dim_size": 8, **settings})
+    tx = make(**settings)
     state = tx.init(updates)
     assert state == optax.EmptyState()
     new, after = jit(tx.update)(updates, state)
@@ -206,12 +215,10 @@ def test_equals_muon_without_momentum(shape):
     assert_near(-orthogonalize(updates)["w"], expected["w"])
 
 
-def test_inject_hyperparams_traces_rms_and_leaves_steps():
-    inject = optax.inject_hyperparams(
-        fj.orthogonalize, static_args=fj.static_args(fj.orthogonalize)
-    )
+def test_inject_hyperparams_traces_rms_alone():
     x = normal((16, 24))
-    tx = inject(rms=0.3, min_dim_size=8)
+    rules = fj.LeafRules(min_dim_size=8)
+    tx = optax.inject_hyperparams(fj.orthogonalize)(rms=0.3, rules=rules)
     state = tx.init(x)
     assert set(state.hyperparams) == {"rms"}
     assert_near(jit(tx.update)(x, state)[0], orthogonalized(x, rms=0.3))
@@ -219,7 +226,7 @@ def test_inject_hyperparams_traces_rms_and_leaves_steps():
 
 def test_extra_arguments_and_missing_leaves():
     x = normal((16, 24))
-    tx = fj.orthogonalize(min_dim_size=8)
+    tx = make()
     new, _ = jit(tx.update)({"w": x, "none": None}, tx.init(x), x, another=1)
     assert new["none"] is None
     assert_near(new["w"], orthogonalized(x))
@@ -230,7 +237,7 @@ def test_rms_may_be_traced():
 
     @jit
     def step(rms):
-        tx = fj.orthogonalize(rms=rms, min_dim_size=8)
+        tx = make(rms=rms)
         return tx.update(x, tx.init(x))[0]
 
     assert_near(step(jnp.float32(0.3)), orthogonalized(x, rms=0.3))
@@ -256,11 +263,23 @@ def test_rms_may_be_traced():
 )
 def test_refuses(arguments, error, match):
     with pytest.raises(error, match=match):
+        make(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"method": "svd"}, r"`method` must be NewtonSchulz\(\), got 'svd'"),
+        ({"rules": {"min_dim_size": 8}}, r"`rules` must be LeafRules\(\), got {"),
+    ],
+)
+def test_refuses_other_objects(arguments, match):
+    with pytest.raises(TypeError, match=match):
         fj.orthogonalize(**arguments)
 
 
 def test_refuses_integers():
-    tx = fj.orthogonalize(min_dim_size=8)
+    tx = make()
     with pytest.raises(TypeError, match="'w' must have a real floating dtype"):
         tx.update({"w": jnp.ones((16, 24), jnp.int32)}, optax.EmptyState())
 
@@ -285,7 +304,7 @@ def test_on_a_mesh(layout, kind):
     shapes = {"wide": (16, 32), "tall": (32, 16), "stack": (3, 16, 32)}
     updates = {name: normal(shape) for name, shape in shapes.items()}
     where = {name: jax.NamedSharding(mesh, s) for name, s in specs.items()}
-    tx = fj.orthogonalize(min_dim_size=8)
+    tx = make()
     with jax.set_mesh(mesh):
         placed = jax.device_put(updates, where)
         step = jit(lambda u: tx.update(u, tx.init(u))[0], out_shardings=where)

@@ -229,7 +229,7 @@ def test_sketched_gradients_train_the_same(finished, tiny, tmp_path):
 def test_lora_trains_too(tiny, tmp_path):
     config = dataclasses.replace(tiny, output_dir=tmp_path, methods=("lora_momentum",))
     (row,) = run(config)
-    assert row["trained_bytes"] > row["state_bytes"] > 0
+    assert row["trained_bytes"] > 0
     assert "matrix_bytes" not in row
     assert (
         row["validation_loss"]

@@ -41,6 +41,20 @@ def config(tmp_path, tiny, **changes):
     return Config((str(path),), tmp_path / "out", tiny.data_dir, tiny.corpus_dir)
 
 
+def fake(monkeypatch, result):
+    """Nothing is trained; the results are those of a function of the learning rate."""
+
+    class Bench:
+        def __init__(self, task):
+            del task
+
+        def train(self, rate, seed):
+            del seed
+            return result(rate)
+
+    monkeypatch.setattr(sweep, "Bench", Bench)
+
+
 @pytest.mark.parametrize(
     ("rates", "best", "expected"),
     [
@@ -59,14 +73,8 @@ def test_beyond_the_grid(rates, best, expected):
 def test_a_best_rate_at_the_end_is_followed_by_one_more(monkeypatch):
     """Once; the other seeds run at the best of all."""
 
-    class Bench:
-        def __init__(self, task):
-            pass
-
-        def train(self, rate, seed):
-            return {"validation_loss": 1 / rate}  # The higher the better.
-
-    monkeypatch.setattr(sweep, "Bench", Bench)
+    # The higher the better.
+    fake(monkeypatch, lambda rate: {"validation_loss": 1 / rate})
     grid = {"learning_rates": [0.1, 0.2], "seeds": [0, 1], "settings": {}}
     sources = argparse.Namespace(fingerprint="", task=lambda cell: None)
 
@@ -113,10 +121,7 @@ def test_is_resumed_after_a_kill(tmp_path, tiny):
 def test_a_cell_that_always_diverges(tmp_path, tiny, monkeypatch):
     """Its rows say so, its other seeds are not tried, and the rest goes on."""
 
-    def diverge(self, rate, seed):
-        return {"validation_loss": None, "step_seconds": 0.1}
-
-    monkeypatch.setattr(sweep.Bench, "train", diverge)
+    fake(monkeypatch, lambda rate: {"validation_loss": None, "step_seconds": 0.1})
     methods = ["flora_momentum", "flora_accumulation"]
     sweep.run(config(tmp_path, tiny, methods=methods))
     output = tmp_path / "out/grid.jsonl"
@@ -129,10 +134,7 @@ def test_a_cell_that_always_diverges(tmp_path, tiny, monkeypatch):
 def test_only_what_is_asked_for(tmp_path, tiny, monkeypatch, capsys):
     """A text in no title is one line; another leaves the other cells alone."""
 
-    def train(self, rate, seed):
-        return {"validation_loss": rate, "step_seconds": 0.1}
-
-    monkeypatch.setattr(sweep.Bench, "train", train)
+    fake(monkeypatch, lambda rate: {"validation_loss": rate, "step_seconds": 0.1})
     output = tmp_path / "out/grid.jsonl"
 
     def command(only, **changes):
