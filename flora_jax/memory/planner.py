@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +19,10 @@ from flora_jax.memory import tables
 from flora_jax.memory.budget import is_sketch, tree_bytes
 from flora_jax.sharding.state_sharding import state_sharding
 from flora_jax.sketching.sketch import Sketch, plan_leaves
+
+
+# Index of a layer: h.11.attn, layers/3/kernel, Dense_2.
+_INDEX = re.compile(r"(?:(?<=[./_])|^)\d+(?=[./]|$)")
 
 
 class LeafMemory(NamedTuple):
@@ -75,7 +80,7 @@ class MemoryPlan:
         tables.show(self._tables())
 
     def _tables(self) -> list[tables.Table]:
-        return [tables.leaf_table(self), tables.total_table(self)]
+        return [_leaf_table(self), _total_table(self)]
 
 
 def memory_plan(
@@ -203,3 +208,44 @@ def _device_bytes(leaf: Any, sharding: Any) -> int:
         sharding = jax.NamedSharding(jax.sharding.get_abstract_mesh(), sharding)
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
     return tree_bytes(jax.ShapeDtypeStruct(shape, leaf.dtype))
+
+
+def _leaf_table(plan: MemoryPlan) -> tables.Table:
+    """A row per parameter, those of equal layers in one, and one for the rest."""
+    total = max(plan.state_bytes, 1)
+    alike: dict[tuple[str, ...], list[LeafMemory]] = {}
+    for leaf in plan.leaves:
+        shape = _product(leaf.shape)
+        sketches = "; ".join(f"{shape} -> {_product(x)}" for x in leaf.sketches)
+        row = (_INDEX.sub("*", leaf.path), shape, leaf.dense_reason or sketches)
+        alike.setdefault((*row, str(leaf.state_bytes)), []).append(leaf)
+    rows = []
+    for (path, shape, how, _), leaves in alike.items():
+        size = sum(leaf.state_bytes for leaf in leaves)
+        if len(leaves) == 1:
+            path = leaves[0].path
+        else:
+            shape = f"{len(leaves)} of {shape}" if shape else f"{len(leaves)} scalars"
+        rows.append(
+            (path, shape, tables.format_bytes(size), f"{size / total:.0%}", how)
+        )
+    other = tables.format_bytes(plan.other_bytes), f"{plan.other_bytes / total:.0%}"
+    rows.append(("other", "", *other, "counters, keys"))
+    where = " on a device" if plan.per_device else ""
+    heads = ("leaf", "shape", f"state{where}", "share", "sketched as, or why not")
+    return tables.Table(heads, rows, (0, 4))
+
+
+def _total_table(plan: MemoryPlan) -> tables.Table:
+    """Parameters, state, and the states of the peers."""
+    sizes = {"parameters": plan.parameter_bytes, "state": plan.state_bytes}
+    rows = [
+        (name, tables.format_bytes(size), f"{size / max(plan.parameter_bytes, 1):.0%}")
+        for name, size in {**sizes, **plan.peers}.items()
+    ]
+    where = " on a device" if plan.per_device else ""
+    return tables.Table(("total", f"bytes{where}", "of parameters"), rows, (0,))
+
+
+def _product(shape: Shape) -> str:
+    return "x".join(map(str, shape))
