@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 
@@ -41,7 +42,7 @@ class LeafPlan:
     dense_reason: str | None = None
 
     @classmethod
-    def of(cls, path: str, shape: Shape, fold: Fold, **settings: int) -> LeafPlan:
+    def of(cls, path: str, shape: Shape, fold: Fold, **settings: Any) -> LeafPlan:
         """The plan of a leaf with a fold, or that of a dense one for a reason."""
         if isinstance(fold, str):
             return cls(path, shape, dense_reason=fold)

@@ -38,8 +38,9 @@ def fit_names(
 
 def _divides(name: Any, size: int, mesh_sizes: Mapping[str, int]) -> bool:
     group = name if isinstance(name, tuple) else (name,)
-    sizes = [mesh_sizes.get(axis) for axis in group if axis is not None]
-    return None not in sizes and size % math.prod(sizes) == 0
+    axes = [axis for axis in group if axis is not None]
+    known = all(axis in mesh_sizes for axis in axes)
+    return known and size % math.prod(mesh_sizes[axis] for axis in axes) == 0
 
 
 def fit_sharding(

@@ -63,7 +63,7 @@ def rank_for_budget(
     widths = {
         math.prod(shapes[leaf.param]) // math.prod(leaf.leaf.shape)
         for leaf in state_leaves(state, params)
-        if is_sketch(leaf, shapes)
+        if leaf.param is not None and is_sketch(leaf, shapes)
     }
     if not widths:
         raise ValueError(

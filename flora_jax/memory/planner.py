@@ -20,7 +20,6 @@ from flora_jax.memory.budget import is_sketch, tree_bytes
 from flora_jax.sharding.state_sharding import state_sharding
 from flora_jax.sketching.sketch import Sketch, plan_leaves
 
-
 # Index of a layer: h.11.attn, layers/3/kernel, Dense_2.
 _INDEX = re.compile(r"(?:(?<=[./_])|^)\d+(?=[./]|$)")
 
@@ -128,7 +127,7 @@ def memory_plan(
       leaf       shape     state  share  sketched as, or why not
       b           4096  32.0 KiB     3%  it has fewer than two axes
       w      1024x4096  1.02 MiB    97%  1024x4096 -> 64x4096
-      other                272 B     0%  counters, keys
+      other                276 B     0%  counters, keys
       <BLANKLINE>
       total          bytes  of parameters
       parameters  16.0 MiB           100%

@@ -62,7 +62,7 @@ class CompressedAccumulationState(NamedTuple):
 
 def compressed_accumulation(
     inner: optax.GradientTransformation,
-    every_k: int | Callable[[Any], Any],
+    every_k: int | jax.Array | Callable[[Any], Any],
     sketch: Sketch | int,
     *,
     use_grad_mean: bool = True,
@@ -166,7 +166,7 @@ def compressed_accumulation(
 
     def update_fn(
         updates: PyTree,
-        state: CompressedAccumulationState,
+        state: Any,
         params: PyTree = None,
         *,
         on_sketch: OnSketch = None,

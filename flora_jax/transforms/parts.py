@@ -39,6 +39,9 @@ class Part(NamedTuple):
 def leafwise(part: Part) -> optax.GradientTransformationExtraArgs:
     """One part as a gradient transformation, with the part's own state."""
 
+    def init_fn(params: PyTree) -> Any:
+        return part.init(params)
+
     def update_fn(
         updates: PyTree,
         state: Any,
@@ -51,7 +54,7 @@ def leafwise(part: Part) -> optax.GradientTransformationExtraArgs:
         new_updates, (state,) = run_parts([part], updates, (state,), on_sketch)
         return new_updates, state
 
-    return optax.GradientTransformationExtraArgs(part.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def run_parts(
