@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       0, or 1 if a budget is given and does not suffice.
     """
     given = _parser().parse_args(arguments)
-    error = given.parser.error
+    error: Callable[[str], NoReturn] = given.parser.error
     if given.rank is None and given.budget is None:
         error("give --rank, or --budget for the largest rank that fits")
     if given.optimizer in _PLAIN and given.accumulate is None:
