@@ -424,6 +424,7 @@ def test_arguments_that_are_not_there():
         fj.explain_sketched_gradients(jnp.sum, 4)(x=X)
 
 
+@pytest.mark.full
 def test_what_else_a_function_returns_is_handed_back():
     """Whatever is no JAX array: as jax.value_and_grad does."""
     other = {"name": "run", "n": 3, "none": None, "size": np.float32(2), "a": X[0]}
@@ -485,7 +486,7 @@ def test_a_gradient_that_is_an_argument():
 def test_a_gradient_of_zero():
     fun = functools.partial(lambda p: jnp.sum(X @ p["w"]))
     params = {"w": numbers(1, 16, 24), "unused": numbers(2, 16, 24)}
-    value_and_grad = fj.sketched_value_and_grad(fun, sketch_of())
+    value_and_grad = jit(fj.sketched_value_and_grad(fun, sketch_of()))
     grads = value_and_grad(sketch_of().cycle(0), params)[1]
     np.testing.assert_array_equal(grads.tree["unused"], 0)
     assert grads.tree["unused"].shape == (4, 24)
@@ -525,6 +526,7 @@ class Nnx(nnx.Module):
         return x + self.attention(x)
 
 
+@pytest.mark.full
 def test_nnx_with_variables_in_the_tree():
     graphdef, state = nnx.split(Nnx(nnx.Rngs(0)))
     reports = compare(lambda s: jnp.sum(jnp.sin(nnx.merge(graphdef, s)(X))), state)
@@ -534,7 +536,7 @@ def test_nnx_with_variables_in_the_tree():
 
 
 def test_the_body_of_a_loop_is_planned_once_for_each_question(monkeypatch):
-    """Four nested loops: not a number of plans that grows like 3**4."""
+    """Four nested loops: two plans for each, not some power of their number."""
     planned = []
     original = Planner._planned
     monkeypatch.setattr(
@@ -551,7 +553,7 @@ def test_the_body_of_a_loop_is_planned_once_for_each_question(monkeypatch):
     fj.explain_sketched_gradients(lambda w: jnp.sum(nested(X, w)), sketch_of())(
         jnp.ones((2, 2, 2, 2, 16, 16))
     )
-    assert len(planned) <= 3 * 8
+    assert len(planned) <= 12
 
 
 def test_no_buffer_has_the_shape_of_a_full_gradient():

@@ -54,6 +54,7 @@ WRAPPERS = {
     )(rate=0.1),
     "masked": lambda: optax.masked(accumulation(), {"w": True, "v": True, "b": True}),
     "partition": lambda: optax.partition({"a": accumulation()}, lambda p: "a"),
+    "quantize_state": lambda: fj.quantize_state(accumulation(), min_size=16),
     "the outermost of two": lambda: accumulation(inner=momentum()),
 }
 
