@@ -48,7 +48,7 @@ def latest(folder: pathlib.Path) -> int | None:
 class Checkpoints:
     """Writes and reads the checkpoints of one training; the last two are kept.
 
-    They are written while training goes on. A process that is killed meanwhile leaves
+    They are written while training continues. A process that is killed meanwhile leaves
     the earlier ones as they were.
     """
 

@@ -1,4 +1,4 @@
-"""Where arrays lie: batches split over all devices, the rest on each of them."""
+"""Where arrays lie: batches sharded over all devices, the rest replicated."""
 
 import functools
 import resource
@@ -17,7 +17,7 @@ def mesh() -> jax.sharding.Mesh:
 
 
 def on_all() -> NamedSharding:
-    """Returns the sharding of what lies on each device whole."""
+    """Returns the sharding of what is replicated on all devices."""
     return NamedSharding(mesh(), PartitionSpec())
 
 
@@ -29,7 +29,7 @@ def replicated(tree: Any) -> Any:
 def split(batch: Any) -> Any:
     """Spreads a batch over the devices, along its first axis.
 
-    A batch that they cannot share evenly goes to each of them whole: nothing is gained
+    A batch that does not divide evenly is replicated instead: nothing is gained
     then, but a small job runs on a large machine.
 
     Args:

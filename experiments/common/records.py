@@ -23,7 +23,7 @@ class MetricsFile:
 
         Args:
             path: the file; made if it does not exist.
-            keep_until: the update from which training goes on; -1 to start empty.
+            keep_until: the update from which training continues; -1 to start empty.
             write: False only reads what stands there and keeps new rows in memory; of
                 several processes one writes.
         """

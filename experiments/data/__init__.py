@@ -1,4 +1,4 @@
-"""Pairs of texts for fine-tuning: read, tokenised, batched, and scored.
+"""Pairs of texts for fine-tuning: read, tokenized, batched, and scored.
 
 `registry` names the data sets, `vocabulary` turns texts into token ids and back,
 `batches` makes arrays of fixed shapes out of them, `metrics` compares what a model

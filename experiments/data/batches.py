@@ -6,7 +6,7 @@ A decoder-only model reads source, separator, target and end in one row:
 
     prefix source =>  target <eos> <pad> ... <pad>
 
-The parts are tokenised apart, so that the prompt of a generation is, token by token,
+The parts are tokenized apart, so that the prompt of a generation is, token by token,
 what stood before the target in training.
 """
 
@@ -38,7 +38,7 @@ def encoder_decoder(
 
     Args:
         pairs: the texts.
-        vocabulary: tokenises both sides.
+        vocabulary: tokenizes both sides.
         prefix: text that says the task, before each source.
         source_length: S; longer sources lose their end.
         target_length: T; longer targets lose their end.
@@ -73,7 +73,7 @@ def decoder_only(
 
     Args:
         pairs: the texts.
-        vocabulary: tokenises both sides.
+        vocabulary: tokenizes both sides.
         prefix: text that says the task, before each source.
         source_length: S, for source and separator; longer sources lose their end.
         target_length: T, for target and `eos`; longer targets lose their end.
@@ -108,7 +108,7 @@ def prompts(
 
     Args:
         pairs: the texts; targets are not looked at.
-        vocabulary: tokenises the sources.
+        vocabulary: tokenizes the sources.
         prefix: as in training.
         source_length: S, as in training.
 

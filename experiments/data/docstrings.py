@@ -3,7 +3,7 @@
 The body of a docstring is the source and its first paragraph is the target. The
 docstrings are those of the standard library and of `PACKAGES`, as far as they are
 installed; their files are parsed, never imported. This is a smoke-scale task. It
-says whether a summariser learns, and is no substitute for XSum.
+says whether a summarizer learns, and is no substitute for XSum.
 """
 
 import ast

@@ -81,7 +81,7 @@ class PackedSources(tfds.core.GeneratorBasedBuilder):
         tokens = tfds.features.Tensor(shape=(self._context + 1,), dtype=np.int32)
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Python sources, tokenised by a byte-level BPE and packed.",
+            description="Python sources, tokenized by a byte-level BPE and packed.",
             features=tfds.features.FeaturesDict({"tokens": tokens}),
             disable_shuffling=True,  # example i is the i-th cut of the stream
         )

@@ -121,7 +121,7 @@ def _phrase(
 ) -> Phrase:
     """Has a phrase written in both languages; `write` gets the number of the side."""
     texts = (write(i, at) for i, at in enumerate(LOCALES))
-    # CLDR's spaces of many widths become one kind: tokenisers do not keep them apart.
+    # CLDR's spaces of many widths become one kind: tokenizers do not keep them apart.
     return Phrase(combination, Pair(*(" ".join(text.split()) for text in texts)))
 
 

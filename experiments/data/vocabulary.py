@@ -50,7 +50,7 @@ class SentencePiece:
     """A SentencePiece model with the special tokens of T5."""
 
     def __init__(self, proto: bytes):
-        """Reads a serialised model, the content of a spiece.model."""
+        """Reads a serialized model, the content of a spiece.model."""
         self._proto = proto
         self._model = spm.SentencePieceProcessor(model_proto=proto)
         self.size: int = self._model.vocab_size()

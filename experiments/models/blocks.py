@@ -39,7 +39,7 @@ def linear(
 def embed(
     count: int, width: int, std: float, config: Config, rngs: nnx.Rngs
 ) -> nnx.Embed:
-    """Returns a table (count, width) of normal numbers."""
+    """Returns a table (count, width) of normal samples."""
     init = nnx.initializers.normal(std)
     return nnx.Embed(count, width, embedding_init=init, dtype=config.dtype, rngs=rngs)
 
@@ -56,7 +56,7 @@ def split_key(key: Key, count: int) -> Sequence[Key]:
 
 
 def dropout(x: jax.Array, rate: float, key: Key) -> jax.Array:
-    """Zeroes each number with probability `rate` and scales the others up."""
+    """Zeroes each element with probability `rate` and scales the others up."""
     if key is None or rate == 0:
         return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
@@ -132,12 +132,12 @@ def build(make: Callable[[], nnx.Module], layers: int, scan: bool) -> nnx.Module
     """Builds the blocks of a stack.
 
     Args:
-        make: draws one block.
+        make: samples one block.
         layers: how many.
         scan: stack them into one block whose parameters have a leading layer axis.
 
     Returns:
-        A list of blocks, or the stacked one. The numbers are the same.
+        A list of blocks, or the stacked one. The values are the same.
     """
     blocks = [make() for _ in range(layers)]
     if not scan:

@@ -93,7 +93,7 @@ def beam(
     """Keeps the `beams` likeliest beginnings of each row, and returns its best end.
 
     The score of a finished text is the sum of its log-probabilities divided by its
-    length, the end included, to the power of `length_penalty`. A row goes on until no
+    length, the end included, to the power of `length_penalty`. A row continues until no
     beginning that is left could still score higher, or to the full length, where the
     unfinished count as finished.
 
@@ -104,7 +104,7 @@ def beam(
         length: how many tokens to generate at most.
         eos: token that ends a row; it is kept.
         pad: token that fills up a row after its end.
-        beams: K. Even 1 differs from `greedy`: it goes on past an end, with the next
+        beams: K. Even 1 differs from `greedy`: it continues past an end, with the next
             best token, as long as a longer text could score higher.
         length_penalty: above 0 prefers long texts, below 0 short ones.
 
@@ -178,7 +178,7 @@ def _first(
 ) -> _Beams:
     rows = len(logits)
     empty = jnp.full((rows, beams, length), pad, jnp.int32)
-    # All beginnings are the same one; the others must not be drawn from.
+    # All beginnings are the same one; the others must not be chosen from.
     sums = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)
     return _Beams(
         t=jnp.int32(0),

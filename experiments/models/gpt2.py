@@ -45,7 +45,7 @@ class Attention(nnx.Module):
     """Self-attention with one fused kernel (W, 3W) for q, k and v."""
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
-        """Draws the two kernels."""
+        """Samples the two kernels."""
         width = config.width
         self.config = config
         self.c_attn = linear(width, 3 * width, _STD, config, rngs)
@@ -88,7 +88,7 @@ class MLP(nnx.Module):
     """Two layers, four times as wide inside."""
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
-        """Draws the two kernels."""
+        """Samples the two kernels."""
         width = config.width
         self.c_fc = linear(width, 4 * width, _STD, config, rngs)
         self.c_proj = linear(4 * width, width, _residual_std(config), config, rngs)
@@ -129,7 +129,7 @@ class GPT2(nnx.Module):
     """The language model: token ids in, logits of the next token out."""
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
-        """Builds the model and draws its parameters."""
+        """Builds the model and initializes its parameters."""
         self.config = config
         self.wte = blocks.embed(config.vocab_size, config.width, _STD, config, rngs)
         self.wpe = blocks.embed(config.context, config.width, _STD, config, rngs)

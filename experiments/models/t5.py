@@ -146,7 +146,7 @@ class T5(nnx.Module):
     """The model: source and target tokens in, logits of the target out."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
-        """Builds the model and draws its parameters."""
+        """Builds the model and initializes its parameters."""
         self.config = config
         self.shared = blocks.embed(config.vocab_size, config.width, 1.0, config, rngs)
         self.encoder = Stack(config, decoder=False, rngs=rngs)

@@ -17,7 +17,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         """Starts with scales of one."""
-        del rngs  # nothing is drawn
+        del rngs  # nothing is sampled
         self.scale = nnx.Param(jnp.ones(config.width))
         self.dtype = config.dtype
 
@@ -67,7 +67,7 @@ class Attention(nnx.Module):
     """The four kernels of an attention: q, k, v (W, H D) and o (H D, W)."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
-        """Draws the kernels.
+        """Samples the kernels.
 
         T5 does not scale its scores: the smaller q makes up for it at the start.
         """
@@ -151,7 +151,7 @@ class FeedForward(nnx.Module):
     """ReLU(x wi) wo, or the gated (GELU(x wi_0) * (x wi_1)) wo of v1.1."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
-        """Draws the kernels."""
+        """Samples the kernels."""
         width, hidden = config.width, config.hidden
         self.rate, self.gated = config.dropout, config.gated
         shared = {"config": config, "rngs": rngs, "use_bias": False}
