@@ -101,7 +101,8 @@ RECIPES = {
         {"refresh_every": EVERY},
         ("wide", "cut"),
         lambda k, w, g: flora_adamw(
-            w, g, sampled(ISOMETRY, k), rate, EVERY, "squared", left=left(k), **ALGORITHM
+            w, g, sampled(ISOMETRY, k), rate, EVERY, "squared", left=left(k),
+            **ALGORITHM,
         ),
     ),
     # The oracle runs on transposes where it sketches columns; so may its last step.

@@ -168,8 +168,7 @@ def test_decays_of_ones_own_are_kept():
     gradients = gradients_of(("wide",), 3)
     updates, _ = stepped(fj.flora_adamw(1.0, SKETCH, residual=own), gradients)
     filled, _ = stepped(fj.flora_adamw(1.0, SKETCH), gradients)
-    norms = [np.linalg.norm(u["wide"] - v["wide"]) for u, v in zip(updates, filled)]
-    assert max(norms) > 1e-3
+    assert np.linalg.norm(updates[2]["wide"] - filled[2]["wide"]) > 1e-3
 
 
 def test_orthogonal_flora_adamw_is_the_chain_with_orthogonalize():

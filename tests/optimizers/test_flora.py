@@ -18,7 +18,6 @@ from tests.transforms.draws import case_id, draw, jit
 
 SKETCH = fj.Sketch(4, min_dim_size=8, key=11)
 FACTORED = fj.LeafRules(min_dim_size=8, max_aspect_ratio=math.inf)
-READINGS = {"nesterov": "interpolated"}  # The oracle's names.
 WEIGHTS = {
     name: (0.3 * leaf).astype(np.float32)
     for name, leaf in folds.gradients(1, seed=9)[0].items()
@@ -71,7 +70,7 @@ def test_equals_the_paper(projection, estimator, side, names):
             rates.__getitem__,
             decay=0.5,
             resample_every=3,
-            reading=READINGS.get(estimator, estimator),
+            estimator=estimator,
             left=folds.left(name, side),
             clip=0.9,
             weight_decay=0.2,
@@ -163,7 +162,7 @@ def test_without_sketches_equals_adafactor_as_far_as_it_goes(momentum):
     flat_params = {**params, "cut": PARAMS["cut"].reshape(16, 32)}
     sketch = dataclasses.replace(SKETCH, mask=lambda path, shape: False)
     with (
-        pytest.warns(UserWarning, match="0 of 3 leaves") if momentum else nullcontext()
+        pytest.warns(UserWarning, match="0 of 5 leaves") if momentum else nullcontext()
     ):
         tx = fj.flora(0.1, sketch, momentum, estimator="paper")
         updates = train(tx, gradients, params)

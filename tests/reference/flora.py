@@ -21,7 +21,7 @@ def flora(
     learning_rate,
     decay=0.9,
     resample_every=1000,
-    reading="paper",
+    estimator="paper",
     left=False,
     clip=1.0,
     weight_decay=0.0,
@@ -37,7 +37,9 @@ def flora(
         for stack in zip(*slices, strict=True)
     ]
     slices = [
-        sketched_momentum(matrices, projection, decay, resample_every, reading, left)[0]
+        sketched_momentum(matrices, projection, decay, resample_every, estimator, left)[
+            0
+        ]
         for matrices in zip(*clipped, strict=True)
     ]
     x, updates = np.asarray(weights, np.float64), []
