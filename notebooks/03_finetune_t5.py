@@ -110,7 +110,7 @@ print(f"for example {source!r} -> {target!r}")
 # %%
 sketch = fj.Sketch(config.ranks[0], mask=fj.not_embeddings)
 tx = fj.compressed_accumulation(optax.adafactor(1e-3), config.micro_batches, sketch)
-print(fj.memory_plan(tx, prepared.params))
+print(fj.memory_plan(tx, prepared.params, sketch=sketch))
 
 # %% [markdown]
 # ## Training both
@@ -120,7 +120,7 @@ print(fj.memory_plan(tx, prepared.params))
 # rate.
 
 # %%
-# The progress bar of a minute is not worth its output here; that of a day is.
+# Hide the progress bar of these one-minute runs; keep it for long ones.
 with contextlib.nullcontext() if XSUM else capture_output():
     rows = run(config, prepared)
 for row in rows:

@@ -46,7 +46,8 @@ import optax
 
 import flora_jax as fj
 from experiments.data import batches, packing
-from experiments.models import GPT2Config, build
+from experiments.models import build
+from experiments.models.config import GPT2Config
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 device = jax.devices()[0]
@@ -69,7 +70,7 @@ def sketch(rank):
     return fj.Sketch(rank, mask=fj.not_embeddings)
 
 
-print(fj.memory_plan(fj.flora(1e-3, sketch(256)), shapes))
+print(fj.memory_plan(fj.flora(1e-3, sketch(256)), shapes, sketch=sketch(256)))
 
 # %% [markdown]
 # The same question the other way round: on a device of 24 GiB, parameters, gradients
@@ -190,7 +191,7 @@ for axes in (left, right):
     axes.grid(alpha=0.3)
 
 # %% [markdown]
-# Look at the order of the ranks: a larger one ends lower. That some end below the full
+# Higher ranks reach a lower final loss. That some end below the full
 # momentum does not make a sketch better than what it sketches: Adafactor's own momentum
 # is a different chain (it averages after the learning rate and the parameter scale),
 # and this is a short run with one seed. In the longer run of

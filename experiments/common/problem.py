@@ -21,8 +21,7 @@ from experiments.common.config import JobConfig
 from experiments.common.gradients import Gradient, Loss
 from experiments.common.methods import METHODS, schedule, settings_of
 from experiments.data import batches
-from experiments.models import token_losses
-from experiments.models.build import Params
+from experiments.models.build import Params, token_losses
 from experiments.models.config import Config as ModelConfig
 from experiments.models.t5 import PAD as T5_PAD
 

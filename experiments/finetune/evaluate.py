@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 from experiments.data import batches, metrics
 from experiments.finetune.config import Config
 from experiments.finetune.prepare import Prepared
-from experiments.models import T5Config, decode
+from experiments.models import decode
+from experiments.models.config import T5Config
 
 
 class Sample(NamedTuple):

@@ -17,14 +17,9 @@ from experiments.data import vocabulary as vocabularies
 from experiments.data.pairs import Pair, Splits
 from experiments.data.registry import DATASETS, Dataset
 from experiments.finetune.config import Config
-from experiments.models import (
-    PUBLISHED,
-    GPT2Config,
-    T5Config,
-    abstract,
-    create,
-    hugging_face,
-)
+from experiments.models import hugging_face
+from experiments.models.build import abstract, create
+from experiments.models.config import PUBLISHED, GPT2Config, T5Config
 
 _TINY = {"t5-tiny": T5Config(), "gpt2-tiny": GPT2Config(2, 128, 4, 256)}
 

@@ -13,7 +13,7 @@ from experiments.common.report import markdown
 from experiments.finetune.config import Config
 from experiments.finetune.evaluate import Sample, evaluate
 from experiments.finetune.prepare import Prepared, prepare
-from experiments.models import save
+from experiments.models.hugging_face import save
 
 
 def run(config: Config, prepared: Prepared | None = None) -> list[records.Row]:

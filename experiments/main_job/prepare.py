@@ -6,7 +6,7 @@ from experiments.common import processes
 from experiments.common.problem import Data
 from experiments.data import batches, packing
 from experiments.main_job.config import Config
-from experiments.models import create
+from experiments.models.build import create
 
 
 def prepare(config: Config) -> Data:

@@ -18,7 +18,8 @@ from experiments.common.methods import METHODS, Settings, built, matrices
 from experiments.common.report import publish
 from experiments.micro_step import report
 from experiments.micro_step.config import Config
-from experiments.models import PUBLISHED, GPT2Config, T5Config, create, mean_loss
+from experiments.models.build import create, mean_loss
+from experiments.models.config import PUBLISHED, GPT2Config, T5Config
 
 _VOCABULARY = 257  # So that embedding and head are next to nothing beside a block.
 _CYCLE = 1000  # Micro-steps; none of those that are timed is the last of one.

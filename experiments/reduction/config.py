@@ -5,7 +5,7 @@ import pathlib
 
 from experiments.common.errors import ConfigError, flag
 from experiments.main_job.config import Config as MainConfig
-from experiments.models import GPT2Config
+from experiments.models.config import GPT2Config
 
 
 @dataclasses.dataclass(frozen=True)

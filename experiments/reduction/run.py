@@ -22,7 +22,7 @@ from experiments.common import devices, records
 from experiments.common.errors import ConfigError
 from experiments.common.problem import Data, Problem, build
 from experiments.main_job.prepare import prepare
-from experiments.models import create
+from experiments.models.build import create
 from experiments.reduction import report
 from experiments.reduction.config import Config
 

@@ -20,7 +20,8 @@ from experiments.common import lora, records
 from experiments.common.methods import METHODS, Method, Settings, base_optimizer, built
 from experiments.common.report import publish
 from experiments.common.state_bytes import step_bytes, tree_bytes
-from experiments.models import PUBLISHED, GPT2Config, abstract, create, mean_loss
+from experiments.models.build import abstract, create, mean_loss
+from experiments.models.config import PUBLISHED, GPT2Config
 from experiments.step_memory import report
 from experiments.step_memory.config import Config
 

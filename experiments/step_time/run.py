@@ -14,8 +14,8 @@ from experiments.common import timing
 from experiments.common.records import Row
 from experiments.common.report import publish
 from experiments.common.state_bytes import tree_bytes
-from experiments.models import PUBLISHED, create
-from experiments.models.build import Params
+from experiments.models.build import Params, create
+from experiments.models.config import PUBLISHED
 from experiments.step_time import contenders, report
 from experiments.step_time.config import Config, Which
 from experiments.step_time.contenders import Contender

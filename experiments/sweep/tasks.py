@@ -19,7 +19,8 @@ from experiments.finetune.prepare import Prepared
 from experiments.finetune.prepare import prepare as prepare_pairs
 from experiments.main_job.config import Config
 from experiments.main_job.prepare import prepare as prepare_corpus
-from experiments.models import GPT2Config, create
+from experiments.models.build import create
+from experiments.models.config import GPT2Config
 from experiments.sweep.grid import Cell
 
 

@@ -1,7 +1,7 @@
 """A tiny job that has every part of the real one."""
 
 from experiments.main_job.config import Config
-from experiments.models import GPT2Config
+from experiments.models.config import GPT2Config
 
 UPDATES = 7
 

@@ -5,7 +5,7 @@ import dataclasses
 from experiments.data.pairs import Pair
 from experiments.data.registry import DATASETS
 from experiments.finetune import prepare
-from experiments.models import GPT2Config
+from experiments.models.config import GPT2Config
 
 _WORDS = {
     "eins": "one",

@@ -8,7 +8,8 @@ import pytest
 from flax import nnx, traverse_util
 
 from experiments.common import lora
-from experiments.models import GPT2Config, T5Config, create, token_losses
+from experiments.models.build import create, token_losses
+from experiments.models.config import GPT2Config, T5Config
 
 RANK, ALPHA = 4, 8.0
 GPT2 = GPT2Config(layers=2, width=32, heads=2, context=16, vocab_size=50)

@@ -12,7 +12,7 @@ from experiments.dynamics.config import Config, Run
 from experiments.dynamics.run import decompose
 from experiments.finetune.config import Config as FinetuneConfig
 from experiments.finetune.prepare import prepare
-from experiments.models import save
+from experiments.models.hugging_face import save
 from tests.experiments import phrases
 
 UPDATES, RANK = 3, 4

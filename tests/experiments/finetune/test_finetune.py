@@ -27,7 +27,9 @@ from experiments.finetune.config import Config
 from experiments.finetune.prepare import prepare
 from experiments.finetune.presets import PRESETS
 from experiments.finetune.run import run
-from experiments.models import T5Config, create, load, mean_loss, read_config, save
+from experiments.models.build import create, mean_loss
+from experiments.models.config import T5Config
+from experiments.models.hugging_face import load, read_config, save
 
 # One worker runs them all, and makes data and programs once.
 pytestmark = pytest.mark.xdist_group("finetune")

@@ -16,7 +16,7 @@ from experiments.common.methods import MAIN, METHODS, settings_of
 from experiments.main_job.config import Config
 from experiments.main_job.prepare import prepare
 from experiments.main_job.run import run
-from experiments.models import create
+from experiments.models.build import create
 from tests.experiments.job import UPDATES
 
 # One worker runs the tiny job for all of them (pytest-xdist, `--dist loadgroup`).

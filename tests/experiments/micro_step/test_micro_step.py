@@ -6,7 +6,7 @@ import pytest
 
 from experiments.micro_step import __main__ as command
 from experiments.micro_step.run import buffers
-from experiments.models import PUBLISHED, GPT2Config, T5Config
+from experiments.models.config import PUBLISHED, GPT2Config, T5Config
 
 PROGRAM = """
 %fused (p: f32[768,3072]) -> f32[3072,768] {

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import transformers
 
-from experiments.models import GPT2Config
+from experiments.models.config import GPT2Config
 from tests.experiments.models.tiny import batch_of, prompts_of
 
 LENGTH = 9

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import models
-from experiments.models import blocks
+from experiments.models import blocks, build, decode
 from tests.experiments.models.tiny import CONFIGS, T5, prompts_of, randomised
 
 LENGTH = 6
@@ -20,14 +19,14 @@ LENGTH = 6
 def case(request):
     """A model that ends some row early, with its end."""
     config = CONFIGS[request.param]
-    graphdef, params = models.create(config, 0)
+    graphdef, params = build.create(config, 0)
     params = randomised(params, scale=0.5)
     return config, graphdef, params
 
 
 def logits_at(config, model, batch, tokens, t):
     """Logits after the first t of `tokens` (B, LENGTH), by running everything anew."""
-    if not isinstance(config, models.GPT2Config):
+    if not isinstance(config, GPT2Config):
         start = jnp.zeros((len(tokens), 1), jnp.int32)
         return model(batch["source"], jnp.append(start, tokens, axis=1))[:, t]
     prompt = batch["prompt"]
@@ -61,10 +60,10 @@ def test_greedy_is_the_uncached_loop(case, scan):
     expected = uncached(config, graphdef, params, batch, eos)
     assert (expected[0] == 0).any()
     if scan:
-        graphdef = models.create(dataclasses.replace(config, scan=True), 0)[0]
+        graphdef = build.create(dataclasses.replace(config, scan=True), 0)[0]
         params = blocks.stack(params)
     for end, tokens in ((-1, free), (eos, expected)):
-        found = models.greedy(graphdef, params, batch, length=LENGTH, eos=end, pad=0)
+        found = decode.greedy(graphdef, params, batch, length=LENGTH, eos=end, pad=0)
         np.testing.assert_array_equal(found, tokens)
 
 
@@ -73,7 +72,7 @@ def test_beam_with_room_for_everything_finds_the_best(penalty):
     # 5 tokens, 3 steps: 80 beams keep every beginning, so that the best of all texts
     # has to come out, whatever the penalty.
     config = dataclasses.replace(T5, vocab_size=5, layers=1, decoder_layers=1)
-    graphdef, params = models.create(config, 0)
+    graphdef, params = build.create(config, 0)
     params = randomised(params, seed=3, scale=0.3)
     texts = np.array(list(itertools.product(range(5), repeat=3)))
     shifted = np.pad(texts[:, :-1], ((0, 0), (1, 0)))
@@ -85,7 +84,7 @@ def test_beam_with_room_for_everything_finds_the_best(penalty):
     before_end = np.cumsum(texts == eos, axis=1) - (texts == eos) == 0
     scores = (logs * before_end).sum(axis=1) / before_end.sum(axis=1) ** penalty
     best = (texts * before_end)[np.argmax(scores)]
-    found = models.beam(
+    found = decode.beam(
         graphdef,
         params,
         {"source": source},
@@ -101,10 +100,10 @@ def test_beam_with_room_for_everything_finds_the_best(penalty):
 
 def test_decoding_is_compiled_once(case):
     config = case[0]
-    one, other = (models.create(config, seed) for seed in (0, 1))
-    for decode, options in ((models.greedy, {}), (models.beam, {"beams": 2})):
+    one, other = (build.create(config, seed) for seed in (0, 1))
+    for function, options in ((decode.greedy, {}), (decode.beam, {"beams": 2})):
         settings = {"length": 3, "eos": 1, "pad": 0, **options}
-        decode(*one, prompts_of(config), **settings)
+        function(*one, prompts_of(config), **settings)
         before = decode._cache_size()
         decode(*other, prompts_of(config, seed=9), **settings)
         assert decode._cache_size() == before
@@ -114,15 +113,15 @@ def test_refused_arguments(case):
     config, graphdef, params = case
     batch = prompts_of(config)
     with pytest.raises(ValueError, match="`length` must be at least 1, got 0"):
-        models.greedy(graphdef, params, batch, length=0, eos=1, pad=0)
+        decode.greedy(graphdef, params, batch, length=0, eos=1, pad=0)
     with pytest.raises(ValueError, match="`length` must be at least 1, got -1"):
-        models.beam(graphdef, params, batch, length=-1, eos=1, pad=0, beams=2)
+        decode.beam(graphdef, params, batch, length=-1, eos=1, pad=0, beams=2)
     with pytest.raises(ValueError, match="`beams` must be at least 1, got 0"):
-        models.beam(graphdef, params, batch, length=2, eos=1, pad=0, beams=0)
+        decode.beam(graphdef, params, batch, length=2, eos=1, pad=0, beams=0)
 
 
 def test_prompt_and_tokens_must_fit_the_context():
     config = CONFIGS["gpt2"]
-    model = models.create(config, 0)
+    model = build.create(config, 0)
     with pytest.raises(ValueError, match="`length` must leave .* at most 17 fit"):
-        models.greedy(*model, prompts_of(config), length=18, eos=1, pad=0)
+        decode.greedy(*model, prompts_of(config), length=18, eos=1, pad=0)

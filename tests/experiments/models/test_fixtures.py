@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import models
+from experiments.models import build, decode
 from tests.experiments.models import tiny
 
 LENGTH, BEAMS = 9, 3  # with which the fixtures were made
@@ -26,13 +26,13 @@ def case(request):
         if name.startswith("tensor/")
     }
     params = hugging_face.from_tensors(tensors, config)
-    return config, models.create(config, 0)[0], params, numbers
+    return config, build.create(config, 0)[0], params, numbers
 
 
 def test_logits(case):
     config, graphdef, params, numbers = case
     model = nnx.merge(graphdef, params)
-    if isinstance(config, models.GPT2Config):
+    if isinstance(config, GPT2Config):
         batch = tiny.prompts_of(config, seed=3)
         logits = jax.jit(lambda *args: model(*args))(*batch.values())
     else:
@@ -47,7 +47,7 @@ def test_logits(case):
 
 def test_greedy_decoding(case):
     config, graphdef, params, numbers = case
-    tokens = models.greedy(
+    tokens = decode.greedy(
         graphdef,
         params,
         tiny.prompts_of(config),
@@ -61,7 +61,7 @@ def test_greedy_decoding(case):
 
 def test_beam_decoding(case):
     config, graphdef, params, numbers = case
-    tokens = models.beam(
+    tokens = decode.beam(
         graphdef,
         params,
         tiny.prompts_of(config),

@@ -5,18 +5,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import models
+from experiments.models import build
+from experiments.models.config import GPT2Config
 from tests.experiments.models.tiny import GPT2, by_path, randomised
 
 
 @pytest.fixture(scope="module")
 def model():
-    return models.create(GPT2, 0)
+    return build.create(GPT2, 0)
 
 
 def test_initial_scales():
-    config = models.GPT2Config(layers=2, width=128, heads=2, vocab_size=300)
-    leaves = by_path(models.create(config, 0)[1])
+    config = GPT2Config(layers=2, width=128, heads=2, vocab_size=300)
+    leaves = by_path(build.create(config, 0)[1])
     deviations = {path: float(leaf.std()) for path, leaf in leaves.items()}
     residual = 0.02 / np.sqrt(2 * config.layers)
     for path in ("wte/embedding", "h/0/attn/c_attn/kernel", "h/0/mlp/c_fc/kernel"):
@@ -108,10 +109,10 @@ def test_losses_are_cross_entropies(model):
     logits = np.float64(nnx.merge(*model)(tokens[:, :-1]))
     log_sums = np.log(np.exp(logits).sum(axis=-1))
     chosen = np.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    losses, ones = models.token_losses(*model, {"tokens": tokens})
+    losses, ones = build.token_losses(*model, {"tokens": tokens})
     np.testing.assert_allclose(losses, log_sums - chosen, rtol=1e-5)
     np.testing.assert_array_equal(ones, np.ones((3, 16)))
     batch = {"tokens": tokens, "weights": weights}
     expected = np.average(log_sums - chosen, weights=weights)
-    assert float(models.mean_loss(*model, batch)) == pytest.approx(expected, rel=1e-5)
-    assert models.mean_loss(*model, batch | {"weights": 0 * weights}) == 0
+    assert float(build.mean_loss(*model, batch)) == pytest.approx(expected, rel=1e-5)
+    assert build.mean_loss(*model, batch | {"weights": 0 * weights}) == 0

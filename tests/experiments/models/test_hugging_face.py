@@ -7,12 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import models
 from experiments.common.errors import ConfigError
-from experiments.models import PUBLISHED
+from experiments.models import build, hugging_face
+from experiments.models.config import PUBLISHED
 from tests.experiments.models.tiny import CONFIGS, GPT2, T5, randomised
 
-hugging_face = pytest.importorskip("experiments.models.hugging_face")
 every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 # As `GPT2Model` of the transformers library lists them, for one block.
@@ -38,7 +37,7 @@ GPT2_SMALL = {
 
 def test_gpt2_names_and_shapes():
     config = PUBLISHED["gpt2"]
-    params = jax.eval_shape(lambda: models.create(config, 0)[1])
+    params = jax.eval_shape(lambda: build.create(config, 0)[1])
     found = {
         hugging_face._name(path, config)[0]: leaf.shape
         for path, leaf in hugging_face._by_path(params).items()
@@ -53,7 +52,7 @@ def test_gpt2_names_and_shapes():
 
 
 def tensors_of(config, seed=0):
-    params = randomised(models.create(config, 0)[1], seed)
+    params = randomised(build.create(config, 0)[1], seed)
     return params, hugging_face.to_tensors(params, config)
 
 
@@ -61,11 +60,11 @@ def tensors_of(config, seed=0):
 @pytest.mark.parametrize("scan", [False, True])
 def test_saved_and_loaded(config, scan, tmp_path):
     config = dataclasses.replace(config, scan=scan, dropout=0.25)
-    params = randomised(models.create(config, 0)[1])
-    models.save(params, config, tmp_path / "new")
-    read = models.read_config(tmp_path / "new")
+    params = randomised(build.create(config, 0)[1])
+    hugging_face.save(params, config, tmp_path / "new")
+    read = hugging_face.read_config(tmp_path / "new")
     assert read == dataclasses.replace(config, scan=False)
-    loaded = models.load(tmp_path / "new", config)
+    loaded = hugging_face.load(tmp_path / "new", config)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype("float32")}
 
@@ -113,13 +112,13 @@ def test_an_untied_head_is_not_dropped():
 
 def test_missing_files(tmp_path):
     with pytest.raises(ConfigError, match=r"folder with config\.json, got"):
-        models.read_config(tmp_path)
+        hugging_face.read_config(tmp_path)
     with pytest.raises(ConfigError, match=r"folder with model\.safetensors, got"):
-        models.load(tmp_path, GPT2)
+        hugging_face.load(tmp_path, GPT2)
     index = {"weight_map": {"wte.weight": "model-1-of-1.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match=r"folder with model-1-of-1\.safetensors"):
-        models.load(tmp_path, GPT2)
+        hugging_face.load(tmp_path, GPT2)
 
 
 def written(tmp_path, **entries):
@@ -148,8 +147,10 @@ T5_JSON = {
 
 
 def test_published_files(tmp_path):
-    assert models.read_config(written(tmp_path, **GPT2_JSON)) == PUBLISHED["gpt2"]
-    assert models.read_config(written(tmp_path, **T5_JSON)) == PUBLISHED["t5-small"]
+    gpt2 = hugging_face.read_config(written(tmp_path, **GPT2_JSON))
+    assert gpt2 == PUBLISHED["gpt2"]
+    t5 = hugging_face.read_config(written(tmp_path, **T5_JSON))
+    assert t5 == PUBLISHED["t5-small"]
     gated = T5_JSON | {
         "num_layers": 8,
         "num_decoder_layers": 8,
@@ -158,7 +159,7 @@ def test_published_files(tmp_path):
         "feed_forward_proj": "gated-gelu",
     }
     for entries in ({"tie_word_embeddings": False}, {"scale_decoder_outputs": False}):
-        config = models.read_config(written(tmp_path, **gated, **entries))
+        config = hugging_face.read_config(written(tmp_path, **gated, **entries))
         assert config == PUBLISHED["t5-v1_1-small"]
 
 
@@ -182,4 +183,4 @@ def test_published_files(tmp_path):
 )
 def test_refused_settings(entries, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        models.read_config(written(tmp_path, **entries))
+        hugging_face.read_config(written(tmp_path, **entries))

@@ -8,18 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import models
-from experiments.models import blocks
+from experiments.models import blocks, build
 from tests.experiments.models.tiny import CONFIGS, batch_of, by_path, randomised
 
 every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def loss_and_gradients(config, params, key):
-    graphdef = models.create(config, 0)[0]
+    graphdef = build.create(config, 0)[0]
     batch = batch_of(config)
     loss = jax.jit(
-        jax.value_and_grad(lambda p: models.mean_loss(graphdef, p, batch, key))
+        jax.value_and_grad(lambda p: build.mean_loss(graphdef, p, batch, key))
     )
     return loss(params)
 
@@ -34,7 +33,7 @@ def assert_close(one, other, atol=2e-5):
 def test_scan_and_remat_change_nothing(config):
     key = jax.random.key(4)
     config = dataclasses.replace(config, dropout=0.2, layers=2)
-    params = randomised(models.create(config, 0)[1])
+    params = randomised(build.create(config, 0)[1])
     expected = loss_and_gradients(config, params, key)
     recomputed = dataclasses.replace(config, remat=True)
     assert_close(loss_and_gradients(recomputed, params, key), expected)
@@ -47,9 +46,9 @@ def test_scan_and_remat_change_nothing(config):
 def test_remat_recomputes(config):
     def text(remat):
         chosen = dataclasses.replace(config, remat=remat)
-        graphdef, params = models.create(chosen, 0)
+        graphdef, params = build.create(chosen, 0)
         return str(
-            jax.make_jaxpr(lambda p: models.mean_loss(graphdef, p, batch_of(config)))(
+            jax.make_jaxpr(lambda p: build.mean_loss(graphdef, p, batch_of(config)))(
                 params
             )
         )
@@ -61,8 +60,8 @@ def test_remat_recomputes(config):
 
 @every_model
 def test_scan_stacks_the_same_numbers(config):
-    params = models.create(config, 3)[1]
-    scanned = models.create(dataclasses.replace(config, scan=True), 3)[1]
+    params = build.create(config, 3)[1]
+    scanned = build.create(dataclasses.replace(config, scan=True), 3)[1]
     jax.tree.map(np.testing.assert_array_equal, scanned, blocks.stack(params))
     jax.tree.map(np.testing.assert_array_equal, blocks.unstack(scanned), params)
     path = (
@@ -78,18 +77,18 @@ def test_scan_stacks_the_same_numbers(config):
 def test_bfloat16_computes_in_bfloat16(config, scan):
     config = dataclasses.replace(config, scan=scan)
     low = dataclasses.replace(config, dtype="bfloat16")
-    graphdef, params = models.create(low, 0)
+    graphdef, params = build.create(low, 0)
     params = randomised(params)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
     batch = batch_of(config)
-    program = jax.make_jaxpr(lambda p: models.token_losses(graphdef, p, batch)[0])
+    program = jax.make_jaxpr(lambda p: build.token_losses(graphdef, p, batch)[0])
     lines = str(program(params)).splitlines()
     products = [line for line in lines if "dot_general[" in line]
     # Scores and logits are float32; nothing else is.
     kinds = {line.split("=")[0].split(":")[1].split("[")[0] for line in products}
     assert kinds == {"bf16", "f32"}
-    losses, _ = models.token_losses(graphdef, params, batch)
-    exact, _ = models.token_losses(models.create(config, 0)[0], params, batch)
+    losses, _ = build.token_losses(graphdef, params, batch)
+    exact, _ = build.token_losses(build.create(config, 0)[0], params, batch)
     assert losses.dtype == jnp.float32
     error = np.abs(losses - exact).max()
     assert 1e-4 < error < 0.3
@@ -98,20 +97,20 @@ def test_bfloat16_computes_in_bfloat16(config, scan):
 @every_model
 def test_dropout(config):
     config = dataclasses.replace(config, dropout=0.3)
-    graphdef, params = models.create(config, 0)
+    graphdef, params = build.create(config, 0)
     batch = batch_of(config)
 
     @jax.jit
     def loss(key):
-        return models.mean_loss(graphdef, params, batch, key)
+        return build.mean_loss(graphdef, params, batch, key)
 
     keys = jax.random.split(jax.random.key(0), 2)
     assert loss(keys[0]) == loss(keys[0])
     assert loss(keys[0]) != loss(keys[1])
-    without = models.create(dataclasses.replace(config, dropout=0.0), 0)[0]
-    plain = models.mean_loss(without, params, batch)
+    without = build.create(dataclasses.replace(config, dropout=0.0), 0)[0]
+    plain = build.mean_loss(without, params, batch)
     assert loss(None) == pytest.approx(float(plain), rel=1e-6)
-    same = models.mean_loss(without, params, batch, keys[0])
+    same = build.mean_loss(without, params, batch, keys[0])
     assert float(same) == pytest.approx(float(plain), rel=1e-6)
 
 
@@ -127,7 +126,7 @@ def test_dropout_keeps_the_mean():
 def test_layers_have_masks_of_their_own(config):
     # With one key for all layers, equal layers would drop the same places.
     config = dataclasses.replace(config, dropout=0.5)
-    model = nnx.merge(*models.create(config, 0))
+    model = nnx.merge(*build.create(config, 0))
     stacked = model.h if "gpt2" in type(model).__module__ else model.encoder.block
     seen = []
 

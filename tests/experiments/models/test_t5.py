@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import models
+from experiments.models import build
+from experiments.models.config import T5Config
 from experiments.models.t5_layers import bucket_of
 from tests.experiments.models.tiny import T5, T5_GATED, batch_of, by_path, randomised
 
 
 def test_initial_scales():
-    config = models.T5Config(tied=False, gated=True)
-    leaves = by_path(models.create(config, 0)[1])
+    config = T5Config(tied=False, gated=True)
+    leaves = by_path(build.create(config, 0)[1])
     expected = {
         "shared/embedding": 1.0,
         "lm_head/kernel": 128**-0.5,
@@ -55,7 +56,7 @@ def test_buckets_by_hand():
 
 @pytest.mark.parametrize("config", [T5, T5_GATED])
 def test_padding_and_later_targets_do_not_matter(config):
-    graphdef, params = models.create(config, 0)
+    graphdef, params = build.create(config, 0)
     params = randomised(params)
     model = nnx.merge(graphdef, params)
     batch = batch_of(config)
@@ -73,24 +74,24 @@ def test_padding_and_later_targets_do_not_matter(config):
 
 
 def test_losses_weigh_padding_zero():
-    model = models.create(T5, 0)
+    model = build.create(T5, 0)
     batch = batch_of(T5)
     target = batch["target"]
     shifted = np.concatenate([np.zeros((3, 1), int), target[:, :-1]], axis=1)
     logits = np.float64(nnx.merge(*model)(batch["source"], shifted))
     log_sums = np.log(np.exp(logits).sum(axis=-1))
     chosen = np.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    losses, weights = models.token_losses(*model, batch)
+    losses, weights = build.token_losses(*model, batch)
     np.testing.assert_allclose(losses, log_sums - chosen, rtol=1e-4)
     np.testing.assert_array_equal(weights, target != 0)
     assert (target == 0).any()
     expected = np.average(log_sums - chosen, weights=target != 0)
-    assert float(models.mean_loss(*model, batch)) == pytest.approx(expected, rel=1e-5)
+    assert float(build.mean_loss(*model, batch)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_parameter_has_a_gradient():
     for config in (T5, T5_GATED):
-        graphdef, params = models.create(config, 0)
-        loss = jax.jit(jax.grad(models.mean_loss, argnums=1))
+        graphdef, params = build.create(config, 0)
+        loss = jax.jit(jax.grad(build.mean_loss, argnums=1))
         gradients = by_path(loss(graphdef, params, batch_of(config)))
         assert [path for path, leaf in gradients.items() if not leaf.any()] == []

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import models
-from experiments.models import blocks
+from experiments.models import blocks, build, decode, hugging_face
 from tests.experiments.models import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs are not ours to mend
@@ -33,15 +32,15 @@ def case(request, tmp_path_factory):
     model = pytorch.build(CONFIGS[request.param], seed=5)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
-    config = models.read_config(folder)
+    config = hugging_face.read_config(folder)
     expected = dataclasses.replace(CONFIGS[request.param], dropout=0.1)
     assert config == expected
-    return model, config, models.load(folder, config)
+    return model, config, hugging_face.load(folder, config)
 
 
 def logits_of(config, params):
-    model = nnx.merge(models.create(config, 0)[0], params)
-    if isinstance(config, models.GPT2Config):
+    model = nnx.merge(build.create(config, 0)[0], params)
+    if isinstance(config, GPT2Config):
         return jax.jit(lambda batch: model(*batch.values()))(
             tiny.prompts_of(config, seed=3)
         )
@@ -63,9 +62,9 @@ def test_logits(case, scan):
 
 def test_greedy_decoding(case):
     theirs, config, params = case
-    graphdef = models.create(config, 0)[0]
+    graphdef = build.create(config, 0)[0]
     eos = pytorch.end_of(theirs, config)
-    tokens = models.greedy(
+    tokens = decode.greedy(
         graphdef,
         params,
         tiny.prompts_of(config),
@@ -79,9 +78,9 @@ def test_greedy_decoding(case):
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.0])
 def test_beam_decoding(case, length_penalty):
     theirs, config, params = case
-    graphdef = models.create(config, 0)[0]
+    graphdef = build.create(config, 0)[0]
     eos = pytorch.end_of(theirs, config)
-    tokens = models.beam(
+    tokens = decode.beam(
         graphdef,
         params,
         tiny.prompts_of(config),
@@ -99,8 +98,8 @@ def test_beam_decoding(case, length_penalty):
 def test_transformers_reads_what_is_saved(case, tmp_path, scan):
     theirs, config, params = case
     config = dataclasses.replace(config, scan=scan)
-    params = tiny.randomised(models.create(config, 0)[1], seed=7)
-    models.save(params, config, tmp_path)
+    params = tiny.randomised(build.create(config, 0)[1], seed=7)
+    hugging_face.save(params, config, tmp_path)
     read, info = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     expected, mask = pytorch.logits_of(read.eval(), config)
@@ -133,7 +132,7 @@ def test_t5_buckets():
 def test_bare_gpt2_without_the_prefix(tmp_path):
     theirs = pytorch.build(tiny.GPT2, seed=1).transformer
     theirs.save_pretrained(tmp_path)
-    params = models.load(tmp_path, models.read_config(tmp_path))
+    params = hugging_face.load(tmp_path, hugging_face.read_config(tmp_path))
     expected = theirs.state_dict()["h.1.mlp.c_fc.weight"].numpy()
     np.testing.assert_array_equal(params["h"][1]["mlp"]["c_fc"]["kernel"], expected)
 
@@ -142,13 +141,14 @@ def test_sharded_checkpoints(case, tmp_path):
     theirs, config, params = case
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    jax.tree.map(np.testing.assert_array_equal, models.load(tmp_path, config), params)
+    loaded = hugging_face.load(tmp_path, config)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
 def test_half_precision_checkpoints_become_float32(tmp_path):
     theirs = pytorch.build(tiny.GPT2, seed=1).to(torch.bfloat16)
     theirs.save_pretrained(tmp_path)
-    params = models.load(tmp_path, tiny.GPT2)
+    params = hugging_face.load(tmp_path, tiny.GPT2)
     expected = theirs.transformer.wte.weight.detach().float().numpy()
     assert params["wte"]["embedding"].dtype == np.float32
     np.testing.assert_array_equal(params["wte"]["embedding"], expected)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from experiments.models import GPT2Config, T5Config
+from experiments.models.config import GPT2Config, T5Config
 
 GPT2 = GPT2Config(layers=2, width=16, heads=2, context=24, vocab_size=48)
 # Heads times head width is not the width, the stacks differ in length (the decoder is

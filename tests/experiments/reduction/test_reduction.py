@@ -8,7 +8,7 @@ import pytest
 import flora_jax as fj
 from experiments.common import devices, records
 from experiments.common.errors import ConfigError
-from experiments.models import create
+from experiments.models.build import create
 from experiments.reduction import run as reduction
 from experiments.reduction.config import Config
 from tests.experiments.job import TINY

@@ -8,7 +8,7 @@ import pytest
 import flora_jax as fj
 from experiments.common.methods import METHODS
 from experiments.common.state_bytes import tree_bytes
-from experiments.models import PUBLISHED, T5Config
+from experiments.models.config import PUBLISHED, T5Config
 from experiments.step_memory import __main__ as command
 from experiments.step_memory.config import Config
 from experiments.step_memory.run import measure, parameters

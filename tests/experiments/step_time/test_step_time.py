@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from experiments.common.state_bytes import tree_bytes
-from experiments.models import PUBLISHED, GPT2Config
+from experiments.models.config import PUBLISHED, GPT2Config
 from experiments.step_time import contenders, report
 from experiments.step_time import run as step_time
 from experiments.step_time.__main__ import main

@@ -8,7 +8,7 @@ import pytest
 import flora_jax as fj
 from experiments.common import lora, records
 from experiments.common.methods import METHODS, Settings, matrices
-from experiments.models import create
+from experiments.models.build import create
 from experiments.sweep import run as sweep
 from experiments.sweep.bench import measure
 from experiments.sweep.config import Config
