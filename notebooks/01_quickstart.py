@@ -103,7 +103,7 @@ optimizers = {
 # there is nothing to gain.
 
 # %%
-print(fj.memory_plan(optimizers["flora"](0.1), params))
+print(fj.memory_plan(optimizers["flora"](0.1), params, sketch=sketch))
 
 
 # %%
