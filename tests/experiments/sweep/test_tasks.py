@@ -208,7 +208,7 @@ def test_options_reach_the_run(tiny):
     data = sources(tiny)
     for method, options in (
         ("flora_momentum", {"estimator": "nesterov"}),
-        ("flora", {"clipping_threshold": None}),
+        ("flora", {"b1": 0.5}),
     ):
         cell = {"method": method, "rank": RANK}
         found = []
@@ -216,8 +216,7 @@ def test_options_reach_the_run(tiny):
             task = data.task(cell | extra)
             state = task.start(0)[1]
             tx = task.optimizer(0.1, 0)
-            grads = jax.tree.map(lambda x: x + np.ones_like(x), state.params)
-            grads = jax.tree.map(lambda x: x * np.arange(x.shape[-1]), grads)
+            grads = jax.tree.map(np.ones_like, state.params)
             updates, _ = jax.jit(tx.update)(grads, state.opt_state, state.params)
             found.append(jax.tree.leaves(updates))
         chosen = jax.tree.leaves(matrices(grads))
