@@ -14,6 +14,7 @@ from experiments.common.methods import FINETUNE, METHODS, Method
 from experiments.common.report import ranked
 
 MethodName = Literal[FINETUNE]
+Estimator = Literal["paper", "nesterov", "fresh", "residual"]
 
 # Fields that say where things lie or how much of the job to do now. Every other field
 # changes the numbers of a run, so that a run that continues has to agree on it.
@@ -57,7 +58,7 @@ class JobConfig:
     """Decay of the momentum; of Adam's first moment."""
     resample_every: int | None
     """Updates between two projections of FLORA's momentum; None keeps the first."""
-    estimator: Literal["paper", "nesterov", "fresh", "residual"] = "paper"
+    estimator: Estimator = "paper"
     """How FLORA's momentum becomes an update."""
     projection: Literal[
         "CountSketch", "Gaussian", "Rademacher", "Orthogonal", "SRHT"

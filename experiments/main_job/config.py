@@ -6,7 +6,7 @@ Nothing here imports jax: `--help` and a refused command line answer at once.
 import dataclasses
 import pathlib
 
-from experiments.common.config import JobConfig, MethodName
+from experiments.common.config import Estimator, JobConfig, MethodName
 from experiments.common.errors import ConfigError
 from experiments.common.methods import MAIN
 from experiments.models.config import GPT2Config, validate
@@ -23,9 +23,10 @@ class Config(JobConfig):
     ranks: tuple[int, ...] = (32, 128)
     learning_rate: float = 0.1
     updates: int = 200
-    batch_size: int = 8
+    batch_size: int = 4
     micro_batches: int = 4
     resample_every: int | None = 50
+    estimator: Estimator = "nesterov"
     eval_every: int = 25
     eval_examples: int = 48
     checkpoint_every: int = 100

@@ -120,6 +120,8 @@ def config_of(
     dense_rate = fields.pop("dense_learning_rate", None)
     if "dataset" not in fields:
         model = GPT2Config(**fields.pop("model", {}))
+        # A grid says where it departs from the paper; the main job's default does.
+        fields = {"estimator": "paper"} | fields
         return Config(model=model, **fields), dense_rate
     if "checkpoint" in fields:
         fields["checkpoint"] = pathlib.Path(fields["checkpoint"])

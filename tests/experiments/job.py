@@ -13,6 +13,7 @@ TINY = Config(
     ranks=(16,),
     momentum=0.5,
     resample_every=3,
+    estimator="paper",
     eval_every=3,
     eval_examples=6,  # a batch and a half
     model=GPT2Config(layers=1, width=128, heads=2, context=16, vocab_size=300),

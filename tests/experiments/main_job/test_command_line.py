@@ -39,8 +39,8 @@ def test_help_names_every_setting(capsys):
             "`--methods` must name at least one, each once, got 'flora_momentum flora_",
         ),
         (
-            "--micro-batches 5",
-            "`--micro-batches` must divide `--batch-size` (8) for full_accumulation",
+            "--micro-batches 3",
+            "`--micro-batches` must divide `--batch-size` (4) for full_accumulation",
         ),
         ("--ranks 0", "`--ranks` must be at least 1, got 0"),
         ("--ranks 8 -2", "`--ranks` must be at least 1, got -2"),
