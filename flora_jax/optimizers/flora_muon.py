@@ -10,7 +10,8 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
-from flora_jax.leaves.trees import rebuild, zeros_tree
+from flora_jax.leaves.rules import LeafRules
+from flora_jax.leaves.trees import matching_leaves, rebuild, zeros_tree
 from flora_jax.optimizers.common import DecayMask, decay_and_learning_rate, recipe
 from flora_jax.projections.base import Projection
 from flora_jax.projections.count_sketch import CountSketch
@@ -125,28 +126,31 @@ def flora_muon(
         return rebuild(tree, kinds)
 
     matrices = optax.chain(sketched, orthogonalize(rms=rms, rules=sketch.rules))
-    others = _in_float32(optax.scale_by_adam(b1, b2, eps))
     return chain_parts(
         (),
-        optax.partition({"muon": matrices, "adamw": others}, labels),
+        optax.partition({"muon": matrices, "adamw": _adam(b1, b2, eps)}, labels),
         *decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate),
         params_for="" if weight_decay is None else "flora_muon(weight_decay)",
     )
 
 
-def _in_float32(
-    inner: optax.GradientTransformation,
+def _adam(
+    b1: jax.typing.ArrayLike, b2: jax.typing.ArrayLike, eps: jax.typing.ArrayLike
 ) -> optax.GradientTransformation:
-    """A transformation that needs no parameters, with float32 state and arithmetic."""
+    """``optax.scale_by_adam`` with float32 state and arithmetic."""
+    inner = optax.scale_by_adam(b1, b2, eps)
 
     def init_fn(params: PyTree) -> Any:
-        shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
+        shapes = [plan.shape for plan in LeafRules().plan(params)]
         return inner.init(zeros_tree(params, shapes, jnp.float32))
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree = None
     ) -> tuple[PyTree, Any]:
         del params
+        plans = LeafRules().plan(updates)
+        shapes = [plan.shape for plan in plans]
+        matching_leaves("flora_muon", "mu", state.mu, plans, shapes)
         full = optax.tree.cast(updates, jnp.float32)
         new_updates, state = inner.update(full, state)
         return optax.tree.cast_like(new_updates, updates), state

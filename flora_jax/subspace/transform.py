@@ -14,6 +14,7 @@ from flora_jax import _validation as check
 from flora_jax._typing import PyTree, Shape
 from flora_jax.leaves.boxes import is_masked
 from flora_jax.leaves.moments import find_moments, replace_moments
+from flora_jax.leaves.paths import named_leaves
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.trees import (
     cast_like,
@@ -384,10 +385,15 @@ def _check_inner(
     for group in find_moments(inner, None):
         for field, tree in group.items():
             nodes = jax.tree.leaves(tree, is_leaf=is_masked)
-            # A scalar, or a tree that optax.masked has thinned, says nothing of them.
-            if any(map(is_masked, nodes)) or all(jnp.ndim(x) == 0 for x in nodes):
+            if all(jnp.ndim(x) == 0 for x in nodes):  # A user's number, no moments.
                 continue
-            matching_leaves(_NAME, f"inner.{field}", tree, plans, shapes)
+            own = list(zip(plans, shapes, strict=True))
+            if any(map(is_masked, nodes)):  # optax.masked leaves some to others.
+                known = {path for path, _ in named_leaves(tree)}
+                own = [leaf for leaf in own if leaf[0].path in known]
+            matching_leaves(
+                _NAME, f"inner.{field}", tree, [x for x, _ in own], [x for _, x in own]
+            )
 
 
 def _by_leaf(groups: Sequence[dict[str, PyTree]], count: int) -> list[list[Moments]]:
