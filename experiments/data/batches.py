@@ -45,11 +45,7 @@ def encoder_decoder(
 
     Returns:
         int32 "source" (S,) and "target" (T,), right-padded; both end in `eos`.
-
-    Raises:
-        ConfigError: a length is below 2.
     """
-    _check_lengths(source_length=source_length, target_length=target_length)
     sources = vocabulary.encode([prefix + pair.source for pair in pairs])
     targets = vocabulary.encode([pair.target for pair in pairs])
     return [
@@ -84,9 +80,8 @@ def decoder_only(
         tokens of the target and its `eos`, 0 elsewhere.
 
     Raises:
-        ConfigError: a length is too small.
+        ConfigError: `source_length` is too small.
     """
-    _check_lengths(target_length=target_length)
     heads = _prompts(pairs, vocabulary, prefix, source_length)
     targets = vocabulary.encode([" " + pair.target for pair in pairs])
     length = source_length + target_length
@@ -142,15 +137,6 @@ def _prompts(
     return [source[: length - len(separator)] + separator for source in sources]
 
 
-def _check_lengths(**lengths: int) -> None:
-    for name, length in lengths.items():
-        if length < 2:
-            raise ConfigError(
-                f"`--{name.replace('_', '-')}` must be at least 2 (a token and the "
-                f"end), got {length}"
-            )
-
-
 def _ended(ids: Sequence[int], length: int, vocabulary: Vocabulary) -> np.ndarray:
     return _padded([*ids[: length - 1], vocabulary.eos], length, vocabulary.pad)
 
@@ -176,9 +162,9 @@ def batched(
         seed: of the order.
 
     Raises:
-        ConfigError: there is no example, or `batch_size` is below 1.
+        ConfigError: there is no example.
     """
-    _check_batches(examples, batch_size)
+    _check_any(examples)
     endless = grain.MapDataset.source(examples).shuffle(seed=seed).repeat()
     return endless.batch(batch_size)
 
@@ -199,9 +185,9 @@ def in_order(
         batch is filled up by repeating its last example.
 
     Raises:
-        ConfigError: there is no example, or `batch_size` is below 1.
+        ConfigError: there is no example.
     """
-    _check_batches(examples, batch_size)
+    _check_any(examples)
     batches = []
     for start in range(0, len(examples), batch_size):
         rows = list(examples[start : start + batch_size])
@@ -211,8 +197,6 @@ def in_order(
     return batches
 
 
-def _check_batches(examples: Sequence[Example], batch_size: int) -> None:
+def _check_any(examples: Sequence[Example]) -> None:
     if not examples:
         raise ConfigError("there is no example to make batches of; give more data")
-    if batch_size < 1:
-        raise ConfigError(f"`--batch-size` must be at least 1, got {batch_size}")

@@ -13,21 +13,9 @@ from experiments.common.config import (
     check_at_least,
     check_fractions,
 )
+from experiments.models.config import PUBLISHED
 
-ModelName = Literal[
-    "t5-tiny",
-    "gpt2-tiny",
-    "t5-small",
-    "t5-base",
-    "t5-large",
-    "t5-3b",
-    "t5-v1_1-small",
-    "t5-v1_1-base",
-    "gpt2",
-    "gpt2-medium",
-    "gpt2-large",
-    "gpt2-xl",
-]
+ModelName = Literal["t5-tiny", "gpt2-tiny", *PUBLISHED]
 DatasetName = Literal["docstrings", "phrases", "xsum", "billsum", "iwslt2017", "opus"]
 
 

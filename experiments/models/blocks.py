@@ -198,27 +198,27 @@ def stack(params: dict[str, Any], numpy: Any = jnp) -> dict[str, Any]:
         The parameters of the same model with `scan`.
     """
 
-    def convert(name, tree):
-        if not isinstance(tree, dict):
-            return tree
-        if name in _STACKS:
-            layers = [tree[i] for i in range(len(tree))]
-            return jax.tree.map(lambda *leaves: numpy.stack(leaves), *layers)
-        return {key: convert(key, part) for key, part in tree.items()}
+    def stacked(blocks):
+        layers = [blocks[i] for i in range(len(blocks))]
+        return jax.tree.map(lambda *leaves: numpy.stack(leaves), *layers)
 
-    return convert("", params)
+    return _with_stacks(params, stacked)
 
 
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
     """Undoes `stack`."""
 
-    def convert(name, tree):
-        if not isinstance(tree, dict):
-            return tree
-        if name in _STACKS:
-            layers = len(jax.tree.leaves(tree)[0])
-            parts = range(layers)
-            return {i: jax.tree.map(lambda x, i=i: x[i], tree) for i in parts}
-        return {key: convert(key, part) for key, part in tree.items()}
+    def numbered(blocks):
+        layers = range(len(jax.tree.leaves(blocks)[0]))
+        return {i: jax.tree.map(lambda x, i=i: x[i], blocks) for i in layers}
 
-    return convert("", params)
+    return _with_stacks(params, numbered)
+
+
+def _with_stacks(tree: Any, change: Callable[[Any], Any], name: str = "") -> Any:
+    """Changes the parts of a parameter tree that hold the blocks of a stack."""
+    if name in _STACKS:
+        return change(tree)
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _with_stacks(part, change, key) for key, part in tree.items()}

@@ -1,5 +1,7 @@
 """Arrays of examples against rows written out by hand, and the order of batches."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -90,17 +92,12 @@ def test_a_prompt_is_what_stood_before_the_target():
         assert vocab.decode([labels]) == [" The dog barks"]
 
 
-def test_lengths_are_too_small():
-    def make(function, **lengths):
-        return function(PAIRS, Spaced(), prefix="", **lengths)
-
-    with pytest.raises(ConfigError, match="`--source-length` must be at least 2 .* 1$"):
-        make(batches.encoder_decoder, source_length=1, target_length=2)
-    for function in (batches.encoder_decoder, batches.decoder_only):
-        with pytest.raises(ConfigError, match="`--target-length` must be at least 2 "):
-            make(function, source_length=9, target_length=1)
-    with pytest.raises(ConfigError, match=r"`--source-length` must be at least 4 \(th"):
-        make(batches.prompts, source_length=3)
+def test_sources_are_too_short():
+    decoder_only = functools.partial(batches.decoder_only, target_length=2)
+    message = r"`--source-length` must be at least 4 \(th"
+    for function in (batches.prompts, decoder_only):
+        with pytest.raises(ConfigError, match=message):
+            function(PAIRS, Spaced(), prefix="", source_length=3)
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +130,8 @@ def test_in_order_fills_up_the_last_batch(examples):
     assert [real for _, real in batches.in_order(examples, 5)] == [5, 5]
 
 
-def test_nothing_to_make_batches_of(examples):
+def test_nothing_to_make_batches_of():
     with pytest.raises(ConfigError, match="there is no example to make batches of; "):
         batches.batched([], 2, seed=0)
-    with pytest.raises(ConfigError, match="`--batch-size` must be at least 1, got 0"):
-        batches.in_order(examples, 0)
+    with pytest.raises(ConfigError, match="there is no example to make batches of; "):
+        batches.in_order([], 2)

@@ -260,6 +260,8 @@ def _run_and_kill(arguments, folder, rows, settings):
     [
         ("--updates 0", "`--updates` must be at least 1, got 0"),
         ("--ranks 8 0", "`--ranks` must be at least 1, got 0"),
+        ("--source-length 1", "`--source-length` must be at least 2, got 1"),
+        ("--target-length 1", "`--target-length` must be at least 2, got 1"),
         ("--ranks 8 8", "`--ranks` must name at least one, each once, got '8 8'"),
         ("--samples -1", "`--samples` must be non-negative, got -1"),
         ("--stop-after 0", "`--stop-after` must be between 1 and `--updates` (600)"),
