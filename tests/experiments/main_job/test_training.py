@@ -13,6 +13,7 @@ from experiments.common import checkpoints, problem, records, state_bytes
 from experiments.common.config import Run
 from experiments.common.errors import ConfigError, NonFiniteLossError
 from experiments.common.methods import MAIN, METHODS, settings_of
+from experiments.main_job import seeds
 from experiments.main_job.config import Config
 from experiments.main_job.prepare import prepare
 from experiments.main_job.run import run
@@ -257,3 +258,14 @@ def test_nothing_to_compress(tiny, tmp_path):
     config = dataclasses.replace(tiny, output_dir=tmp_path, model=model)
     with pytest.raises(ConfigError, match="`--ranks` 16 compresses no matrix of this"):
         run(config)
+
+
+def test_mean_over_seeds(finished, tmp_path):
+    """The same job twice: the error is 0."""
+    config, rows = finished
+    seeds.main(tmp_path, [config.output_dir] * 2)
+    table = (tmp_path / "seeds.md").read_text().splitlines()
+    assert len(table) == 2 + len(rows)
+    assert all(line.endswith("± 0.000 |") for line in table[2:])
+    lines = records.read_rows(tmp_path / "seeds.jsonl")
+    assert [line["seed"] for line in lines] == [config.seed] * 2 * len(rows)
