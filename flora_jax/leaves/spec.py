@@ -8,12 +8,11 @@ vector of fixed length, and :func:`verify_state` compares it on the host.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import warnings
 import zlib
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -25,11 +24,19 @@ from flora_jax.leaves.state_leaves import abstract_state
 
 FORMAT = 3
 _WORDS = 64
-_HEADER = 5  # Format, checksum of the whole text, identity, two words of the root key.
+# Format, checksum of the whole text, identity, two words of the root key, interval.
+_HEADER = 6
 _TEXT_BYTES = 4 * (_WORDS - _HEADER)
+_OTHER_STRUCTURE = (
+    "`state` must have the structure that `tx` gives it, got {}; restore the checkpoint"
+    " into the structure of tx.init(params)"
+)
 _MOST_DIFFERENCES = 8  # More of them say nothing new.
 _LONGEST_VALUE = 64  # The settings of one transformation share about 240 bytes.
-_TRACED = "traced"
+# In a word of its own: optax.inject_hyperparams makes an array of it, which is traced
+# under jit, and the state has to be the same.
+_INTERVALS = ("resample_every", "refresh_every")
+_IN_A_WORD = "in a word"
 # Settings that act through the leaf plans alone, which the identity covers.
 _PLANNING = {
     "rank",
@@ -52,19 +59,18 @@ def make_spec(name: str, key: Any, identity: int = 0, **settings: Any) -> jax.Ar
         left out. See :func:`describe` for how they are written.
 
     Returns:
-      A uint32 vector of 64 words: concrete even where ``init`` is traced, unless the
-      key is.
+      A uint32 vector of 64 words.
     """
-    given = {k: describe(v) for k, v in settings.items() if v is not None}
-    pairs = {"transformation": name, **given}
+    given = {k: v for k, v in settings.items() if v is not None}
+    interval = next((given[k] for k in _INTERVALS if k in given), 0)
+    given |= {k: _IN_A_WORD for k in _INTERVALS if k in given}
+    pairs = {"transformation": name, **{k: describe(v) for k, v in given.items()}}
     text = "; ".join(f"{k}: {v}" for k, v in pairs.items()).encode()
     padded = text[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
     words = np.frombuffer(padded, "<u4").astype(np.uint32)
     head = np.array([FORMAT, zlib.crc32(text), identity], np.uint32)
-    if isinstance(key, jax.core.Tracer):
-        return jnp.concatenate([head, key, words])
-    with jax.ensure_compile_time_eval():  # verify_state reads it from an abstract init.
-        return jnp.concatenate([head, key, words])
+    every = jnp.asarray(interval, jnp.uint32)[None]
+    return jnp.concatenate([head, key, every, words])
 
 
 def spec_identity(spec: jax.Array) -> jax.Array:
@@ -77,8 +83,7 @@ def describe(value: Any) -> str:
 
     Of a dataclass only the fields that differ from their defaults are written, so that
     a field added later does not change the meaning of old states. Functions go by their
-    qualified name, traced numbers by the word "traced", which agrees with any, and long
-    values by a checksum.
+    qualified name, and long values by a checksum.
 
     Args:
       value: the setting.
@@ -93,36 +98,18 @@ def describe(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, jax.core.Tracer):
-        return _TRACED
     if isinstance(value, jax.Array | np.ndarray):
-        return _text(np.asarray(value).tolist())
+        value = np.asarray(value).tolist()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = (
-            (field.name, getattr(value, field.name), field)
-            for field in dataclasses.fields(value)
-        )
-        settings = ", ".join(
-            f"{name}={_text(x)}" for name, x, field in fields if x != _default(field)
-        )
-        return f"{type(value).__name__}({settings})"
-    if isinstance(value, functools.partial):
-        return f"partial({_text(value.func)}, {value.args}, {value.keywords})"
-    if callable(value):
-        return getattr(value, "__qualname__", type(value).__qualname__)
-    if isinstance(value, dict):
-        pairs = sorted((str(k), _text(v)) for k, v in value.items())
-        return "{" + ", ".join(f"{k}: {v}" for k, v in pairs) + "}"
+        fields = ((x, getattr(value, x.name)) for x in dataclasses.fields(value))
+        settings = [f"{x.name}={_text(own)}" for x, own in fields if own != x.default]
+        return f"{type(value).__name__}({', '.join(settings)})"
     if isinstance(value, tuple | list):
         return f"({', '.join(map(_text, value))})"
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
     # 16 and 16.0 are one setting.
     return f"{value:.9g}" if isinstance(value, float | np.floating) else repr(value)
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
 
 
 def verify_state(
@@ -159,28 +146,26 @@ def verify_state(
     """
     tx = check.check_transformation("tx", tx, state)
     if params is None:
-        expected, shapes = _specs_of_settings(tx, state), None
+        expected, shapes = _specs_of_settings(tx, state), {}
     else:
-        expected, shapes = _specs_and_shapes(tx, state, params)
-    found = _specs(state)
+        expected = _specs_of_init(tx, params)
+        shapes = _shapes(abstract_state(tx.init, params))
+    found, actual = _specs(state), _shapes(state)
+    if shapes and shapes.keys() != actual.keys():
+        different = sorted(shapes.keys() ^ actual.keys())[:4]
+        raise ValueError(_OTHER_STRUCTURE.format(f"trees that differ at {different}"))
     if expected.keys() != found.keys():
-        raise ValueError(
-            "`state` must hold the specs that `tx` writes, got specs at"
-            f" {sorted(found)}, expected at {sorted(expected)}; restore the checkpoint"
-            " into the structure of tx.init(params)"
-        )
+        specs = f"specs at {sorted(found)}, expected at {sorted(expected)}"
+        raise ValueError(_OTHER_STRUCTURE.format(specs))
     differences = [
         f"{path or 'state'}: {line}"
         for path, spec in expected.items()
         for line in _differences(np.asarray(found[path]), spec, params is not None)
+    ] or [
+        f"{path}: {actual[path]} in the state, {shape} in tx"
+        for path, shape in shapes.items()
+        if actual[path] != shape
     ]
-    if not differences and shapes is not None:
-        actual = _shapes(state)
-        differences = [
-            f"{path}: {actual[path]} in the state, {shape} in tx"
-            for path, shape in shapes.items()
-            if actual[path] != shape
-        ]
     if differences:
         raise ValueError(
             "`state` was made under other settings than `tx` has, got "
@@ -191,11 +176,11 @@ def verify_state(
 
 
 def _specs_of_settings(tx: Any, state: Any) -> dict[str, np.ndarray]:
+    """Those of a fresh state made without the parameters."""
     fresh = []
 
     def init(params: Any) -> Any:
-        # map_params calls this with a placeholder that every optax wrapper knows, so
-        # that a fresh state is made without the parameters.
+        # map_params calls this with a placeholder that every optax wrapper knows.
         fresh.append(tx.init(params))
         return fresh[0]
 
@@ -204,36 +189,21 @@ def _specs_of_settings(tx: Any, state: Any) -> dict[str, np.ndarray]:
     except (TypeError, ValueError) as error:
         if not fresh:
             raise
-        raise ValueError(
-            "`state` must have the structure that `tx` gives it, got another one;"
-            " restore the checkpoint into the structure of tx.init(params)"
-        ) from error
-    return _concrete(_specs(fresh[0]))
+        raise ValueError(_OTHER_STRUCTURE.format("another one")) from error
+    return {path: np.asarray(spec) for path, spec in _specs(fresh[0]).items()}
 
 
-def _specs_and_shapes(
-    tx: Any, state: Any, params: Any
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    specs: dict[str, np.ndarray] = {}
-
-    def init(params: Any) -> Any:
-        new = tx.init(params)
-        specs.update(_concrete(_specs(new)))
-        return new
-
-    shapes = _shapes(abstract_state(init, params))
-    different = sorted(shapes.keys() ^ _shapes(state).keys())
-    if different:
-        raise ValueError(
-            "`state` must have the structure that `tx` gives it for these parameters,"
-            f" got trees that differ at {different[:4]}; restore the checkpoint into"
-            " the structure of tx.init(params)"
-        )
-    return specs, shapes
-
-
-def _concrete(specs: dict[str, Any]) -> dict[str, np.ndarray]:
-    return {path: np.asarray(spec) for path, spec in specs.items()}
+def _specs_of_init(tx: Any, params: Any) -> dict[str, np.ndarray]:
+    # Compiled, so that of the new state nothing but the specs is made; zeros without
+    # strides stand for the parameters, which none of them reads.
+    like = jax.tree.map(
+        lambda x: np.broadcast_to(np.zeros((), jnp.result_type(x)), jnp.shape(x)),
+        params,
+    )
+    specs = jax.jit(lambda params: _specs(tx.init(params)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return {path: np.asarray(spec) for path, spec in specs(like).items()}
 
 
 def _shapes(tree: Any) -> dict[str, str]:
@@ -275,7 +245,7 @@ def _differences(found: np.ndarray, expected: np.ndarray, planned: bool) -> list
     lines = [
         f"{name} {pair[0] or 'default'} in the state, {pair[1] or 'default'} in tx"
         for name, pair in unequal.items()
-        if _TRACED not in pair and not (same_plans and name in _PLANNING)
+        if not (same_plans and name in _PLANNING)
     ]
     if planned and not same_plans and not lines:
         return ["its mask, ranks or dimension numbers decide otherwise for some leaf"]
@@ -288,4 +258,6 @@ def _decode(spec: np.ndarray) -> dict[str, str]:
     text = spec[_HEADER:].astype("<u4").tobytes().rstrip(b"\0").decode(errors="replace")
     pairs = (item.partition(": ") for item in text.split("; "))
     settings = {name: value for name, _, value in pairs}
-    return {**settings, "key data": str(spec[3:_HEADER].tolist())}
+    every = str(spec[_HEADER - 1])
+    settings = {k: every if v == _IN_A_WORD else v for k, v in settings.items()}
+    return {**settings, "key data": str(spec[3:5].tolist())}

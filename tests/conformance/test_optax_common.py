@@ -1,18 +1,24 @@
 """What optax asks of its own optimizers (optax/contrib/_common_test.py)."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optax.contrib import _common_test as optax_test
 
+import flora_jax as fj
 from tests.common import assert_close, cached, full, representative
 from tests.conformance.cases import (
     CASES,
+    DECAY,
     EVERY_K,
     FEW,
+    FOLDS,
+    SMALL,
     by_tier,
     every_case,
     few_cases,
@@ -25,6 +31,45 @@ from tests.conformance.cases import (
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
 
+RECIPES = (
+    "flora",
+    "galore",
+    "fira",
+    "apollo",
+    "apollo_mini",
+    "dct_adamw",
+    "flora_adamw",
+    "flora_muon",
+)
+TESTS = (
+    "test_optimizers_accept_extra_args",
+    "test_optimizers_can_be_wrapped_in_inject_hyperparams",
+    "test_preserve_dtype",
+    "test_gradient_accumulation",
+    "test_state_shape_dtype_shard_stability",
+)
+
+
+# Its parameters are a vector, which nothing sketches, or matrices of 2 x 3.
+@pytest.mark.filterwarnings("ignore:.* sketches 0 of 1 leaves:UserWarning")
+@pytest.mark.parametrize("test", TESTS)
+@pytest.mark.parametrize("recipe", representative(RECIPES))
+def test_optax_own_test_as_it_stands(recipe, test, monkeypatch):
+    theirs = optax_test.ContribTest(f"{test}0")
+    monkeypatch.setattr(optax_test, "_get_opt_factory", lambda name: getattr(fj, name))
+    method = getattr(optax_test.ContribTest, f"{test}0").__wrapped__
+    arguments = {
+        "opt_name": recipe,
+        "opt_kwargs": {"learning_rate": 1e-2, "sketch": SMALL},
+        "wrapper_name": None,
+        "wrapper_kwargs": None,
+        "wrap": False,
+        "dtype": jnp.bfloat16,
+    }
+    known = inspect.signature(method).parameters
+    method(theirs, **{k: v for k, v in arguments.items() if k in known})
+
+
 @every_case
 def test_unknown_extra_arguments_are_accepted_and_nothing_is_retraced(case):
     # run_layer passes an argument that no optimizer expects.
@@ -33,7 +78,36 @@ def test_unknown_extra_arguments_are_accepted_and_nothing_is_retraced(case):
     assert len(reference.traces) == 1
 
 
-@every_case
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_hyperparameters_may_be_schedules_and_masks_callables(recipe):
+    """Learning rate, decays and intervals are traced; no argument is named static."""
+
+    def mask(params):
+        return jax.tree.map(lambda x: jnp.ndim(x) == 2, params)
+
+    every = "resample_every" if recipe == "flora" else "refresh_every"
+    decays = {"b1": DECAY} if recipe == "flora" else {"b1": DECAY, "b2": 0.9}
+    settings = {"learning_rate": 0.1, "weight_decay": 0.01, every: 3, **decays}
+    factory, params = getattr(fj, recipe), layer()
+    make = optax.inject_hyperparams(factory)
+    tx = make(
+        **{name: optax.constant_schedule(value) for name, value in settings.items()},
+        sketch=FOLDS,
+        weight_decay_mask=mask,
+    )
+    alone = factory(**settings, sketch=FOLDS, weight_decay_mask=mask)
+    state, expected = tx.init(params), alone.init(params)
+    assert settings.keys() <= state.hyperparams.keys()
+    shapes = jax.eval_shape(tx.update, params, state, params)
+    assert jax.tree.map(jax.typeof, shapes[1].inner_state) == jax.tree.map(
+        jax.typeof, jax.eval_shape(alone.update, params, expected, params)[1]
+    )
+    assert_close(
+        run(tx, params, 4).updates[-1], run(alone, params, 4).updates[-1], "float32"
+    )
+
+
+@few_cases
 def test_inject_hyperparams_changes_nothing(case):
     inject = optax.inject_hyperparams(case.factory)
     reference = run_layer(case)

@@ -244,21 +244,16 @@ def test_a_new_field_of_a_projection_changes_no_state():
 
 
 def test_an_injected_interval():
-    """It is written by its value, or as traced where init is: that agrees with any."""
+    """It has a word of its own, which is the same where init is traced."""
     make = optax.inject_hyperparams(fj.compressed_momentum)
     tx, other = (make(0.5, FOLDS, resample_every=every) for every in (4, 5))
     state = tx.init(layer())
-    assert "resample_every: 4" in text_of(state.inner_state.spec)
+    assert int(state.inner_state.spec[5]) == 4
     fj.verify_state(tx, state, layer())
     with pytest.raises(ValueError, match="resample_every 4 in the state, 5 in tx"):
         fj.verify_state(other, state)
     traced = jax.jit(tx.init)(layer())
-    assert "resample_every: traced" in text_of(traced.inner_state.spec)
-    fj.verify_state(other, traced)
-
-
-def text_of(spec):
-    return np.asarray(spec[5:]).tobytes().rstrip(b"\0").decode()
+    np.testing.assert_array_equal(traced.inner_state.spec, state.inner_state.spec)
 
 
 def test_the_arguments_in_another_order():
@@ -280,7 +275,9 @@ def test_a_state_of_another_format_and_a_stacked_one():
 @sketching
 def test_a_state_without_a_spec_is_refused(case):
     state = optax.tree.set(run_layer(case).states[0], spec=None)
-    with pytest.raises(ValueError, match=r"must hold the specs .* got specs at \[\]"):
+    with pytest.raises(
+        ValueError, match=r"must have the structure .* got specs at \[\]"
+    ):
         fj.verify_state(case(), state)
 
 

@@ -62,6 +62,8 @@ def pairs():
         yield pytest.param(case, other, id=f"{case.name}-{other.name}", marks=marks)
 
 
+# One of the two has the bias alone.
+@pytest.mark.filterwarnings("ignore:.* sketches 0 of 1 leaves:UserWarning")
 @pytest.mark.parametrize(("case", "other"), list(pairs()))
 def test_partition_between_two_transformations(case, other):
     labels = {"layer": {"kernel": "a", "bias": "b"}}
@@ -108,12 +110,11 @@ def masks():
     return [(matrices, half), (half, matrices), (half, half), (True, half)]
 
 
-@pytest.mark.parametrize(("outside", "inside"), representative(masks()))
-def test_masks_outside_and_inside_of_an_accumulation(outside, inside):
-    params = {
-        "a": layer()["layer"],
-        "c": {"kernel": jnp.ones((24, 8)), "bias": jnp.ones(8)},
-    }
+@pytest.mark.parametrize("nested", representative(masks()))
+def test_masks_outside_and_inside_of_an_accumulation(nested):
+    outside, inside = nested
+    other = {"kernel": jnp.ones((24, 8)), "bias": jnp.ones(8)}
+    params = {"a": layer()["layer"], "c": other}
 
     def both(accumulate, masked=optax.masked):
         recipe = fj.flora(0.1, FOLDS, DECAY)
