@@ -19,6 +19,7 @@ from flora_jax.cli import picture as _picture
 from flora_jax.cli import plan as _command
 from flora_jax.cli.model_files import ModelFileError, read_shapes
 from flora_jax.memory.tables import format_bytes
+from tests.common import representative
 
 GPT2 = {
     "model_type": "gpt2",
@@ -361,7 +362,7 @@ PREDICTED = {
 }
 
 
-@pytest.mark.parametrize("name", PREDICTED)
+@pytest.mark.parametrize("name", representative(list(PREDICTED)))
 def test_the_guide_says_what_the_command_says(write, capsys, name):
     """Its table of predictions, to the digits that it has."""
     row = next(
