@@ -28,28 +28,27 @@ class Basis:
 
     Attributes:
       sketcher: the settings of the sketches.
-      refresh_every: T, possibly traced; None keeps the first basis.
+      refresh_every: T, an int or traced; None keeps the first basis.
       stagger: whether leaves change theirs at different steps.
     """
 
     sketcher: Sketcher
-    refresh_every: int | jax.Array | None
+    refresh_every: Any
     stagger: bool
 
     @functools.cached_property
-    def stored(self) -> AdaptiveProjection | None:
-        """The projection, if its bases are stored."""
-        projection = self.sketcher.projection
-        return projection if isinstance(projection, AdaptiveProjection) else None
+    def is_stored(self) -> bool:
+        """Whether bases are chosen and stored, and not regenerated from a key."""
+        return isinstance(self.sketcher.projection, AdaptiveProjection)
 
     def plan(self, tree: PyTree) -> tuple[LeafPlan, ...]:
         """Plans of all leaves, after checking that each has enough directions."""
         plans = self.sketcher.plan(tree)
         for plan in plans:
-            if plan.dense or self.stored is None:
+            if plan.dense or not self.is_stored:
                 continue
             other = plan.rows if plan.axis == -1 else plan.columns
-            found = self.stored.directions(plan.width, other)
+            found = self.sketcher.projection.directions(plan.width, other)
             if plan.rank > found:
                 raise ValueError(
                     f"`rank` of leaf {plan.path!r} must be at most {found}, the"
@@ -60,8 +59,8 @@ class Basis:
 
     def stored_shape(self, plan: LeafPlan) -> Shape:
         """Shape of a leaf's stored basis."""
-        assert self.stored is not None
-        return plan.resized(*self.stored.stored_sizes(plan.rank), plan.ones)
+        sketched, other = self.sketcher.projection.stored_sizes(plan.rank)
+        return plan.resized(sketched, other, plan.ones)
 
     def renew(
         self,
@@ -89,7 +88,7 @@ class Basis:
         """
         sampled: list[Any] = [None] * len(plans)
         stored, moments = list(stored), list(moments)
-        if self.stored is None:
+        if not self.is_stored:
             sampled = self.sketcher.sample(plans, key, self._epochs(plans, count))
             if self.refresh_every is None or not transport.moves:
                 return sampled, stored, moments
@@ -114,7 +113,7 @@ class Basis:
             for tree, new in zip((stored, moments), renewed, strict=True):
                 for i, leaf in zip(members, new, strict=bool(tree)):
                     tree[i] = leaf
-        if self.stored is not None:
+        if self.is_stored:
             sampled = self._read(plans, stored)
         return sampled, stored, moments
 
@@ -132,7 +131,7 @@ class Basis:
     ) -> tuple[list[jax.Array], list[list[Moments]]]:
         """:meth:`renew` of sketched leaves that are all due."""
         new = list(stored)
-        if self.stored is not None:
+        if self.is_stored:
             keys = self.sketcher.keys(plans, range(len(plans)), key, count)
             new = [
                 self._choose(plan, own, grad)
@@ -140,14 +139,13 @@ class Basis:
             ]
         if not transport.moves:
             return new, list(moments)
-        if self.stored is not None:
+        if self.is_stored:
             old, sampled = self._read(plans, stored), self._read(plans, new)
             matrices = [
-                self.stored.transfer(a, b, plan.rank, plan.width)
+                self.sketcher.projection.transfer(a, b, plan.rank, plan.width)
                 for plan, a, b in zip(plans, old, sampled, strict=True)
             ]
         else:
-            assert self.refresh_every is not None
             epoch, _ = renewal(count, self.refresh_every, offset)
             back = self.sketcher.transfers(plans, sampled, key, epoch - 1)
             matrices = [matrix.swapaxes(-1, -2) for matrix in back]
@@ -162,17 +160,17 @@ class Basis:
         return new, moved
 
     def _choose(self, plan: LeafPlan, key: jax.Array, grad: jax.Array) -> jax.Array:
-        assert self.stored is not None
         matrix = plan.fold(grad.astype(jnp.float32))
-        chosen = self.stored.choose(key, matrix, plan.rank, plan.axis)
+        chosen = self.sketcher.projection.choose(key, matrix, plan.rank, plan.axis)
         return plan.unfold(chosen, self.stored_shape(plan))
 
     def _read(
         self, plans: Sequence[LeafPlan], stored: Sequence[jax.Array]
     ) -> list[Any]:
-        assert self.stored is not None
         return [
-            None if plan.dense else self.stored.from_stored(plan.fold(x), plan.axis)
+            None
+            if plan.dense
+            else self.sketcher.projection.from_stored(plan.fold(x), plan.axis)
             for plan, x in zip(plans, stored, strict=True)
         ]
 
@@ -190,7 +188,7 @@ class Basis:
         if self.refresh_every is None:
             return count == 0
         _, due = renewal(count, self.refresh_every, offset)
-        if self.stored is None:
+        if not self.is_stored:
             return due
         # A basis that is chosen at every step needs no counter for that.
         return due | (count == 0) | (self.refresh_every == 1)

@@ -30,16 +30,16 @@ class LeafStep(NamedTuple):
     Attributes:
       sketcher: the settings of the sketch.
       plan: the leaf's plan.
-      sampled: what determines S.
       grad: G.
+      sampled: what determines S.
       sketch: R, in the state's shape, float32.
       direction: N, the inner transformation's update, in the state's shape, float32.
     """
 
     sketcher: Sketcher
     plan: LeafPlan
-    sampled: Any
     grad: Float[Array, "..."]
+    sampled: Any
     sketch: Float[Array, "..."]
     direction: Float[Array, "..."]
 
@@ -195,22 +195,40 @@ class Fira(Residual):
         of the leaf's size is made but the update itself.
         """
         plan, (g, r, n) = leaf.plan, leaf.folded()
-        least, share = 0.0, self.share(scale)
-        if isinstance(leaf.sketcher.projection, ObliviousProjection):
-            least = _LEAST * (plan.rank / plan.width) ** 0.5
-        factor = _scaling(g, r, n, _norm_axes(self.norms, plan), least)
+        factor, share = self._factor(leaf, g, r, n, scale), self.share(scale)
         if previous is not None:
-            # ‖G − p·R S‖² per row, as S has orthonormal rows. A residual of roundings
-            # counts as none: it would hold back what follows it.
+            # ‖G − p·R S‖² per row, as S has orthonormal rows where p > 0. A residual of
+            # roundings counts as none: it would hold back what follows it.
             whole = _squares(g, plan.axis)
             left = whole - share * (2 - share) * _squares(r, plan.axis)
             left = jnp.where(left > _ROUNDING * whole, left, 0.0)
-            factor, previous = _limited(
-                plan, factor, left, previous, self.limiter, correction
-            )
-        inside = plan.unfold(scale * n - share * factor * r, plan.state_shape)
-        outside = plan.unfold(factor * g, plan.shape)
-        return outside + leaf.expanded(inside), previous
+            norm = jnp.sum(factor**2 * left, (-2, -1), keepdims=True)
+            norm, old = jnp.sqrt(norm) / correction, plan.fold(previous)
+            growth = jnp.maximum(norm / (old + _SMALL), self.limiter) / self.limiter
+            growth = jnp.where(old > 0, growth, 1.0)  # A first step is not limited.
+            factor = factor / growth
+            previous = plan.unfold(norm / growth, previous.shape)
+        update = plan.unfold(factor * g, plan.shape)
+        if self.needs_isometry:
+            inside = plan.unfold(scale * n - share * factor * r, plan.state_shape)
+            update = update + leaf.expanded(inside)
+        return update, previous
+
+    def _factor(
+        self, leaf: LeafStep, g: jax.Array, r: jax.Array, n: jax.Array, scale: Any
+    ) -> jax.Array:
+        """What the residual is multiplied by: φ."""
+        del scale
+        plan, axes = leaf.plan, self._axes(leaf.plan)
+        seen = jnp.sqrt(_squares(r, axes))
+        if isinstance(leaf.sketcher.projection, ObliviousProjection):
+            # A row may cancel in a random sketch, which then says nothing of its scale.
+            least = _LEAST * (plan.rank / plan.width) ** 0.5
+            seen = jnp.maximum(seen, least * jnp.sqrt(_squares(g, axes)))
+        return jnp.sqrt(_squares(n, axes)) / (seen + _SMALL)
+
+    def _axes(self, plan: LeafPlan) -> Any:
+        return plan.axis if self.norms == "channel" else (-2, -1)
 
 
 @jax.tree_util.register_dataclass
@@ -248,18 +266,18 @@ class Apollo(Fira):
 
     needs_isometry: ClassVar[bool] = False
 
-    def update(
-        self, leaf: LeafStep, scale: Any, previous: jax.Array | None, correction: Any
-    ) -> tuple[Float[Array, "..."], jax.Array | None]:
-        """See :meth:`Residual.update`."""
-        plan, (g, r, n) = leaf.plan, leaf.folded()
-        factor = scale * _scaling(g, r, n, _norm_axes(self.norms, plan), 0.0)
-        if previous is not None:
-            left = _squares(g, plan.axis)
-            factor, previous = _limited(
-                plan, factor, left, previous, self.limiter, correction
-            )
-        return plan.unfold(factor * g, plan.shape), previous
+    def share(self, scale: Any) -> Any:
+        """None of R S is left out."""
+        del scale
+        return 0.0
+
+    def _factor(
+        self, leaf: LeafStep, g: jax.Array, r: jax.Array, n: jax.Array, scale: Any
+    ) -> jax.Array:
+        """What the gradient is multiplied by: α·φ."""
+        del g
+        seen, size = (jnp.sqrt(_squares(x, self._axes(leaf.plan))) for x in (r, n))
+        return scale * (size / (seen + _SMALL))
 
 
 def check_decays(owner: Any) -> None:
@@ -272,43 +290,6 @@ def check_decays(owner: Any) -> None:
     for name, beta in (("b1", owner.b1), ("b2", owner.b2)):
         if beta is not None:
             check.check_number(name, beta, 0, 1, "0.9 and 0.999 are Adam's")
-
-
-def _norm_axes(norms: str, plan: LeafPlan) -> Any:
-    return plan.axis if norms == "channel" else (-2, -1)
-
-
-def _scaling(
-    g: Float[Array, "*batch n m"],
-    r: Float[Array, "*batch _ _"],
-    n: Float[Array, "*batch _ _"],
-    axes: Any,
-    least: float,
-) -> Float[Array, "*batch _ _"]:
-    """‖N‖/‖R‖ along the axes, with ‖R‖ at least that share of ‖G‖."""
-    seen = jnp.sqrt(_squares(r, axes))
-    if least:
-        seen = jnp.maximum(seen, least * jnp.sqrt(_squares(g, axes)))
-    return jnp.sqrt(_squares(n, axes)) / (seen + _SMALL)
-
-
-def _limited(
-    plan: LeafPlan,
-    factor: Float[Array, "*batch _ _"],
-    left: Float[Array, "*batch _ _"],
-    previous: jax.Array,
-    limiter: Any,
-    correction: Any,
-) -> tuple[Float[Array, "*batch _ _"], jax.Array]:
-    """The factor of a residual whose growth is limited, and the residual's norm.
-
-    ``left`` are the squared norms of what the factor multiplies.
-    """
-    norm = jnp.sqrt(jnp.sum(factor**2 * left, (-2, -1), keepdims=True)) / correction
-    old = plan.fold(previous)
-    growth = jnp.maximum(norm / (old + _SMALL), limiter) / limiter
-    growth = jnp.where(old > 0, growth, 1.0)  # A first step is not limited.
-    return factor / growth, plan.unfold(norm / growth, previous.shape)
 
 
 def _squares(x: jax.Array, axes: Any) -> jax.Array:

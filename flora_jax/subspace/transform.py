@@ -177,13 +177,8 @@ def scale_in_subspace(
         if transport.moves:
             check_moments(transport, inner_state, sketches)
 
-        dtypes = {"basis": basis.stored.dtype} if basis.stored is not None else {}
-        kept = {
-            field: ()
-            if own is None
-            else zeros_tree(params, own, dtypes.get(field, jnp.float32))
-            for field, own in _kept_shapes(basis, rest, error_feedback, plans).items()
-        }
+        kept = _kept_shapes(basis, rest, error_feedback, plans)
+        stored = sketcher.projection.dtype if basis.is_stored else None
         return SubspaceState(
             count=jnp.zeros([], jnp.int32),
             key=jnp.array(sketch.key_data),
@@ -191,7 +186,9 @@ def scale_in_subspace(
                 plans, refresh_every=refresh_every, stagger=stagger or None
             ),
             inner=inner_state,
-            **kept,
+            basis=_zeros(params, kept["basis"], stored),
+            limiter=_zeros(params, kept["limiter"]),
+            error=_zeros(params, kept["error"]),
         )
 
     def update_fn(
@@ -220,48 +217,33 @@ def scale_in_subspace(
             else []
             for field, own in kept.items()
         )
-        grads, like = jax.tree.leaves(updates), jax.tree.leaves(boxes)
+        grads = jax.tree.leaves(updates)
         moments = _by_leaf(groups, len(plans))
         # Injected numbers have the dtype of the parameters.
         numbers = jax.tree.map(_AS_FLOAT32, (transport, rest, scale))
 
-        def enter(
-            grads: Any,
-            error: Any,
-            stored: Any,
-            moments: Any,
-            root: Any,
-            i: Any,
-            how: Any,
-        ) -> Any:
-            full = _corrected(plans, grads, error) if error else grads
+        def enter(arrays: Any, root: jax.Array, count: jax.Array, how: Keep) -> Any:
+            grads, error, stored, moments = arrays
+            full = _corrected(plans, grads, error)
             sampled, stored, moments = basis.renew(
-                plans, full, stored, moments, how, root, i
+                plans, full, stored, moments, how, root, count
             )
             # Once more, so that how a basis is chosen on a mesh does not decide where
             # the sketches lie; on one device the compiler makes one of both.
-            full = _corrected(plans, grads, error) if error else grads
-            given = [ScaledLeaf(x) for x in full]
-            sketches = [
-                sketcher.sketch_leaf(*leaf)
-                for leaf in zip(plans, sampled, given, strict=True)
-            ]
-            if on_sketch is not None:
-                for plan, own, leaf, new in zip(
-                    plans, sampled, given, sketches, strict=True
-                ):
-                    if not plan.dense:
-                        on_sketch(SketchEvent(sketcher, plan, own, leaf, new, new))
+            sketches, full = [], _corrected(plans, grads, error)
+            for plan, own, leaf in zip(plans, sampled, full, strict=True):
+                given = ScaledLeaf(leaf)
+                sketches.append(sketcher.sketch_leaf(plan, own, given))
+                if on_sketch is not None and not plan.dense:
+                    new = sketches[-1]
+                    on_sketch(SketchEvent(sketcher, plan, own, given, new, new))
             return sketches, sampled, stored, moments
 
         # What is sampled is replicated, as the key is.
         sketches, sampled, stored, moments = run_sharded(
             enter,
-            (like, state.key, stored, moments),
-            grads,
-            error,
-            stored,
-            moments,
+            (jax.tree.leaves(boxes), state.key, stored, moments),
+            (grads, error, stored, moments),
             state.key,
             state.count,
             numbers[0],
@@ -273,34 +255,29 @@ def scale_in_subspace(
             **extra_args,
         )
 
-        def leave(
-            grads: Any, error: Any, limits: Any, found: Any, i: Any, how: Any
-        ) -> Any:
-            residual, scale = how
-            correction = residual.correction(i)
+        def leave(arrays: Any, count: jax.Array, how: tuple[Residual, Any]) -> Any:
+            (grads, error, limits, *found), (residual, scale) = arrays, how
+            correction = residual.correction(count)
             new_updates, new_limits, new_error = [], list(limits), list(error)
-            full = _corrected(plans, grads, error) if error else grads
-            for k, (plan, *leaf) in enumerate(zip(plans, *found, strict=True)):
-                sampled, sketch, update = leaf
-                update = update.astype(jnp.float32)
+            full = _corrected(plans, grads, error)
+            leaves = zip(plans, full, *found, strict=True)
+            for i, (plan, grad, own, new, direction) in enumerate(leaves):
+                update = direction.astype(jnp.float32)
                 if not plan.dense:
-                    step = LeafStep(sketcher, plan, sampled, full[k], sketch, update)
-                    limit = limits[k] if limits else None
+                    step = LeafStep(sketcher, plan, grad, own, new, update)
+                    limit = limits[i] if limits else None
                     update, limit = residual.update(step, scale, limit, correction)
                     if limits:
-                        new_limits[k] = limit
+                        new_limits[i] = limit
                     if error:
-                        new_error[k] = full[k] - step.expanded(sketch)
-                new_updates.append(update.astype(grads[k].dtype))
+                        new_error[i] = grad - step.expanded(new)
+                new_updates.append(update.astype(grads[i].dtype))
             return new_updates, new_limits, new_error
 
         new_updates, limits, error = run_sharded(
             leave,
             (grads, limits, error),
-            grads,
-            error,
-            limits,
-            (sampled, sketches, jax.tree.leaves(directions)),
+            (grads, error, limits, sampled, sketches, jax.tree.leaves(directions)),
             state.count,
             numbers[1:],
         )
@@ -309,9 +286,9 @@ def scale_in_subspace(
             key=state.key,
             spec=state.spec,
             inner=jax.tree.map(cast_like, new_inner, state.inner),
-            basis=rebuild(state.basis, stored) if stored else state.basis,
-            limiter=rebuild(state.limiter, limits) if limits else state.limiter,
-            error=rebuild(state.error, error) if error else state.error,
+            basis=rebuild(state.basis, stored),
+            limiter=rebuild(state.limiter, limits),
+            error=rebuild(state.error, error),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -351,7 +328,7 @@ def _check_objects(
                 f"`{name}` {value} needs a projection with orthonormal rows, got"
                 f" {projection}; use CountSketch(normalization='isometric')"
             )
-    if transport.needs_random_basis and basis.stored is not None:
+    if transport.needs_random_basis and basis.is_stored:
         raise ValueError(
             f"`transport` {transport} is for bases that a key regenerates, got"
             f" {projection}, whose moments it would inflate; use Squared() or LDAdam()"
@@ -363,13 +340,18 @@ def _kept_shapes(
 ) -> dict[str, list[Shape] | None]:
     """Shapes of what a state keeps beside the inner one; None for what it does not."""
     stored = limits = errors = None
-    if basis.stored is not None:
+    if basis.is_stored:
         stored = [basis.stored_shape(plan) for plan in plans]
     if residual.is_limited:
         limits = [plan.resized(1, 1, plan.ones) for plan in plans]
     if error_feedback:
         errors = [plan.ones if plan.dense else plan.shape for plan in plans]
     return {"basis": stored, "limiter": limits, "error": errors}
+
+
+def _zeros(params: PyTree, shapes: list[Shape] | None, dtype: Any = None) -> PyTree:
+    """A tree of zeros, float32 unless told otherwise; () for what is not kept."""
+    return () if shapes is None else zeros_tree(params, shapes, dtype or jnp.float32)
 
 
 def _check_inner(
@@ -427,6 +409,8 @@ def _corrected(
     plans: Sequence[LeafPlan], grads: Sequence[jax.Array], error: Sequence[jax.Array]
 ) -> list[jax.Array]:
     """The gradients with what earlier sketches have left out."""
+    if not error:
+        return list(grads)
     return [
         grad if plan.dense else grad.astype(jnp.float32) + left
         for plan, grad, left in zip(plans, grads, error, strict=True)
