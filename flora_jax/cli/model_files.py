@@ -1,4 +1,4 @@
-"""Shapes of a model's parameters from its files, without its numbers.
+"""Shapes of a model's parameters from its files, without their values.
 
 Headers of safetensors files and their index:
 https://huggingface.co/docs/safetensors; the names of configurations:
@@ -44,7 +44,7 @@ def read_shapes(path: str | pathlib.Path, dtype: str | None = None) -> Shapes:
 
     Args:
       path: a safetensors file, an index ``*.safetensors.index.json`` with its files
-        beside it, or a Hugging Face ``config.json`` of T5, GPT-2 or Llama.
+        in the same folder, or a Hugging Face ``config.json`` of T5, GPT-2 or Llama.
       dtype: a dtype for all parameters; None keeps the file's, float32 if it has none.
 
     Returns:
@@ -85,7 +85,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
             " config.json"
         ) from error
     if not isinstance(content, dict):
-        raise ModelFileError(f"{path}: its JSON is no object")
+        raise ModelFileError(f"{path}: its JSON is not an object")
     return content
 
 
@@ -100,7 +100,7 @@ def _safetensors(path: pathlib.Path) -> Shapes:
         raise ModelFileError(f"{path}: {error.strerror}") from error
     if not length or len(header) != length:
         raise ModelFileError(
-            f"{path}: no safetensors header of {length} bytes; is the file whole?"
+            f"{path}: no safetensors header of {length} bytes; is the file complete?"
         )
     try:
         entries = json.loads(header)
@@ -125,7 +125,7 @@ def _safetensors(path: pathlib.Path) -> Shapes:
 
 
 def _shape(sizes: Any) -> tuple[int, ...]:
-    """A shape from a header, or ValueError for what is none."""
+    """A shape from a header, or ValueError if malformed."""
     if not isinstance(sizes, list) or not all(map(_is_size, sizes)):
         raise ValueError(sizes)
     return tuple(sizes)
@@ -141,12 +141,12 @@ def _index(path: pathlib.Path, content: dict[str, Any]) -> Shapes:
     if not isinstance(files, dict) or not all(
         isinstance(x, str) for x in files.values()
     ):
-        raise ModelFileError(f"{path}: 'weight_map' is no object of file names")
+        raise ModelFileError(f"{path}: 'weight_map' is not an object of file names")
     shapes: Shapes = {}
     for name in sorted(set(files.values())):
         if pathlib.PurePath(name).name != name or "\0" in name:
             raise ModelFileError(
-                f"{path}: {name!r} is not the name of a file beside it"
+                f"{path}: {name!r} is not the name of a file in its folder"
             )
         shapes |= _safetensors(path.parent / name)
     missing = sorted(k for k in files if k not in shapes and not _BUFFER.search(k))

@@ -134,7 +134,7 @@ def test_safetensors_and_their_index(tmp_path):
     with pytest.raises(ModelFileError, match="do not hold more"):
         read_shapes(index)
     index.write_text(json.dumps({"weight_map": ["0.safetensors"]}))
-    with pytest.raises(ModelFileError, match="'weight_map' is no object"):
+    with pytest.raises(ModelFileError, match="'weight_map' is not an object"):
         read_shapes(index)
     index.write_text(json.dumps({"weight_map": {"more": "9.safetensors"}}))
     with pytest.raises(ModelFileError, match=r"9\.safetensors: No such file"):
@@ -182,7 +182,7 @@ DEEP = (200_000).to_bytes(8, "little") + b"[" * 200_000
             "w is of dtype I8, which is not trained",
         ),
         ("m.bin", b"\x80\4", "not JSON .* give a .safetensors file"),
-        ("m.json", b"[1]", "its JSON is no object"),
+        ("m.json", b"[1]", "its JSON is not an object"),
         ("m.json", {"a": 1}, "neither an index .* nor a model's configuration"),
         ("m.json", {"model_type": "bert"}, "model_type 'bert' is not known, only gpt2"),
         ("m.json", {"model_type": "gpt2"}, "'n_embd' must be a positive integer"),
