@@ -142,6 +142,8 @@ def test_updates_after_a_long_run(name, steps):
     # projections are those of their step.
     begin = steps - TAIL
     late = {k: jnp.int32(v) for k, v in counters_at(first, begin).items()}
+    if name == "momentum":
+        late["epoch"] = jnp.int32(begin // EVERY)
     again = advance(name)(first._replace(**late), begin, steps)
     ours, theirs = (
         # Without the counters: those of inner transformations began at zero.
@@ -222,7 +224,8 @@ def test_a_projection_for_every_step_stands_still_too():
 
     matrices = np.asarray(matrix(LAST - 3 + jnp.arange(3)), np.float64)
     rng, step = np.random.default_rng(0), jit(tx.update)
-    state = tx.init({"wide": jnp.zeros(shape)})._replace(count=jnp.int32(LAST - 3))
+    near = jnp.int32(LAST - 3)
+    state = tx.init({"wide": jnp.zeros(shape)})._replace(count=near, epoch=near)
     assert state.momentum["wide"].shape == (rank, 24)
     momentum, old = np.zeros((rank, 24)), None
     for i in (0, 1, 2, 2, 2):

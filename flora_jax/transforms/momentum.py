@@ -212,8 +212,8 @@ def momentum_step(
         momentum.append(cast_like(new, m))
     count, epoch = optax.safe_increment(state.count), state.epoch
     if resample_every is not None:
-        epoch, due = renewal(count, resample_every)
-        epoch = epoch.astype(jnp.int32)
+        _, due = renewal(count, resample_every)
+        epoch = epoch + due.astype(jnp.int32)
         momentum = _transfer_where(
             due, sketcher, plans, sampled, momentum, state.key, epoch
         )
