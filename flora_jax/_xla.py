@@ -24,7 +24,7 @@ def widened(leaf: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def unshared(tree: PyTree) -> PyTree:
-    """The same arrays, which XLA does not recognise as the same.
+    """The same arrays, which XLA does not recognize as the same.
 
     XLA writes an operand of two reductions to memory (such as a product that both
     square) but fuses the operand of one.

@@ -63,7 +63,7 @@ def diagnostics(
     A pure function of the arguments of ``tx.update``, which it traces without using its
     results: call it inside ``jax.jit`` together with the update itself, and the
     compiler leaves out what neither needs. Each transformation of a chain is measured
-    by what it is given: after ``scale_by_factored_rms`` the normalised gradient.
+    by what it is given: after ``scale_by_factored_rms`` the normalized gradient.
 
     The inner transformation of :func:`flora_jax.compressed_accumulation` is not
     measured. Nor are wrappers that run the update under ``lax.cond``

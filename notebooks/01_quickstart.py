@@ -113,9 +113,9 @@ def state_bytes(make):
 
 sizes = {name: state_bytes(make) for name, make in optimizers.items()}
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito
-colours = [BLUE, ORANGE, BLUE, ORANGE]
+colors = [BLUE, ORANGE, BLUE, ORANGE]
 figure, axes = plt.subplots(figsize=(6.5, 2.4), layout="constrained")
-bars = axes.barh(list(sizes), [x / 2**20 for x in sizes.values()], color=colours)
+bars = axes.barh(list(sizes), [x / 2**20 for x in sizes.values()], color=colors)
 axes.bar_label(bars, fmt="%.2f", padding=3)
 axes.set_xlabel("optimizer state after init (MiB)")
 axes.set_xlim(0, 1.15 * max(sizes.values()) / 2**20)
@@ -165,10 +165,10 @@ panels[0].set_ylabel("training loss (mean of 8 steps)")
 names = list(best)
 titles = ("momentum", "accumulation of 4 micro-batches")
 for axes, pair, title in zip(panels, (names[:2], names[2:]), titles, strict=True):
-    for name, colour, style in zip(pair, (BLUE, ORANGE), ("-", "--"), strict=True):
+    for name, color, style in zip(pair, (BLUE, ORANGE), ("-", "--"), strict=True):
         smooth = np.convolve(best[name], np.ones(8) / 8, "valid")
         label = f"{name}, {sizes[name] / 2**20:.2f} MiB"
-        axes.plot(smooth, style, color=colour, label=label)
+        axes.plot(smooth, style, color=color, label=label)
     axes.set_title(title)
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)

@@ -91,11 +91,11 @@ def errors_of_means(projection):
 
 theory = {"Gaussian": ((M + 1) / RANK) ** 0.5, "CountSketch": (M / RANK - 1) ** 0.5}
 figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-for name, (projection, colour, mark) in STYLES.items():
+for name, (projection, color, mark) in STYLES.items():
     axes.loglog(
-        COUNTS, theory[name] / COUNTS**0.5, "-", color=colour, label=f"{name}, theory"
+        COUNTS, theory[name] / COUNTS**0.5, "-", color=color, label=f"{name}, theory"
     )
-    axes.loglog(COUNTS, errors_of_means(projection), mark, color=colour, label=name)
+    axes.loglog(COUNTS, errors_of_means(projection), mark, color=color, label=name)
 axes.set_xlabel("number of estimates averaged, each with its own key")
 axes.set_ylabel("relative error of the mean")
 axes.legend(frameon=False)
@@ -112,7 +112,7 @@ axes.grid(alpha=0.3, which="both")
 # %%
 RANKS = np.array([8, 16, 32, 64, 128, 256, 512])
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-for name, (projection, colour, mark) in STYLES.items():
+for name, (projection, color, mark) in STYLES.items():
     squares, cosines = [], []
     for rank in RANKS:
 
@@ -130,11 +130,11 @@ for name, (projection, colour, mark) in STYLES.items():
     else:
         variance, cosine = M / RANKS - 1, np.sqrt(RANKS / M)
     shown = variance > 0
-    panels[0].loglog(RANKS[shown], variance[shown], color=colour)
+    panels[0].loglog(RANKS[shown], variance[shown], color=color)
     kept = np.asarray(squares) > 1e-6  # Exact at full rank: not on a logarithmic axis.
-    panels[0].loglog(RANKS[kept], np.asarray(squares)[kept], mark, color=colour)
-    panels[1].semilogx(RANKS, cosine, color=colour, label=f"{name}, theory")
-    panels[1].semilogx(RANKS, cosines, mark, color=colour, label=name)
+    panels[0].loglog(RANKS[kept], np.asarray(squares)[kept], mark, color=color)
+    panels[1].semilogx(RANKS, cosine, color=color, label=f"{name}, theory")
+    panels[1].semilogx(RANKS, cosines, mark, color=color, label=name)
 panels[0].set_ylabel("squared relative error")
 panels[1].set_ylabel("cosine of estimate and gradient")
 panels[1].legend(frameon=False, fontsize=9)
@@ -184,7 +184,7 @@ def milliseconds(function, *arguments):
 ranks = [16, 64, 256]
 key = jax.random.key(5)
 figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-for i, (name, (projection, colour, _)) in enumerate(STYLES.items()):
+for i, (name, (projection, color, _)) in enumerate(STYLES.items()):
     times = [
         milliseconds(
             jax.jit(lambda g, k, p=projection, r=r: p.sketch(k, g, r, -2)), large, key
@@ -193,7 +193,7 @@ for i, (name, (projection, colour, _)) in enumerate(STYLES.items()):
     ]
     places = np.arange(len(ranks)) + 0.38 * (i - 0.5)
     hatch = "//" if i else None
-    axes.bar(places, times, 0.36, color=colour, hatch=hatch, label=name, alpha=0.85)
+    axes.bar(places, times, 0.36, color=color, hatch=hatch, label=name, alpha=0.85)
 axes.set_xticks(range(len(ranks)), [str(r) for r in ranks])
 axes.set_xlabel("rank")
 axes.set_ylabel("ms, including sampling S")
@@ -233,11 +233,11 @@ sums = {
 }
 figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
 lines = zip(sums.items(), (BLUE, ORANGE, BLACK), ("-", "--", ":"), strict=True)
-for (name, total), colour, style in lines:
+for (name, total), color, style in lines:
     values = np.linalg.svd(np.asarray(total, np.float64), compute_uv=False)
     rank = int((values > 1e-4 * values[0]).sum())
     shown = np.maximum(values / values[0], 1e-4)
-    axes.semilogy(shown, style, color=colour, label=f"{name}: rank {rank}")
+    axes.semilogy(shown, style, color=color, label=f"{name}: rank {rank}")
 axes.set_ylim(2e-3, 1.3)
 axes.set_xlabel(f"index of the singular value of the sum of {STEPS} updates")
 axes.set_ylabel("relative to the largest")
@@ -260,7 +260,7 @@ BETA, TOTAL, SHORT = 0.9, 120, 32
 limit = np.log(M / SHORT) / (2 * np.log(1 / BETA))
 figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
 runs = zip((40, 20, 10), (GREEN, BLUE, ORANGE), ("-", "--", ":"), strict=True)
-for every, colour, style in runs:
+for every, color, style in runs:
 
     @jax.jit
     def advance(momentum, new, old, i, every=every):
@@ -275,7 +275,7 @@ for every, colour, style in runs:
         new, old = (jax.random.key(i // every - back) for back in (0, 1))
         momentum = advance(momentum, new, old if i >= every else new, i)
         norms.append(norm(momentum) / norm(gradient))
-    axes.semilogy(norms, style, color=colour, label=f"resampled every {every} steps")
+    axes.semilogy(norms, style, color=color, label=f"resampled every {every} steps")
 axes.axhline(1, color=BLACK, linewidth=0.8)
 axes.set_xlabel("step")
 axes.set_ylabel("norm relative to the gradient's")

@@ -134,22 +134,22 @@ figure, (left, right) = plt.subplots(
     1, 2, figsize=(9, 3.3), layout="constrained", width_ratios=(2, 1)
 )
 styles = zip(rows, (BLUE, ORANGE), ("-", "--"), ("o", "s"), strict=True)
-for row, colour, style, mark in styles:
+for row, color, style, mark in styles:
     name = row["method"] + ("" if row["rank"] is None else f"-r{row['rank']}")
     file = config.output_dir / name / "metrics.jsonl"
     steps = [json.loads(line) for line in file.read_text().splitlines()]
     losses = [(step["update"], step["loss"]) for step in steps if step["update"]]
-    left.plot(*zip(*losses, strict=True), style, color=colour, alpha=0.4)
+    left.plot(*zip(*losses, strict=True), style, color=color, alpha=0.4)
     found = [
         (step["update"], step["validation_loss"])
         for step in steps
         if step.get("validation_loss") is not None
     ]
     left.plot(
-        *zip(*found, strict=True), style, marker=mark, color=colour, label=row["title"]
+        *zip(*found, strict=True), style, marker=mark, color=color, label=row["title"]
     )
     bar = right.bar(row["title"].replace(" ", "\n", 1), row["state_bytes"] / 2**20)
-    bar[0].set_color(colour)
+    bar[0].set_color(color)
     right.bar_label(bar, fmt="%.2f")
 left.set_xlabel("update")
 left.set_ylabel("loss (thin: training, marks: validation)")

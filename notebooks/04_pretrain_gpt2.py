@@ -90,9 +90,9 @@ print(f"24 GiB less parameters and gradients: {left / GIB:.1f} GiB")
 ranks = [16, 64, 256, 512, 1024]
 figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
 styles = zip(recipes.items(), (BLUE, ORANGE, GREEN), "os^", strict=True)
-for (name, make), colour, mark in styles:
+for (name, make), color, mark in styles:
     sizes = [fj.memory_plan(make(r), shapes, compare={}).state_bytes for r in ranks]
-    axes.plot(ranks, np.array(sizes) / GIB, f"{mark}-", color=colour, label=name)
+    axes.plot(ranks, np.array(sizes) / GIB, f"{mark}-", color=color, label=name)
     for budget in (1, 2, 4):
         rank = fj.rank_for_budget(make, shapes, budget * GIB)
         print(f"{name:12} {budget} GiB of state: rank {rank}")
@@ -168,11 +168,11 @@ for name, make in optimizers.items():
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-colours, marks = (BLACK, GREEN, BLUE, ORANGE), "Do^s"
-for (name, losses), colour, mark in zip(curves.items(), colours, marks, strict=True):
+colors, marks = (BLACK, GREEN, BLUE, ORANGE), "Do^s"
+for (name, losses), color, mark in zip(curves.items(), colors, marks, strict=True):
     smooth = np.convolve(losses, np.ones(5) / 5, "valid")
-    left.plot(smooth, color=colour, marker=mark, markevery=12, markersize=5, label=name)
-    right.plot(sizes[name], losses[-10:].mean(), mark, color=colour, markersize=8)
+    left.plot(smooth, color=color, marker=mark, markevery=12, markersize=5, label=name)
+    right.plot(sizes[name], losses[-10:].mean(), mark, color=color, markersize=8)
     right.annotate(
         name,
         (sizes[name], losses[-10:].mean()),

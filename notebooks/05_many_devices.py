@@ -150,10 +150,10 @@ def bytes_on(device, tree):
 figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
 parts = {"parameters": (params, BLUE, None), "FLORA's state": (state, ORANGE, "//")}
 base = np.zeros(8)
-for name, (tree, colour, hatch) in parts.items():
+for name, (tree, color, hatch) in parts.items():
     sizes = np.array([bytes_on(device, tree) / 2**20 for device in jax.devices()])
     axes.bar(
-        range(8), sizes, bottom=base, color=colour, hatch=hatch, label=name, alpha=0.85
+        range(8), sizes, bottom=base, color=color, hatch=hatch, label=name, alpha=0.85
     )
     base += sizes
 axes.set_xlabel("device")
@@ -209,8 +209,8 @@ for rank in (256, 64, 16):
     )
 sent = {name: reduced_bytes(averaged(mean)) / 2**20 for name, mean in means.items()}
 figure, axes = plt.subplots(figsize=(6.5, 2.4), layout="constrained")
-colours = [BLUE, *[ORANGE] * 3]
-bars = axes.barh(list(sent), list(sent.values()), color=colours)
+colors = [BLUE, *[ORANGE] * 3]
+bars = axes.barh(list(sent), list(sent.values()), color=colors)
 axes.bar_label(bars, fmt="%.2f", padding=3)
 axes.invert_yaxis()
 axes.set_xlim(0, 1.15 * max(sent.values()))

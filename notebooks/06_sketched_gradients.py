@@ -230,13 +230,13 @@ def share(rank, projection):
 ranks = [8, 16, 32, 64, 96]
 figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
 axes.axhline(1, color="black", linewidth=1, label="full gradients")
-for projection, style, colour in (
+for projection, style, color in (
     (fj.CountSketch(), "o-", ORANGE),
     (fj.Gaussian(), "s--", GREEN),
 ):
     shares = [share(rank, projection) for rank in ranks]
     name = type(projection).__name__
-    axes.plot(ranks, shares, style, color=colour, label=f"sketched, {name}")
+    axes.plot(ranks, shares, style, color=color, label=f"sketched, {name}")
 axes.axhline(2 / 3, color="grey", linestyle=":", label="no weight gradients")
 axes.set_xlabel("rank of the sketch (widths are 128 and 256)")
 axes.set_ylabel("FLOPs relative to full gradients")

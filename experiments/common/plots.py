@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from experiments.common.report import mean_and_error
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
-"""Of Okabe and Ito, told apart by the colour-blind too; marks differ in shape."""
+"""Of Okabe and Ito, told apart by the color-blind too; marks differ in shape."""
 GREY = "#BBBBBB"
 MARKS = "osD^v<>Phd*pX"
 DASHES = ("-", "--", "-.", ":")
@@ -65,7 +65,7 @@ def points(
         axes: the panel.
         x: places.
         values: those of all seeds at each place.
-        number: chooses colour and mark.
+        number: chooses color and mark.
         **options: of `Axes.errorbar`.
     """
     values = list(values)
@@ -88,10 +88,10 @@ def bars(
     Returns:
         The length of each bar.
     """
-    colours = (GREY, PALETTE[4], PALETTE[1], "#F0E442")
+    colors = (GREY, PALETTE[4], PALETTE[1], "#F0E442")
     left = np.zeros(len(labels))
-    for (name, widths), colour in zip(parts.items(), colours, strict=False):
-        axes.barh(labels, widths, left=left, color=colour, edgecolor="w", label=name)
+    for (name, widths), color in zip(parts.items(), colors, strict=False):
+        axes.barh(labels, widths, left=left, color=color, edgecolor="w", label=name)
         left = left + np.asarray(widths)
     axes.invert_yaxis()
     axes.tick_params(labelsize=8)

@@ -25,7 +25,7 @@ def pack(
 ) -> np.ndarray:
     """Joins documents into one stream and cuts it into examples.
 
-    Neighbours share one token, the last label of the one and the first input of the
+    Neighbors share one token, the last label of the one and the first input of the
     other: every token of the stream but the first is predicted exactly once. The last
     example is filled up with `end_of_text`.
 

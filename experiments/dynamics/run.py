@@ -187,7 +187,7 @@ def decompose(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
 
     Returns:
         "singular_values" of the change, descending; "effective_rank", the exponential
-        of the entropy of its normalised singular values (Roy and Vetterli, 2007);
+        of the entropy of its normalized singular values (Roy and Vetterli, 2007);
         "intruders", how many of the ten leading left singular vectors after training
         have no cosine of 0.5 or more with any left singular vector of before;
         "relative_change", the quotient of the Frobenius norms.

@@ -88,7 +88,7 @@ def _draw(result: Row, path: pathlib.Path) -> None:
                 f"{name}\n{title}" if len(groups) == 1 else name, fontsize=10
             )
         axes.set_xlabel("milliseconds of one step (logarithmic)")
-        used = {_colour(row) for row in result["steps"]}
+        used = {_color(row) for row in result["steps"]}
         kinds = {**_COLOURS, "other": plots.GREY}
         handles = [Patch(color=x, label=name) for name, x in kinds.items() if x in used]
         panels[0, 0].legend(handles=handles, fontsize=8, loc="upper right")
@@ -103,7 +103,7 @@ def _bars(axes: plots.Axes, rows: list[Row]) -> None:
         [row["quartiles"][1] - row["milliseconds"] for row in rows],
     ]
     places = range(len(rows))
-    axes.barh(places, times, color=[_colour(row) for row in rows], xerr=spread)
+    axes.barh(places, times, color=[_color(row) for row in rows], xerr=spread)
     axes.set_yticks(places, labels, fontsize=7)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     floor = rows[0]["floor_milliseconds"]
@@ -113,7 +113,7 @@ def _bars(axes: plots.Axes, rows: list[Row]) -> None:
     axes.axvline(floor, color="black", linestyle=":")
 
 
-def _colour(row: Row) -> str:
+def _color(row: Row) -> str:
     if row["kind"] == "renewal":
         return _COLOURS["renewal"]
     words = (word for word in _COLOURS if word in row["name"])

@@ -72,7 +72,7 @@ def _object(value: Any) -> Any:
     return f"{name}({', '.join(f'{key}={x}' for key, x in arguments.items())})"
 
 
-def summarise(rows: Sequence[Row]) -> list[Result]:
+def summarize(rows: Sequence[Row]) -> list[Result]:
     """Returns each cell at its best learning rate."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -98,7 +98,7 @@ def finished(results: Sequence[Result]) -> list[Result]:
 
 def read(path: pathlib.Path) -> list[Result]:
     """Returns what a JSON-lines file of runs found."""
-    return summarise(read_rows(path))
+    return summarize(read_rows(path))
 
 
 def best_rate(rows: Sequence[Row]) -> float:

@@ -115,7 +115,7 @@ def _safetensors(path: pathlib.Path) -> Shapes:
         if dtype not in _DTYPES and not _BUFFER.search(name):
             raise ModelFileError(
                 f"{path}: {name} is of dtype {dtype}, which is not trained; give the"
-                f" model before quantisation ({', '.join(_DTYPES)})"
+                f" model before quantization ({', '.join(_DTYPES)})"
             )
     return {
         name: jax.ShapeDtypeStruct(shape, jnp.dtype(_DTYPES[dtype]))

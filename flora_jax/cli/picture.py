@@ -44,12 +44,12 @@ def draw(plan: MemoryPlan, name: str, path: str, budget: int | None = None) -> N
         "gradients": [own] * len(states),
         "optimizer state": list(states.values()),
     }
-    for i, (part, colour) in enumerate(zip(sizes, _COLOURS, strict=True)):
+    for i, (part, color) in enumerate(zip(sizes, _COLOURS, strict=True)):
         axes.barh(
             list(states),
             [size / unit for size in sizes[part]],
             left=i * own / unit,
-            color=colour,
+            color=color,
             edgecolor="white",
             label=part,
         )

@@ -36,7 +36,7 @@ def embeddings(path: str, shape: Shape) -> bool:
     ``relative_attention_bias``, ``shared``, ``token_embedder``, ``wpe`` or ``wte``.
 
     Args:
-      path: normalised path of the leaf, for example ``"h/0/attn/c_attn/kernel"``.
+      path: normalized path of the leaf, for example ``"h/0/attn/c_attn/kernel"``.
       shape: its shape, which is not looked at.
     """
     del shape

@@ -1,4 +1,4 @@
-"""Normalised paths of leaves: the same for dicts, NNX states and Linen boxes."""
+"""Normalized paths of leaves: the same for dicts, NNX states and Linen boxes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _VALUE = jax.tree_util.GetAttrKey("value")
 _text = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
-def normalise_path(path: tuple[Any, ...]) -> str:
+def normalize_path(path: tuple[Any, ...]) -> str:
     """A key path as text, without the attribute ``value`` of Variables and boxes."""
     return _text(path[:-1] if path[-1:] == (_VALUE,) else path)
 
 
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    """Normalised path and leaf of each leaf, in the order of ``jax.tree.leaves``."""
+    """Normalized path and leaf of each leaf, in the order of ``jax.tree.leaves``."""
     return [
-        (normalise_path(path) if path[-1:] == (_VALUE,) else _text(path), leaf)
+        (normalize_path(path) if path[-1:] == (_VALUE,) else _text(path), leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     ]
 

@@ -21,7 +21,7 @@ class LeafPlan:
     leaf is kept uncompressed; its ``dense_reason`` says why.
 
     Attributes:
-      path: normalised path of the leaf, for example ``"h/0/attn/c_attn/kernel"``.
+      path: normalized path of the leaf, for example ``"h/0/attn/c_attn/kernel"``.
       shape: shape of the leaf.
       batch_axes: axes that are kept and share one projection.
       row_axes: axes that are folded to the matrix' rows.

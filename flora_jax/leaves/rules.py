@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flora_jax import _validation
 from flora_jax._typing import Axes, LeafMask, PyTree, Shape
 from flora_jax.leaves.fold import Fold, fold_axes, matrix_reason
-from flora_jax.leaves.paths import named_leaves, normalise_path
+from flora_jax.leaves.paths import named_leaves, normalize_path
 from flora_jax.leaves.plan import LeafPlan
 
 
@@ -68,7 +68,7 @@ def _entries(value: Any) -> list[tuple[str, Any]]:
             for path, leaf in _entries(below)
         ]
     flat, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=_is_entry)
-    return [(normalise_path(path), leaf) for path, leaf in flat]
+    return [(normalize_path(path), leaf) for path, leaf in flat]
 
 
 def is_scalar(value: Any) -> bool:
@@ -98,7 +98,7 @@ class LeafRules:
         them (None leaves a leaf dense), or a callable from params to such a tree. Axes
         that are not named are batch axes.
 
-    Trees are looked up by normalised path: ``jax.tree_util.keystr(path, simple=True,
+    Trees are looked up by normalized path: ``jax.tree_util.keystr(path, simple=True,
     separator="/")`` without the ``/value`` that NNX Variables and Linen boxes add. They
     have an entry for every leaf, or for a pattern of its path such as ``"*/kernel"``.
 

@@ -28,7 +28,7 @@ class LeafMemory(NamedTuple):
     """What one parameter takes.
 
     Attributes:
-      path: normalised path of the parameter.
+      path: normalized path of the parameter.
       shape: its shape.
       sketches: shapes of the sketches in its state, such as of its momentum.
       dense_reason: why there are none, or None.

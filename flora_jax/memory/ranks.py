@@ -30,7 +30,7 @@ def ranks_for_budget(
 ) -> PyTree:
     """Chooses a rank for every leaf, so that the optimizer's state fits a budget.
 
-    The singular values s of a leaf, folded to a matrix, are normalised to
+    The singular values s of a leaf, folded to a matrix, are normalized to
 
       s̃ = (s − min s) / (max s − min s),
 
@@ -198,7 +198,7 @@ def _average_spectra(
             plans, jax.tree.leaves(tree), found, strict=True
         ):
             if not plan.dense:
-                spectra.append(_normalise(_singular_values(plan, leaf)))
+                spectra.append(_normalize(_singular_values(plan, leaf)))
     if plans is None:
         raise ValueError(
             "`params_or_grads` must give one tree or more, got an iterator that is at"
@@ -239,7 +239,7 @@ def _singular_values(plan: LeafPlan, leaf: Any) -> np.ndarray:
     return s
 
 
-def _normalise(s: np.ndarray) -> np.ndarray:
+def _normalize(s: np.ndarray) -> np.ndarray:
     """s̃ = (s − min)/(max − min) of each row that is not all zeros.
 
     Args:

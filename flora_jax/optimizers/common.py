@@ -100,7 +100,7 @@ def adamw_in_subspace(
       residual: likewise.
       transport: likewise.
       error_feedback: likewise.
-      orthogonal: whether the updates of matrices are orthogonalised.
+      orthogonal: whether the updates of matrices are orthogonalized.
 
     Returns:
       The gradient transformation.

@@ -37,7 +37,7 @@ def flora(
 
     The chain: :func:`flora_jax.scale_by_factored_rms`, clipping by each leaf's RMS,
     :func:`flora_jax.compressed_momentum`, multiplication by the parameter's RMS, weight
-    decay, learning rate. The momentum averages the normalised, clipped update.
+    decay, learning rate. The momentum averages the normalized, clipped update.
 
     At full rank it equals this chain with ``optax.scale_by_factored_rms()`` and, for
     ``estimator="paper"``, ``optax.ema(b1, debias=False)``; for the default, Nesterov's
@@ -62,7 +62,7 @@ def flora(
         it (2.290 against 2.334 at rank 16, 2.231 against 2.293 at rank 32).
       decay_rate: exponent of the second moment's decay schedule; 0.8 as in Adafactor.
       epsilon: added to the squared gradient; 1e-30 as in Adafactor.
-      clipping_threshold: largest RMS of a leaf's normalised update, before momentum;
+      clipping_threshold: largest RMS of a leaf's normalized update, before momentum;
         None to disable.
       multiply_by_parameter_scale: multiply updates by the RMS of their parameter.
       weight_decay: decoupled weight decay, multiplied by the learning rate; None to

@@ -61,7 +61,7 @@ def flora_adamw(
       residual: what becomes of the part of G outside of the subspace; see
         :func:`flora_jax.scale_in_subspace`. Decays that it leaves open are b1 and b2.
       transport: what becomes of the moments when S changes, likewise.
-      orthogonal: orthogonalise the updates of matrices, as Muon does; see
+      orthogonal: orthogonalize the updates of matrices, as Muon does; see
         :func:`flora_jax.orthogonalize` for its cost.
       weight_decay: decoupled weight decay in the full space, multiplied by the learning
         rate; None to disable.

@@ -1,4 +1,4 @@
-"""A subsampled randomised trigonometric transform."""
+"""A subsampled randomized trigonometric transform."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class TopSVD(MatrixProjection, AdaptiveProjection):
     4·(iterations + 1)·n·m·(r + 8) operations, most of them products. Singular vectors
     come with the signs that the decomposition gives them.
 
-    Stores r·width float32 elements per matrix, also where moments are quantised.
+    Stores r·width float32 elements per matrix, also where moments are quantized.
 
     Attributes:
       normalization: ``"isometric"``: singular vectors are orthonormal.

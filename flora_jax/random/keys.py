@@ -99,7 +99,7 @@ def leaf_keys(
     Args:
       root: the state's key data, uint32 of shape (2,).
       name: the transformation's name, the salt.
-      paths: the leaves' normalised paths; by path and not by index, so that masking a
+      paths: the leaves' normalized paths; by path and not by index, so that masking a
         leaf does not move the randomness of the others.
       epoch: how often the projection was resampled before: an int, an int32 scalar, or
         one for each leaf.

@@ -187,7 +187,7 @@ def sketched_value_and_grad(
     2·T·r·n operations in place of 2·T·m·n for T tokens. The function is traced, and S
     is taken from each gradient back through the equations that make it to the product
     where it begins: through transposes, casts, sums of several uses, jit, scan, cond
-    and rematerialisation. Where something else stands in between, the value there is
+    and rematerialization. Where something else stands in between, the value there is
     computed in full and sketched: the result is the same, to rounding.
     :func:`explain_sketched_gradients` tells which leaves that are.
 

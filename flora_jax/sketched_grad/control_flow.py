@@ -26,7 +26,7 @@ Plan: TypeAlias = Callable[[Any, Sequence[Slot]], Program]
 def plan_call(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
     """A call of a body that runs once: the body's program in its place.
 
-    What a rematerialised body reads stays behind the barrier that keeps XLA from
+    What a rematerialized body reads stays behind the barrier that keeps XLA from
     sharing its results with the forward pass.
     """
     program = plan(called_body(eqn), wanted)

@@ -11,7 +11,7 @@ import numpy as np
 
 from flora_jax._typing import PyTree
 from flora_jax.leaves.boxes import unboxed
-from flora_jax.leaves.paths import normalise_path
+from flora_jax.leaves.paths import normalize_path
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.spec import spec_identity
 from flora_jax.random.keys import check_state_key
@@ -74,7 +74,7 @@ def find_source(state: PyTree) -> ProjectionSource:
     # An accumulation is a leaf here: what its inner state holds is given the gradient
     # that the accumulation estimates.
     leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=holds_key)[0]
-    found = [(normalise_path(path), x) for path, x in leaves if holds_key(x)]
+    found = [(normalize_path(path), x) for path, x in leaves if holds_key(x)]
     if not found:
         raise ValueError(
             "`state` must hold the state of compressed_accumulation or"

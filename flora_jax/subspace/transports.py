@@ -105,7 +105,7 @@ class Squared(Keep):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PreserveRMS(Squared):
-    """First moments m become √(m/r)·m T, second ones v T∘T with normalised columns.
+    """First moments m become √(m/r)·m T, second ones v T∘T with normalized columns.
 
     The columns of T∘T are divided by their sums: an oblivious basis then changes the
     size of neither. A stored basis is no random one, whose moments this would inflate.
@@ -248,7 +248,7 @@ def check_moments(transport: Keep, state: Any, sketches: PyTree) -> None:
             if _shapes(tree) != wanted or coded:
                 raise ValueError(
                     f"`transport` {name} moves moments that are kept like the sketches,"
-                    f" got an `inner` whose {field!r} is not: use Keep(), and quantise"
+                    f" got an `inner` whose {field!r} is not: use Keep(), and quantize"
                     " outside, by quantize_state(scale_in_subspace(...))"
                 )
     if not groups and wanted:

@@ -1,4 +1,4 @@
-"""States survive msgpack and equinox's serialisation bit by bit, at every phase."""
+"""States survive msgpack and equinox's serialization bit by bit, at every phase."""
 
 import io
 import re

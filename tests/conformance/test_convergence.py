@@ -37,7 +37,7 @@ def optimizer(case):
     """The case with a rate that decays to zero, and with it the projection's noise.
 
     Momentum alone is a plain descent: Rosenbrock's curvature of 1000 at the minimum
-    allows no larger rate. The others normalise: their rate is a distance per step.
+    allows no larger rate. The others normalize: their rate is a distance per step.
     """
     updates = STEPS // EVERY_K if case.takes("every_k") else STEPS
     rate = 1e-3 if case.factory is fj.compressed_momentum else 1e-2

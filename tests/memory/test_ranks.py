@@ -39,7 +39,7 @@ def tree(seed=0):
 
 
 def welore(matrix):
-    """The normalised spectrum of one matrix."""
+    """The normalized spectrum of one matrix."""
     s = np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False)
     return (s - s.min()) / (s.max() - s.min())
 

@@ -47,7 +47,7 @@ def numbers(signed, shape=SHAPE, decades=6, seed=0):
 
 
 def tops(x):
-    """Each entry's largest neighbour in its block along the last axis, float64."""
+    """Each entry's largest neighbor in its block along the last axis, float64."""
     x = np.abs(np.asarray(x, np.float64))
     starts = np.arange(0, x.shape[-1], BLOCK)
     return np.maximum.reduceat(x, starts, -1).repeat(BLOCK, -1)[..., : x.shape[-1]]

@@ -245,7 +245,7 @@ def test_keep_asks_for_no_moments():
         (optax.scale_by_rss(), "needs an `inner` with moments .*ScaleByRssState"),
         (
             fj.quantize_state(optax.scale_by_adam(), min_size=1),
-            r"got an `inner` whose 'mu' is not: use Keep\(\), and quantise outside",
+            r"got an `inner` whose 'mu' is not: use Keep\(\), and quantize outside",
         ),
         (
             fj.compressed_momentum(

@@ -11,7 +11,7 @@ import flora_jax as fj
 from flora_jax.random.keys import leaf_keys
 from tests.reference.folds import RANKS, width
 
-# Unoptimised programs: these tests compile much and compute little.
+# Unoptimized programs: these tests compile much and compute little.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 

@@ -26,7 +26,7 @@ def test_rouge_is_a_mean_over_examples():
 
 
 def bleu(prediction, reference):
-    """Papineni et al. (2002) for one pair of tokenised texts without zero counts."""
+    """Papineni et al. (2002) for one pair of tokenized texts without zero counts."""
     logarithms = []
     for n in range(1, 5):
         ngrams = [

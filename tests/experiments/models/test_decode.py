@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from experiments.models import blocks, build, decode
-from tests.experiments.models.tiny import CONFIGS, T5, prompts_of, randomised
+from tests.experiments.models.tiny import CONFIGS, T5, prompts_of, randomized
 
 LENGTH = 6
 
@@ -20,7 +20,7 @@ def case(request):
     """A model that ends some row early, with its end."""
     config = CONFIGS[request.param]
     graphdef, params = build.create(config, 0)
-    params = randomised(params, scale=0.5)
+    params = randomized(params, scale=0.5)
     return config, graphdef, params
 
 
@@ -73,7 +73,7 @@ def test_beam_with_room_for_everything_finds_the_best(penalty):
     # has to come out, whatever the penalty.
     config = dataclasses.replace(T5, vocab_size=5, layers=1, decoder_layers=1)
     graphdef, params = build.create(config, 0)
-    params = randomised(params, seed=3, scale=0.3)
+    params = randomized(params, seed=3, scale=0.3)
     texts = np.array(list(itertools.product(range(5), repeat=3)))
     shifted = np.pad(texts[:, :-1], ((0, 0), (1, 0)))
     source = np.array([[1, 2, 3, 4]])

@@ -7,7 +7,7 @@ from flax import nnx
 
 from experiments.models import build
 from experiments.models.config import GPT2Config
-from tests.experiments.models.tiny import GPT2, by_path, randomised
+from tests.experiments.models.tiny import GPT2, by_path, randomized
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_later_tokens_do_not_change_earlier_logits(model):
 def test_logits_are_those_of_the_formulas(model):
     graphdef, params = model
     rng = np.random.default_rng(0)
-    params = randomised(params, scale=0.1)
+    params = randomized(params, scale=0.1)
     tokens = rng.integers(0, 48, (2, 16))
     logits = nnx.merge(graphdef, params)(tokens)
     weights = {path: np.float64(leaf) for path, leaf in by_path(params).items()}
@@ -89,8 +89,8 @@ def linear(weights, name, x):
 
 
 def norm(weights, name, x):
-    centred = x - x.mean(axis=1, keepdims=True)
-    scaled = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-5)
+    centered = x - x.mean(axis=1, keepdims=True)
+    scaled = centered / np.sqrt((centered**2).mean(axis=1, keepdims=True) + 1e-5)
     return scaled * weights[f"{name}/scale"] + weights[f"{name}/bias"]
 
 

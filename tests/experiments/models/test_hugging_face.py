@@ -10,7 +10,7 @@ import pytest
 from experiments.common.errors import ConfigError
 from experiments.models import build, hugging_face
 from experiments.models.config import PUBLISHED
-from tests.experiments.models.tiny import CONFIGS, GPT2, T5, randomised
+from tests.experiments.models.tiny import CONFIGS, GPT2, T5, randomized
 
 every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -52,7 +52,7 @@ def test_gpt2_names_and_shapes():
 
 
 def tensors_of(config, seed=0):
-    params = randomised(build.create(config, 0)[1], seed)
+    params = randomized(build.create(config, 0)[1], seed)
     return params, hugging_face.to_tensors(params, config)
 
 
@@ -60,7 +60,7 @@ def tensors_of(config, seed=0):
 @pytest.mark.parametrize("scan", [False, True])
 def test_saved_and_loaded(config, scan, tmp_path):
     config = dataclasses.replace(config, scan=scan, dropout=0.25)
-    params = randomised(build.create(config, 0)[1])
+    params = randomized(build.create(config, 0)[1])
     hugging_face.save(params, config, tmp_path / "new")
     read = hugging_face.read_config(tmp_path / "new")
     assert read == dataclasses.replace(config, scan=False)

@@ -1,4 +1,4 @@
-"""Scan, rematerialisation, bfloat16 and dropout change what they say, and no more."""
+"""Scan, rematerialization, bfloat16 and dropout change what they say, and no more."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from experiments.models import blocks, build
-from tests.experiments.models.tiny import CONFIGS, batch_of, by_path, randomised
+from tests.experiments.models.tiny import CONFIGS, batch_of, by_path, randomized
 
 every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -33,7 +33,7 @@ def assert_close(one, other, atol=2e-5):
 def test_scan_and_remat_change_nothing(config):
     key = jax.random.key(4)
     config = dataclasses.replace(config, dropout=0.2, layers=2)
-    params = randomised(build.create(config, 0)[1])
+    params = randomized(build.create(config, 0)[1])
     expected = loss_and_gradients(config, params, key)
     recomputed = dataclasses.replace(config, remat=True)
     assert_close(loss_and_gradients(recomputed, params, key), expected)
@@ -78,7 +78,7 @@ def test_bfloat16_computes_in_bfloat16(config, scan):
     config = dataclasses.replace(config, scan=scan)
     low = dataclasses.replace(config, dtype="bfloat16")
     graphdef, params = build.create(low, 0)
-    params = randomised(params)
+    params = randomized(params)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
     batch = batch_of(config)
     program = jax.make_jaxpr(lambda p: build.token_losses(graphdef, p, batch)[0])

@@ -8,7 +8,7 @@ from flax import nnx
 from experiments.models import build
 from experiments.models.config import T5Config
 from experiments.models.t5_layers import bucket_of
-from tests.experiments.models.tiny import T5, T5_GATED, batch_of, by_path, randomised
+from tests.experiments.models.tiny import T5, T5_GATED, batch_of, by_path, randomized
 
 
 def test_initial_scales():
@@ -57,7 +57,7 @@ def test_buckets_by_hand():
 @pytest.mark.parametrize("config", [T5, T5_GATED])
 def test_padding_and_later_targets_do_not_matter(config):
     graphdef, params = build.create(config, 0)
-    params = randomised(params)
+    params = randomized(params)
     model = nnx.merge(graphdef, params)
     batch = batch_of(config)
     logits = model.training(batch)[0]

@@ -98,7 +98,7 @@ def test_beam_decoding(case, length_penalty):
 def test_transformers_reads_what_is_saved(case, tmp_path, scan):
     theirs, config, params = case
     config = dataclasses.replace(config, scan=scan)
-    params = tiny.randomised(build.create(config, 0)[1], seed=7)
+    params = tiny.randomized(build.create(config, 0)[1], seed=7)
     hugging_face.save(params, config, tmp_path)
     read, info = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())

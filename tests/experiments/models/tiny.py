@@ -27,7 +27,7 @@ T5_GATED = dataclasses.replace(T5, gated=True, tied=False, decoder_layers=1)
 CONFIGS = {"gpt2": GPT2, "t5": T5, "t5_gated": T5_GATED}
 
 
-def randomised(params, seed=0, scale=0.2):
+def randomized(params, seed=0, scale=0.2):
     """Adds noise everywhere: norms and biases at constants would hide mistakes."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(

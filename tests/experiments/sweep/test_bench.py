@@ -12,7 +12,7 @@ from experiments.models.build import create
 from experiments.sweep import run as sweep
 from experiments.sweep.bench import measure
 from experiments.sweep.config import Config
-from experiments.sweep.results import summarise
+from experiments.sweep.results import summarize
 from tests.experiments.job import TINY
 
 WIDTH, RANK = TINY.model.width, 16
@@ -67,7 +67,7 @@ def test_trains_the_family(tmp_path, tiny):
     assert 0 <= rows[0]["matrix_bytes"] - kept < SMALL
     saved = measured("adamw")[0] - rows[0]["state_bytes"]
     assert 0 <= 2 * 4 * MATRICES - kept - saved < SMALL
-    (found,) = summarise(rows)
+    (found,) = summarize(rows)
     line = f"| AdamW on sketches | {RANK} | 0.9 | 0.02 | {found.mean:.3f} ± "
     assert line in output.with_suffix(".md").read_text()
     assert output.with_suffix(".png").stat().st_size > 10_000

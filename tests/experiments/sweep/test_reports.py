@@ -9,7 +9,7 @@ from experiments.claims import report as claims_report
 from experiments.claims import resampling
 from experiments.common.methods import METHODS
 from experiments.family import report as family_report
-from experiments.sweep.results import Result, best_rate, finished, summarise
+from experiments.sweep.results import Result, best_rate, finished, summarize
 
 
 def result(
@@ -79,7 +79,7 @@ def test_a_seed_that_diverges_at_the_best_rate():
         | {"learning_rate": 0.1, "validation_loss": loss, "step_seconds": 0.1}
         for seed, loss in ((0, 4.0), (1, None))
     ]
-    (found,) = summarise(rows)
+    (found,) = summarize(rows)
     assert found.mean == float("inf")
     assert finished([found]) == []
 
@@ -96,7 +96,7 @@ def test_other_options_are_other_results():
             ({"estimator": "paper", "resample_every": None}, 0.1, 5.0),
         )
     ]
-    found = [(x.ranked_title, x.learning_rate, x.mean) for x in summarise(rows)]
+    found = [(x.ranked_title, x.learning_rate, x.mean) for x in summarize(rows)]
     assert found == [
         ("FLORA, r=8", 0.1, 4.0),
         ("FLORA, estimator residual, r=8", 0.2, 2.0),
