@@ -17,7 +17,7 @@ from tests.conformance.cases import (
     CASES,
     assert_identical,
     by_tier,
-    few_cases,
+    every_case,
     jit,
     run_layer,
 )
@@ -171,7 +171,7 @@ def saturated(state, value=LAST):
     return jax.tree.map(fill, state, is_leaf=is_counted)
 
 
-@few_cases
+@every_case
 def test_counters_stay_at_the_largest_number(case):
     reference = run_layer(case)
     first = state = saturated(reference.states[5])

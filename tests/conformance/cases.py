@@ -239,8 +239,7 @@ def by_tier(cases, quick=None):
 
 # Where every case would compile a program of its own: one of each kind of state.
 FEW = ("momentum-nesterov-gaussian", "accumulation-adam", "flora-weight-decay", "fira")
-every_case = pytest.mark.parametrize("case", by_tier(CASES))
-few_cases = pytest.mark.parametrize("case", by_tier(CASES, FEW))
+every_case = pytest.mark.parametrize("case", by_tier(CASES, FEW))
 
 
 def named(tree):

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 import flora_jax as fj
+from flora_jax.leaves.spec import describe
 from tests.conformance.cases import (
     CASES,
     EVERY_K,
@@ -16,7 +17,6 @@ from tests.conformance.cases import (
     STEPS,
     assert_identical,
     every_case,
-    few_cases,
     layer,
     run_layer,
 )
@@ -60,7 +60,7 @@ def through_equinox(state, template):
 @pytest.mark.parametrize(
     "through", [through_bytes, through_a_state_dict, through_equinox]
 )
-@few_cases
+@every_case
 def test_every_phase_continues(case, through):
     reference = run_layer(case)
     template = reference.tx.init(reference.params)
@@ -95,6 +95,8 @@ def other(name, setting, value):
 def message(setting, value, ours):
     if setting == "key":
         setting, value, ours = "key data", [0, value], [0, ours]
+    elif setting == "projection":
+        value, ours = describe(value), describe(ours)
     return re.escape(f"{setting} {value} in the state, {ours} in tx")
 
 

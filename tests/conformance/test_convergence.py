@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 import flora_jax as fj
-from tests.conformance.cases import EVERY_K, SMALL, few_cases, jit, named
+from tests.conformance.cases import EVERY_K, SMALL, every_case, jit, named
 
 # As many as optax takes.
 STEPS = 30_000
@@ -73,7 +73,7 @@ def test_the_matrices_are_sketched_and_the_vectors_are_not():
     assert sketched == {"matrix_parabola", "mixed/1"}
 
 
-@few_cases
+@every_case
 def test_it_converges(case):
     params, goal = named(solve(optimizer(case))), named(GOAL)
     # optax's own tolerance; some entry of each starts at least 1 away.

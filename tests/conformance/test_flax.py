@@ -17,7 +17,7 @@ from tests.conformance.cases import (
     FOLDS,
     SKETCHING,
     by_tier,
-    few_cases,
+    every_case,
     jit,
     layer,
     named,
@@ -109,7 +109,7 @@ def arrays(tree):
     return jax.tree.map(lambda x: x.get_value(), tree, is_leaf=is_variable)
 
 
-@few_cases
+@every_case
 def test_nnx_optimizer(case):
     params, state = trained(case)
     model = Model()
@@ -161,7 +161,7 @@ def assert_sharded_as_fits(optimizer, mesh, but=()):
             assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), (name, part)
 
 
-@few_cases
+@every_case
 def test_nnx_optimizer_with_sharding_metadata(case):
     mesh = make_mesh(jax.sharding.AxisType.Auto)
     tx, grads = on_a_mesh(case), run_layer(case).grads[:EVERY_K]
@@ -182,7 +182,7 @@ def test_nnx_optimizer_with_sharding_metadata(case):
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@few_cases
+@every_case
 def test_nnx_optimizer_made_under_jit_on_a_mesh(case, kind):
     mesh = make_mesh(jax.sharding.AxisType[kind])
 
@@ -197,7 +197,7 @@ def test_nnx_optimizer_made_under_jit_on_a_mesh(case, kind):
 
 
 @pytest.mark.parametrize("boxed", [False, True], ids=["plain", "boxed"])
-@few_cases
+@every_case
 def test_linen_train_state(case, boxed):
     params, opt_state = trained(case)
     model = LinenModel(boxed)

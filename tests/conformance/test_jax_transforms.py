@@ -14,7 +14,6 @@ from tests.conformance.cases import (
     STEPS,
     assert_identical,
     every_case,
-    few_cases,
     gradients,
     jit,
     layer,
@@ -33,7 +32,7 @@ def at(i, tree):
     return jax.tree.map(lambda x: x[i], tree)
 
 
-@few_cases
+@every_case
 def test_without_jit(case):
     reference = run_layer(case)
     # Here the momentum is transferred, and a cycle of accumulation ends.
@@ -48,7 +47,7 @@ def test_without_jit(case):
     assert_close(state, reference.states[-1], "float32")
 
 
-@few_cases
+@every_case
 def test_scan_carries_the_state_of_a_chain(case):
     reference = run_layer(case)
     # Powers of two are exact.
@@ -69,7 +68,7 @@ def test_scan_carries_the_state_of_a_chain(case):
         assert_close(at(i, updates), optax.tree.scale(4.0, expected))
 
 
-@few_cases
+@every_case
 def test_vmap_over_an_ensemble(case):
     reference = run_layer(case)
     tx, step = reference.tx, reference.step
@@ -104,7 +103,7 @@ def run_turned(case):
     return run(case(), turned(layer()), donate=True)
 
 
-@few_cases
+@every_case
 def test_the_order_and_nesting_of_leaves_do_not_matter(case):
     ours, theirs = run_turned(case), run_layer(case)
     assert list(named(ours.params)) == list(named(theirs.params))[::-1]
@@ -117,7 +116,7 @@ def test_the_order_and_nesting_of_leaves_do_not_matter(case):
             assert_close(named(tree), named(other))
 
 
-@few_cases
+@every_case
 def test_the_state_can_be_donated(case):
     # Straight from init: no two of its arrays may share a buffer. Nor may the
     # transformation keep one, so that another state can be made and donated.

@@ -21,7 +21,6 @@ from tests.conformance.cases import (
     SMALL,
     by_tier,
     every_case,
-    few_cases,
     jit,
     layer,
     run,
@@ -107,7 +106,7 @@ def test_hyperparameters_may_be_schedules_and_masks_callables(recipe):
     )
 
 
-@few_cases
+@every_case
 def test_inject_hyperparams_changes_nothing(case):
     inject = optax.inject_hyperparams(case.factory)
     reference = run_layer(case)
@@ -143,7 +142,7 @@ def in_float32(case):
     ("kernel", "bias"),
     [("bfloat16", "float16"), ("float64", "float64")],
 )
-@few_cases
+@every_case
 def test_updates_in_other_dtypes_are_those_of_float32(case, kernel, bias):
     tx = case(**low_precision(case))
     with jax.enable_x64(kernel == "float64"):
@@ -204,7 +203,7 @@ def test_state_can_be_a_branch_of_cond(case, dtype):
         assert {x.dtype.name for x in jax.tree.leaves(new_params)} == {dtype}
 
 
-@few_cases
+@every_case
 def test_multi_steps_around(case):
     reference = run_layer(case)
     tx = optax.MultiSteps(case(), every_k_schedule=2)

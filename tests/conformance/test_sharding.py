@@ -16,7 +16,7 @@ from tests.conformance.cases import (
     STEPS,
     assert_identical,
     by_tier,
-    few_cases,
+    every_case,
     gradients,
     jit,
     layer,
@@ -39,7 +39,7 @@ def types(tree):
     return jax.tree.map(jax.typeof, tree)
 
 
-@few_cases
+@every_case
 def test_sharding_types_of_init_and_update(case):
     # As optax asks (optax/_src/sharding_test.py); here the last axis is sketched.
     explicit = mesh((8,), ("x",), jax.sharding.AxisType.Explicit)
@@ -61,7 +61,7 @@ def test_sharding_types_of_init_and_update(case):
         assert types(traced) == types((updates, new))
 
 
-@few_cases
+@every_case
 def test_sharded_parameters_give_the_same_numbers(case):
     # Both sides of the kernel are sharded: the sketched one, 8 long, and the other.
     reference = run_layer(case)
@@ -108,7 +108,7 @@ def unlocal(tree):
     return jax.tree.map(lambda x: x[None], tree)
 
 
-@few_cases
+@every_case
 def test_a_replicated_state_under_shard_map(case):
     # Gradients are reduced first. check_vma proves, in tracing, that all outputs are
     # the same on all devices, and that branches of cond agree on what differs.

@@ -18,7 +18,7 @@ from tests.conformance.cases import (
     FEW,
     FOLDS,
     assert_identical,
-    few_cases,
+    every_case,
     jit,
     layer,
     named,
@@ -34,7 +34,7 @@ def assert_zero(tree):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(tree))
 
 
-@few_cases
+@every_case
 def test_masked_leaves_do_not_move_the_randomness_of_others(case):
     # The bias comes before the kernel, whose index therefore changes.
     reference = run_layer(case)
@@ -81,7 +81,7 @@ def test_multi_transform_is_partition():
     assert optax.multi_transform is optax.partition
 
 
-@few_cases
+@every_case
 def test_apply_if_finite_leaves_the_state_alone(case):
     reference = run_layer(case)
     tx = optax.apply_if_finite(case(), max_consecutive_errors=3)

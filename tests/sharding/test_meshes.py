@@ -31,7 +31,7 @@ LAYOUTS = {
     "bias": ((64,), P("model")),
 }
 STEPS = 4  # With a refresh before the last, and the end of a cycle of accumulation.
-few_cases = pytest.mark.parametrize("case", by_tier(CASES, FEW))
+every_case = pytest.mark.parametrize("case", by_tier(CASES, FEW))
 
 
 def mesh(kind=jax.sharding.AxisType.Auto):
@@ -110,7 +110,7 @@ def run_on_mesh(case):
     return init, step, states, updates, state
 
 
-@few_cases
+@every_case
 def test_sharded_steps_are_those_of_one_device(case):
     *_, updates, state = run_on_mesh(case)
     tx, params = transformation(case), parameters()
@@ -136,7 +136,7 @@ def assert_near(found, wanted, tolerance):
         np.testing.assert_allclose(x, y, atol=tolerance * np.abs(y).max(initial=0))
 
 
-@few_cases
+@every_case
 def test_states_lie_as_their_parameters_do(case):
     init, _, states, _, state = run_on_mesh(case)
     for leaf, sharding in zip(
@@ -156,7 +156,7 @@ def test_states_lie_as_their_parameters_do(case):
     assert own < total / 2
 
 
-@few_cases
+@every_case
 def test_no_gradient_is_gathered(case):
     # Of the leaves (64, 96) at rank 4, a sketch has 4 x 96 elements and one of the
     # randomized decomposition at most 12 x 96; the least part of a gradient that a

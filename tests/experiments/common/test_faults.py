@@ -94,6 +94,7 @@ def test_write_that_fails_half_way(tmp_path):
     assert_restores(folder, 11)
 
 
+@pytest.mark.full
 def test_full_disk_stops_the_job(finished, tmp_path, monkeypatch, capsys):
     """The command says so in one line, and the last checkpoint is whole."""
     config = dataclasses.replace(
@@ -113,6 +114,7 @@ def test_full_disk_stops_the_job(finished, tmp_path, monkeypatch, capsys):
     assert read_state(config, "flora_momentum")[0] == 2
 
 
+@pytest.mark.full
 def test_full_disk_elsewhere(tiny, monkeypatch, capsys):
     """The metrics, for example; what is no lack of room is not hidden."""
     for number, name in ((28, "No space left on device"), (13, "Permission denied")):
@@ -152,6 +154,7 @@ run(dataclasses.replace(config, methods=("flora_momentum",), checkpoint_every=2)
 """
 
 
+@pytest.mark.full
 def test_killed_during_a_write(finished, tmp_path):
     """SIGKILL from inside the second checkpoint's write, then the rest."""
     config = dataclasses.replace(

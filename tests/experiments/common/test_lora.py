@@ -43,6 +43,7 @@ def with_adapters(config):
     return graphdef, params, adapted, full, traverse_util.unflatten_dict(flat)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MODELS)
 def test_starts_as_the_model_without(name):
     config = MODELS[name]
@@ -53,6 +54,7 @@ def test_starts_as_the_model_without(name):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MODELS)
 def test_merged_is_the_same_function(name):
     config = MODELS[name]

@@ -46,7 +46,8 @@ def arguments(config):
     fields = dataclasses.asdict(config)
     fields |= {f"model.{name}": value for name, value in fields.pop("model").items()}
     chosen = (
-        "methods updates batch_size micro_batches ranks momentum resample_every "
+        "methods updates batch_size micro_batches ranks momentum estimator "
+        "resample_every "
         "eval_every eval_examples checkpoint_every output_dir data_dir corpus_dir "
         "model.layers model.width model.heads model.context model.vocab_size"
     )
@@ -177,6 +178,7 @@ def assert_same_training(pair, one):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * largest, err_msg=name)
 
 
+@pytest.mark.full
 def test_two_processes_train_what_one_does(job, tmp_path, monkeypatch):
     """They are killed after a checkpoint, too, and go on from it."""
     pair = dataclasses.replace(job, output_dir=tmp_path / "pair")
@@ -212,6 +214,7 @@ def test_a_batch_keeps_its_order_on_any_number_of_devices(monkeypatch):
         assert {shard.data.shape for shard in placed.addressable_shards} == {(rows, 3)}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["flora_accumulation", "flora_momentum"])
 def test_state_of_another_optimizer_is_refused(finished, name, monkeypatch):
     """Though every setting that has a flag agrees."""

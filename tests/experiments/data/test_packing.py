@@ -161,6 +161,7 @@ def test_corpus_is_too_small(tiny, tmp_path):
         load(tmp_path, tiny)
 
 
+@pytest.mark.full
 def test_tensorflow_is_not_imported(tiny, dataset):
     code = (
         "import pathlib, sys\n"

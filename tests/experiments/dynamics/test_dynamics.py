@@ -104,6 +104,7 @@ def config(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.full
 def test_from_a_checkpoint_to_the_pictures(config):
     dynamics.run(config)
     found = json.loads((config.output_dir / "dynamics.json").read_text())
@@ -152,6 +153,7 @@ def test_refuses_what_makes_no_sense(changes, message, tmp_path):
         dataclasses.replace(Config(tmp_path), **changes).validate()
 
 
+@pytest.mark.full
 def test_a_run_that_diverges():
     with pytest.raises(NonFiniteLossError, match="SGD, 3: the loss is inf; lower that"):
         dynamics._check("SGD, 3", np.float32(np.inf))

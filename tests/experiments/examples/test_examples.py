@@ -17,6 +17,7 @@ def test_there_is_one_for_each_way():
     assert NAMES == ["chain", "equinox", "linen", "microbatch", "nnx"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains(name, capsys):
     importlib.import_module(f"experiments.examples.{name}").main()

@@ -80,6 +80,7 @@ def data_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("dataset", "model", "methods", "options", "metrics"),
     [
@@ -137,6 +138,7 @@ def test_methods_train_and_are_evaluated(
     assert (tmp_path / "report.md").read_text().count("\n") == 2 + len(methods)
 
 
+@pytest.mark.full
 def test_same_command_goes_on(data_dir, tmp_path):
     config = dataclasses.replace(
         TINY, methods=("flora_momentum",), data_dir=data_dir, output_dir=tmp_path
@@ -150,6 +152,7 @@ def test_same_command_goes_on(data_dir, tmp_path):
     assert other["validation_loss"] != row["validation_loss"]
 
 
+@pytest.mark.full
 def test_from_a_checkpoint(data_dir, tmp_path):
     """Loads what transformers would, and refuses a vocabulary that does not fit."""
     config = dataclasses.replace(TINY, data_dir=data_dir, output_dir=tmp_path / "out")
@@ -310,6 +313,7 @@ def test_settings_that_do_not_fit(changes, message, data_dir, tmp_path):
     assert not any(tmp_path.iterdir())  # refused before anything is trained
 
 
+@pytest.mark.full
 def test_accumulation_has_the_objective_of_no_accumulation(data_dir):
     """With targets of other lengths in each micro-batch, which SGD would show."""
     config = dataclasses.replace(
@@ -330,6 +334,7 @@ def test_accumulation_has_the_objective_of_no_accumulation(data_dir):
     )
 
 
+@pytest.mark.full
 def test_divergence_names_the_rate_to_lower(data_dir, tmp_path, capsys):
     arguments = command(data_dir, tmp_path)[3:]
     rate = ["--learning-rate", "1e30", "--warmup-fraction", "0"]

@@ -69,6 +69,7 @@ def read_state(config, name):
         return kept.restore(state)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MAIN)
 def test_resumed_run_is_the_uninterrupted_one(finished, resumed, name):
     config, before = resumed
@@ -82,6 +83,7 @@ def test_resumed_run_is_the_uninterrupted_one(finished, resumed, name):
     jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MAIN)
 def test_training_learns_and_is_logged(finished, name):
     rows = read_rows(finished[0], name)
@@ -93,6 +95,7 @@ def test_training_learns_and_is_logged(finished, name):
     assert all(row["seconds"] > 0 for row in rows[1:])
 
 
+@pytest.mark.full
 def test_all_methods_start_from_the_same_model_and_batch(finished):
     rows = [read_rows(finished[0], name) for name in MAIN]
     assert len({row[0]["validation_loss"] for row in rows}) == 1
@@ -119,6 +122,7 @@ def test_learning_rate_of_a_short_run(tiny, updates):
     assert all(float(rate) > 0 for rate in rates)
 
 
+@pytest.mark.full
 def test_compressed_buffers_have_rank_over_width(finished):
     config, rows = finished
     # 12 W^2 in the one block, all of width 128 and rank 16.
@@ -153,6 +157,7 @@ def test_default_job_is_no_toy():
     assert not any(plan.path.startswith(("wte", "wpe")) for plan in compressed)
 
 
+@pytest.mark.full
 def test_report_files(finished):
     config, rows = finished
     report = (config.output_dir / "report.md").read_text()
@@ -169,6 +174,7 @@ def test_report_files(finished):
         assert (config.output_dir / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.full
 def test_results_json(finished):
     config, rows = finished
     content = json.loads((config.output_dir / "results.json").read_text())
@@ -184,6 +190,7 @@ def test_results_json(finished):
         assert json.loads(own.read_text()) == row
 
 
+@pytest.mark.full
 def test_repeating_a_finished_run_only_reports(finished):
     config, rows = finished
     names = ("flora_momentum",)
@@ -192,12 +199,14 @@ def test_repeating_a_finished_run_only_reports(finished):
     assert read_rows(config, names[0]) == metrics
 
 
+@pytest.mark.full
 def test_checkpoint_of_other_settings(finished):
     config = dataclasses.replace(finished[0], seed=3, methods=("flora_momentum",))
     with pytest.raises(ConfigError, match="made with --seed 0, but this run has --se"):
         run(config)
 
 
+@pytest.mark.full
 def test_overwrite_starts_again(tiny, tmp_path):
     folder = tmp_path / "full_accumulation"
     folder.mkdir()
@@ -213,6 +222,7 @@ def test_overwrite_starts_again(tiny, tmp_path):
     assert [row["update"] for row in read_rows(config, "full_accumulation")] == [0, 1]
 
 
+@pytest.mark.full
 def test_sketched_gradients_train_the_same(finished, tiny, tmp_path):
     """To rounding, with the gradients that FLORA's accumulation gets as sketches."""
     names = ("sketched_accumulation", "flora_accumulation")
@@ -227,6 +237,7 @@ def test_sketched_gradients_train_the_same(finished, tiny, tmp_path):
         np.testing.assert_allclose(*found, rtol=2e-4)
 
 
+@pytest.mark.full
 def test_lora_trains_too(tiny, tmp_path):
     config = dataclasses.replace(tiny, output_dir=tmp_path, methods=("lora_momentum",))
     (row,) = run(config)
@@ -238,6 +249,7 @@ def test_lora_trains_too(tiny, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_divergence_stops_the_run(tiny, tmp_path):
     config = dataclasses.replace(
         tiny,
@@ -260,6 +272,7 @@ def test_nothing_to_compress(tiny, tmp_path):
         run(config)
 
 
+@pytest.mark.full
 def test_mean_over_seeds(finished, tmp_path):
     """The same job twice: the error is 0."""
     config, rows = finished

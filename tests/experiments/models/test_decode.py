@@ -12,6 +12,8 @@ from flax import nnx
 from experiments.models import blocks, build, decode
 from tests.experiments.models.tiny import CONFIGS, T5, prompts_of, randomized
 
+pytestmark = pytest.mark.full
+
 LENGTH = 6
 
 

@@ -11,6 +11,8 @@ from flax import nnx
 from experiments.models import blocks, build
 from tests.experiments.models.tiny import CONFIGS, batch_of, by_path, randomized
 
+pytestmark = pytest.mark.full
+
 every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 

@@ -10,6 +10,8 @@ from experiments.models.config import T5Config
 from experiments.models.t5_layers import bucket_of
 from tests.experiments.models.tiny import T5, T5_GATED, batch_of, by_path, randomized
 
+pytestmark = pytest.mark.full
+
 
 def test_initial_scales():
     config = T5Config(tied=False, gated=True)

@@ -35,6 +35,7 @@ def config(tmp_path, tiny, monkeypatch):
     )
 
 
+@pytest.mark.full
 def test_three_ways_of_averaging(config, monkeypatch):
     reduction.run(config)
     rows = records.read_rows(config.output_dir / "reduction.jsonl")
