@@ -82,6 +82,7 @@ def test_equals_algorithm_1(projection, side, mean, k, steps, names):
         assert_close(kept, last, "float32")
 
 
+@pytest.mark.filterwarnings("ignore:.* sketches 0 of . leaves:UserWarning")
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("every_k", [3, growing])
 def test_dense_leaves_equal_multisteps(every_k, mean):

@@ -114,6 +114,7 @@ def test_decay_may_be_an_array(decay):
     assert_close(updates, plain)
 
 
+@pytest.mark.filterwarnings("ignore:.* sketches 0 of . leaves:UserWarning")
 @pytest.mark.parametrize(
     ("estimator", "projection", "uncompressed"),
     [
