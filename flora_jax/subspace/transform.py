@@ -366,11 +366,11 @@ def _check_inner(
         return
     for group in find_moments(inner, None):
         for field, tree in group.items():
-            nodes = jax.tree.leaves(tree, is_leaf=is_masked)
-            if all(jnp.ndim(x) == 0 for x in nodes):  # A user's number, no moments.
-                continue
+            if all(jnp.ndim(x) == 0 for x in jax.tree.leaves(tree)):
+                continue  # A user's number, no moments.
             own = list(zip(plans, shapes, strict=True))
-            if any(map(is_masked, nodes)):  # optax.masked leaves some to others.
+            # optax.masked leaves some to others.
+            if any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked))):
                 known = {path for path, _ in named_leaves(tree)}
                 own = [leaf for leaf in own if leaf[0].path in known]
             matching_leaves(
