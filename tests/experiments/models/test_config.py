@@ -9,7 +9,7 @@ import pytest
 
 from experiments.common.errors import ConfigError
 from experiments.models import build
-from experiments.models.config import PUBLISHED, GPT2Config, T5Config
+from experiments.models.config import PUBLISHED, GPT2Config, T5Config, validate
 from tests.experiments.models.tiny import CONFIGS
 
 # Numbers of parameters as their publishers and the transformers library count them;

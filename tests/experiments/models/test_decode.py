@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from experiments.models import blocks, build, decode
+from experiments.models.config import GPT2Config
 from tests.experiments.models.tiny import CONFIGS, T5, prompts_of, randomized
 
 pytestmark = pytest.mark.full

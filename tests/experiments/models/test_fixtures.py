@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from experiments.models import build, decode
+from experiments.models.config import GPT2Config
 from tests.experiments.models import tiny
 
 LENGTH, BEAMS = 9, 3  # with which the fixtures were made

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from experiments.models import blocks, build, decode, hugging_face
+from experiments.models.config import GPT2Config
 from tests.experiments.models import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs are not ours to mend
