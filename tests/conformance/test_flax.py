@@ -220,10 +220,11 @@ def test_linen_train_state(case, boxed):
         own_trees(opt_state),
         strict=True,
     ):
-        for part in NAMES:
-            leaf = named(tree)[f"layer/{part}"]
+        leaves = named(tree)
+        # optax.partition leaves the others to another transformation.
+        for part in (part for part in NAMES if f"layer/{part}" in leaves):
             # Of boxes no mesh is known.
-            expected = fitting(part, leaf.shape, {})
+            expected = fitting(part, leaves[f"layer/{part}"].shape, {})
             assert specs["layer"][part] == expected, (name, part)
 
 
@@ -285,8 +286,11 @@ def test_paths_are_the_same_everywhere(case, kind):
     nnx.eval_shape(init_and_update)
     kernel, bias = ("layer/kernel", (8, 16)), ("layer/bias", (16,))
     assert at_init == [({kernel}, {kernel, bias})]
-    # A plan is made once: a path of another form would be asked about in update.
-    assert recorder.seen() == (set(), set())
+    # A plan is made once: a path of another form would be asked about in update. Only
+    # orthogonalize, which has no state to make, plans there.
+    ranks, masks = recorder.seen()
+    assert not ranks
+    assert masks <= {kernel, bias}
 
 
 @pytest.mark.parametrize("case", by_tier(SKETCHING, FEW))
@@ -303,7 +307,10 @@ def test_a_parameter_may_be_called_value(case):
         # Plans are known by path: one of another form would be asked about.
         assert recorder.seen() == (set(), set())
         optimizer.update(model, nnx.state(model, nnx.Param))
-        assert recorder.seen() == (set(), set())
+        ranks, masks = recorder.seen()
+        # Of orthogonalize, which has no state to make.
+        assert not ranks
+        assert masks <= expected[1]
         return nnx.state(model)
 
     nnx.eval_shape(init_and_update)
