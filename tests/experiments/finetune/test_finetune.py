@@ -208,6 +208,7 @@ def last_state(folder):
         return step, manager.restore(step, args=args)["state"]
 
 
+@pytest.mark.full
 def test_a_killed_run_ends_with_the_same_bits(data_dir, tmp_path, monkeypatch):
     """SIGKILL twice, at whatever it is doing; one device and eight agree too."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -291,6 +292,7 @@ def test_bad_settings_are_one_line(arguments, message, capsys):
     assert errors.count("\n") == 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

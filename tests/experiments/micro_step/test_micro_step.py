@@ -37,6 +37,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(PUBLISHED, "t5-small", t5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "model", ["gpt2", pytest.param("t5-small", marks=pytest.mark.full)]
 )

@@ -24,6 +24,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", COUNTS)
 def test_published_parameter_counts(name):
     params = jax.eval_shape(lambda: build.create(PUBLISHED[name], 0)[1])

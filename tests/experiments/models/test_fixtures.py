@@ -60,6 +60,7 @@ def test_greedy_decoding(case):
     np.testing.assert_array_equal(tokens, numbers["greedy"])
 
 
+@pytest.mark.full
 def test_beam_decoding(case):
     config, graphdef, params, numbers = case
     tokens = decode.beam(

@@ -103,6 +103,7 @@ def test_norm_survives_a_large_mean(model):
     np.testing.assert_allclose(norm_of(x), exact, rtol=0, atol=1e-3)
 
 
+@pytest.mark.full
 def test_losses_are_cross_entropies(model):
     tokens = np.random.default_rng(1).integers(0, 48, (3, 17))
     weights = np.float32(np.random.default_rng(2).random((3, 16)))

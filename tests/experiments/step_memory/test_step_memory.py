@@ -21,6 +21,7 @@ KNOWN = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name", [pytest.param("t5-3b", marks=pytest.mark.full), "gpt2-xl"]
 )
@@ -39,6 +40,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(PUBLISHED, "t5-small", T5Config(layers=1, decoder_layers=1))
 
 
+@pytest.mark.full
 def test_rows(tiny, tmp_path, capsys):
     arguments = (
         "--models t5-small --methods flora_accumulation --ranks 16 --source-length 16"
@@ -50,6 +52,7 @@ def test_rows(tiny, tmp_path, capsys):
     assert (tmp_path / "step_memory.png").stat().st_size > 10_000
 
 
+@pytest.mark.full
 def test_the_account_adds_up(tiny):
     config = Config(source_length=16, target_length=8, scan=False, remat=False)
     adam, flora, sketched, lora = (

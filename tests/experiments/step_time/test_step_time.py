@@ -21,6 +21,7 @@ def small(monkeypatch):
     monkeypatch.setattr(contenders, "PROJECTIONS", ("CountSketch", "Gaussian"))
 
 
+@pytest.mark.full
 def test_trees_have_the_published_sizes():
     count = {
         name: sum(
@@ -37,6 +38,7 @@ def test_trees_have_the_published_sizes():
     assert stacked["h"]["mlp"]["c_fc"]["kernel"].shape == (12, 768, 3072)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("tree", "dtype"), [("gpt2", "float32")])
 def test_rows(small, tree, dtype, tmp_path):
     rows = step_time.time_all(tree, dtype, (16,), 2, lambda line: None)

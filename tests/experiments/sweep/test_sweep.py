@@ -87,6 +87,7 @@ def test_a_best_rate_at_the_end_is_followed_by_one_more(monkeypatch):
     assert runs(extensions=2)[-2:] == [(0.8, 0), (0.8, 1)]
 
 
+@pytest.mark.full
 def test_is_resumed_after_a_kill(tmp_path, tiny):
     """A truncated last line is run again, with the same numbers; all others stay."""
     settings = config(tmp_path, tiny)

@@ -128,6 +128,7 @@ def test_each_seed_has_a_start_and_projections_of_its_own(tiny):
         assert not own or not np.array_equal(one, other)
 
 
+@pytest.mark.full
 def test_the_rest_has_the_same_adam_in_all_methods(tiny):
     """Whatever the method and its learning rate, which is the matrices' alone."""
     dense_rate, decay = 0.03, 0.99
@@ -203,6 +204,7 @@ def test_refuses_dropout(tiny):
         sources(tiny, model=model)
 
 
+@pytest.mark.full
 def test_options_reach_the_run(tiny):
     """A setting of the job, and an argument of the optimizer."""
     data = sources(tiny)
