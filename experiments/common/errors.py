@@ -5,9 +5,6 @@ Nothing here imports jax: a refused command line answers at once.
 
 import errno
 
-PROJECTIONS = ("Gaussian", "Rademacher", "CountSketch", "Orthogonal", "SRHT")
-"""Projections that flora_jax offers, by the names of their classes."""
-
 
 class ConfigError(ValueError):
     """A setting that makes no sense; the message names it and says what does."""
@@ -28,11 +25,3 @@ class DiskError(RuntimeError):
 def flag(field: str) -> str:
     """Returns the command-line flag of a field: `stop_after` is `--stop-after`."""
     return "--" + field.replace("_", "-")
-
-
-def check_projection(name: str) -> None:
-    """Raises ConfigError if there is no projection of that name."""
-    if name not in PROJECTIONS:
-        raise ConfigError(
-            f"`--projection` must be one of {', '.join(PROJECTIONS)}, got {name!r}"
-        )
