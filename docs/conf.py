@@ -37,6 +37,7 @@ autodoc_typehints_description_target = "documented_params"
 autodoc_type_aliases = {
     "jax.typing.ArrayLike": "jax.typing.ArrayLike",
     "optax.ScalarOrSchedule": "optax.ScalarOrSchedule",
+    "KeyData": "KeyData",
     "KeyLike": "KeyLike",
     "LeafMask": "LeafMask",
     "PyTree": "PyTree",

@@ -31,9 +31,7 @@ from flora_jax.projections.base import (
     Projection,
 )
 from flora_jax.projections.count_sketch import CountSketch
-from flora_jax.projections.gaussian import Gaussian
-from flora_jax.projections.orthogonal import Orthogonal
-from flora_jax.projections.rademacher import Rademacher
+from flora_jax.projections.dense import Gaussian, Orthogonal, Rademacher
 from flora_jax.projections.srht import SRHT
 from flora_jax.projections.top_dct import TopDCT
 from flora_jax.projections.top_svd import TopSVD
@@ -46,7 +44,7 @@ from flora_jax.sketched_grad.api import (
     sketched_value_and_grad,
 )
 from flora_jax.sketching.sketch import Sketch, SketchCycle, plan_leaves
-from flora_jax.sketching.sketched_gradients import SketchedGradients
+from flora_jax.sketching.sketcher import SketchedGradients
 from flora_jax.subspace.residuals import Apollo, Fira, FiraCode, Plain
 from flora_jax.subspace.transform import SubspaceState, scale_in_subspace
 from flora_jax.subspace.transports import Keep, LDAdam, PreserveRMS, Reset, Squared

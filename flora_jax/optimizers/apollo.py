@@ -7,7 +7,7 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax.optimizers.common import DecayMask, adamw_in_subspace, recipe
-from flora_jax.projections.gaussian import Gaussian
+from flora_jax.projections.dense import Gaussian
 from flora_jax.sketching.sketch import Sketch
 from flora_jax.subspace.residuals import Apollo, Residual
 
@@ -82,22 +82,8 @@ def apollo(
     """
     # Before the root, which makes a complex number of a negative one.
     check.check_number("scale", scale, 0, None, "1 is the paper's")
-    return adamw_in_subspace(
-        "apollo",
-        learning_rate,
-        sketch,
-        Gaussian(),
-        refresh_every,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        scale=scale**0.5,
-        residual=residual,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        state_dtype=state_dtype,
-        stagger=stagger,
-    )
+    arguments = locals() | {"scale": scale**0.5}
+    return adamw_in_subspace("apollo", Gaussian(), **arguments)
 
 
 @recipe
@@ -157,17 +143,4 @@ def apollo_mini(
       Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance
       <https://arxiv.org/abs/2412.05270>`_, 2024
     """
-    return apollo(
-        learning_rate,
-        sketch,
-        refresh_every=refresh_every,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        scale=scale,
-        residual=residual,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        state_dtype=state_dtype,
-        stagger=stagger,
-    )
+    return apollo(**locals())

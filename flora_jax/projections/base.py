@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax import _validation
-from flora_jax._typing import KeyLike
+from flora_jax._typing import KeyData, KeyLike
 from flora_jax.random.keys import raw_key
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, UInt32
+    from jaxtyping import Array, Float
 
 NORMALIZATIONS = ("unbiased", "isometric")
 
@@ -29,7 +29,7 @@ class Projection(abc.ABC):
     comes from is a subclass's matter: :class:`ObliviousProjection` regenerates it from
     a key, :class:`AdaptiveProjection` reads it from what it chose and stored. Either
     gives ``sampled``, a tree of arrays that determines S, and the methods here apply
-    it.
+    it: by products with the matrix S, unless a subclass knows a faster way.
 
     Attributes:
       normalization: ``"unbiased"``: E[SᵀS] = I, so that ``expand(compress(G))`` is an
@@ -53,7 +53,6 @@ class Projection(abc.ABC):
             return self
         return dataclasses.replace(self, normalization=other.normalization)
 
-    @abc.abstractmethod
     def compress(
         self,
         sampled: Any,
@@ -75,8 +74,9 @@ class Projection(abc.ABC):
         Returns:
           Float32, shape (batch…, n, r) or (batch…, r, m).
         """
+        s = self.as_matrix(sampled, rank, matrix.shape[axis])
+        return multiply(s, matrix, axis, weights)
 
-    @abc.abstractmethod
     def expand(
         self, sampled: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
     ) -> Float[Array, "*batch n m"]:
@@ -91,6 +91,7 @@ class Projection(abc.ABC):
         Returns:
           Float32, shape (batch…, n, m).
         """
+        return product(sketch, self.as_matrix(sampled, sketch.shape[axis], width), axis)
 
     def transfer(
         self, old: Any, new: Any, rank: int, width: int
@@ -100,12 +101,9 @@ class Projection(abc.ABC):
         return self.compress(new, s, rank, -1)
 
     @abc.abstractmethod
-    def as_matrix(
-        self, sampled: Any, rank: int, width: int
-    ) -> Float[Array, "*batch rank width"]:
+    def as_matrix(self, sampled: Any, rank: int, width: int) -> Float[Array, "... r m"]:
         """S itself."""
 
-    @abc.abstractmethod
     def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
         """The diagonal of S Sᵀ where that matrix is diagonal for every key, else None.
 
@@ -116,6 +114,7 @@ class Projection(abc.ABC):
         Returns:
           Float32, shape (r,), or None if the rows of S are not orthogonal.
         """
+        return None
 
 
 class ObliviousProjection(Projection):
@@ -127,11 +126,7 @@ class ObliviousProjection(Projection):
     """
 
     def sketch(
-        self,
-        key: KeyLike,
-        matrix: Float[Array, "*batch n m"],
-        rank: int,
-        axis: int,
+        self, key: KeyLike, matrix: Float[Array, "*batch n m"], rank: int, axis: int
     ) -> Float[Array, "*batch _ _"]:
         """Sketches one side of a matrix: G Sᵀ for axis -1, S G for axis -2.
 
@@ -148,11 +143,7 @@ class ObliviousProjection(Projection):
         return self.compress(sampled, matrix, rank, axis)
 
     def unsketch(
-        self,
-        key: KeyLike,
-        sketch: Float[Array, "*batch _ _"],
-        width: int,
-        axis: int,
+        self, key: KeyLike, sketch: Float[Array, "*batch _ _"], width: int, axis: int
     ) -> Float[Array, "*batch n m"]:
         """The adjoint of :meth:`sketch`: C S for axis -1, Sᵀ C for axis -2.
 
@@ -174,7 +165,7 @@ class ObliviousProjection(Projection):
         return self.as_matrix(sampled, rank, width)
 
     @abc.abstractmethod
-    def sample(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
+    def sample(self, key: KeyData, rank: int, width: int) -> Any:
         """What a key decides, in a tree of small arrays; mapped over many keys.
 
         Args:
@@ -210,11 +201,7 @@ class AdaptiveProjection(Projection):
 
     @abc.abstractmethod
     def choose(
-        self,
-        key: UInt32[Array, "2"],
-        matrix: Float[Array, "*batch n m"],
-        rank: int,
-        axis: int,
+        self, key: KeyData, matrix: Float[Array, "*batch n m"], rank: int, axis: int
     ) -> Array:
         """What is kept of the basis that suits a matrix.
 
@@ -236,58 +223,6 @@ class AdaptiveProjection(Projection):
         """Ones: the rows of S are orthonormal."""
         del width
         return jnp.ones(rank, jnp.float32)
-
-
-class MatrixProjection(Projection):
-    """S is formed as a matrix and applied by products."""
-
-    def compress(
-        self,
-        sampled: Any,
-        matrix: Float[Array, "*batch n m"],
-        rank: int,
-        axis: int,
-        weights: Float[Array, "*batch m"] | None = None,
-    ) -> Float[Array, "*batch _ _"]:
-        """G Sᵀ or S G; see :meth:`Projection.compress`."""
-        s = self.as_matrix(sampled, rank, matrix.shape[axis])
-        return multiply(s, matrix, axis, weights)
-
-    def expand(
-        self, sampled: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
-    ) -> Float[Array, "*batch n m"]:
-        """C S or Sᵀ C; see :meth:`Projection.expand`."""
-        return product(sketch, self.as_matrix(sampled, sketch.shape[axis], width), axis)
-
-
-class DenseProjection(MatrixProjection, ObliviousProjection):
-    """S is sampled as a matrix, each time that it is used."""
-
-    def sample(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
-        """Returns the key: S of many leaves at once would be as large as the state."""
-        del rank, width
-        return key
-
-
-@dataclasses.dataclass(frozen=True)
-class IndependentEntries(DenseProjection):
-    """S has independent entries, so that its rows are not orthogonal."""
-
-    normalization: str | None = "unbiased"
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a normalization that it cannot have."""
-        super().__post_init__()
-        if self.normalization != "unbiased":
-            raise ValueError(
-                f"`normalization` of {type(self).__name__} must be 'unbiased', got"
-                f" normalization={self.normalization!r}: its rows are not orthogonal;"
-                " use Orthogonal(normalization='isometric')"
-            )
-
-    def gram_diagonal(self, rank: int, width: int) -> None:
-        """None: the rows of S are not orthogonal."""
-        del rank, width
 
 
 class ScaledIsometry(ObliviousProjection):

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax._typing import KeyData
 from flora_jax.leaves.mesh import is_sharded
-from flora_jax.projections.base import ObliviousProjection, along, multiply
+from flora_jax.projections.base import ObliviousProjection, along
 from flora_jax.random.bits import bits, signs
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, UInt32
+    from jaxtyping import Array, Float
 
 
 _UNROLL = 8  # More chunks of rows than this are added in a loop.
@@ -62,7 +63,7 @@ class CountSketch(ObliviousProjection):
       <https://doi.org/10.1016/S0304-3975(03)00400-6>`_, 2004
     """
 
-    def sample(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
+    def sample(self, key: KeyData, rank: int, width: int) -> Any:
         """Signs and buckets of the columns (m,), offsets of the chunks, and a shift."""
         full, tail = divmod(width, rank)
         # The remainder prefers small numbers by less than rank / 2**32.
@@ -83,9 +84,7 @@ class CountSketch(ObliviousProjection):
     ) -> Float[Array, "*batch _ _"]:
         """G Sᵀ or S G; see :meth:`Projection.compress`."""
         if is_sharded():
-            return multiply(
-                self.as_matrix(sampled, rank, matrix.shape[axis]), matrix, axis, weights
-            )
+            return super().compress(sampled, matrix, rank, axis, weights)
         flips, _, offsets, shift = sampled
         flips = flips if weights is None else flips * weights
         width = matrix.shape[axis]
@@ -112,9 +111,7 @@ class CountSketch(ObliviousProjection):
         # parameter; along columns it is a gather of single numbers, about half as fast.
         return jnp.take(scaled, buckets, axis=axis, mode="clip") * along(flips, axis)
 
-    def as_matrix(
-        self, sampled: Any, rank: int, width: int
-    ) -> Float[Array, "rank width"]:
+    def as_matrix(self, sampled: Any, rank: int, width: int) -> Float[Array, "r m"]:
         """S, float32 of shape (rank, width)."""
         flips, buckets, *_ = sampled
         one_hot = jax.nn.one_hot(buckets, rank, axis=0, dtype=jnp.float32)

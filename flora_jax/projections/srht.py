@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax._typing import KeyData
 from flora_jax.leaves.mesh import is_sharded
-from flora_jax.projections.base import ScaledIsometry, along, multiply, product
+from flora_jax.projections.base import ScaledIsometry, along
 from flora_jax.random.bits import bits, signs
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, UInt32
+    from jaxtyping import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class SRHT(ScaledIsometry):
       <https://arxiv.org/abs/1011.1595>`_, 2011
     """
 
-    def sample(self, key: UInt32[Array, "2"], rank: int, width: int) -> Any:
+    def sample(self, key: KeyData, rank: int, width: int) -> Any:
         """Signs, float32 (m,), and the rows to keep, int32 (r,)."""
         words = bits(key, (width,), 1)
         rows = jnp.argsort(words, stable=True)[:rank].astype(jnp.int32)
@@ -63,24 +64,21 @@ class SRHT(ScaledIsometry):
         weights: Float[Array, "*batch m"] | None = None,
     ) -> Float[Array, "*batch _ _"]:
         """G Sᵀ or S G; see :meth:`Projection.compress`."""
-        width = matrix.shape[axis]
         if is_sharded():
-            return multiply(self.as_matrix(sampled, rank, width), matrix, axis, weights)
+            return super().compress(sampled, matrix, rank, axis, weights)
         flips, rows = sampled
         flips = flips if weights is None else flips * weights
         flipped = matrix.astype(jnp.float32) * along(flips, axis)
         mixed = _transform(flipped, axis, inverse=False)
         kept = jnp.take(mixed, rows, axis=axis, mode="clip")
-        return kept * self.row_norm(rank, width)
+        return kept * self.row_norm(rank, matrix.shape[axis])
 
     def expand(
         self, sampled: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
     ) -> Float[Array, "*batch n m"]:
         """C S or Sᵀ C; see :meth:`Projection.expand`."""
         if is_sharded():
-            return product(
-                sketch, self.as_matrix(sampled, sketch.shape[axis], width), axis
-            )
+            return super().expand(sampled, sketch, width, axis)
         flips, rows = sampled
         scaled = sketch * self.row_norm(sketch.shape[axis], width)
         shape = list(sketch.shape)
@@ -89,9 +87,7 @@ class SRHT(ScaledIsometry):
         mixed = jnp.zeros(shape, jnp.float32).at[index].set(scaled)
         return _transform(mixed, axis, inverse=True) * along(flips, axis)
 
-    def as_matrix(
-        self, sampled: Any, rank: int, width: int
-    ) -> Float[Array, "rank width"]:
+    def as_matrix(self, sampled: Any, rank: int, width: int) -> Float[Array, "r m"]:
         """S, float32 of shape (rank, width)."""
         flips, rows = sampled
         transform = np.kron(*map(_cosines, _factors(width)))

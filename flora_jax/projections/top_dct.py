@@ -11,22 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax import _validation
+from flora_jax._typing import KeyData
 from flora_jax.leaves.mesh import sharded_along
-from flora_jax.projections.base import (
-    AdaptiveProjection,
-    MatrixProjection,
-    product,
-)
+from flora_jax.projections.base import AdaptiveProjection, product
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int32, UInt32
+    from jaxtyping import Array, Float, Int32
 
 NORMS = ("l1", "l2")
 _MAX_WIDTH = 46340  # i·(2j+1) < 2·width² has to fit in 32 bits.
 
 
 @dataclasses.dataclass(frozen=True)
-class TopDCT(MatrixProjection, AdaptiveProjection):
+class TopDCT(AdaptiveProjection):
     """The r rows of the cosine transform in which a gradient is largest.
 
     Q_ij = √(2/N)·cos(π i (2j+1) / 2N) for the width N, row 0 times √½: orthonormal, the
@@ -77,11 +74,7 @@ class TopDCT(MatrixProjection, AdaptiveProjection):
         return sketched
 
     def choose(
-        self,
-        key: UInt32[Array, "2"],
-        matrix: Float[Array, "*batch n m"],
-        rank: int,
-        axis: int,
+        self, key: KeyData, matrix: Float[Array, "*batch n m"], rank: int, axis: int
     ) -> Int32[Array, "*batch _ _"]:
         """Numbers of rows of Q, (batch…, 1, r) for axis -1 or (batch…, r, 1) for -2."""
         del key
@@ -100,9 +93,7 @@ class TopDCT(MatrixProjection, AdaptiveProjection):
         """The numbers of S's rows in Q."""
         return stored.squeeze(-3 - axis)
 
-    def as_matrix(
-        self, sampled: Any, rank: int, width: int
-    ) -> Float[Array, "*batch rank width"]:
+    def as_matrix(self, sampled: Any, rank: int, width: int) -> Float[Array, "... r m"]:
         """S, float32."""
         del rank
         return _cosines(sampled, width)

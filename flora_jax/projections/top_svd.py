@@ -9,18 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax import _validation
-from flora_jax.projections.base import AdaptiveProjection, MatrixProjection
+from flora_jax._typing import KeyData
+from flora_jax.projections.base import AdaptiveProjection
 from flora_jax.random.bits import normals
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, UInt32
+    from jaxtyping import Array, Float
 
 METHODS = ("exact", "randomized")
 _OVERSAMPLING = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class TopSVD(MatrixProjection, AdaptiveProjection):
+class TopSVD(AdaptiveProjection):
     """The r leading singular vectors of a gradient on its sketched side (GaLore).
 
     ``method="exact"`` is a singular value decomposition in float32: about 6·n·m² +
@@ -75,11 +76,7 @@ class TopSVD(MatrixProjection, AdaptiveProjection):
         return min(sketched, other)
 
     def choose(
-        self,
-        key: UInt32[Array, "2"],
-        matrix: Float[Array, "*batch n m"],
-        rank: int,
-        axis: int,
+        self, key: KeyData, matrix: Float[Array, "*batch n m"], rank: int, axis: int
     ) -> Float[Array, "*batch _ _"]:
         """Singular vectors, (batch…, r, m) for axis -1 or (batch…, n, r) for -2."""
         if self.method == "exact":
@@ -96,16 +93,14 @@ class TopSVD(MatrixProjection, AdaptiveProjection):
         """S."""
         return stored if axis == -1 else stored.swapaxes(-1, -2)
 
-    def as_matrix(
-        self, sampled: Any, rank: int, width: int
-    ) -> Float[Array, "*batch rank width"]:
+    def as_matrix(self, sampled: Any, rank: int, width: int) -> Float[Array, "... r m"]:
         """S, which is what :meth:`from_stored` gives."""
         del rank, width
         return sampled
 
 
 def _leading(
-    key: UInt32[Array, "2"],
+    key: KeyData,
     matrix: Float[Array, "*batch n m"],
     rank: int,
     iterations: int,

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax._typing import KeyData, Shape
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt32
 
@@ -59,9 +61,7 @@ def fold(
     return jnp.stack(threefry_2x32((key[..., 0], key[..., 1]), *words), axis=-1)
 
 
-def hashes(
-    key: UInt32[Array, "2"], shape: tuple[int, ...], stream: int
-) -> tuple[jax.Array, jax.Array]:
+def hashes(key: KeyData, shape: Shape, stream: int) -> tuple[jax.Array, jax.Array]:
     """Two independent uniform uint32 words per element.
 
     Args:
@@ -81,24 +81,18 @@ def hashes(
     return threefry_2x32((key[0], key[1]), counter, jnp.uint32(stream))
 
 
-def bits(
-    key: UInt32[Array, "2"], shape: tuple[int, ...], stream: int
-) -> UInt32[Array, "..."]:
+def bits(key: KeyData, shape: Shape, stream: int) -> UInt32[Array, "..."]:
     """Uniform uint32 words; arguments as :func:`hashes`."""
     x0, x1 = hashes(key, shape, stream)
     return x0 ^ x1
 
 
-def signs(
-    key: UInt32[Array, "2"], shape: tuple[int, ...], stream: int
-) -> Float[Array, "..."]:
+def signs(key: KeyData, shape: Shape, stream: int) -> Float[Array, "..."]:
     """Uniform signs, float32 ±1; arguments as :func:`hashes`."""
     return 1.0 - 2.0 * (bits(key, shape, stream) >> 31).astype(jnp.float32)
 
 
-def normals(
-    key: UInt32[Array, "2"], shape: tuple[int, ...], stream: int
-) -> Float[Array, "..."]:
+def normals(key: KeyData, shape: Shape, stream: int) -> Float[Array, "..."]:
     """Standard normals, float32; arguments as :func:`hashes`.
 
     Box and Muller's √(−2 ln u)·sin 2πv, v in (−1/4, 1/4), which is as symmetric as a

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 
 from flora_jax.leaves.plan import LeafPlan
-from flora_jax.projections.base import MatrixProjection, ObliviousProjection, multiply
+from flora_jax.projections.base import ObliviousProjection, multiply
+from flora_jax.projections.dense import DenseProjection
 from flora_jax.sketched_grad.rules import Operand, SketchRequest, Slot
 
 
@@ -59,7 +60,7 @@ class LeafProjections:
 
     def with_matrices(self, leaves: set[int]) -> LeafProjections:
         """The same with S formed, for projections that would form it at each use."""
-        if not isinstance(self.projection, MatrixProjection):
+        if not isinstance(self.projection, DenseProjection):
             return self
         new = {
             i: self.projection.as_matrix(
