@@ -12,12 +12,14 @@ import pathlib
 import re
 import struct
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
-import jax.numpy as jnp
+
+from flora_jax._typing import Shape
 
 Shapes: TypeAlias = dict[str, jax.ShapeDtypeStruct]
+_Weights: TypeAlias = dict[str, Shape]
 
 _LARGEST_HEADER = 100 * 10**6  # As the format's own readers allow.
 _LARGEST_SIZE = 2**31 - 1  # No model has a longer axis.
@@ -105,35 +107,32 @@ def _safetensors(path: pathlib.Path) -> Shapes:
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
-        shapes = {
+        found = {
             name: (_shape(entry["shape"]), str(entry["dtype"]))
             for name, entry in entries.items()
+            if not _BUFFER.search(name)
         }
     except _DAMAGED as error:
         raise ModelFileError(f"{path}: its safetensors header is damaged") from error
-    for name, (_, dtype) in shapes.items():
-        if dtype not in _DTYPES and not _BUFFER.search(name):
+    for name, (_, dtype) in found.items():
+        if dtype not in _DTYPES:
             raise ModelFileError(
                 f"{path}: {name} is of dtype {dtype}, which is not trained; give the"
                 f" model before quantization ({', '.join(_DTYPES)})"
             )
-    return {
-        name: jax.ShapeDtypeStruct(shape, jnp.dtype(_DTYPES[dtype]))
-        for name, (shape, dtype) in shapes.items()
-        if not _BUFFER.search(name)
-    }
+    return {k: jax.ShapeDtypeStruct(x, _DTYPES[kind]) for k, (x, kind) in found.items()}
 
 
-def _shape(sizes: Any) -> tuple[int, ...]:
+def _shape(sizes: Any) -> Shape:
     """A shape from a header, or ValueError if malformed."""
     if not isinstance(sizes, list) or not all(map(_is_size, sizes)):
         raise ValueError(sizes)
     return tuple(sizes)
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: Any, most: int = _LARGEST_SIZE) -> TypeGuard[int]:
     """Whether it is a positive int that an axis can have."""
-    return type(value) is int and 0 < value <= _LARGEST_SIZE
+    return type(value) is int and 0 < value <= most
 
 
 def _index(path: pathlib.Path, content: dict[str, Any]) -> Shapes:
@@ -166,7 +165,7 @@ class _Config:
         value = self._content.get(name)
         value = default if value is None else value
         most = _MOST_LAYERS if "layer" in name else _LARGEST_SIZE
-        if not isinstance(value, int) or not _is_size(value) or value > most:
+        if not _is_size(value, most):
             raise ModelFileError(
                 f"{self._path}: '{name}' must be a positive integer of a sensible size,"
                 f" got {value!r}"
@@ -195,76 +194,67 @@ def _config(path: pathlib.Path, content: dict[str, Any]) -> Shapes:
         raise ModelFileError(
             f"{path}: dtype {dtype!r} is not known, only {', '.join(_DTYPES.values())}"
         )
-    return {
-        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-        for name, shape in _FAMILIES[kind](config).items()
-    }
+    family, tied = _FAMILIES[kind]
+    shapes = family(config)
+    if not config.flag("tie_word_embeddings", tied):
+        shapes["lm_head.weight"] = next(iter(shapes.values()))  # As the embedding.
+    return {name: jax.ShapeDtypeStruct(x, dtype) for name, x in shapes.items()}
 
 
-def _gpt2(config: _Config) -> dict[str, tuple[int, ...]]:
+def _gpt2(config: _Config) -> _Weights:
     d = config.size("n_embd")
     hidden = config.size("n_inner", 4 * d)
-    shapes: dict[str, tuple[int, ...]] = {
-        "wte.weight": (config.size("vocab_size"), d),
-        "wpe.weight": (config.size("n_positions"), d),
-    }
-    products = {
+    parts = {
+        "ln_1": (d,),
         "attn.c_attn": (d, 3 * d),
         "attn.c_proj": (d, d),
+        "ln_2": (d,),
         "mlp.c_fc": (d, hidden),
         "mlp.c_proj": (hidden, d),
     }
-    for i in range(config.size("n_layer")):
-        for norm in ("ln_1", "ln_2"):
-            shapes |= {f"h.{i}.{norm}.{x}": (d,) for x in ("weight", "bias")}
-        for name, (inputs, outputs) in products.items():
-            shapes[f"h.{i}.{name}.weight"] = (inputs, outputs)
-            shapes[f"h.{i}.{name}.bias"] = (outputs,)
-    shapes |= {f"ln_f.{x}": (d,) for x in ("weight", "bias")}
-    if not config.flag("tie_word_embeddings", True):
-        shapes["lm_head.weight"] = shapes["wte.weight"]
-    return shapes
+    block: _Weights = {}
+    for name, shape in parts.items():
+        block |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
+    shapes: _Weights = {
+        "wte.weight": (config.size("vocab_size"), d),
+        "wpe.weight": (config.size("n_positions"), d),
+        "ln_f.weight": (d,),
+        "ln_f.bias": (d,),
+    }
+    return shapes | _repeated("h.{}", config.size("n_layer"), block)
 
 
-def _t5(config: _Config) -> dict[str, tuple[int, ...]]:
+def _t5(config: _Config) -> _Weights:
     d, heads = config.size("d_model"), config.size("num_heads")
     inner, hidden = heads * config.size("d_kv"), config.size("d_ff")
     layers = config.size("num_layers")
+    depths = {"encoder": layers, "decoder": config.size("num_decoder_layers", layers)}
     gated = config.text("feed_forward_proj", "relu").startswith("gated")
-    vocabulary = (config.size("vocab_size"), d)
-    shapes: dict[str, tuple[int, ...]] = {"shared.weight": vocabulary}
-    for stack, attentions in (
-        ("encoder", ["SelfAttention"]),
-        ("decoder", ["SelfAttention", "EncDecAttention"]),
-    ):
-        depth = config.size("num_decoder_layers", layers)
-        for i in range(layers if stack == "encoder" else depth):
-            at = f"{stack}.block.{i}.layer"
-            for j, name in enumerate(attentions):
-                shapes |= {f"{at}.{j}.{name}.{x}.weight": (inner, d) for x in "qkv"}
-                shapes[f"{at}.{j}.{name}.o.weight"] = (d, inner)
-                shapes[f"{at}.{j}.layer_norm.weight"] = (d,)
-            at = f"{at}.{len(attentions)}"
-            for name in ("wi_0", "wi_1") if gated else ("wi",):
-                shapes[f"{at}.DenseReluDense.{name}.weight"] = (hidden, d)
-            shapes[f"{at}.DenseReluDense.wo.weight"] = (d, hidden)
-            shapes[f"{at}.layer_norm.weight"] = (d,)
+    buckets = config.size("relative_attention_num_buckets", 32)
+    attention = {"q": (inner, d), "k": (inner, d), "v": (inner, d), "o": (d, inner)}
+    up = ("wi_0", "wi_1") if gated else ("wi",)
+    feed_forward = dict.fromkeys(up, (hidden, d)) | {"wo": (d, hidden)}
+    shapes = {"shared.weight": (config.size("vocab_size"), d)}
+    for stack, depth in depths.items():
+        parts = {"SelfAttention": attention, "DenseReluDense": feed_forward}
+        if stack == "decoder":
+            parts = {"SelfAttention": attention, "EncDecAttention": attention} | parts
+        block: _Weights = {}
+        for i, (part, products) in enumerate(parts.items()):
+            block |= {f"{i}.{part}.{x}.weight": shape for x, shape in products.items()}
+            block[f"{i}.layer_norm.weight"] = (d,)
+        shapes |= _repeated(f"{stack}.block.{{}}.layer", depth, block)
         bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        shapes[bias] = (config.size("relative_attention_num_buckets", 32), heads)
-        shapes[f"{stack}.final_layer_norm.weight"] = (d,)
-    if not config.flag("tie_word_embeddings", True):
-        shapes["lm_head.weight"] = vocabulary
+        shapes |= {bias: (buckets, heads), f"{stack}.final_layer_norm.weight": (d,)}
     return shapes
 
 
-def _llama(config: _Config) -> dict[str, tuple[int, ...]]:
+def _llama(config: _Config) -> _Weights:
     d, heads = config.size("hidden_size"), config.size("num_attention_heads")
     head = config.size("head_dim", d // heads)
     keys = head * config.size("num_key_value_heads", heads)
     hidden = config.size("intermediate_size")
     biased = config.flag("attention_bias", False), config.flag("mlp_bias", False)
-    vocabulary = (config.size("vocab_size"), d)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": vocabulary}
     products = {
         "self_attn.q_proj": (head * heads, d),
         "self_attn.k_proj": (keys, d),
@@ -274,24 +264,32 @@ def _llama(config: _Config) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (hidden, d),
         "mlp.down_proj": (d, hidden),
     }
-    for i in range(config.size("num_hidden_layers")):
-        at = f"model.layers.{i}"
-        for name, shape in products.items():
-            shapes[f"{at}.{name}.weight"] = shape
-            if biased[name.startswith("mlp")]:
-                shapes[f"{at}.{name}.bias"] = shape[:1]
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{at}.{name}.weight"] = (d,)
-    shapes["model.norm.weight"] = (d,)
-    if not config.flag("tie_word_embeddings", False):
-        shapes["lm_head.weight"] = vocabulary
-    return shapes
+    block: _Weights = {
+        f"{x}_layernorm.weight": (d,) for x in ("input", "post_attention")
+    }
+    for name, shape in products.items():
+        block[f"{name}.weight"] = shape
+        if biased[name.startswith("mlp")]:
+            block[f"{name}.bias"] = shape[:1]
+    shapes = {"model.embed_tokens.weight": (config.size("vocab_size"), d)}
+    shapes |= _repeated("model.layers.{}", config.size("num_hidden_layers"), block)
+    return shapes | {"model.norm.weight": (d,)}
 
 
-_FAMILIES: dict[str, Callable[[_Config], dict[str, tuple[int, ...]]]] = {
-    "gpt2": _gpt2,
-    "llama": _llama,
-    "mistral": _llama,
-    "mt5": _t5,
-    "t5": _t5,
+def _repeated(place: str, layers: int, block: _Weights) -> _Weights:
+    """The shapes of a block in each layer."""
+    return {
+        f"{place.format(i)}.{name}": shape
+        for i in range(layers)
+        for name, shape in block.items()
+    }
+
+
+# From the fields to the shapes, the embedding first; whether the head is that as well.
+_FAMILIES: dict[str, tuple[Callable[[_Config], _Weights], bool]] = {
+    "gpt2": (_gpt2, True),
+    "llama": (_llama, False),
+    "mistral": (_llama, False),
+    "mt5": (_t5, True),
+    "t5": (_t5, True),
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import pathlib
 
+import numpy as np
+
 from flora_jax.memory.planner import MemoryPlan
 from flora_jax.memory.tables import format_bytes
 
@@ -39,30 +41,14 @@ def draw(plan: MemoryPlan, name: str, path: str, budget: int | None = None) -> N
     unit = 1024 ** (3 if largest >= 1024**3 else 2)
     figure = Figure(figsize=(9, 1.3 + 0.55 * len(states)), layout="constrained")
     axes = figure.subplots()
-    sizes = {
-        "parameters": [own] * len(states),
-        "gradients": [own] * len(states),
-        "optimizer state": list(states.values()),
-    }
-    for i, (part, color) in enumerate(zip(sizes, _COLOURS, strict=True)):
-        axes.barh(
-            list(states),
-            [size / unit for size in sizes[part]],
-            left=i * own / unit,
-            color=color,
-            edgecolor="white",
-            label=part,
-        )
-    for row, state in enumerate(states.values()):
-        total = 2 * own + state
-        axes.text(
-            (total + 0.01 * largest) / unit,
-            row,
-            f"{format_bytes(total)}, state {format_bytes(state)}",
-            va="center",
-            fontsize=9,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )
+    sizes = np.array(list(states.values()))
+    parts = {"parameters": own, "gradients": own, "optimizer state": sizes}
+    for i, (part, size) in enumerate(parts.items()):
+        look = {"color": _COLOURS[i], "edgecolor": "white", "label": part}
+        axes.barh(list(states), size / unit, left=i * own / unit, **look)
+    totals = [f"{format_bytes(2 * own + x)}, state {format_bytes(x)}" for x in sizes]
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    axes.bar_label(axes.containers[-1], totals, padding=4, fontsize=9, bbox=box)
     if budget is not None:
         label = f"budget {format_bytes(budget)}"
         axes.axvline(budget / unit, color="black", linestyle="--", label=label)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import re
 import sys
@@ -15,9 +14,9 @@ import optax
 
 from flora_jax import optimizers
 from flora_jax.cli import model_files, picture
-from flora_jax.leaves.masks import not_embeddings
+from flora_jax.leaves.rules import not_embeddings
 from flora_jax.memory.budget import rank_for_budget, tree_bytes
-from flora_jax.memory.planner import MemoryPlan, default_peers, memory_plan
+from flora_jax.memory.planner import default_peers, memory_plan
 from flora_jax.memory.tables import format_bytes
 from flora_jax.sketching.sketch import Sketch
 from flora_jax.transforms.accumulation import compressed_accumulation
@@ -113,56 +112,38 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(given: argparse.Namespace, shapes: model_files.Shapes) -> int:
-    make = functools.partial(_make, given)
-    rank = given.rank or _largest_rank(make, shapes, given.budget)
-    sketch = _sketch(given, rank)
-    plan = memory_plan(make(rank), shapes, sketch=sketch, compare=_peers(given, rank))
+    own, rank = tree_bytes(shapes), given.rank
+    if rank is None:
+        room = max(given.budget - 2 * own, 1)
+        try:
+            rank = rank_for_budget(lambda r: _asked(given, r)[0], shapes, room)
+        except ValueError:
+            rank = 1  # None fits, or nothing is sketched: the plan shows which.
+    tx, script, sketch, peers = _asked(given, rank)
+    plan = memory_plan(tx, shapes, sketch=sketch, compare=peers)
     plan.print()
     name = f"{given.optimizer}, rank {rank}"
     if given.accumulate is not None:
         name += f", accumulation of {given.accumulate}"
     elements = sum(x.size for x in jax.tree.leaves(shapes))
     print(f"{given.shapes}: {len(shapes)} leaves, {elements:,} parameters")
-    print(f"{name}: {_sum(plan)}")
+    total = 2 * own + plan.state_bytes
+    sizes = {"parameters": own, "gradients": own, "state": plan.state_bytes}
+    parts = [f"{format_bytes(size)} {part}" for part, size in sizes.items()]
+    print(f"{name}: {' + '.join(parts)} = {format_bytes(total)}")
     print("Activations and temporaries are not included.")
     if not any(leaf.sketches for leaf in plan.leaves):
         print(f"At rank {rank} nothing is sketched: this is the uncompressed state.")
-    print(f"In a script:\n{_script(given, rank)}")
+    print(f"In a script:\n{script}")
     if given.picture is not None:
         try:
             picture.draw(plan, name, given.picture, given.budget)
         except OSError as error:
             given.parser.error(f"--picture {given.picture}: {error.strerror}")
         print(f"picture: {given.picture}")
-    return 0 if given.budget is None else _report_budget(given, plan)
-
-
-def _largest_rank(make: Callable[[int], Any], shapes: Any, budget: int) -> int:
-    try:
-        return rank_for_budget(make, shapes, max(budget - 2 * tree_bytes(shapes), 1))
-    except ValueError:  # No rank fits, or nothing is sketched: the plan shows which.
-        return 1
-
-
-def _peers(given: argparse.Namespace, rank: int) -> dict[str, Any]:
-    """Those by default; with accumulation MultiSteps around the same optimizer."""
-    peers = default_peers()
-    if given.accumulate is not None:
-        inner = optax.MultiSteps(_inner(given, rank), given.accumulate)
-        name = f"optax.MultiSteps({given.optimizer})"
-        peers[name] = inner.gradient_transformation()
-    return peers
-
-
-def _sum(plan: MemoryPlan) -> str:
-    own, state = plan.parameter_bytes, plan.state_bytes
-    sizes = {"parameters": own, "gradients": own, "state": state}
-    parts = [f"{format_bytes(size)} {name}" for name, size in sizes.items()]
-    return f"{' + '.join(parts)} = {format_bytes(2 * own + state)}"
-
-
-def _report_budget(given: argparse.Namespace, plan: MemoryPlan) -> int:
-    left = given.budget - 2 * plan.parameter_bytes - plan.state_bytes
+    if given.budget is None:
+        return 0
+    left = given.budget - total
     word = "left" if left >= 0 else "missing"
     print(f"budget {format_bytes(given.budget)}: {format_bytes(abs(left))} {word}")
     if left < 0 and given.rank is None:
@@ -170,35 +151,31 @@ def _report_budget(given: argparse.Namespace, plan: MemoryPlan) -> int:
     return int(left < 0)
 
 
-def _sketch(given: argparse.Namespace, rank: int) -> Sketch:
-    return Sketch(rank, mask=None if given.sketch_embeddings else not_embeddings)
+def _asked(
+    given: argparse.Namespace, rank: int
+) -> tuple[Any, str, Sketch, dict[str, Any]]:
+    """What the command line asks for, at a rank.
 
-
-def _make(given: argparse.Namespace, rank: int) -> Any:
-    """The transformation that the command line asks for; :func:`_script` writes it."""
-    inner = _inner(given, rank)
-    if given.accumulate is None:
-        return inner
-    return compressed_accumulation(inner, given.accumulate, _sketch(given, rank))
-
-
-def _inner(given: argparse.Namespace, rank: int) -> Any:
+    Returns:
+      The transformation; the lines that make it in Python; its sketch; its peers: those
+      by default, with accumulation MultiSteps around the same optimizer.
+    """
+    mask = None if given.sketch_embeddings else not_embeddings
+    sketch, peers = Sketch(rank, mask=mask), default_peers()
     if given.optimizer in _PLAIN:
-        return _PLAIN[given.optimizer](_LEARNING_RATE)
-    factory: Callable[..., Any] = getattr(optimizers, given.optimizer)
-    return factory(_LEARNING_RATE, _sketch(given, rank))
-
-
-def _script(given: argparse.Namespace, rank: int) -> str:
-    """The lines that make the same transformation in Python."""
-    mask = "" if given.sketch_embeddings else ", mask=fj.not_embeddings"
-    if given.optimizer in _PLAIN:
+        tx = _PLAIN[given.optimizer](_LEARNING_RATE)
         made = f"optax.{given.optimizer}(learning_rate)"
     else:
+        tx = getattr(optimizers, given.optimizer)(_LEARNING_RATE, sketch)
         made = f"fj.{given.optimizer}(learning_rate, sketch)"
     if given.accumulate is not None:
+        steps = optax.MultiSteps(tx, given.accumulate).gradient_transformation()
+        peers[f"optax.MultiSteps({given.optimizer})"] = steps
+        tx = compressed_accumulation(tx, given.accumulate, sketch)
         made = f"fj.compressed_accumulation({made}, {given.accumulate}, sketch)"
-    return f"  sketch = fj.Sketch({rank}{mask})\n  tx = {made}"
+    written = "" if mask is None else ", mask=fj.not_embeddings"
+    script = f"  sketch = fj.Sketch({rank}{written})\n  tx = {made}"
+    return tx, script, sketch, peers
 
 
 def _positive(text: str) -> int:
