@@ -146,10 +146,9 @@ def check_transformation(
       following: the next argument, which may have been taken for this one.
     """
     if not _is_transformation(value):
-        swapped = _is_transformation(following)
-        remedy = (
-            "are the arguments in the other order?" if swapped else "call the factory"
-        )
+        remedy = "call the factory"
+        if _is_transformation(following):
+            remedy = "are the arguments in the other order?"
         raise TypeError(
             f"`{name}` must be an optax transformation, got {reprlib.repr(value)};"
             f" {remedy}"

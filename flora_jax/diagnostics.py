@@ -12,9 +12,8 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
-from flora_jax.leaves.boxes import unboxed
-from flora_jax.sketching.sketched_gradients import refuse_sketches
-from flora_jax.sketching.sketcher import SketchEvent
+from flora_jax.leaves.trees import unboxed
+from flora_jax.sketching.sketcher import SketchEvent, refuse_sketches
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -155,14 +154,10 @@ def _named(seen: Sequence[SketchEvent]) -> dict[str, dict[str, LeafDiagnostics]]
     """By transformation and path; a transformation sees each path once."""
     found: dict[str, dict[str, LeafDiagnostics]] = {}
     for leaf in seen:
-        name = leaf.sketcher.name
-        names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
-        own = next(
-            members
-            for members in (found.setdefault(name, {}) for name in names)
-            if leaf.plan.path not in members
-        )
-        own[leaf.plan.path] = _measure(leaf)
+        name, numbers = leaf.sketcher.name, itertools.count(2)
+        while leaf.plan.path in found.setdefault(name, {}):
+            name = f"{leaf.sketcher.name}_{next(numbers)}"
+        found[name][leaf.plan.path] = _measure(leaf)
     return found
 
 
