@@ -53,75 +53,64 @@ class _Signature(inspect.Signature):
 
 def recipe(factory: F) -> F:
     """Lets ``optax.inject_hyperparams`` take a recipe with a callable decay mask."""
-    own = inspect.signature(factory)
-    signature = _Signature(
-        list(own.parameters.values()), return_annotation=own.return_annotation
-    )
+    signature = _Signature.from_callable(factory)
     setattr(factory, "__signature__", signature)  # noqa: B010 (no attribute by type)
     return factory
 
 
 def adamw_in_subspace(
     name: str,
+    projection: Projection,
+    *,
     learning_rate: optax.ScalarOrSchedule,
     sketch: Sketch | int,
-    projection: Projection,
-    refresh_every: int | jax.Array | None,
-    *,
     b1: jax.typing.ArrayLike,
     b2: jax.typing.ArrayLike,
     eps: jax.typing.ArrayLike,
-    scale: jax.typing.ArrayLike,
     weight_decay: optax.ScalarOrSchedule | None,
     weight_decay_mask: DecayMask,
     state_dtype: str | None,
-    stagger: bool,
     residual: Any = None,
     transport: Any = Keep(),  # noqa: B008 (frozen)
-    error_feedback: bool = False,
     orthogonal: bool = False,
+    **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam on sketches, decoupled weight decay in the full space, the learning rate.
 
+    Recipes hand on all of their own arguments, ``**locals()``.
+
     Args:
       name: the recipe's name, for messages.
+      projection: for a sketch that has none.
       learning_rate: a float or a schedule.
       sketch: the user's sketch.
-      projection: for a sketch that has none.
-      refresh_every: as in ``scale_in_subspace``.
       b1: decay of the first moment, also for a residual or transport without decays.
       b2: decay of the second moment, likewise.
       eps: added to the square root of the second moment.
-      scale: as in ``scale_in_subspace``.
       weight_decay: multiplied by the learning rate; None to disable.
       weight_decay_mask: as ``mask`` of ``optax.add_decayed_weights``.
       state_dtype: dtype of ``quantize_state`` for both moments; None for float32.
-      stagger: as in ``scale_in_subspace``.
-      residual: likewise.
+      residual: as in ``scale_in_subspace``.
       transport: likewise.
-      error_feedback: likewise.
       orthogonal: whether the updates of matrices are orthogonalized.
+      **settings: other arguments of ``scale_in_subspace``.
 
     Returns:
       The gradient transformation.
     """
-    check.check_number("b1", b1, 0, 1, "0.9 is Adam's")
-    check.check_number("b2", b2, 0, 1, "0.999 is Adam's")
-    check.check_number("eps", eps, 0, None, "1e-8 is Adam's")
     check.check_bool("orthogonal", orthogonal)
     sketch = resolve(sketch, projection, Projection)
     tx = scale_in_subspace(
-        optax.scale_by_adam(b1, b2, eps),
+        adam(b1, b2, eps),
         sketch,
-        refresh_every,
         residual=_with_decays(residual, b1, b2),
         transport=_with_decays(transport, b1, b2),
-        scale=scale,
-        error_feedback=error_feedback,
-        stagger=stagger,
+        **settings,
     )
     if state_dtype is not None:
-        fields = ("mu", "nu", "error") if error_feedback else ("mu", "nu")
+        fields = (
+            ("mu", "nu", "error") if settings.get("error_feedback") else ("mu", "nu")
+        )
         tx = quantize_state(tx, state_dtype, fields=fields)
     last = [orthogonalize(rules=sketch.rules)] if orthogonal else []
     return chain_parts(
@@ -131,6 +120,16 @@ def adamw_in_subspace(
         *decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate),
         params_for="" if weight_decay is None else f"{name}(weight_decay)",
     )
+
+
+def adam(
+    b1: jax.typing.ArrayLike, b2: jax.typing.ArrayLike, eps: jax.typing.ArrayLike
+) -> optax.GradientTransformation:
+    """``optax.scale_by_adam``, after checks of its arguments."""
+    check.check_number("b1", b1, 0, 1, "0.9 is Adam's")
+    check.check_number("b2", b2, 0, 1, "0.999 is Adam's")
+    check.check_number("eps", eps, 0, None, "1e-8 is Adam's")
+    return optax.scale_by_adam(b1, b2, eps)
 
 
 def decay_and_learning_rate(

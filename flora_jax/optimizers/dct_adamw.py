@@ -78,20 +78,4 @@ def dct_adamw(
       `SVD-Free Low-Rank Adaptive Gradient Optimization
       <https://arxiv.org/abs/2505.17967>`_, 2025
     """
-    return adamw_in_subspace(
-        "dct_adamw",
-        learning_rate,
-        sketch,
-        TopDCT(),
-        refresh_every,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        scale=scale,
-        transport=Squared(),
-        error_feedback=error_feedback,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        state_dtype=state_dtype,
-        stagger=stagger,
-    )
+    return adamw_in_subspace("dct_adamw", TopDCT(), transport=Squared(), **locals())

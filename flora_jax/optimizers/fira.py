@@ -77,19 +77,4 @@ def fira(
       Chen et al., `Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
       Constraint? <https://arxiv.org/abs/2410.01623>`_, 2024
     """
-    return adamw_in_subspace(
-        "fira",
-        learning_rate,
-        sketch,
-        TopSVD(),
-        refresh_every,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        scale=scale,
-        residual=residual,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        state_dtype=state_dtype,
-        stagger=stagger,
-    )
+    return adamw_in_subspace("fira", TopSVD(), **locals())

@@ -91,21 +91,4 @@ def flora_adamw(
       <https://arxiv.org/abs/2410.01623>`_, 2024; Robert et al., `LDAdam
       <https://arxiv.org/abs/2410.16103>`_, 2024
     """
-    return adamw_in_subspace(
-        "flora_adamw",
-        learning_rate,
-        sketch,
-        CountSketch("isometric"),
-        refresh_every,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        scale=scale,
-        residual=residual,
-        transport=transport,
-        orthogonal=orthogonal,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        state_dtype=state_dtype,
-        stagger=stagger,
-    )
+    return adamw_in_subspace("flora_adamw", CountSketch("isometric"), **locals())

@@ -12,7 +12,7 @@ from flora_jax import _validation as check
 from flora_jax._typing import PyTree
 from flora_jax.leaves.rules import LeafRules
 from flora_jax.leaves.trees import matching_leaves, rebuild, zeros_tree
-from flora_jax.optimizers.common import DecayMask, decay_and_learning_rate, recipe
+from flora_jax.optimizers.common import DecayMask, adam, decay_and_learning_rate, recipe
 from flora_jax.projections.base import Projection
 from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.quantization.quantize_state import quantize_state
@@ -105,9 +105,6 @@ def flora_muon(
       <https://arxiv.org/abs/2410.01623>`_, 2024
     """
     check.check_number("momentum", momentum, 0, 1, "0.95 is Muon's")
-    check.check_number("b1", b1, 0, 1, "0.9 is Adam's")
-    check.check_number("b2", b2, 0, 1, "0.999 is Adam's")
-    check.check_number("eps", eps, 0, None, "1e-8 is Adam's")
     sketch = resolve(sketch, CountSketch("isometric"), Projection)
     sketched = scale_in_subspace(
         optax.trace(momentum, nesterov=True),
@@ -126,19 +123,17 @@ def flora_muon(
         return rebuild(tree, kinds)
 
     matrices = optax.chain(sketched, orthogonalize(rms=rms, rules=sketch.rules))
+    rest = _in_float32(adam(b1, b2, eps))
     return chain_parts(
         (),
-        optax.partition({"muon": matrices, "adamw": _adam(b1, b2, eps)}, labels),
+        optax.partition({"muon": matrices, "adamw": rest}, labels),
         *decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate),
         params_for="" if weight_decay is None else "flora_muon(weight_decay)",
     )
 
 
-def _adam(
-    b1: jax.typing.ArrayLike, b2: jax.typing.ArrayLike, eps: jax.typing.ArrayLike
-) -> optax.GradientTransformation:
-    """``optax.scale_by_adam`` with float32 state and arithmetic."""
-    inner = optax.scale_by_adam(b1, b2, eps)
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Adam with float32 state and arithmetic."""
 
     def init_fn(params: PyTree) -> Any:
         shapes = [plan.shape for plan in LeafRules().plan(params)]

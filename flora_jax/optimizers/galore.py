@@ -74,18 +74,4 @@ def galore(
       Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
       Projection <https://arxiv.org/abs/2403.03507>`_, 2024
     """
-    return adamw_in_subspace(
-        "galore",
-        learning_rate,
-        sketch,
-        TopSVD(),
-        refresh_every,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        scale=scale,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        state_dtype=state_dtype,
-        stagger=stagger,
-    )
+    return adamw_in_subspace("galore", TopSVD(), **locals())

@@ -95,11 +95,15 @@ class Squared(Keep):
 
     def move(self, change: BasisChange, moments: Moments) -> Moments:
         """See :meth:`Keep.move`."""
-        squared = change.matrix**2
+        first, second = self.matrices(change)
         return {
-            name: change.moved(x, squared if KINDS[name] == SECOND else change.matrix)
+            name: change.moved(x, second if KINDS[name] == SECOND else first)
             for name, x in moments.items()
         }
+
+    def matrices(self, change: BasisChange) -> tuple[jax.Array, jax.Array]:
+        """What first moments and second ones are multiplied by."""
+        return change.matrix, change.matrix**2
 
 
 @jax.tree_util.register_dataclass
@@ -117,17 +121,13 @@ class PreserveRMS(Squared):
 
     needs_random_basis: ClassVar[bool] = True
 
-    def move(self, change: BasisChange, moments: Moments) -> Moments:
-        """See :meth:`Keep.move`."""
+    def matrices(self, change: BasisChange) -> tuple[jax.Array, jax.Array]:
+        """See :meth:`Squared.matrices`."""
         squared = change.matrix**2
         total = squared.sum(-2, keepdims=True)
-        # A new direction that is orthogonal to all old ones starts at zero.
-        weights = squared / jnp.where(total > 0, total, 1.0)
         inflated = (change.plan.width / change.plan.rank) ** 0.5 * change.matrix
-        return {
-            name: change.moved(x, weights if KINDS[name] == SECOND else inflated)
-            for name, x in moments.items()
-        }
+        # A new direction that is orthogonal to all old ones starts at zero.
+        return inflated, squared / jnp.where(total > 0, total, 1.0)
 
 
 @jax.tree_util.register_dataclass
