@@ -48,8 +48,8 @@ import optax
 from IPython.utils.capture import capture_output
 
 import flora_jax as fj
+from experiments.finetune.config import PRESETS
 from experiments.finetune.prepare import prepare
-from experiments.finetune.presets import PRESETS
 from experiments.finetune.run import run
 
 logging.getLogger("absl").setLevel(logging.ERROR)

@@ -9,6 +9,8 @@ compared before anything else looks at it.
 import concurrent.futures
 import contextlib
 import errno
+import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -22,11 +24,12 @@ import jax
 import optax
 import orbax.checkpoint as ocp
 
-from experiments.common import checksums, processes
+from experiments.common import processes
 from experiments.common.errors import NO_ROOM, ConfigError, DiskError
 from experiments.models.build import Params
 
 _KEPT = 2
+_CHECKSUMS = "checksums.json"
 
 
 class State(NamedTuple):
@@ -41,7 +44,7 @@ def latest(folder: pathlib.Path) -> int | None:
 
     Its files are not looked at: it may turn out to be damaged.
     """
-    names = [file.parent.name for file in folder.glob(f"*/{checksums.NAME}")]
+    names = [file.parent.name for file in folder.glob(f"*/{_CHECKSUMS}")]
     return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
@@ -62,8 +65,7 @@ class Checkpoints:
         Raises:
             ConfigError: there are checkpoints, and each of them is damaged.
         """
-        self.folder = folder
-        self._identity = identity
+        self.folder, self._identity = folder, identity
         self._failed = False
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         with processes.first_goes_first():  # the others find it done
@@ -89,16 +91,13 @@ class Checkpoints:
             self._finish()
         finally:
             self._thread.shutdown()
-            self._close_manager()
-
-    def _close_manager(self) -> None:
-        try:
-            self._manager.close()
-        except (OSError, ValueError) as error:
-            # A write that fails has several errors, one for each of its threads; the
-            # first of them was raised.
-            if not self._failed or _errno(error) is None:
-                raise
+            try:
+                self._manager.close()
+            except (OSError, ValueError) as error:
+                # A write that fails has several errors, one for each of its threads;
+                # the first of them was raised.
+                if not self._failed or _errno(error) is None:
+                    raise
 
     def latest(self) -> int | None:
         """Returns the update of the last checkpoint, None if there is none."""
@@ -111,29 +110,25 @@ class Checkpoints:
             DiskError: this save or the one before it failed.
         """
         self._finish()
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state._asdict()),
+            identity=ocp.args.JsonSave(self._identity),
+        )
         with self._explained(update):
-            self._check_room(state)
-            self._manager.save(
-                update,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state._asdict()),
-                    identity=ocp.args.JsonSave(self._identity),
-                ),
-                force=True,
-            )
+            needed = sum(x.nbytes for x in jax.tree.leaves(state))
+            if shutil.disk_usage(self.folder).free < needed:  # It could not end.
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._manager.save(update, args=args, force=True)
         self._pending = update, self._thread.submit(self._vouch, update)
 
-    def _check_room(self, state: State) -> None:
-        """Stops before a write that cannot end."""
-        needed = sum(x.nbytes for x in jax.tree.leaves(state))
-        if shutil.disk_usage(self.folder).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     def _vouch(self, update: int) -> None:
-        """Waits for the save and adds the checksums."""
+        """Waits for the save and adds the checksums, whole or not at all."""
         self._manager.wait_until_finished()
         if processes.is_first():
-            checksums.write(self.folder / str(update))
+            path = self.folder / str(update)
+            whole = path / f"{_CHECKSUMS}.tmp"
+            whole.write_text(json.dumps(contents(path), indent=1))
+            whole.replace(path / _CHECKSUMS)
 
     def _finish(self) -> None:
         """Waits for the save in the background; its error is raised here."""
@@ -152,11 +147,10 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
-            number = _errno(error)
+            number, last = _errno(error), latest(self.folder)
             if number is None:
                 raise
             self._failed = True
-            last = latest(self.folder)
             left = "there is no earlier one"
             if last is not None:
                 left = f"the one of update {last} is whole, and resuming starts there"
@@ -180,15 +174,6 @@ class Checkpoints:
         """
         self._finish()
         update = self._manager.latest_step()
-        self._check_identity(update)
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template._asdict())
-        restored = self._manager.restore(
-            update,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
-        )
-        return update, State(**restored["state"])
-
-    def _check_identity(self, update: int) -> None:
         args = ocp.args.Composite(identity=ocp.args.JsonRestore())
         saved = self._manager.restore(update, args=args)["identity"]
         for name in sorted(saved.keys() | self._identity.keys()):
@@ -199,6 +184,9 @@ class Checkpoints:
                     f"this run has {name} {new}; give the same, another "
                     "`--output-dir`, or `--overwrite` to start again"
                 )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template._asdict())
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return update, State(**self._manager.restore(update, args=args)["state"])
 
 
 def _errno(error: BaseException) -> int | None:
@@ -224,41 +212,79 @@ def _sort_out(folder: pathlib.Path) -> None:
     Raises:
         ConfigError: there are checkpoints, and each of them is damaged.
     """
-    paths = [path for path in folder.glob("*") if path.name.isdecimal()]
-    defects = {path: checksums.defect(path) for path in sorted(paths, key=_update)}
-    whole = [path for path, defect in defects.items() if defect is None]
-    if not whole and latest(folder) is not None:
-        reasons = "; ".join(f"{path.name}: {why}" for path, why in defects.items())
+    updates = sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal())
+    defects = {update: defect(folder / str(update)) for update in updates}
+    last = max((x for x, found in defects.items() if found is None), default=None)
+    if last is None and latest(folder) is not None:
+        reasons = "; ".join(f"{update}: {found}" for update, found in defects.items())
         raise ConfigError(
             f"{folder} has no checkpoint that is whole ({reasons}); restore one from "
             "a copy, or give `--overwrite` to start again"
         )
-    last = _update(whole[-1]) if whole else 0
-    for path, defect in defects.items():
-        if defect is None:
+    for update, found in defects.items():
+        if found is None:
             continue
-        newer = _update(path) > last
-        unfinished = not (path / checksums.NAME).exists()
-        if unfinished and (whole or not newer):
+        path = folder / str(update)
+        unfinished = not (path / _CHECKSUMS).exists()
+        if unfinished and last is not None:
             # A common trace of kills, as large as a checkpoint: of a write, or of the
             # deletion of an old one.
             shutil.rmtree(path)
             fate = "it is removed"
         else:
-            aside = path.with_name(f"{path.name}.damaged")
+            aside = path.with_name(f"{update}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             fate = f"what was there is now in {aside.name}"
-        if newer:
-            used = f"the one of update {last} is used" if whole else "training begins"
-            _warn(f"{path} is not used: {defect}; {used}, and {fate}")
+        if last is None or update > last:
+            used = (
+                "training begins"
+                if last is None
+                else f"the one of update {last} is used"
+            )
+            _warn(f"{path} is not used: {found}; {used}, and {fate}")
         elif not unfinished:
-            _warn(f"{path} is damaged: {defect}; {fate}")
+            _warn(f"{path} is damaged: {found}; {fate}")
 
 
 def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def _update(path: pathlib.Path) -> int:
-    return int(path.name)
+def contents(path: pathlib.Path) -> dict[str, list[Any]]:
+    """Reads every file of a folder, but for the checksums.
+
+    Returns:
+        Size in bytes and SHA-256 of each file, by its path in the folder.
+    """
+    found = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and not file.name.startswith(_CHECKSUMS):
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            name = file.relative_to(path).as_posix()
+            found[name] = [file.stat().st_size, digest]
+    return found
+
+
+def defect(path: pathlib.Path) -> str | None:
+    """Says what is wrong with a folder; None if it is as its checksums say."""
+    file = path / _CHECKSUMS
+    try:
+        if not file.exists():
+            return f"it has no {_CHECKSUMS}, so its write did not end"
+        expected, found = json.loads(file.read_text()), contents(path)
+    except ValueError:  # no JSON, or no UTF-8
+        expected = None
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    if not isinstance(expected, dict):
+        return f"{_CHECKSUMS} is damaged"
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} does not belong to it"
+        if expected[name] != found[name]:
+            return f"{name} differs from what was written"
+    return None

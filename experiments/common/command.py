@@ -1,17 +1,13 @@
 """The command line of every question: parse, check, import what is heavy, run."""
 
+import functools
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.common.errors import (
-    NO_ROOM,
-    ConfigError,
-    DiskError,
-    NonFiniteLossError,
-)
+from experiments.common import errors
 
 _EXTRA = """
 array_record babel flax grain importlib_resources matplotlib orbax requests rich
@@ -28,9 +24,14 @@ def main(
     prog: str,
     description: str,
     arguments: Sequence[str] | None = None,
-    **options: Any,
+    *,
+    default: Any = None,
+    resumable: bool = False,
 ) -> int:
     """Runs the command line of one question.
+
+    A package of the extra that is not installed is one line. Any other import that
+    fails is an error in the code, and raised.
 
     Args:
         configs: the dataclass of the settings, or by name a description and defaults,
@@ -39,52 +40,29 @@ def main(
         prog: how the command is started.
         description: what `--help` says above the settings.
         arguments: in place of the command line's own.
-        **options: of `execute`.
+        default: settings in place of the defaults of a dataclass.
+        resumable: see `execute`.
 
     Returns:
         The exit status, see `execute`.
     """
-
-    def run() -> int:
+    try:
         import tyro
 
-        parse: Callable[..., Any] = tyro.cli
+        parse: Callable[..., Any] = functools.partial(tyro.cli, default=default)
         if isinstance(configs, dict):
             parse = tyro.extras.overridable_config_cli
-        config = parse(
-            configs,
-            prog=prog,
-            description=description,
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-        return execute(config, module, **options)
-
-    return explain_missing(run)
-
-
-def explain_missing(run: Callable[[], int]) -> int:
-    """Runs a command; a package of the extra that is not installed is one line.
-
-    Any other import that fails is an error in the code, and raised.
-    """
-    try:
-        return run()
+        options = {"prog": prog, "description": description, "args": arguments}
+        config = parse(configs, **options, config=(tyro.conf.FlagCreatePairsOff,))
+        return execute(config, module, resumable=resumable)
     except ModuleNotFoundError as error:
         if error.name not in EXTRA:
             raise
-        return _complain(
-            f"experiments needs {error.name}: pip install -e '.[experiments]'", 2
-        )
+        needs = f"experiments needs {error.name}: pip install -e '.[experiments]'"
+        return _complain(needs, 2)
 
 
-def execute(
-    config: Any,
-    module: str,
-    interrupted: str = "interrupted",
-    *,
-    distributed: bool = False,
-) -> int:
+def execute(config: Any, module: str, *, resumable: bool = False) -> int:
     """Checks the settings, then imports what is heavy and runs it.
 
     A refused command line answers at once, in one line.
@@ -92,9 +70,8 @@ def execute(
     Args:
         config: the settings, with a method `validate`.
         module: has a function `run` of them.
-        interrupted: what to say after Ctrl-C.
-        distributed: the job can be run by several processes; this one joins the others
-            if JAX_COORDINATOR_ADDRESS is set.
+        resumable: the job makes checkpoints to continue from, and can be run by several
+            processes; this one joins the others if JAX_COORDINATOR_ADDRESS is set.
 
     Returns:
         The exit status: 0, 1 if a run diverged or the disk is full, 2 for settings that
@@ -102,21 +79,22 @@ def execute(
     """
     try:
         config.validate()
-        if distributed and "JAX_COORDINATOR_ADDRESS" in os.environ:
+        if resumable and "JAX_COORDINATOR_ADDRESS" in os.environ:
             processes = importlib.import_module("experiments.common.processes")
             processes.join()
             processes.check_same("the command line", config)
         importlib.import_module(module).run(config)
-    except ConfigError as error:
+    except errors.ConfigError as error:
         return _complain(error, 2)
-    except (DiskError, NonFiniteLossError) as error:
+    except (errors.DiskError, errors.NonFiniteLossError) as error:
         return _complain(error, 1)
     except OSError as error:  # of metrics or a report; those of checkpoints say more
-        if error.errno not in NO_ROOM:
+        if error.errno not in errors.NO_ROOM:
             raise
         return _complain(f"{error}; make room, then start again", 1)
     except KeyboardInterrupt:
-        return _complain(interrupted, 130)
+        more = "; the same command continues from the last checkpoint" * resumable
+        return _complain(f"interrupted{more}", 130)
     return 0
 
 

@@ -7,14 +7,16 @@ import dataclasses
 import math
 import pathlib
 import typing
+from collections.abc import Callable
 from typing import Any, Literal
 
 from experiments.common.errors import ConfigError, flag
-from experiments.common.methods import FINETUNE, METHODS, Method
+from experiments.common.methods import FINETUNE, METHODS, PROJECTIONS, Method
 from experiments.common.report import ranked
 
 MethodName = Literal[FINETUNE]
 Estimator = Literal["paper", "nesterov", "fresh", "residual"]
+Projection = Literal[PROJECTIONS]
 
 # Fields that say where things lie or how much of the job to do now. Every other field
 # changes the numbers of a run, so that a run that continues has to agree on it.
@@ -60,9 +62,7 @@ class JobConfig:
     """Updates between two projections of FLORA's momentum; None keeps the first."""
     estimator: Estimator = "paper"
     """How FLORA's momentum becomes an update."""
-    projection: Literal[
-        "CountSketch", "Gaussian", "Rademacher", "Orthogonal", "SRHT"
-    ] = "CountSketch"
+    projection: Projection = "CountSketch"
     """How matrices are sketched; Gaussian is the paper's."""
     eval_every: int
     """Updates between two validation losses."""
@@ -96,13 +96,9 @@ class JobConfig:
             "eval_examples checkpoint_every",
         )
         check_at_least(self, "seed", least=0)
-        for name in ("learning_rate", "lora_learning_rate", "lora_alpha"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(
-                    f"`{flag(name)}` must be positive and finite, got {value}"
-                )
-        check_fractions(self, "momentum", "warmup_fraction")
+        rates = "learning_rate lora_learning_rate lora_alpha"
+        check(self, rates, "positive and finite", lambda x: 0 < x < math.inf)
+        check_fractions(self, "momentum warmup_fraction")
         _check_methods(self)
         if self.stop_after is not None and not 1 <= self.stop_after <= self.updates:
             raise ConfigError(
@@ -159,47 +155,53 @@ class Run:
         return flags | {"method": self.name, "rank": self.rank}
 
 
+def check(
+    config: Any, names: str, wanted: str, is_right: Callable[[Any], bool]
+) -> None:
+    """Refuses values, or members of a tuple of values.
+
+    Args:
+        config: the settings.
+        names: the fields, separated by spaces; None is left alone.
+        wanted: what they must be, in words.
+        is_right: whether a value is that.
+    """
+    for name in names.split():
+        value = getattr(config, name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if item is not None and not is_right(item):
+                raise ConfigError(f"`{flag(name)}` must be {wanted}, got {item!r}")
+
+
 def check_choices(config: Any) -> None:
     """Refuses values that are not among the choices of a field.
 
     The command line has seen to that; a program that makes the settings has not.
     """
     for name, kind in typing.get_type_hints(type(config)).items():
-        value, one_of = getattr(config, name), kind
-        if typing.get_origin(kind) is tuple:
-            one_of = typing.get_args(kind)[0]
-        if typing.get_origin(one_of) is not Literal:
-            continue
-        choices = typing.get_args(one_of)
-        for item in value if isinstance(value, tuple) else (value,):
-            if item not in choices:
-                raise ConfigError(
-                    f"`{flag(name)}` must be one of {', '.join(choices)}, got {item!r}"
-                )
+        one_of = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+        if typing.get_origin(one_of) is Literal:
+            choices = typing.get_args(one_of)
+            wanted = f"one of {', '.join(choices)}"
+            check(config, name, wanted, choices.__contains__)
+
+
+def check_some(config: Any, names: str) -> None:
+    """Refuses tuples, of which the names are separated by spaces, that are empty."""
+    for name in names.split():
+        if not getattr(config, name):
+            raise ConfigError(f"`{flag(name)}` must name at least one, got none")
 
 
 def check_at_least(config: Any, names: str, least: int = 1) -> None:
-    """Refuses numbers, or members of a tuple of numbers, that are too small.
-
-    Args:
-        config: the settings.
-        names: the fields, separated by spaces; None is left alone.
-        least: the smallest number that is allowed.
-    """
+    """Refuses numbers that are too small; see `check`."""
     wanted = f"at least {least}" if least else "non-negative"
-    for name in names.split():
-        value = getattr(config, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and number < least:
-                raise ConfigError(f"`{flag(name)}` must be {wanted}, got {number}")
+    check(config, names, wanted, lambda x: x >= least)
 
 
-def check_fractions(config: Any, *names: str) -> None:
-    """Refuses numbers outside [0, 1)."""
-    for name in names:
-        value = getattr(config, name)
-        if not 0 <= value < 1:
-            raise ConfigError(f"`{flag(name)}` must be in [0, 1), got {value}")
+def check_fractions(config: Any, names: str) -> None:
+    """Refuses numbers outside [0, 1); see `check`."""
+    check(config, names, "in [0, 1)", lambda x: 0 <= x < 1)
 
 
 def _check_methods(config: JobConfig) -> None:
@@ -221,10 +223,8 @@ def _check_methods(config: JobConfig) -> None:
                 f"`--methods` got {name}, but `--optimizer adam` has a momentum of its "
                 "own; use adafactor or sgd, or the other methods"
             )
-    if config.estimator == "residual" and config.projection in (
-        "Gaussian",
-        "Rademacher",
-    ):
+    oblique = config.projection in ("Gaussian", "Rademacher")
+    if config.estimator == "residual" and oblique:
         raise ConfigError(
             "`--estimator residual` needs a projection with orthogonal rows, got "
             f"`--projection` {config.projection}; use CountSketch, Orthogonal or SRHT"

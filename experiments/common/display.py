@@ -1,18 +1,11 @@
 """The progress bars, and lines in their place where the output is no terminal."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from rich import box
+from rich import box, progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from experiments.common.processes import is_first
@@ -26,11 +19,8 @@ def make_console() -> Console:
 
     Of several processes only the first one speaks.
     """
-    quiet = not is_first()
-    console = Console(quiet=quiet)
-    if not console.is_terminal:
-        console = Console(width=_WIDTH_WITHOUT_TERMINAL, quiet=quiet)
-    return console
+    width = None if Console().is_terminal else _WIDTH_WITHOUT_TERMINAL
+    return Console(width=width, quiet=not is_first())
 
 
 def table(
@@ -48,75 +38,51 @@ def table(
     console.print(shown)
 
 
-class Display:
-    """Shows the progress of the runs: loss, speed, memory, time left."""
-
-    def __init__(self, console: Console):
-        """Builds the display; nothing is shown before `with`."""
-        self.console = console
-        self._progress = Progress(
-            TextColumn("{task.description:24}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-            console=console,
-            refresh_per_second=4,
-            disable=console.quiet or not console.is_terminal,
-        )
-
-    def __enter__(self) -> "Display":
-        """Starts to draw."""
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Leaves the bars as they are."""
-        self._progress.stop()
-
-    def say(self, text: str) -> None:
-        """Prints a line above the bars."""
-        self.console.print(text, highlight=False, markup=False)
-
-    def add(self, title: str, total: int, done: int) -> "Bar":
-        """Adds the bar of one run."""
-        task = self._progress.add_task(title, total=total, completed=done, status="")
-        return Bar(self, self._progress, task, title, total)
+def bars(console: Console) -> progress.Progress:
+    """Returns what draws the bars of all runs during a `with`."""
+    return progress.Progress(
+        progress.TextColumn("{task.description:24}"),
+        progress.BarColumn(bar_width=24),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[status]}"),
+        progress.TimeRemainingColumn(),
+        console=console,
+        refresh_per_second=4,
+        disable=console.quiet or not console.is_terminal,
+    )
 
 
 class Bar:
-    """The bar of one run."""
+    """The bar of one run: loss, speed, memory, time left."""
 
-    def __init__(
-        self, display: Display, progress: Progress, task: TaskID, title: str, total: int
-    ):
-        """Made by `Display.add`."""
-        self._display = display
-        self._progress = progress
-        self._task = task
-        self._title = title
-        self._total = total
+    def __init__(self, bars: progress.Progress, title: str, total: int, done: int):
+        """Adds it to `bars`, with `done` of the `total` updates."""
+        self._title, self._total = title, total
+        task = bars.add_task(title, total=total, completed=done, status="")
+        self._update = functools.partial(bars.update, task)
+        self._console = bars.console
+
+    def _print(self, text: str) -> None:
+        """Prints a line where there is no terminal to draw bars on."""
+        if not self._console.is_terminal:
+            line = f"{self._title:24} {text}"
+            self._console.print(line, highlight=False, markup=False)
 
     def say(self, text: str) -> None:
         """Says what the run is about to do."""
-        self._progress.update(self._task, status=text)
-        if not self._display.console.is_terminal:
-            self._display.say(f"{self._title:24} {text}")
+        self._update(status=text)
+        self._print(text)
 
     def show(self, row: Row) -> None:
         """Shows one row of the metrics; without a terminal, those with a validation."""
         parts = []
         if "loss" in row:
-            parts += [f"loss {row['loss']:.3f}"]
+            speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+            memory = f"step {row['step_bytes'] / 2**30:.2f} GiB"
+            parts = [f"loss {row['loss']:.3f}", speed, memory]
         if "validation_loss" in row:
-            parts += [f"validation {row['validation_loss']:.3f}"]
-        if "loss" in row:
-            parts += [
-                f"{row['tokens_per_second']:,.0f} tokens/s",
-                f"step {row['step_bytes'] / 2**30:.2f} GiB",
-            ]
+            parts.insert(1, f"validation {row['validation_loss']:.3f}")
         status = "  ".join(parts)
-        self._progress.update(self._task, completed=row["update"], status=status)
-        if "validation_loss" in row and not self._display.console.is_terminal:
-            update = f"{row['update']:>4}/{self._total}"
-            self._display.say(f"{self._title:24} {update}  {status}")
+        self._update(completed=row["update"], status=status)
+        if "validation_loss" in row:
+            self._print(f"{row['update']:>4}/{self._total}  {status}")

@@ -1,53 +1,99 @@
-"""The training loop: one model, one optimizer, from any checkpoint to the last update.
+"""The runs of a job: one model, one optimizer, from any checkpoint to the last update.
 
 An update is a function of the state and of the update's number: its batch and its
 dropout masks follow from that number. So a checkpoint is the state and a number, and a
 run that was killed ends with the same parameters as one that was not.
 """
 
+import contextlib
 import functools
+import json
 import math
+import shutil
 import time
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+from rich.console import Console
+from rich.progress import Progress
 from tensorboardX import SummaryWriter
 
 import flora_jax as fj
-from experiments.common import devices, gradients, processes, records
+from experiments.common import devices, display, processes, records, state_bytes
 from experiments.common.checkpoints import Checkpoints, State
-from experiments.common.config import Run
-from experiments.common.display import Display
+from experiments.common.config import JobConfig, Run
 from experiments.common.errors import ConfigError, NonFiniteLossError
-from experiments.common.gradients import Gradient, Loss
-from experiments.common.methods import settings_of
-from experiments.common.problem import Batch, Data, build, learning_rate
-from experiments.common.state_bytes import measure, step_bytes
+from experiments.common.methods import METHODS, settings_of
+from experiments.common.problem import (
+    Batch,
+    Data,
+    Problem,
+    build,
+    learning_rate,
+    micro_batches,
+)
 
 _DROPOUT = zlib.crc32(b"dropout")
 
 
 def training_step(
-    loss: Loss,
+    problem: Problem,
     tx: optax.GradientTransformation,
     state: State,
     frozen: Any,
     batch: Batch,
     key: jax.Array,
-    gradient: Gradient = gradients.full,
 ) -> tuple[State, jax.Array]:
     """One call of the optimizer.
 
     An accumulating optimizer is called for each micro-batch; its updates are zeros
     until the last one of a cycle.
     """
-    value_and_grad = gradient(loss, state.opt_state)
-    value, grads = value_and_grad(state.params, frozen, batch, key)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    return State(optax.apply_updates(state.params, updates), opt_state), value
+    params, opt_state = state
+    value, grads = problem.value_and_grad(opt_state, params, frozen, batch, key)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return State(optax.apply_updates(params, updates), opt_state), value
+
+
+def runs_of(config: JobConfig, data: Data) -> list[Run]:
+    """Returns the runs that are asked for; `overwrite` has removed what they left.
+
+    Raises:
+        ConfigError: a rank would compress nothing, which would be the uncompressed
+            method. All are looked at before the first hours are spent.
+    """
+    runs = [
+        Run(config, name, rank)
+        for name in config.methods
+        for rank in (config.ranks if METHODS[name].ranked else (None,))
+    ]
+    for run in runs:
+        if run.method.compressed:
+            state_bytes.leaf_plans(data.params, settings_of(config, run.rank).sketch)
+    if config.overwrite and processes.is_first():
+        for run in runs:
+            shutil.rmtree(run.folder, ignore_errors=True)
+    # Nobody writes before what was there is gone.
+    processes.wait()
+    return runs
+
+
+def train(runs: Sequence[Run], data: Data, console: Console) -> list["Training"]:
+    """Lets runs take turns, an update each, so that all see the same machine."""
+    with display.bars(console) as bars, contextlib.ExitStack() as stack:
+        trainings = []
+        for run in runs:
+            trainings.append(Training(run, data, bars))
+            stack.callback(trainings[-1].close)
+        config = runs[0].config
+        for number in range(1, (config.stop_after or config.updates) + 1):
+            for training in trainings:
+                training.advance(number)
+    return trainings
 
 
 class Training:
@@ -56,13 +102,13 @@ class Training:
     So several can take turns, and what else the machine does slows all of them alike.
     """
 
-    def __init__(self, run: Run, data: Data, display: Display):
+    def __init__(self, run: Run, data: Data, bars: Progress):
         """Starts the run, or takes it up again from its last checkpoint.
 
         Args:
             run: the method and its settings.
             data: what it trains on.
-            display: where progress is shown.
+            bars: where progress is shown.
 
         Raises:
             ConfigError: the checkpoint to resume from was made with other settings, or
@@ -71,12 +117,10 @@ class Training:
         self.run, config = run, run.config
         self.problem, state, tx = build(config, data, run.name, run.rank)
         sketch = settings_of(config, run.rank).sketch
-        self.sizes = measure(run.method, sketch, *state)
+        self._sizes = state_bytes.measure(run.method, sketch, *state)
         self._micro_batches = run.method.micro_batches(config)
         self._schedule = learning_rate(config, run.name)
-        self._step = functools.partial(
-            training_step, self.problem.loss, tx, gradient=self.problem.gradient
-        )
+        self._step = functools.partial(training_step, self.problem, tx)
         identity = run.identity | {"the data": data.fingerprint}
         self._kept = Checkpoints(run.folder / "checkpoints", identity)
         self.state, self.done = devices.replicated(state), 0
@@ -85,18 +129,12 @@ class Training:
         processes.check_same(f"the last checkpoint in {run.folder}", fresh)
         if not fresh:
             self._restore(tx)
-        first = processes.is_first()
-        self.metrics = records.MetricsFile(
-            run.folder / "metrics.jsonl",
-            keep_until=-1 if fresh else self.done,
-            write=first,
-        )
-        self._board = SummaryWriter(
-            str(run.folder / "tensorboard"),
-            purge_step=self.done + 1,
-            write_to_disk=first,
-        )
-        self._bar = display.add(run.title, config.updates, self.done)
+        first, until = processes.is_first(), -1 if fresh else self.done
+        path = run.folder / "metrics.jsonl"
+        self._metrics = records.MetricsFile(path, keep_until=until, write=first)
+        path = str(run.folder / "tensorboard")
+        self._board = SummaryWriter(path, purge_step=self.done + 1, write_to_disk=first)
+        self._bar = display.Bar(bars, run.title, config.updates, self.done)
         self._compile()
         if fresh:
             self._log({"update": 0, "tokens": 0} | self._evaluate())
@@ -122,16 +160,12 @@ class Training:
         part = self._parts(1)[0]
         lowered = step.lower(self.state, self.frozen, part, self._key(1, 0))
         self._compiled = lowered.compile()
-        self.step_bytes = step_bytes(self._compiled)
+        self._step_bytes = state_bytes.step_bytes(self._compiled)
 
     def _parts(self, number: int) -> list[Batch]:
         """The micro-batches of update `number`, on the devices."""
         batch = self.problem.batches[number - 1]
-        leaves, treedef = jax.tree.flatten(batch)
-        parts = zip(
-            *(np.split(leaf, self._micro_batches) for leaf in leaves), strict=True
-        )
-        return [devices.split(jax.tree.unflatten(treedef, part)) for part in parts]
+        return list(map(devices.split, micro_batches(batch, self._micro_batches)))
 
     def _key(self, number: int, part: int) -> jax.Array:
         """The dropout key of one micro-batch."""
@@ -165,8 +199,7 @@ class Training:
     def _update(self, number: int) -> records.Row:
         losses = []
         started = time.perf_counter()
-        parts = self._parts(number)
-        for i, batch in enumerate(parts):
+        for i, batch in enumerate(self._parts(number)):
             key = self._key(number, i)
             self.state, loss = self._compiled(self.state, self.frozen, batch, key)
             losses.append(loss)
@@ -179,7 +212,7 @@ class Training:
             "learning_rate": float(self._schedule(number - 1)),
             "seconds": seconds,
             "tokens_per_second": self.problem.tokens / seconds,
-            "step_bytes": self.step_bytes,
+            "step_bytes": self._step_bytes,
             "process_peak_bytes": devices.peak_bytes(),
         }
         self._check_finite(row, row["loss"])
@@ -195,7 +228,7 @@ class Training:
             )
 
     def _log(self, row: records.Row) -> None:
-        self.metrics.append(row)
+        self._metrics.append(row)
         self._bar.show(row)
         for name, value in row.items():
             if name not in ("update", "tokens"):
@@ -205,3 +238,47 @@ class Training:
         """Closes the files."""
         self._board.close()
         self._kept.close()
+
+    def result(self, scores: dict[str, float] | None = None) -> records.Row:
+        """Returns what tables say of a finished run; `result.json` keeps it."""
+        run, rows, tokens = self.run, self._metrics.rows, self.problem.tokens
+        seconds = records.median_seconds(rows)
+        row = {
+            "run": run.folder.name,
+            "method": run.name,
+            "title": run.title,
+            "rank": run.rank,
+            "learning_rate": run.config.peak(run.name),
+            "updates": run.config.updates,
+            "tokens_per_update": tokens,
+            **self._sizes,
+            "step_peak_bytes": self._step_bytes,
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "train_loss": records.final_train_loss(rows),
+            "validation_loss": rows[-1]["validation_loss"],
+            "perplexity": rows[-1]["perplexity"],
+            **(scores or {}),
+        }
+        if processes.is_first():
+            records.write_json(run.folder / "result.json", row)
+        return row
+
+
+def results(config: JobConfig) -> list[records.Row]:
+    """Returns the rows of all finished runs in the output directory.
+
+    `results.json` keeps them, together with what made them.
+    """
+    files, order = config.output_dir.glob("*/result.json"), list(METHODS)
+    rows = sorted(
+        (json.loads(file.read_text()) for file in files),
+        key=lambda row: (order.index(row["method"]), row["rank"] or 0),
+    )
+    content: dict[str, Any] = records.provenance(config) | {
+        "devices": jax.device_count(),
+        "peak_bytes": devices.peak_bytes(),
+        "rows": rows,
+    }
+    records.write_json(config.output_dir / "results.json", content)
+    return rows

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import jax
     import optax
 
     import flora_jax as fj
@@ -31,6 +32,8 @@ if not TYPE_CHECKING:
 
 Base = Literal["adafactor", "adam", "sgd"]
 Kind = Literal["momentum", "accumulation", "none"]
+PROJECTIONS = ("CountSketch", "Gaussian", "Rademacher", "Orthogonal", "SRHT")
+Loss = Callable[..., "jax.Array"]  # A scalar, differentiated in its first argument.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,21 @@ class Method:
         """Returns the number of parts in which an update sees its batch."""
         return config.micro_batches if self.kind == "accumulation" else 1
 
+    def value_and_grad(
+        self, loss: Loss, sketch: "fj.Sketch", state: Any, *arguments: Any
+    ) -> tuple[Any, Any]:
+        """Returns a loss, and what the optimizer takes as its gradient.
+
+        Args:
+            loss: of the arguments.
+            sketch: of the gradients, where backpropagation sketches them.
+            state: the optimizer's.
+            *arguments: of the loss.
+        """
+        if not self.sketched_gradients:
+            return jax.value_and_grad(loss)(*arguments)
+        return fj.sketched_value_and_grad(loss, sketch)(state, *arguments)
+
     def optimizer(
         self, learning_rate: "optax.ScalarOrSchedule", settings: Settings
     ) -> "optax.GradientTransformationExtraArgs":
@@ -121,21 +139,19 @@ def settings_of(
         seed: of the projections, in place of the one of `config`.
         **changes: other fields.
     """
+    key = config.seed if seed is None else seed
     sketch = fj.Sketch(
-        1 if rank is None else rank,
-        projection=built(config.projection),
-        key=config.seed if seed is None else seed,
-        mask=fj.not_embeddings,
+        rank or 1, built(config.projection), key=key, mask=fj.not_embeddings
     )
-    fields = {
-        "sketch": sketch,
-        "base": config.optimizer,
-        "micro_batches": config.micro_batches,
-        "b1": config.momentum,
-        "refresh_every": config.resample_every,
-        "estimator": config.estimator,
-    }
-    return Settings(**fields | changes)
+    settings = Settings(
+        sketch,
+        config.optimizer,
+        config.micro_batches,
+        b1=config.momentum,
+        refresh_every=config.resample_every,
+        estimator=config.estimator,
+    )
+    return dataclasses.replace(settings, **changes)
 
 
 def with_options(settings: Settings, options: Mapping[str, Any]) -> Settings:
@@ -147,8 +163,7 @@ def with_options(settings: Settings, options: Mapping[str, Any]) -> Settings:
     names = {field.name for field in dataclasses.fields(fj.Sketch)}
     own = {name: options.pop(name) for name in names & set(options)}
     sketch = settings.sketch
-    if isinstance(sketch, int):
-        sketch = fj.Sketch(sketch)
+    sketch = fj.Sketch(sketch) if isinstance(sketch, int) else sketch
     sketch = dataclasses.replace(sketch, **own)
     return dataclasses.replace(settings, sketch=sketch, options=options)
 
@@ -166,11 +181,7 @@ def built(value: Any) -> Any:
 def matrices(params: Any) -> Any:
     """Returns whether each parameter is one that sketches are taken of."""
     plans = fj.plan_leaves(params, fj.Sketch(1, mask=fj.not_embeddings))
-    return jax.tree.map(
-        lambda plan: plan.dense_reason is None,
-        plans,
-        is_leaf=lambda node: isinstance(node, fj.LeafPlan),
-    )
+    return jax.tree.map(lambda plan: plan.dense_reason is None, plans)
 
 
 def schedule(
@@ -189,16 +200,11 @@ def schedule(
 
 def base_optimizer(rate: Any, s: Settings) -> Any:
     """Returns the base optimizer; Adam's own momentum is not what is compared."""
-    match s.base:
-        case "adafactor":
-            return optax.adafactor(rate)
-        case "adam":
-            return optax.adam(rate, b1=s.b1)
-        case "sgd":
-            return optax.sgd(rate)
+    own = {"b1": s.b1} if s.base == "adam" else {}
+    return getattr(optax, s.base)(rate, **own)
 
 
-def _full_momentum(rate: Any, s: Settings) -> Any:
+def _ema(rate: Any, s: Settings) -> Any:
     if s.base == "adafactor":
         return optax.adafactor(rate, momentum=s.b1)
     return _averaged(optax.ema(s.b1, debias=False), rate, s)
@@ -220,19 +226,17 @@ def _averaged(momentum: Any, rate: Any, s: Settings) -> Any:
     return optax.chain(momentum, optax.scale_by_learning_rate(rate))
 
 
-def _multi_steps(rate: Any, s: Settings) -> Any:
-    return optax.MultiSteps(
-        base_optimizer(rate, s), s.micro_batches
-    ).gradient_transformation()
+def _steps(rate: Any, s: Settings) -> Any:
+    steps = optax.MultiSteps(base_optimizer(rate, s), s.micro_batches)
+    return steps.gradient_transformation()
 
 
 def _accumulation(rate: Any, s: Settings) -> Any:
-    return fj.compressed_accumulation(
-        base_optimizer(rate, s), s.micro_batches, s.sketch
-    )
+    base = base_optimizer(rate, s)
+    return fj.compressed_accumulation(base, s.micro_batches, s.sketch)
 
 
-def _in_subspace(recipe: str) -> Callable[[Any, Settings], Any]:
+def _recipe(recipe: str) -> Callable[[Any, Settings], Any]:
     """A recipe of flora_jax that has Adam's second moment and renews its basis."""
 
     def make(rate: Any, s: Settings) -> Any:
@@ -244,18 +248,13 @@ def _in_subspace(recipe: str) -> Callable[[Any, Settings], Any]:
     return make
 
 
-def _apollo_mini(rate: Any, s: Settings) -> Any:
-    sketch = dataclasses.replace(s.sketch, rank=1)
-    return _in_subspace("apollo_mini")(rate, dataclasses.replace(s, sketch=sketch))
-
-
 def _flora_muon(rate: Any, s: Settings) -> Any:
     own = {"refresh_every": s.refresh_every} | s.options
     if own.pop("nesterov", True):
         return fj.flora_muon(rate, s.sketch, **own)
     # Its matrices without Nesterov's look-ahead, for an ablation.
     every, residual = own["refresh_every"], fj.Fira()
-    momentum = fj.scale_in_subspace(
+    momentum = fj.scale_recipe(
         optax.trace(0.95), s.sketch, every, residual=residual, transport=fj.Squared()
     )
     return _orthogonalized(_coded(momentum, s), rate, s)
@@ -272,16 +271,13 @@ def _muon(rate: Any, s: Settings) -> Any:
     where the two share a learning rate.
     """
 
+    def spec(plan: "fj.LeafPlan") -> Any:
+        axes = plan.row_axes, plan.column_axes
+        return None if plan.dense_reason else optax.contrib.MuonDimensionNumbers(*axes)
+
     def specs(params: Any) -> Any:
-        return jax.tree.map(
-            lambda plan: (
-                None
-                if plan.dense_reason
-                else optax.contrib.MuonDimensionNumbers(plan.row_axes, plan.column_axes)
-            ),
-            fj.plan_leaves(params, dataclasses.replace(s.sketch, rank=1)),
-            is_leaf=lambda node: isinstance(node, fj.LeafPlan),
-        )
+        sketch = dataclasses.replace(s.sketch, rank=1)
+        return jax.tree.map(spec, fj.plan_leaves(params, sketch))
 
     tx = optax.contrib.muon(
         rate, adam_b2=s.b2, consistent_rms=0.2, muon_weight_dimension_numbers=specs
@@ -318,28 +314,25 @@ def _optax_galore(rate: Any, s: Settings) -> Any:
 
 
 _ACC, _MOM = "accumulation", "momentum"
+_SKETCHED = "FLORA accumulation, sketched gradients"
 
 # What is kept of the gradients of a base optimizer that the run chooses.
 _OF_A_BASE = (
     Method("none", "No accumulation", base_optimizer),
-    Method("full_accumulation", "Full accumulation", _multi_steps, _ACC),
+    Method("full_accumulation", "Full accumulation", _steps, _ACC),
     Method("flora_accumulation", "FLORA accumulation", _accumulation, _ACC, "sketch"),
     Method(
-        "sketched_accumulation",
-        "FLORA accumulation, sketched gradients",
-        _accumulation,
-        _ACC,
-        "sketched gradients",
+        "sketched_accumulation", _SKETCHED, _accumulation, _ACC, "sketched gradients"
     ),
-    Method("lora_accumulation", "LoRA accumulation", _multi_steps, _ACC, "adapters"),
-    Method("full_momentum", "Full momentum", _full_momentum, _MOM),
+    Method("lora_accumulation", "LoRA accumulation", _steps, _ACC, "adapters"),
+    Method("full_momentum", "Full momentum", _ema, _MOM),
     Method("flora_momentum", "FLORA momentum", _momentum, _MOM, "sketch"),
-    Method("lora_momentum", "LoRA momentum", _full_momentum, _MOM, "adapters"),
+    Method("lora_momentum", "LoRA momentum", _ema, _MOM, "adapters"),
 )
 # Whole optimizers, without weight decay.
 _WHOLE = (
     Method(
-        "adam_accumulation", "Adam, full accumulation", _multi_steps, _ACC, base="adam"
+        "adam_accumulation", "Adam, full accumulation", _steps, _ACC, "full", "adam"
     ),
     Method("sgd", "SGD", base_optimizer, base="sgd"),
     Method("adam", "Adam", base_optimizer, base="adam"),
@@ -347,23 +340,17 @@ _WHOLE = (
     Method("adamw_orthogonal", "AdamW, orthogonalized", _adamw_orthogonal),
     Method("adafactor", "Adafactor", base_optimizer, base="adafactor"),
     Method(
-        "adafactor_momentum",
-        "Adafactor + momentum",
-        _full_momentum,
-        _MOM,
-        base="adafactor",
+        "adafactor_momentum", "Adafactor + momentum", _ema, _MOM, "full", "adafactor"
     ),
     Method("muon", "Muon", _muon),
     Method("optax_galore", "GaLore of optax", _optax_galore, keeps="sketch"),
     Method("flora", "FLORA", _momentum, _MOM, "sketch", "adafactor"),
-    Method("galore", "GaLore", _in_subspace("galore"), keeps="sketch"),
-    Method("fira", "Fira", _in_subspace("fira"), keeps="sketch"),
-    Method("apollo", "APOLLO", _in_subspace("apollo"), keeps="sketch"),
-    Method("apollo_mini", "APOLLO-Mini", _apollo_mini),
-    Method("dct_adamw", "DCT-AdamW", _in_subspace("dct_adamw"), keeps="sketch"),
-    Method(
-        "flora_adamw", "AdamW on sketches", _in_subspace("flora_adamw"), keeps="sketch"
-    ),
+    Method("galore", "GaLore", _recipe("galore"), keeps="sketch"),
+    Method("fira", "Fira", _recipe("fira"), keeps="sketch"),
+    Method("apollo", "APOLLO", _recipe("apollo"), keeps="sketch"),
+    Method("apollo_mini", "APOLLO-Mini", _recipe("apollo_mini")),
+    Method("dct_adamw", "DCT-AdamW", _recipe("dct_adamw"), keeps="sketch"),
+    Method("flora_adamw", "AdamW on sketches", _recipe("flora_adamw"), keeps="sketch"),
     Method("flora_muon", "FLORA-Muon", _flora_muon, keeps="sketch"),
     Method("sketched_muon", "Muon, sketched", _sketched_muon, keeps="sketch"),
 )

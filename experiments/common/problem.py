@@ -15,23 +15,25 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.common import devices, gradients, lora
+from experiments.common import devices, lora
 from experiments.common.checkpoints import State
 from experiments.common.config import JobConfig
-from experiments.common.gradients import Gradient, Loss
-from experiments.common.methods import METHODS, schedule, settings_of
+from experiments.common.methods import METHODS, Loss, schedule, settings_of
 from experiments.data import batches
 from experiments.models.build import Params, token_losses
 from experiments.models.config import Config as ModelConfig
 from experiments.models.t5 import PAD as T5_PAD
 
-Batch = Any
+Batch = dict[str, np.ndarray]
 
 
 class Problem(NamedTuple):
     """What is trained, on what, and how it is judged."""
 
     loss: Loss
+    """Of params, frozen, batch and key: nats per token, a scalar."""
+    value_and_grad: Callable[..., tuple[jax.Array, Any]]
+    """Of the optimizer's state and the loss's arguments, see `Method`."""
     frozen: Any
     """Parameters that are not trained; an empty tree where all are."""
     batches: Sequence[Batch]
@@ -40,7 +42,8 @@ class Problem(NamedTuple):
     """Tokens in a batch, padding included."""
     evaluate: Callable[[Any, Any], dict[str, float]]
     """Metrics of params and frozen; "validation_loss" among them."""
-    gradient: Gradient = gradients.full
+    merged: Callable[[Any, Any], Params]
+    """Of params and frozen, the parameters of the model without adapters."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,24 +63,28 @@ class Data:
     """Identifies vocabulary and examples."""
 
 
+def micro_batches(batch: Batch, count: int) -> list[Batch]:
+    """Divides a batch, of NumPy arrays, into equal parts."""
+    parts = {name: np.split(rows, count) for name, rows in batch.items()}
+    return [{name: part[i] for name, part in parts.items()} for i in range(count)]
+
+
 def learning_rate(config: JobConfig, method: str) -> optax.Schedule:
     """Returns the learning rate of a method over the updates."""
     end = {"cosine": 0.1, "constant": 1.0}[config.schedule]
-    return schedule(
-        config.peak(method), config.updates, config.warmup_fraction, end=end
-    )
+    peak, updates = config.peak(method), config.updates
+    return schedule(peak, updates, config.warmup_fraction, end=end)
 
 
 def build(
     config: JobConfig, data: Data, name: str, rank: int | None
 ) -> tuple[Problem, State, optax.GradientTransformationExtraArgs]:
     """Returns the problem of the method called `name`, its start, and its optimizer."""
-    method = METHODS[name]
+    method, settings = METHODS[name], settings_of(config, rank)
     graphdef, trained, frozen = data.graphdef, data.params, {}
     if method.adapters:
-        graphdef, params = lora.add(
-            graphdef, trained, rank, config.alpha(rank), config.seed
-        )
+        alpha = config.alpha(rank)
+        graphdef, params = lora.add(graphdef, trained, rank, alpha, config.seed)
         trained, frozen = lora.divide(params, tune_rest=config.lora_tune_rest)
 
     def loss(params: Any, frozen: Any, batch: Any, key: jax.Array) -> jax.Array:
@@ -85,15 +92,19 @@ def build(
         losses, weights = token_losses(graphdef, lora.join(params, frozen), batch, key)
         return (losses * weights).sum() / batch["share"].sum()
 
-    settings = settings_of(config, rank)
+    def merged(params: Any, frozen: Any) -> Params:
+        params = lora.join(params, frozen)
+        return lora.merge(params, rank, alpha) if method.adapters else params
+
     examples = batches.batched(data.train, config.batch_size, seed=config.seed)
     problem = Problem(
         loss=loss,
+        value_and_grad=functools.partial(method.value_and_grad, loss, settings.sketch),
         frozen=frozen,
         batches=examples.map(_with_share),
         tokens=config.batch_size * data.tokens,
         evaluate=_evaluation(config, data, graphdef),
-        gradient=gradients.of(method, settings.sketch),
+        merged=merged,
     )
     tx = method.optimizer(learning_rate(config, name), settings)
     # A copy on the device: the step donates its state.
@@ -101,7 +112,7 @@ def build(
     return problem, State(trained, tx.init(trained)), tx
 
 
-def _with_share(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _with_share(batch: Batch) -> Batch:
     """Adds each row's share of the batch's tokens to predict.
 
     Dividing by it, the mean over micro-batches is the mean over the batch, however the
@@ -120,9 +131,7 @@ def _sums_per_row(sharding: jax.sharding.Sharding) -> Callable[..., Any]:
     """Returns the compiled sums of losses and weights, shared by all methods."""
 
     @functools.partial(jax.jit, out_shardings=sharding)
-    def sums(
-        graphdef: nnx.GraphDef, params: Params, frozen: Params, batch: Any
-    ) -> tuple[jax.Array, jax.Array]:
+    def sums(graphdef: nnx.GraphDef, params: Any, frozen: Any, batch: Any) -> Any:
         losses, weights = token_losses(graphdef, lora.join(params, frozen), batch)
         return (losses * weights).sum(axis=1), weights.sum(axis=1)
 

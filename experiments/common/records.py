@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import statistics
@@ -32,7 +33,7 @@ class MetricsFile:
         rows = read_rows(path) if path.exists() else []
         self.rows = [row for row in rows if row["update"] <= keep_until]
         if write:
-            _rewrite(path, self.rows)
+            write_rows(path, self.rows)
 
     def append(self, row: Row) -> None:
         """Adds a row, on disk at once."""
@@ -45,7 +46,8 @@ def _line(row: Row) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
-def _rewrite(path: pathlib.Path, rows: list[Row]) -> None:
+def write_rows(path: pathlib.Path, rows: list[Row]) -> None:
+    """Writes a JSON-lines file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(".tmp")
     whole.write_text("".join(map(_line, rows)))
@@ -64,7 +66,7 @@ def resume_rows(path: pathlib.Path) -> list[Row]:
     Without a last line that a kill has cut off: the next would be glued to it.
     """
     rows = read_rows(path) if path.exists() else []
-    _rewrite(path, rows)
+    write_rows(path, rows)
     return rows
 
 
@@ -75,15 +77,16 @@ def append_row(path: pathlib.Path, row: Row) -> None:
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes `content` as readable JSON."""
+    """Writes `content`, in which paths become text, as readable JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    text = json.dumps(content, indent=2, allow_nan=False, default=os.fspath)
+    path.write_text(text + "\n")
 
 
 def provenance(config: Any) -> Row:
     """Returns what made a result: the settings, the versions, the device."""
     return {
-        "config": _jsonable(dataclasses.asdict(config)),
+        "config": dataclasses.asdict(config),
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
     }
@@ -93,12 +96,6 @@ def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that make the numbers."""
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version()} | found
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    return str(value) if isinstance(value, pathlib.Path) else value
 
 
 def final_train_loss(rows: list[Row]) -> float:

@@ -70,6 +70,14 @@ def megabytes(count: float, digits: int = 2) -> str:
     return f"{count / 1e6:.{digits}f}"
 
 
+def grouped(rows: Iterable[records.Row], *names: str) -> dict[Any, list[records.Row]]:
+    """Returns the rows by what they have in some fields, in the order of the rows."""
+    groups: dict[Any, list[records.Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
 def ranked(title: str, rank: int | None) -> str:
     """Returns a title with its rank, if there is one."""
     return title if rank is None else f"{title}, r={rank}"

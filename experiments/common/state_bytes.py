@@ -19,10 +19,7 @@ def leaf_plans(params: Params, sketch: fj.Sketch) -> list[fj.LeafPlan]:
     Raises:
         ConfigError: not one parameter would be compressed.
     """
-    plans = jax.tree.leaves(
-        fj.plan_leaves(params, sketch),
-        is_leaf=lambda node: isinstance(node, fj.LeafPlan),
-    )
+    plans = jax.tree.leaves(fj.plan_leaves(params, sketch))
     if all(plan.dense_reason is not None for plan in plans):
         widest = max(plans, key=lambda plan: math.prod(plan.shape))
         raise ConfigError(
@@ -67,30 +64,25 @@ def measure(
         `rank_over_width`, whether every compressible leaf has exactly rank/width of its
         full bytes.
     """
-    sizes = {
-        "trained_bytes": tree_bytes(params),
-        "state_bytes": tree_bytes(opt_state),
-    }
+    sizes = {"trained_bytes": tree_bytes(params), "state_bytes": tree_bytes(opt_state)}
     if method.kind == "none" or method.adapters:
         return sizes
-    full = [leaf.nbytes for leaf in jax.tree.leaves(params)]
     buffer = optax.tree.get(opt_state, method.buffer)
-    kept = [leaf.nbytes for leaf in jax.tree.leaves(buffer)]
+    leaves = map(jax.tree.leaves, (params, buffer))
+    parts = zip(leaf_plans(params, sketch), *leaves, strict=True)
     compressible = [
-        (plan, whole, part)
-        for plan, whole, part in zip(
-            leaf_plans(params, sketch), full, kept, strict=True
-        )
+        (plan, whole.nbytes, kept.nbytes)
+        for plan, whole, kept in parts
         if plan.dense_reason is None
     ]
     in_full = sum(whole for _, whole, _ in compressible)
-    in_state = sum(part for _, _, part in compressible)
+    in_state = sum(kept for _, _, kept in compressible)
     return sizes | {
-        "buffer_bytes": sum(kept),
+        "buffer_bytes": tree_bytes(buffer),
         "matrix_bytes": in_state,
         "matrix_bytes_in_full": in_full,
         "kept": str(fractions.Fraction(in_state, in_full)),
         "rank_over_width": all(
-            part * plan.width == whole * plan.rank for plan, whole, part in compressible
+            kept * plan.width == whole * plan.rank for plan, whole, kept in compressible
         ),
     }

@@ -29,6 +29,7 @@ class Program:
             given: what does not change: a batch, or gradients.
         """
         self.state = state
+        self.seconds: list[float] = []
         started = time.perf_counter()
         lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, given)
         traced = time.perf_counter()
@@ -37,12 +38,16 @@ class Program:
         self.compile_seconds = time.perf_counter() - traced
 
     def run(self, params: Any, given: Any) -> tuple[Any, float]:
-        """Takes one step; returns the new parameters, and the seconds it took."""
+        """Takes one step; returns the new parameters, and the seconds it took.
+
+        `seconds` keeps those of all steps.
+        """
         jax.block_until_ready((params, self.state))
         started = time.perf_counter()
         params, self.state = self.compiled(params, self.state, given)
         jax.block_until_ready((params, self.state))
-        return params, time.perf_counter() - started
+        self.seconds.append(time.perf_counter() - started)
+        return params, self.seconds[-1]
 
 
 def median_and_quartiles(seconds: Sequence[float]) -> dict[str, Any]:

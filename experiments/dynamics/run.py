@@ -18,11 +18,11 @@ from flax import traverse_util
 from rich.progress import track
 
 import flora_jax as fj
-from experiments.common import loop, lora
+from experiments.common import loop
 from experiments.common.checkpoints import State
 from experiments.common.errors import NonFiniteLossError
 from experiments.common.methods import METHODS
-from experiments.common.problem import build
+from experiments.common.problem import build, micro_batches
 from experiments.common.report import publish, ranked
 from experiments.dynamics import report
 from experiments.dynamics.config import Config, Run
@@ -151,20 +151,17 @@ def _spectrum(task: FinetuneConfig, prepared: Prepared, run: Run) -> dict[str, A
     problem, state, tx = build(task, prepared, run.method, run.rank)
     step = jax.jit(
         lambda state, frozen, batch: loop.training_step(
-            problem.loss, tx, state, frozen, batch, jax.random.key(0)
+            problem, tx, state, frozen, batch, jax.random.key(0)
         ),
         donate_argnums=0,
     )
     parts, title = method.micro_batches(task), ranked(method.title, run.rank)
     for number in track(range(task.updates), title):
         batch = problem.batches[number]
-        for i in range(parts):
-            part = jax.tree.map(lambda x: np.split(x, parts)[i], batch)  # noqa: B023
+        for part in micro_batches(batch, parts):
             state, loss = step(state, problem.frozen, part)
     _check(title, loss)
-    params = lora.join(state.params, problem.frozen)
-    if method.adapters:
-        params = lora.merge(params, run.rank, task.alpha(run.rank))
+    params = problem.merged(state.params, problem.frozen)
     before, after = _flat(prepared.params), _flat(params)
     return dataclasses.asdict(run) | {
         "validation_loss": problem.evaluate(state.params, problem.frozen)[

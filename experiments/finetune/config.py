@@ -7,12 +7,7 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-from experiments.common.config import (
-    JobConfig,
-    MethodName,
-    check_at_least,
-    check_fractions,
-)
+from experiments.common import config
 from experiments.models.config import PUBLISHED
 
 ModelName = Literal["t5-tiny", "gpt2-tiny", *PUBLISHED]
@@ -20,7 +15,7 @@ DatasetName = Literal["docstrings", "phrases", "xsum", "billsum", "iwslt2017", "
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(JobConfig):
+class Config(config.JobConfig):
     """All settings; the defaults are the offline summarization."""
 
     dataset: DatasetName = "docstrings"
@@ -60,7 +55,7 @@ class Config(JobConfig):
     download: bool = False
     """Allow the data set to be downloaded."""
 
-    methods: tuple[MethodName, ...] = (
+    methods: tuple[config.MethodName, ...] = (
         "none",
         "full_accumulation",
         "flora_accumulation",
@@ -81,7 +76,58 @@ class Config(JobConfig):
         """Refuses settings that make no sense, see `JobConfig.validate`."""
         super().validate()
         # A token and the end.
-        check_at_least(self, "source_length target_length", least=2)
-        check_at_least(self, "decode_examples beams")
-        check_at_least(self, "samples", least=0)
-        check_fractions(self, "dropout")
+        config.check_at_least(self, "source_length target_length", least=2)
+        config.check_at_least(self, "decode_examples beams")
+        config.check_at_least(self, "samples", least=0)
+        config.check_fractions(self, "dropout")
+
+
+_PHRASES = Config(dataset="phrases", source_length=32)
+# The paper's: accumulation of 16, Adafactor's defaults, rates and ranks by size. Its
+# batch sizes and numbers of updates are not known here: those below are a choice.
+_T5_SMALL = Config(
+    dataset="xsum",
+    model="t5-small",
+    vocab_size=32_000,
+    learning_rate=1e-3,
+    lora_learning_rate=3e-3,
+    schedule="constant",
+    warmup_fraction=0.0,
+    ranks=(8, 32, 128, 256),
+    source_length=512,
+    target_length=128,
+    dropout=0.1,
+    updates=10_000,
+    batch_size=64,
+    projection="Gaussian",
+    eval_every=500,
+    checkpoint_every=500,
+    eval_examples=2000,
+    decode_examples=20_000,
+)
+_T5_3B = dataclasses.replace(
+    _T5_SMALL,
+    model="t5-3b",
+    checkpoint=pathlib.Path("t5-3b"),
+    lora_tune_rest=False,
+    learning_rate=4e-4,
+    lora_learning_rate=1e-3,
+    ranks=(16, 64, 256, 512),
+    remat=True,
+    scan=True,
+)
+_IWSLT = {"dataset": "iwslt2017", "source_length": 128, "target_length": 128}
+_GPT2 = dataclasses.replace(_T5_SMALL, model="gpt2", vocab_size=50_257, **_IWSLT)
+_GPT2_XL = dataclasses.replace(
+    _T5_3B, model="gpt2-xl", checkpoint=pathlib.Path("gpt2-xl"), **_IWSLT
+)
+
+PRESETS = {
+    "docstrings": ("docstring body to summary line, offline, two cores", Config()),
+    "phrases": ("German to English CLDR phrases, offline, two cores", _PHRASES),
+    "xsum-t5-small": ("the paper's summarization from scratch", _T5_SMALL),
+    "xsum-t5-3b": ("the paper's summarization, of ./t5-3b", _T5_3B),
+    "iwslt-gpt2": ("the paper's translation from scratch", _GPT2),
+    "iwslt-gpt2-xl": ("the paper's translation, of ./gpt2-xl", _GPT2_XL),
+}
+"""Sets of defaults by name: two that run anywhere, and the paper's."""

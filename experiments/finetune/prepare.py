@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import pathlib
-from collections.abc import Sequence
 
 import jax
 
@@ -14,12 +12,13 @@ from experiments.common.errors import ConfigError
 from experiments.common.problem import Data
 from experiments.data import batches
 from experiments.data import vocabulary as vocabularies
-from experiments.data.pairs import Pair, Splits
+from experiments.data.pairs import Splits
 from experiments.data.registry import DATASETS, Dataset
 from experiments.finetune.config import Config
 from experiments.models import hugging_face
-from experiments.models.build import abstract, create
+from experiments.models.build import create
 from experiments.models.config import PUBLISHED, GPT2Config, T5Config
+from experiments.models.config import Config as ModelConfig
 
 _TINY = {"t5-tiny": T5Config(), "gpt2-tiny": GPT2Config(2, 128, 4, 256)}
 
@@ -44,24 +43,26 @@ def prepare(config: Config) -> Prepared:
         splits = dataset.load(config.data_dir, download=config.download)
     model = _sizes(config)
     vocabulary = _vocabulary(config, model, splits)
-    _check_fit(config, model, vocabulary)
+    _check_fit(config, model, vocabulary.size)
     if config.checkpoint is None:
         model = dataclasses.replace(model, vocab_size=vocabulary.size)
         graphdef, params = create(model, config.seed)
     else:
-        graphdef, _ = abstract(lambda: create(model, config.seed))
+        graphdef, _ = jax.eval_shape(lambda: create(model, config.seed))
         params = hugging_face.load(config.checkpoint, model)
+    is_t5 = isinstance(model, T5Config)
     make = functools.partial(
-        batches.encoder_decoder
-        if isinstance(model, T5Config)
-        else batches.decoder_only,
+        batches.encoder_decoder if is_t5 else batches.decoder_only,
         vocabulary=vocabulary,
         prefix=dataset.prefix,
         source_length=config.source_length,
         target_length=config.target_length,
     )
     held_out = batches.spread(splits["validation"], config.eval_examples)
-    fingerprint = _fingerprint(vocabulary, splits["train"], held_out)
+    digest = hashlib.sha256(vocabulary.fingerprint.encode())
+    for pairs in (splits["train"], held_out):
+        digest.update(json.dumps(pairs).encode())
+    fingerprint = digest.hexdigest()[:12]
     processes.check_same("the data", fingerprint)
     return Prepared(
         dataset=dataset,
@@ -77,34 +78,27 @@ def prepare(config: Config) -> Prepared:
     )
 
 
-def _fingerprint(vocabulary: vocabularies.Vocabulary, *parts: Sequence[Pair]) -> str:
-    digest = hashlib.sha256(vocabulary.fingerprint.encode())
-    for pairs in parts:
-        digest.update(json.dumps(pairs).encode())
-    return digest.hexdigest()[:12]
-
-
-def _sizes(config: Config) -> GPT2Config | T5Config:
+def _sizes(config: Config) -> ModelConfig:
     if config.checkpoint is None:
         model = (PUBLISHED | _TINY)[config.model]
     else:
         model = hugging_face.read_config(config.checkpoint)
-    return dataclasses.replace(
-        model,
-        dropout=config.dropout,
-        dtype=config.dtype,
-        remat=config.remat,
-        scan=config.scan,
-    )
+    names = ("dropout", "dtype", "remat", "scan")
+    return dataclasses.replace(model, **{name: getattr(config, name) for name in names})
 
 
 def _vocabulary(
-    config: Config, model: GPT2Config | T5Config, splits: Splits
+    config: Config, model: ModelConfig, splits: Splits
 ) -> vocabularies.Vocabulary:
-    file = config.tokenizer
+    file, is_t5 = config.tokenizer, isinstance(model, T5Config)
     if file is None and config.checkpoint is not None:
-        file = _tokenizer_of(config.checkpoint, model)
-    is_t5 = isinstance(model, T5Config)
+        # That of a GPT-2 is in the folder in one of two forms.
+        file = config.checkpoint / "spiece.model" if is_t5 else config.checkpoint
+        if not file.exists():
+            raise ConfigError(
+                f"`--checkpoint` {config.checkpoint} has no spiece.model; fetch it "
+                "from where the checkpoint came from, or give --tokenizer"
+            )
     if file is not None:
         load = vocabularies.load_sentencepiece if is_t5 else vocabularies.load_byte_pair
         return load(file)
@@ -113,26 +107,10 @@ def _vocabulary(
     return train(texts, config.vocab_size)
 
 
-def _tokenizer_of(
-    checkpoint: pathlib.Path, model: GPT2Config | T5Config
-) -> pathlib.Path:
-    if isinstance(model, GPT2Config):
-        return checkpoint  # in one of two forms
-    file = checkpoint / "spiece.model"
-    if not file.exists():
+def _check_fit(config: Config, model: ModelConfig, size: int) -> None:
+    if config.checkpoint is not None and size > model.vocab_size:
         raise ConfigError(
-            f"`--checkpoint` {checkpoint} has no spiece.model; fetch it from where the "
-            "checkpoint came from, or give --tokenizer"
-        )
-    return file
-
-
-def _check_fit(
-    config: Config, model: GPT2Config | T5Config, vocabulary: vocabularies.Vocabulary
-) -> None:
-    if config.checkpoint is not None and vocabulary.size > model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {vocabulary.size} tokens and `--checkpoint` "
+            f"the tokenizer has {size} tokens and `--checkpoint` "
             f"{config.checkpoint} only {model.vocab_size}; give the one that belongs "
             "to it as --tokenizer"
         )

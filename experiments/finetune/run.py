@@ -1,17 +1,15 @@
 """All runs of one command, one after the other, and their table."""
 
-import contextlib
 import pathlib
 
 import jax
 from rich.console import Console
 
-from experiments.common import display, job, lora, processes, records
-from experiments.common.config import Run
-from experiments.common.loop import Training
+from experiments.common import display, loop, processes, records
 from experiments.common.report import markdown
+from experiments.data.pairs import Pair
 from experiments.finetune.config import Config
-from experiments.finetune.evaluate import Sample, evaluate
+from experiments.finetune.evaluate import evaluate
 from experiments.finetune.prepare import Prepared, prepare
 from experiments.models.hugging_face import save
 
@@ -35,16 +33,21 @@ def run(config: Config, prepared: Prepared | None = None) -> list[records.Row]:
         with console.status("Preparing data, vocabulary and model"):
             prepared = prepare(config)
     _describe(prepared, console)
-    rows = [_train(each, prepared, console) for each in job.runs_of(config, prepared)]
+    rows = []
+    for each in loop.runs_of(config, prepared):
+        (training,) = loop.train([each], prepared, console)
+        if training.done < config.updates:
+            console.print(f"{each.title}: stopped after update {training.done}")
+        else:
+            rows.append(_finish(training, prepared, console))
     if processes.is_first():
         _report(config, prepared, console)
-    return [row for row in rows if row is not None]
+    return rows
 
 
 def _describe(prepared: Prepared, console: Console) -> None:
-    counts = ", ".join(
-        f"{len(pairs):,} {split}" for split, pairs in prepared.splits.items()
-    )
+    sizes = {split: len(pairs) for split, pairs in prepared.splits.items()}
+    counts = ", ".join(f"{count:,} {split}" for split, count in sizes.items())
     console.print(
         f"{prepared.dataset.description} Pairs: {counts}. Vocabulary: "
         f"{prepared.vocabulary.size:,} tokens. Model: "
@@ -53,40 +56,27 @@ def _describe(prepared: Prepared, console: Console) -> None:
     )
 
 
-def _train(this: Run, prepared: Prepared, console: Console) -> records.Row | None:
-    """One run and its evaluation; None if it has updates to come."""
-    config = this.config
-    with display.Display(console) as shown, contextlib.ExitStack() as stack:
-        training = Training(this, prepared, shown)
-        stack.callback(training.close)
-        for number in range(1, (config.stop_after or config.updates) + 1):
-            training.advance(number)
-    if training.done < config.updates:
-        console.print(f"{this.title}: stopped after update {training.done}")
-        return None
-    return _finish(training, prepared, console)
-
-
-def _finish(training: Training, prepared: Prepared, console: Console) -> records.Row:
+def _finish(
+    training: loop.Training, prepared: Prepared, console: Console
+) -> records.Row:
     """Evaluates a finished run; writes its model, result and samples."""
-    this = training.run
-    params = lora.join(training.state.params, training.frozen)
-    if this.method.adapters:
-        params = lora.merge(params, this.rank, this.config.alpha(this.rank))
+    folder = training.run.folder
+    params = training.problem.merged(training.state.params, training.frozen)
     if processes.is_first():  # Before the evaluation, which may fail.
-        save(params, prepared.model, this.folder / "model")
-        prepared.vocabulary.save(this.folder / "model")
-    scores, samples = evaluate(this.config, prepared, params)
+        save(params, prepared.model, folder / "model")
+        prepared.vocabulary.save(folder / "model")
+    scores, samples = evaluate(training.run.config, prepared, params)
     if processes.is_first():
-        _show_samples(samples, this.folder / "samples.txt", console)
-    return job.finish(training, scores)
+        _show_samples(samples, folder / "samples.txt", console)
+    return training.result(scores)
 
 
-def _show_samples(samples: list[Sample], path: pathlib.Path, console: Console) -> None:
+def _show_samples(
+    samples: list[tuple[Pair, str]], path: pathlib.Path, console: Console
+) -> None:
     text = "\n\n".join(
-        f"source:     {sample.source}\nreference:  {sample.reference}\n"
-        f"prediction: {sample.prediction}"
-        for sample in samples
+        f"source:     {pair.source}\nreference:  {pair.target}\nprediction: {found}"
+        for pair, found in samples
     )
     path.write_text(text + "\n")
     console.print(text, highlight=False, markup=False)
@@ -94,7 +84,7 @@ def _show_samples(samples: list[Sample], path: pathlib.Path, console: Console) -
 
 def _report(config: Config, prepared: Prepared, console: Console) -> None:
     """Prints the table of all finished runs, and writes it."""
-    rows = job.results(config)
+    rows = loop.results(config)
     if not rows:
         return
     columns = {

@@ -4,7 +4,7 @@ import math
 import pathlib
 from collections.abc import Sequence
 
-from matplotlib.axes import Axes
+import numpy as np
 from rich.console import Console
 
 from experiments.common import display, plots, records
@@ -40,46 +40,39 @@ Rows = Sequence[records.Row]
 
 def write(rows: Rows, folder: pathlib.Path, console: Console) -> None:
     """Prints the table; writes it and the two pictures into `folder`."""
-    loss_curves(rows, folder)
-    memory_bars(rows, folder)
-    (folder / "report.md").write_text(_markdown(rows))
-    console.print(_headline(rows), highlight=False)
-    display.table(console, _COLUMNS, rows)
-    for line in (_LEGEND, *_byte_lines(rows)):
-        console.print(line, highlight=False)
-
-
-def _headline(rows: Rows) -> str:
     first = rows[0]
     share = first.get("matrix_bytes_in_full", 0) / first["trained_bytes"]
-    return (
+    headline = (
         f"GPT-2 of {first['trained_bytes']:,} bytes of parameters, {share:.1%} of them "
         f"in compressible matrices; {first['updates']} updates of "
         f"{first['tokens_per_update']:,} tokens"
     )
-
-
-def _byte_lines(rows: Rows) -> list[str]:
-    """Says of each compressed method whether its bytes are what was promised."""
-    return [
+    # Whether the bytes of each compressed method are what was promised.
+    checks = [
         f"{row['title']}: {row['matrix_bytes']:,} of {row['matrix_bytes_in_full']:,} "
         f"bytes in matrices, {row['kept']}, which is "
         f"{'' if row['rank_over_width'] else 'NOT '}rank/width in every leaf."
         for row in rows
         if METHODS[row["method"]].compressed
     ]
+    loss_curves(rows, folder)
+    memory_bars(rows, folder)
+    (folder / "report.md").write_text(_markdown(rows, headline, checks))
+    console.print(headline, highlight=False)
+    display.table(console, _COLUMNS, rows)
+    for line in (_LEGEND, *checks):
+        console.print(line, highlight=False)
 
 
-def _markdown(rows: Rows) -> str:
-    checks = "\n".join(f"- {line}" for line in _byte_lines(rows))
+def _markdown(rows: Rows, headline: str, checks: Sequence[str]) -> str:
+    lines = "".join(f"- {line}\n" for line in checks)
     rates = ", ".join(f"{row['title']} {row['learning_rate']:g}" for row in rows)
-    return f"""# {_headline(rows)}
+    return f"""# {headline}
 
 {markdown(_COLUMNS, rows)}
 {_LEGEND}
 
-{checks}
-- Peak learning rates: {rates}.
+{lines}- Peak learning rates: {rates}.
 - The runs took turns, an update each: what else the machine did slowed all alike.
 - Each (micro-)step still forms the full gradient, {rows[0]["trained_bytes"]:,} bytes
   for a moment; what is compressed lives on between the steps.
@@ -97,9 +90,8 @@ def loss_curves(rows: Rows, folder: pathlib.Path) -> None:
         "Marked lines: validation loss. Thin lines: training loss of each update "
         f"({rows[0]['tokens_per_update']:,} tokens)"
     )
+    path, shape = folder / "loss_curves.png", (1, len(kinds))
     size = (5.2 * len(kinds) + 0.6, 4.4)
-    path = folder / "loss_curves.png"
-    shape = (1, len(kinds))
     with plots.picture(path, size, shape, title, sharey=True) as panels:
         for axes, kind in zip(panels[0], kinds, strict=True):
             own = [row for row in rows if METHODS[row["method"]].kind == kind]
@@ -112,7 +104,9 @@ def loss_curves(rows: Rows, folder: pathlib.Path) -> None:
         panels[0][0].set_ylabel("cross-entropy (nats per token)")
 
 
-def _draw_losses(axes: Axes, row: records.Row, metrics: Rows, number: int) -> None:
+def _draw_losses(
+    axes: plots.Axes, row: records.Row, metrics: Rows, number: int
+) -> None:
     look = {"color": plots.PALETTE[number % len(plots.PALETTE)]}
     for name in ("loss", "validation_loss"):
         points = [(each["update"], each[name]) for each in metrics if name in each]
@@ -128,14 +122,11 @@ def _draw_losses(axes: Axes, row: records.Row, metrics: Rows, number: int) -> No
 def memory_bars(rows: Rows, folder: pathlib.Path) -> None:
     """Draws the bytes of each optimizer's state, from zero, in one unit."""
     parameters = rows[0]["trained_bytes"] / _MIB
-    matrices = [row.get("matrix_bytes", 0) / _MIB for row in rows]
-    buffers = [row.get("buffer_bytes", 0) / _MIB for row in rows]
-    totals = [row["state_bytes"] / _MIB for row in rows]
-    widths = [
-        [total - buffer for total, buffer in zip(totals, buffers, strict=True)],
-        [buffer - part for buffer, part in zip(buffers, matrices, strict=True)],
-        matrices,
-    ]
+    totals, buffers, matrices = (
+        np.array([row.get(f"{name}_bytes", 0) / _MIB for row in rows])
+        for name in ("state", "buffer", "matrix")
+    )
+    widths = (totals - buffers, buffers - matrices, matrices)
     size = (9.6, 1.9 + 0.62 * len(rows))
     with plots.picture(folder / "memory.png", size) as panels:
         axes = panels[0, 0]

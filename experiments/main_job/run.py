@@ -1,17 +1,39 @@
 """The whole job: corpus, the runs in turns, and the report."""
 
-import contextlib
 import time
 
-from rich.console import Console
+import jax
 
-from experiments.common import job, processes, records
-from experiments.common.display import Display, make_console
-from experiments.common.loop import Training
+from experiments.common import display, loop, processes, records
 from experiments.common.problem import Data
+from experiments.data import batches, packing
 from experiments.main_job import report
 from experiments.main_job.config import Config
-from experiments.main_job.prepare import prepare
+from experiments.models.build import create
+
+
+def prepare(config: Config) -> Data:
+    """Makes or loads all that the runs have in common.
+
+    Raises:
+        ConfigError: the corpus is too small, or the processes of this job have
+            different ones.
+    """
+    model, places = config.model, (config.corpus_dir, config.data_dir)
+    sizes = {"vocab_size": model.vocab_size, "context": model.context}
+    with processes.first_goes_first():
+        packed = packing.load(*places, **sizes)
+    processes.check_same("the corpus", packed.fingerprint)
+    graphdef, params = create(model, config.seed)
+    return Data(
+        model=model,
+        graphdef=graphdef,
+        params=jax.device_get(params),
+        train=packed.train,
+        validation=batches.spread(packed.validation, config.eval_examples),
+        tokens=model.context,
+        fingerprint=packed.fingerprint,
+    )
 
 
 def run(config: Config) -> list[records.Row]:
@@ -26,7 +48,7 @@ def run(config: Config) -> list[records.Row]:
     """
     config.validate()
     started = time.perf_counter()
-    console = make_console()
+    console = display.make_console()
     with console.status("Reading, tokenizing and packing the corpus"):
         data = prepare(config)
     console.print(
@@ -34,30 +56,18 @@ def run(config: Config) -> list[records.Row]:
         f"tokens, ready in {time.perf_counter() - started:.1f} s",
         highlight=False,
     )
-    rows = _train(config, data, console)
+    trainings = loop.train(loop.runs_of(config, data), data, console)
+    rows = [each.result() for each in trainings if each.done == config.updates]
     if not rows:
         console.print(
             f"Stopped after {config.stop_after} of {config.updates} updates; the same "
             "command without --stop-after continues."
         )
     elif processes.is_first():
-        report.write(job.results(config), config.output_dir, console)
+        report.write(loop.results(config), config.output_dir, console)
         console.print(
             f"Wall time {time.perf_counter() - started:.0f} s. Table, pictures, "
             f"metrics and checkpoints are in {config.output_dir}",
             highlight=False,
         )
     return rows
-
-
-def _train(config: Config, data: Data, console: Console) -> list[records.Row]:
-    """Lets the runs take turns, an update each, so that all see the same machine."""
-    with Display(console) as display, contextlib.ExitStack() as stack:
-        trainings = []
-        for run in job.runs_of(config, data):
-            trainings.append(Training(run, data, display))
-            stack.callback(trainings[-1].close)
-        for number in range(1, (config.stop_after or config.updates) + 1):
-            for training in trainings:
-                training.advance(number)
-    return [job.finish(each, {}) for each in trainings if each.done == config.updates]

@@ -13,15 +13,11 @@ from experiments.common.report import markdown, written
 
 def main(output: pathlib.Path, folders: list[pathlib.Path]) -> None:
     """Writes `seeds.jsonl` and `seeds.md` of finished jobs that differ in the seed."""
-    rows = []
-    for folder in folders:
-        content = json.loads((folder / "results.json").read_text())
-        seed = content["config"]["seed"]
-        rows += [{"seed": seed} | row for row in content["rows"]]
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "seeds.jsonl").unlink(missing_ok=True)
-    for row in rows:
-        records.append_row(output / "seeds.jsonl", row)
+    found = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    rows = [
+        {"seed": job["config"]["seed"]} | row for job in found for row in job["rows"]
+    ]
+    records.write_rows(output / "seeds.jsonl", rows)
     titles = list(dict.fromkeys(row["title"] for row in rows))
     groups = [[row for row in rows if row["title"] == title] for title in titles]
     columns = {
@@ -29,9 +25,7 @@ def main(output: pathlib.Path, folders: list[pathlib.Path]) -> None:
         "optimizer state (bytes)": lambda group: f"{group[0]['state_bytes']:,}",
         "its matrices (bytes)": lambda group: f"{group[0]['matrix_bytes']:,}",
         "kept": lambda group: group[0]["kept"],
-        "validation loss": lambda group: written(
-            [row["validation_loss"] for row in group]
-        ),
+        "validation loss": lambda group: written([x["validation_loss"] for x in group]),
     }
     (output / "seeds.md").write_text(markdown(columns, groups))
 

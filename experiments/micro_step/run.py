@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import re
 from typing import Any, NamedTuple
 
@@ -13,13 +14,13 @@ import optax
 from rich.progress import track
 
 import flora_jax as fj
-from experiments.common import gradients, records, timing
-from experiments.common.methods import METHODS, Settings, built, matrices
+from experiments.common import records, timing
+from experiments.common.methods import METHODS, Loss, Settings, built, matrices
 from experiments.common.report import publish
 from experiments.micro_step import report
 from experiments.micro_step.config import Config
 from experiments.models.build import create, mean_loss
-from experiments.models.config import PUBLISHED, GPT2Config, T5Config
+from experiments.models.config import PUBLISHED, T5Config
 
 _VOCABULARY = 257  # So that embedding and head are next to nothing beside a block.
 _CYCLE = 1000  # Micro-steps; none of those that are timed is the last of one.
@@ -43,81 +44,50 @@ class Contender(NamedTuple):
 
 def contenders(config: Config) -> list[Contender]:
     """Full gradients in full accumulators, in sketches, and sketches of none."""
-    ours = [
-        Contender(name, projection, rank)
-        for name in ("flora_accumulation", "sketched_accumulation")
-        for projection in config.projections
-        for rank in config.ranks
-    ]
-    return [Contender("full_accumulation"), *ours]
+    names = ("flora_accumulation", "sketched_accumulation")
+    ours = itertools.product(names, config.projections, config.ranks)
+    return [Contender("full_accumulation"), *itertools.starmap(Contender, ours)]
 
 
-def problem(config: Config, name: str) -> tuple[gradients.Loss, Any, Any]:
+def problem(config: Config, name: str) -> tuple[Loss, Any, Any]:
     """Returns a loss, parameters of some blocks, and a batch of random tokens."""
-    size = PUBLISHED[name]
-    changes: dict[str, Any] = {
-        "layers": config.blocks,
-        "vocab_size": _VOCABULARY,
-        "dropout": 0.0,
-        "dtype": config.dtype,
-    }
-    if isinstance(size, T5Config):
+    changes = {"layers": config.blocks, "dtype": config.dtype, "dropout": 0.0}
+    lengths = {"tokens": config.length + 1}
+    if isinstance(PUBLISHED[name], T5Config):
         changes["decoder_layers"] = config.blocks
-    graphdef, params = create(dataclasses.replace(size, **changes), 0)
+        lengths = {"source": config.length, "target": config.length}
+    size = dataclasses.replace(PUBLISHED[name], vocab_size=_VOCABULARY, **changes)
+    graphdef, params = create(size, 0)
     sample = functools.partial(np.random.default_rng(1).integers, 1, _VOCABULARY)
-    lengths = {"source": config.length, "target": config.length}
-    if isinstance(size, GPT2Config):
-        lengths = {"tokens": config.length + 1}
     batch = {
         field: jnp.asarray(sample((config.batch_size, length)), jnp.int32)
         for field, length in lengths.items()
     }
-
-    def loss(params: Any, frozen: Any, batch: Any, key: jax.Array) -> jax.Array:
-        del frozen, key
-        return mean_loss(graphdef, params, batch)
-
-    return loss, params, batch
+    return functools.partial(mean_loss, graphdef), params, batch
 
 
-class _Runner(timing.Program):
-    """The compiled programs of a contender, and its times."""
+def compiled(
+    contender: Contender, loss: Loss, params: Any, batch: Any
+) -> tuple[timing.Program, jax.stages.Compiled]:
+    """Returns a contender's micro-step, and its gradient function alone."""
+    method = METHODS[contender.method]
+    projection = built(contender.projection)
+    sketch = fj.Sketch(contender.rank or 1, projection, mask=fj.not_embeddings)
+    tx = method.optimizer(1e-3, Settings(sketch, micro_batches=_CYCLE))
+    value_and_grad = functools.partial(method.value_and_grad, loss, sketch)
 
-    def __init__(
-        self, contender: Contender, loss: gradients.Loss, params: Any, batch: Any
-    ):
-        self.contender, method = contender, METHODS[contender.method]
-        projection = built(contender.projection)
-        sketch = fj.Sketch(contender.rank or 1, projection, mask=fj.not_embeddings)
-        tx = method.optimizer(1e-3, Settings(sketch, micro_batches=_CYCLE))
-        gradient_of = gradients.of(method, sketch)
+    def gradient(params: Any, state: Any, batch: Any) -> Any:
+        value, grads = value_and_grad(state, params, batch)
+        return value, jax.tree.leaves(grads)
 
-        def gradient(params: Any, state: Any, batch: Any) -> Any:
-            value_and_grad = gradient_of(loss, state)
-            value, grads = value_and_grad(params, {}, batch, jax.random.key(0))
-            return value, jax.tree.leaves(grads)
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        _, grads = value_and_grad(state, params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
 
-        def step(params: Any, state: Any, batch: Any) -> Any:
-            value_and_grad = gradient_of(loss, state)
-            _, grads = value_and_grad(params, {}, batch, jax.random.key(0))
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        self.seconds: list[float] = []
-        state = jax.jit(tx.init)(params)
-        super().__init__(step, params, state, batch)
-        self.gradient = jax.jit(gradient).lower(params, state, batch).compile()
-
-    def row(self, shapes: set[tuple[int, ...]]) -> records.Row:
-        memory = self.gradient.memory_analysis()
-        analysis: Any = self.gradient.cost_analysis()
-        return self.contender._asdict() | {
-            "flops": analysis["flops"],
-            "gradient_output_bytes": memory.output_size_in_bytes,
-            "gradient_temp_bytes": memory.temp_size_in_bytes,
-            "weight_shaped_buffers": buffers(self.gradient.as_text(), shapes),
-            **timing.median_and_quartiles(self.seconds),
-        }
+    state = jax.jit(tx.init)(params)
+    alone = jax.jit(gradient).lower(params, state, batch).compile()
+    return timing.Program(step, params, state, batch), alone
 
 
 def measure(config: Config, name: str) -> list[records.Row]:
@@ -126,19 +96,25 @@ def measure(config: Config, name: str) -> list[records.Row]:
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(matrices(params)), strict=True)
     shapes = {leaf.shape for leaf, own in pairs if own}
     runners = [
-        _Runner(contender, loss, params, batch)
-        for contender in track(contenders(config), f"compiling {name}")
+        (each, *compiled(each, loss, params, batch))
+        for each in track(contenders(config), f"compiling {name}")
     ]
-    for number in track(range(timing.UNTIMED + config.rounds), f"timing {name}"):
-        for runner in runners:
-            params, seconds = runner.run(params, batch)
-            if number >= timing.UNTIMED:
-                runner.seconds.append(seconds)
-    rows = [{"model": name} | runner.row(shapes) for runner in runners]
-    return [
-        row | {f"{x}_ratio": row[x] / rows[0][x] for x in ("flops", "milliseconds")}
-        for row in rows
-    ]
+    for _ in track(range(timing.UNTIMED + config.rounds), f"timing {name}"):
+        for _, program, _ in runners:
+            params, _ = program.run(params, batch)
+    rows = []
+    for each, program, gradient in runners:
+        memory, analysis = gradient.memory_analysis(), gradient.cost_analysis()
+        row = {"model": name, **each._asdict(), "flops": analysis["flops"]}
+        row["gradient_output_bytes"] = memory.output_size_in_bytes
+        row["gradient_temp_bytes"] = memory.temp_size_in_bytes
+        row["weight_shaped_buffers"] = buffers(gradient.as_text(), shapes)
+        row |= timing.median_and_quartiles(program.seconds[timing.UNTIMED :])
+        rows.append(row)
+    for row in rows:
+        for ratio in ("flops", "milliseconds"):
+            row[f"{ratio}_ratio"] = row[ratio] / rows[0][ratio]
+    return rows
 
 
 _INSTRUCTION = re.compile(r" = (.*?) ([a-z][\w-]*)\(")

@@ -21,7 +21,7 @@ import flora_jax as fj
 from experiments.common import devices, records
 from experiments.common.errors import ConfigError
 from experiments.common.problem import Data, Problem, build
-from experiments.main_job.prepare import prepare
+from experiments.main_job.run import prepare
 from experiments.models.build import create
 from experiments.reduction import report
 from experiments.reduction.config import Config

@@ -6,24 +6,21 @@ from experiments.common import command
 from experiments.sweep.config import Config
 
 
-def main(
-    arguments: list[str] | None = None,
-    config: type[Config] = Config,
-    name: str = "sweep",
-) -> int:
+def main(arguments: list[str] | None = None, name: str = "sweep", *grids: str) -> int:
     """Runs the command line, of a question that is a set of grids too.
 
     Args:
         arguments: in place of the command line's own.
-        config: with the grids of the question as their default.
         name: of the question.
+        *grids: those of the question, unless others are named.
     """
     return command.main(
-        config,
+        Config,
         "experiments.sweep.run",
         f"python -m experiments.{name}",
         "Runs grids of short runs; those that stand in the results are not run again.",
         arguments,
+        default=Config(grids) if grids else None,
     )
 
 

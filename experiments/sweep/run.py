@@ -19,11 +19,10 @@ from rich.progress import Progress
 from experiments.common import records
 from experiments.common.errors import ConfigError
 from experiments.sweep import report
-from experiments.sweep.bench import Bench
 from experiments.sweep.config import Config
 from experiments.sweep.grid import Cell, cells, parts, run_id, title
 from experiments.sweep.results import best_rate, beyond
-from experiments.sweep.tasks import Sources
+from experiments.sweep.tasks import Bench, Sources
 
 _Job = tuple[Cell, dict[str, Any]]
 """A cell, and its group of the grid."""

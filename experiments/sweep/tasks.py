@@ -1,25 +1,27 @@
-"""What one cell of a grid trains: the model, the optimizer, the data, the verdict."""
+"""What one cell of a grid trains, and its runs, by learning rate and seed."""
 
 import dataclasses
+import math
 import pathlib
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from experiments.common import lora, problem
+from experiments.common import loop, lora, problem
 from experiments.common.checkpoints import State
 from experiments.common.errors import ConfigError
 from experiments.common.methods import METHODS, Method, matrices, settings_of
 from experiments.common.problem import Problem
+from experiments.common.state_bytes import step_bytes, tree_bytes
+from experiments.finetune import evaluate, prepare
 from experiments.finetune.config import Config as FinetuneConfig
-from experiments.finetune.evaluate import evaluate as decode_and_score
-from experiments.finetune.prepare import Prepared
-from experiments.finetune.prepare import prepare as prepare_pairs
+from experiments.main_job import run as main_job
 from experiments.main_job.config import Config
-from experiments.main_job.prepare import prepare as prepare_corpus
-from experiments.models.build import create
+from experiments.models.build import Params, create
 from experiments.models.config import GPT2Config
 from experiments.sweep.grid import Cell
 
@@ -50,10 +52,10 @@ class Sources:
         self._config, self._dense_rate = config_of(settings)
         self._config = dataclasses.replace(self._config, data_dir=data_dir)
         if isinstance(self._config, FinetuneConfig):
-            self._data = prepare_pairs(self._config)
+            self._data = prepare.prepare(self._config)
         else:
             self._config = dataclasses.replace(self._config, corpus_dir=corpus_dir)
-            self._data = prepare_corpus(self._config)
+            self._data = main_job.prepare(self._config)
         if self._data.model.dropout:
             raise ConfigError("a grid trains without dropout; leave it out of settings")
 
@@ -102,12 +104,10 @@ class Sources:
 
         def judge(made: Problem, state: State) -> dict[str, float]:
             scores = made.evaluate(state.params, made.frozen)
-            if not isinstance(data, Prepared):
+            if not isinstance(data, prepare.Prepared):
                 return {"validation_loss": scores["validation_loss"]}
-            params = lora.join(state.params, made.frozen)
-            if method.adapters:
-                params = lora.merge(params, rank, config.alpha(rank))
-            return scores | decode_and_score(config, data, params)[0]
+            params = made.merged(state.params, made.frozen)
+            return scores | evaluate.evaluate(config, data, params)[0]
 
         return Task(method, config, optimizer, start, judge)
 
@@ -143,3 +143,77 @@ def split(
     own["ranks"] = (cell.get("rank", 1),)
     config = dataclasses.replace(config, **own)
     return config, {"options": options, "b2": cell.get("b2", 0.999)}
+
+
+class Bench:
+    """The compiled step of one cell; the learning rate is its argument."""
+
+    def __init__(self, task: Task):
+        """Compiles the step."""
+        self._task = task
+        self._parts = task.method.micro_batches(task.config)
+        made, state = task.start(0)
+        self._bytes = measure(task.optimizer(1.0, 0), state.params)
+
+        def step(state: State, frozen: Any, batch: Any, rate: float) -> Any:
+            tx, key = task.optimizer(rate, 0), jax.random.key(0)  # There is no dropout.
+            return loop.training_step(made, tx, state, frozen, batch, key)
+
+        started = time.perf_counter()
+        part = problem.micro_batches(made.batches[0], self._parts)[0]
+        jitted = jax.jit(step, donate_argnums=0)
+        self._compiled = jitted.lower(state, made.frozen, part, 0.1).compile()
+        self._compile_seconds = time.perf_counter() - started
+
+    def train(self, rate: float, seed: int) -> dict[str, Any]:
+        """Trains once; losses are None if it diverged."""
+        made, state = self._task.start(seed)
+        losses, seconds = [], []
+        for number in range(self._task.config.updates):
+            parts = problem.micro_batches(made.batches[number], self._parts)
+            started = time.perf_counter()
+            total = 0.0
+            for part in parts:
+                state, loss = self._compiled(state, made.frozen, part, rate)
+                total += float(loss)
+            losses.append(total / self._parts)
+            seconds.append(time.perf_counter() - started)
+        tenth = max(1, len(losses) // 10)
+        scores = self._task.judge(made, state)
+        return {
+            "train_loss": _finite(statistics.mean(losses[-tenth:])),
+            **{name: _finite(score) for name, score in scores.items()},
+            "step_seconds": statistics.median(seconds),
+            "compile_seconds": self._compile_seconds,
+            "trained_bytes": tree_bytes(state.params),
+            "state_bytes": self._bytes[0],
+            "matrix_bytes": self._bytes[1],
+            "step_bytes": step_bytes(self._compiled),
+        }
+
+
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
+
+
+def measure(tx: optax.GradientTransformation, params: Params) -> tuple[int, int]:
+    """Counts the bytes of a state, and those of the matrices alone; allocates nothing.
+
+    Args:
+        tx: the optimizer.
+        params: what it trains, or the shapes.
+
+    Returns:
+        Bytes of the whole state, and of the state for the matrices alone: those that
+        may be sketched, or LoRA's adapters in their place.
+    """
+    chosen = jax.tree.leaves(matrices(params))
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for (path, leaf), own in zip(
+            jax.tree_util.tree_leaves_with_path(params), chosen, strict=True
+        )
+        if own or path[-1].key in lora.ADAPTERS
+    }
+    whole, part = (jax.eval_shape(tx.init, tree) for tree in (params, flat))
+    return tree_bytes(whole), tree_bytes(part)

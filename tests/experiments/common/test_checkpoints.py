@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.common import checkpoints, checksums
+from experiments.common import checkpoints
 from experiments.common.checkpoints import Checkpoints, State
 from experiments.common.errors import ConfigError, DiskError
 
@@ -72,16 +72,16 @@ def flip(file, place):
 def test_every_flipped_byte_is_noticed(folder):
     """In every file, at its ends and in between; a restore could miss most of them."""
     path = folder / "10"
-    assert checksums.defect(path) is None
+    assert checkpoints.defect(path) is None
     count = 0
     for file in files(path):
         intact = file.read_bytes()
         for place in (0.0, 0.1, 0.5, 0.9, 1.0):
             flip(file, place)
-            assert checksums.defect(path) is not None, (file, place)
+            assert checkpoints.defect(path) is not None, (file, place)
             file.write_bytes(intact)
             count += 1
-    assert checksums.defect(path) is None
+    assert checkpoints.defect(path) is None
     assert count >= 5 * 10
 
 
@@ -160,14 +160,14 @@ def test_a_damaged_checkpoint_is_refused_for_the_one_before(folder, name, capsys
 
 
 def test_an_unreadable_checkpoint_is_refused(folder, monkeypatch, capsys):
-    contents = checksums.contents
+    contents = checkpoints.contents
 
     def fail(path):
         if path.name == "10":
             raise OSError(5, "Input/output error")
         return contents(path)
 
-    monkeypatch.setattr(checksums, "contents", fail)
+    monkeypatch.setattr(checkpoints, "contents", fail)
     assert_restores(folder, 4)
     assert "10 is not used: it cannot be read: Input/output" in capsys.readouterr().err
 
@@ -252,7 +252,7 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
     def fail(path):
         raise ValueError("something else")
 
-    monkeypatch.setattr(checksums, "contents", fail)
+    monkeypatch.setattr(checkpoints, "contents", fail)
     kept.save(1, TEMPLATE)
     with pytest.raises(ValueError, match="^something else$"):
         kept.close()

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments.common import checkpoints, checksums, records
+from experiments.common import checkpoints, records
 from experiments.common.checkpoints import Checkpoints
 from experiments.common.command import execute
 from experiments.main_job.run import run
@@ -248,7 +248,7 @@ class Faults:
         """Update, parameters and optimizer state of both trainings, as saved."""
         for folder in self.folders():
             update = checkpoints.latest(folder)
-            assert checksums.defect(folder / str(update)) is None
+            assert checkpoints.defect(folder / str(update)) is None
             with ocp.CheckpointManager(folder.absolute()) as manager:
                 args = ocp.args.Composite(state=ocp.args.StandardRestore())
                 yield update, manager.restore(update, args=args)["state"]

@@ -22,8 +22,7 @@ from experiments.common.config import Run
 from experiments.common.errors import ConfigError
 from experiments.common.methods import Method
 from experiments.common.problem import build
-from experiments.main_job.prepare import prepare
-from experiments.main_job.run import run
+from experiments.main_job.run import prepare, run
 
 pytestmark = pytest.mark.xdist_group("experiments")
 

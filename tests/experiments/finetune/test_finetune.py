@@ -23,9 +23,8 @@ from experiments.common.problem import build
 from experiments.data.registry import DATASETS
 from experiments.finetune import prepare as prepare_module
 from experiments.finetune.__main__ import main
-from experiments.finetune.config import Config
+from experiments.finetune.config import PRESETS, Config
 from experiments.finetune.prepare import prepare
-from experiments.finetune.presets import PRESETS
 from experiments.finetune.run import run
 from experiments.models.build import create, mean_loss
 from experiments.models.config import T5Config
@@ -327,7 +326,7 @@ def test_accumulation_has_the_objective_of_no_accumulation(data_dir):
         count = METHODS[name].micro_batches(config)
         for part in np.split(np.arange(config.batch_size), count):
             batch = {key: rows[part] for key, rows in task.batches[0].items()}
-            state, _ = training_step(task.loss, tx, state, {}, batch, jax.random.key(0))
+            state, _ = training_step(task, tx, state, {}, batch, jax.random.key(0))
         found.append(state.params)
     lengths = (task.batches[0]["target"] != 0).reshape(2, -1).sum(axis=1)
     assert lengths[0] != lengths[1]

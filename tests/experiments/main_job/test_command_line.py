@@ -11,7 +11,7 @@ from rich.console import Console
 
 from experiments.__main__ import main
 from experiments.common.config import Run
-from experiments.common.display import Display
+from experiments.common.display import Bar, bars
 from experiments.common.errors import ConfigError
 from experiments.common.methods import MAIN
 from experiments.main_job.config import Config
@@ -176,8 +176,8 @@ def test_progress_shows_loss_and_speed(terminal):
     console = Console(file=output, force_terminal=terminal, width=110)
     row = {"update": 3, "loss": 5.4321, "tokens_per_second": 6789.0}
     row["step_bytes"] = 1.5 * 2**30
-    with Display(console) as display:
-        bar = display.add("FLORA momentum", total=5, done=2)
+    with bars(console) as progress:
+        bar = Bar(progress, "FLORA momentum", total=5, done=2)
         bar.say("compiling")
         assert terminal or "compiling" in output.getvalue()
         bar.show({"update": 0, "validation_loss": 8.3})

@@ -15,8 +15,7 @@ from experiments.common.errors import ConfigError, NonFiniteLossError
 from experiments.common.methods import MAIN, METHODS, settings_of
 from experiments.main_job import seeds
 from experiments.main_job.config import Config
-from experiments.main_job.prepare import prepare
-from experiments.main_job.run import run
+from experiments.main_job.run import prepare, run
 from experiments.models.build import create
 from tests.experiments.job import UPDATES
 

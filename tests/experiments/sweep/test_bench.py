@@ -10,9 +10,9 @@ from experiments.common import lora, records
 from experiments.common.methods import METHODS, Settings, matrices
 from experiments.models.build import create
 from experiments.sweep import run as sweep
-from experiments.sweep.bench import measure
 from experiments.sweep.config import Config
 from experiments.sweep.results import summarize
+from experiments.sweep.tasks import measure
 from tests.experiments.job import TINY
 
 WIDTH, RANK = TINY.model.width, 16

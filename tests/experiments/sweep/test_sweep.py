@@ -182,7 +182,7 @@ def test_questions_that_are_grids():
 
     for question in (claims, family, projections):
         folder = pathlib.Path(question.__file__).parent / "results"
-        paths = question.Config().paths()
+        paths = Config(question.GRIDS).paths()
         assert {path.parent for path in paths} == {folder}
         assert set(paths) == {path.with_suffix(".json") for path in folder.glob("*.md")}
 

@@ -12,9 +12,8 @@ from experiments.common import lora, records
 from experiments.common.errors import ConfigError
 from experiments.common.methods import matrices
 from experiments.sweep import run as sweep
-from experiments.sweep.bench import Bench
 from experiments.sweep.config import Config
-from experiments.sweep.tasks import Sources
+from experiments.sweep.tasks import Bench, Sources
 from tests.experiments import phrases
 from tests.experiments.job import TINY
 
