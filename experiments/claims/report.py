@@ -53,17 +53,14 @@ def draw(results: Sequence[Result], path: pathlib.Path) -> None:
     names = _metrics(results)
     titles = [result.ranked_title for result in results]
     longest = 0.085 * max(map(len, titles))  # Inches.
-    size, shape = (
-        (longest + 3.2 * len(names), 1.2 + 0.28 * len(titles)),
-        (1, len(names)),
-    )
+    size = longest + 3.2 * len(names), 1.2 + 0.28 * len(titles)
+    shape = 1, len(names)
     with plots.picture(path, size, shape, plots.SEEDS, sharey=True) as panels:
         for axes, name in zip(panels[0], names, strict=True):
             for place, result in enumerate(results):
                 mean, error = report.mean_and_error(result.values(name))
                 number = 0 if result.method.compressed else 1 + result.method.adapters
-                look = {"color": plots.PALETTE[number], "marker": plots.MARKS[number]}
-                axes.errorbar(mean, place, xerr=error, capsize=3, **look)
+                axes.errorbar(mean, place, xerr=error, capsize=3, **plots.look(number))
             axes.set_xlabel(_METRICS[name])
         panels[0, 0].set_yticks(range(len(titles)), titles)
         panels[0, 0].invert_yaxis()

@@ -41,16 +41,10 @@ def write(path: pathlib.Path) -> None:
         plots.points(axes, places, values, 0, label=f"FLORA, r={row['rank']}")
         axes.axvline(limit, color=plots.PALETTE[1], linestyle="--")
         axes.axvspan(0.5, limit, color=plots.PALETTE[1], alpha=0.12)
-        axes.annotate(
-            f"the momentum grows\nwithout bound\nbelow {limit:.1f}",
-            (limit, 0.98),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, 0),
-            textcoords="offset points",
-            horizontalalignment="right",
-            verticalalignment="top",
-            fontsize=9,
-        )
+        text = f"the momentum grows\nwithout bound\nbelow {limit:.1f}"
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        look = {"xytext": (-4, 0), "ha": "right", "va": "top", "fontsize": 9}
+        axes.annotate(text, (limit, 0.98), **place, **look)
         labels = ["never" if x == math.inf else x for x in every]
         plots.log_ticks(axes, places, labels)
         axes.set_xlim(0.5, 2 * max(places))

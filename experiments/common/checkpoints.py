@@ -28,7 +28,6 @@ from experiments.common import processes
 from experiments.common.errors import NO_ROOM, ConfigError, DiskError
 from experiments.models.build import Params
 
-_KEPT = 2
 _CHECKSUMS = "checksums.json"
 
 
@@ -75,7 +74,7 @@ class Checkpoints:
         # they are in the host's memory already, it holds views of them, which keep jax
         # from reusing the buffers. A test counts on it.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=_KEPT, cleanup_tmp_directories=True
+            max_to_keep=2, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checksums")
@@ -191,12 +190,9 @@ class Checkpoints:
 
 def _errno(error: BaseException) -> int | None:
     """The number of the system's error, if an exception says that there is no room."""
-    if isinstance(error, OSError):
-        number = error.errno
-    else:
-        # TensorStore: ValueError("... No space left on device [os_error_code='28']").
-        found = re.search(r"os_error_code='(\d+)'", str(error))
-        number = int(found[1]) if found else None
+    # TensorStore: ValueError("... No space left on device [os_error_code='28']").
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
     return number if number in NO_ROOM else None
 
 

@@ -62,6 +62,18 @@ def main(
         return _complain(needs, 2)
 
 
+def question(config: type, description: str | None) -> Callable[..., int]:
+    """Returns `main` for the question in whose folder the settings are.
+
+    Args:
+        config: the dataclass of the settings.
+        description: see `main`.
+    """
+    name = config.__module__.rpartition(".")[0]
+    names = f"{name}.run", f"python -m {name}"
+    return functools.partial(main, config, *names, description)
+
+
 def execute(config: Any, module: str, *, resumable: bool = False) -> int:
     """Checks the settings, then imports what is heavy and runs it.
 

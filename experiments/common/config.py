@@ -6,9 +6,8 @@ Nothing here imports jax: `--help` and a refused command line answer at once.
 import dataclasses
 import math
 import pathlib
-import typing
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from experiments.common.errors import ConfigError, flag
 from experiments.common.methods import FINETUNE, METHODS, PROJECTIONS, Method
@@ -90,11 +89,8 @@ class JobConfig:
             ConfigError: naming the argument, its value, and what to give instead.
         """
         check_choices(self)
-        check_at_least(
-            self,
-            "ranks updates batch_size micro_batches resample_every eval_every "
-            "eval_examples checkpoint_every",
-        )
+        check_at_least(self, "ranks updates batch_size micro_batches resample_every")
+        check_at_least(self, "eval_every eval_examples checkpoint_every")
         check_at_least(self, "seed", least=0)
         rates = "learning_rate lora_learning_rate lora_alpha"
         check(self, rates, "positive and finite", lambda x: 0 < x < math.inf)
@@ -111,10 +107,6 @@ class JobConfig:
         if not METHODS[method].adapters:
             return self.learning_rate
         return self.lora_learning_rate or 3 * self.learning_rate
-
-    def alpha(self, rank: int) -> float:
-        """Returns LoRA's alpha at a rank."""
-        return rank if self.lora_alpha is None else self.lora_alpha
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +170,10 @@ def check_choices(config: Any) -> None:
 
     The command line has seen to that; a program that makes the settings has not.
     """
-    for name, kind in typing.get_type_hints(type(config)).items():
-        one_of = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
-        if typing.get_origin(one_of) is Literal:
-            choices = typing.get_args(one_of)
+    for name, kind in get_type_hints(type(config)).items():
+        one_of = get_args(kind)[0] if get_origin(kind) is tuple else kind
+        if get_origin(one_of) is Literal:
+            choices = get_args(one_of)
             wanted = f"one of {', '.join(choices)}"
             check(config, name, wanted, choices.__contains__)
 

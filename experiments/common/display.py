@@ -1,13 +1,14 @@
 """The progress bars, and lines in their place where the output is no terminal."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from rich import box, progress
 from rich.console import Console
 from rich.table import Table
 
+from experiments.common import report
 from experiments.common.processes import is_first
 from experiments.common.records import Row
 
@@ -23,18 +24,15 @@ def make_console() -> Console:
     return Console(width=width, quiet=not is_first())
 
 
-def table(
-    console: Console, columns: Mapping[str, Callable[[Any], Any]], rows: Iterable[Any]
-) -> None:
+def table(console: Console, columns: report.Columns, rows: Iterable[Any]) -> None:
     """Prints a table; see `experiments.common.report.markdown`."""
     shown = Table(box=box.SIMPLE_HEAD, padding=0)
     for i, name in enumerate(columns):
         # The first column may be folded on a narrow screen, the numbers not.
         heading = name.replace(" ", "\n") if i else name
         shown.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
-    for row in rows:
-        cells = (make(row) for make in columns.values())
-        shown.add_row(*("" if cell is None else str(cell) for cell in cells))
+    for cells in report.cells(columns, rows):
+        shown.add_row(*cells)
     console.print(shown)
 
 

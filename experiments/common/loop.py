@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import shutil
+import statistics
 import time
 import zlib
 from collections.abc import Sequence
@@ -242,7 +243,7 @@ class Training:
     def result(self, scores: dict[str, float] | None = None) -> records.Row:
         """Returns what tables say of a finished run; `result.json` keeps it."""
         run, rows, tokens = self.run, self._metrics.rows, self.problem.tokens
-        seconds = records.median_seconds(rows)
+        seconds = statistics.median(row["seconds"] for row in rows if "seconds" in row)
         row = {
             "run": run.folder.name,
             "method": run.name,

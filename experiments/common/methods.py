@@ -38,40 +38,49 @@ Loss = Callable[..., "jax.Array"]  # A scalar, differentiated in its first argum
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run sets besides the learning rate; each method reads what it uses."""
+    """What a run sets besides the learning rate; each method reads what it uses.
+
+    Attributes:
+        sketch: of momentum, accumulator or gradients, or its rank.
+        base: the optimizer whose gradients or momentum are kept.
+        micro_batches: calls in one cycle of an accumulation.
+        b1: decay of the momentum.
+        b2: decay of the second moment, where it is Adam's.
+        refresh_every: updates between two projections; None keeps the first.
+        estimator: of a sketched momentum.
+        options: further arguments of the recipe, by name, which replace what is shared.
+    """
 
     sketch: "fj.Sketch | int" = 1
     base: Base = "adafactor"
-    """The optimizer whose gradients or momentum are kept."""
     micro_batches: int = 1
-    """Calls in one cycle of an accumulation."""
     b1: float = 0.9
-    """Decay of the momentum."""
     b2: float = 0.999
-    """Decay of the second moment, where it is Adam's."""
     refresh_every: int | None = 200
-    """Updates between two projections; None keeps the first."""
     estimator: str = "paper"
-    """Of a sketched momentum."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Further arguments of the recipe, by name, which replace what is shared."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One row of a table: an optimizer, and what it keeps."""
+    """One row of a table: an optimizer, and what it keeps.
+
+    Attributes:
+        name: as on the command line.
+        title: as in tables.
+        make: from a learning rate, or a schedule of it, and the settings.
+        kind: what it keeps besides second moments: the buffer that tables are about.
+        keeps: how: as it is, as a sketch, as a sketch of gradients that are sketched
+            during backpropagation, or of LoRA's adapters in place of the matrices.
+        base: its base optimizer, unless that is for the run to choose.
+    """
 
     name: str
     title: str
     make: "Callable[[optax.ScalarOrSchedule, Settings], Any]"
-    """From a learning rate, or a schedule of it."""
     kind: Kind = "none"
-    """What it keeps besides second moments: the buffer that tables are about."""
     keeps: Literal["full", "sketch", "sketched gradients", "adapters"] = "full"
-    """How: as it is, as a sketch, as a sketch of gradients that are sketched during
-    backpropagation, or of LoRA's adapters in place of the matrices."""
     base: Base | None = None
-    """Its base optimizer, unless that is for the run to choose."""
 
     @property
     def ranked(self) -> bool:
@@ -184,20 +193,6 @@ def matrices(params: Any) -> Any:
     return jax.tree.map(lambda plan: plan.dense_reason is None, plans)
 
 
-def schedule(
-    peak: float, updates: int, warmup_fraction: float, *, end: float
-) -> "optax.Schedule":
-    """Linear warm-up to the peak, then a cosine down to `end` of it."""
-    warmup = round(warmup_fraction * updates)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=peak / (warmup + 1),  # at 0 the first update would be lost
-        peak_value=peak,
-        warmup_steps=warmup,
-        decay_steps=max(updates, warmup + 1),
-        end_value=peak * end,
-    )
-
-
 def base_optimizer(rate: Any, s: Settings) -> Any:
     """Returns the base optimizer; Adam's own momentum is not what is compared."""
     own = {"b1": s.b1} if s.base == "adam" else {}
@@ -254,7 +249,7 @@ def _flora_muon(rate: Any, s: Settings) -> Any:
         return fj.flora_muon(rate, s.sketch, **own)
     # Its matrices without Nesterov's look-ahead, for an ablation.
     every, residual = own["refresh_every"], fj.Fira()
-    momentum = fj.scale_recipe(
+    momentum = fj.scale_in_subspace(
         optax.trace(0.95), s.sketch, every, residual=residual, transport=fj.Squared()
     )
     return _orthogonalized(_coded(momentum, s), rate, s)

@@ -50,6 +50,12 @@ def picture(
     figure.savefig(path, dpi=150)
 
 
+def look(number: int) -> dict[str, str]:
+    """Returns the color and the mark of a series."""
+    color, mark = PALETTE[number % len(PALETTE)], MARKS[number % len(MARKS)]
+    return {"color": color, "marker": mark}
+
+
 def points(
     axes: Axes,
     x: Sequence[float],
@@ -68,16 +74,12 @@ def points(
         number: chooses color and mark.
         **options: of `Axes.errorbar`.
     """
-    values = list(values)
+    values, style = list(values), look(number)
     means, errors = zip(*map(mean_and_error, values), strict=True)
-    look = {
-        "color": PALETTE[number % len(PALETTE)],
-        "marker": MARKS[number % len(MARKS)],
-    }
-    axes.errorbar(x, means, errors, capsize=3, **look | {"linestyle": ":"} | options)
+    axes.errorbar(x, means, errors, capsize=3, **style | {"linestyle": ":"} | options)
     alone = [i for i, each in enumerate(values) if len(each) == 1]
     places, losses = [x[i] for i in alone], [means[i] for i in alone]
-    axes.plot(places, losses, **look, mfc="white", linestyle="none", zorder=3)
+    axes.plot(places, losses, **style, mfc="white", linestyle="none", zorder=3)
 
 
 def bars(
@@ -108,12 +110,6 @@ def log_ticks(axes: Axes, places: Iterable[float], labels: Iterable[Any] = ()) -
 
 def legend_below(axes: Axes, columns: int = 3) -> None:
     """Puts the legend of one panel below all of them."""
-    handles, labels = axes.get_legend_handles_labels()
-    axes.figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize=8,
-    )
+    entries = axes.get_legend_handles_labels()
+    look = {"ncols": columns, "frameon": False, "fontsize": 8}
+    axes.figure.legend(*entries, loc="outside lower center", **look)

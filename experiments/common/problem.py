@@ -18,7 +18,7 @@ from flax import nnx
 from experiments.common import devices, lora
 from experiments.common.checkpoints import State
 from experiments.common.config import JobConfig
-from experiments.common.methods import METHODS, Loss, schedule, settings_of
+from experiments.common.methods import METHODS, Loss, settings_of
 from experiments.data import batches
 from experiments.models.build import Params, token_losses
 from experiments.models.config import Config as ModelConfig
@@ -28,39 +28,49 @@ Batch = dict[str, np.ndarray]
 
 
 class Problem(NamedTuple):
-    """What is trained, on what, and how it is judged."""
+    """What is trained, on what, and how it is judged.
+
+    Attributes:
+        loss: of params, frozen, batch and key: nats per token, a scalar.
+        value_and_grad: of the optimizer's state and the loss's arguments, see `Method`.
+        frozen: parameters that are not trained; an empty tree where all are.
+        batches: item i is the batch of update i + 1: NumPy arrays, (examples, ...).
+        tokens: in a batch, padding included.
+        evaluate: metrics of params and frozen; "validation_loss" among them.
+        merged: of params and frozen, the parameters of the model without adapters.
+    """
 
     loss: Loss
-    """Of params, frozen, batch and key: nats per token, a scalar."""
     value_and_grad: Callable[..., tuple[jax.Array, Any]]
-    """Of the optimizer's state and the loss's arguments, see `Method`."""
     frozen: Any
-    """Parameters that are not trained; an empty tree where all are."""
     batches: Sequence[Batch]
-    """Item i is the batch of update i + 1: NumPy arrays, (examples, ...)."""
     tokens: int
-    """Tokens in a batch, padding included."""
     evaluate: Callable[[Any, Any], dict[str, float]]
-    """Metrics of params and frozen; "validation_loss" among them."""
     merged: Callable[[Any, Any], Params]
-    """Of params and frozen, the parameters of the model without adapters."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """What all methods of a job start from."""
+    """What all methods of a job start from.
+
+    Attributes:
+        model: the sizes.
+        graphdef: the model's static part.
+        params: its parameters, on the host: each method takes a copy to the devices and
+            gives it up.
+        train: random access to the training examples.
+        validation: the examples of the validation.
+        tokens: in an example, padding included.
+        fingerprint: identifies vocabulary and examples.
+    """
 
     model: ModelConfig
     graphdef: nnx.GraphDef
     params: Params
-    """On the host: each method takes a copy to the devices and gives it up."""
     train: Sequence[batches.Example]
-    """Random access to the training examples."""
     validation: Sequence[batches.Example]
     tokens: int
-    """Tokens in an example, padding included."""
     fingerprint: str
-    """Identifies vocabulary and examples."""
 
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:
@@ -70,10 +80,19 @@ def micro_batches(batch: Batch, count: int) -> list[Batch]:
 
 
 def learning_rate(config: JobConfig, method: str) -> optax.Schedule:
-    """Returns the learning rate of a method over the updates."""
-    end = {"cosine": 0.1, "constant": 1.0}[config.schedule]
+    """Returns the learning rate of a method over the updates.
+
+    A linear warm-up to the peak, then a cosine down to a tenth of it, or a constant.
+    """
     peak, updates = config.peak(method), config.updates
-    return schedule(peak, updates, config.warmup_fraction, end=end)
+    warmup = round(config.warmup_fraction * updates)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=peak / (warmup + 1),  # at 0 the first update would be lost
+        peak_value=peak,
+        warmup_steps=warmup,
+        decay_steps=max(updates, warmup + 1),
+        end_value=peak * {"cosine": 0.1, "constant": 1.0}[config.schedule],
+    )
 
 
 def build(
@@ -83,7 +102,7 @@ def build(
     method, settings = METHODS[name], settings_of(config, rank)
     graphdef, trained, frozen = data.graphdef, data.params, {}
     if method.adapters:
-        alpha = config.alpha(rank)
+        alpha = rank if config.lora_alpha is None else config.lora_alpha
         graphdef, params = lora.add(graphdef, trained, rank, alpha, config.seed)
         trained, frozen = lora.divide(params, tune_rest=config.lora_tune_rest)
 

@@ -68,13 +68,12 @@ def is_first() -> bool:
 
 def wait() -> None:
     """Waits until all processes are here."""
-    count = jax.process_count()
     # Named processes meet at JAX's coordinator, which is patient. The default is a sum
     # over devices, whose transport gives up on a process that takes its time.
     ocp.multihost.sync_global_processes(
         f"experiments-{next(_waits)}",
         timeout=_PATIENCE_SECONDS,
-        processes=set(range(count)),
+        processes=set(range(jax.process_count())),
     )
 
 

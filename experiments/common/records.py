@@ -102,8 +102,3 @@ def final_train_loss(rows: list[Row]) -> float:
     """Mean training loss of the last tenth of the updates; one batch says little."""
     losses = [row["loss"] for row in rows if "loss" in row]
     return statistics.fmean(losses[-max(1, len(losses) // 10) :])
-
-
-def median_seconds(rows: list[Row]) -> float:
-    """Median wall time of an update."""
-    return statistics.median(row["seconds"] for row in rows if "seconds" in row)

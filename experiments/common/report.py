@@ -13,6 +13,8 @@ from typing import Any
 
 from experiments.common import records
 
+Columns = Mapping[str, Callable[[Any], Any]]
+
 
 def mean_and_error(values: Sequence[float | None]) -> tuple[float, float]:
     """Returns mean and standard error over seeds.
@@ -23,13 +25,11 @@ def mean_and_error(values: Sequence[float | None]) -> tuple[float, float]:
     Returns:
         (infinity, 0) if one diverged; an error of 0 for a single seed.
     """
-    finite = [value for value in values if value is not None]
-    if len(finite) < len(values):
+    if None in values:
         return math.inf, 0.0
-    error = 0.0
-    if len(finite) > 1:
-        error = statistics.stdev(finite) / math.sqrt(len(finite))
-    return statistics.fmean(finite), error
+    count = len(values)
+    error = statistics.stdev(values) / math.sqrt(count) if count > 1 else 0.0
+    return statistics.fmean(values), error
 
 
 def written(values: Sequence[float | None], digits: int = 3, sign: str = "") -> str:
@@ -41,7 +41,7 @@ def written(values: Sequence[float | None], digits: int = 3, sign: str = "") -> 
     return f"{mean:{sign}.{digits}f}{spread}"
 
 
-def markdown(columns: Mapping[str, Callable[[Any], Any]], rows: Iterable[Any]) -> str:
+def markdown(columns: Columns, rows: Iterable[Any]) -> str:
     """Returns a Markdown table: a line for each row.
 
     Args:
@@ -49,15 +49,17 @@ def markdown(columns: Mapping[str, Callable[[Any], Any]], rows: Iterable[Any]) -
             numbers are aligned right; None is an empty cell.
         rows: of any type.
     """
-    cells = [[_text(make(row)) for make in columns.values()] for row in rows]
-    numeric = [_is_numeric(column) for column in zip(*cells, strict=True)]
+    lines = cells(columns, rows)
+    numeric = [_is_numeric(column) for column in zip(*lines, strict=True)]
     rules = ["---:" if right else "---" for right in numeric or [False] * len(columns)]
-    lines = [list(columns), rules, *cells]
+    lines = [list(columns), rules, *lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _text(cell: Any) -> str:
-    return "" if cell is None else str(cell)
+def cells(columns: Columns, rows: Iterable[Any]) -> list[list[str]]:
+    """Returns the text of every cell, by rows; see `markdown`."""
+    values = [[make(row) for make in columns.values()] for row in rows]
+    return [["" if value is None else str(value) for value in row] for row in values]
 
 
 def _is_numeric(column: Iterable[str]) -> bool:

@@ -52,9 +52,8 @@ class Program:
 
 def median_and_quartiles(seconds: Sequence[float]) -> dict[str, Any]:
     """Returns both in milliseconds; those of a single time are that time."""
-    quartiles = seconds[0], 0, seconds[0]
-    if len(seconds) > 1:
-        quartiles = statistics.quantiles(seconds, n=4)
+    alone = len(seconds) == 1
+    quartiles = [*seconds] * 3 if alone else statistics.quantiles(seconds, n=4)
     return {
         "milliseconds": 1e3 * statistics.median(seconds),
         "quartiles": [1e3 * quartiles[0], 1e3 * quartiles[2]],

@@ -80,15 +80,9 @@ def draw(results: Sequence[Result], path: pathlib.Path) -> None:
         best = front(results)
         if best:
             most = max(map(_megabytes, results))
-            axes.step(
-                [*map(_megabytes, best), most],
-                [result.mean for result in (*best, best[-1])],
-                where="post",
-                color="black",
-                alpha=0.35,
-                linewidth=1,
-                label="Pareto front",
-            )
+            x, y = [*map(_megabytes, best), most], [r.mean for r in (*best, best[-1])]
+            look = {"color": "black", "alpha": 0.35, "linewidth": 1}
+            axes.step(x, y, where="post", label="Pareto front", **look)
             decades = [x * 10.0**k for k in range(-3, 4) for x in (1, 2, 5)]
             limits = min(map(_megabytes, best)) / 1.5, 1.5 * most
             plots.log_ticks(axes, [x for x in decades if limits[0] < x < limits[1]])

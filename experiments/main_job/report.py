@@ -107,16 +107,16 @@ def loss_curves(rows: Rows, folder: pathlib.Path) -> None:
 def _draw_losses(
     axes: plots.Axes, row: records.Row, metrics: Rows, number: int
 ) -> None:
-    look = {"color": plots.PALETTE[number % len(plots.PALETTE)]}
+    look = plots.look(number)
     for name in ("loss", "validation_loss"):
         points = [(each["update"], each[name]) for each in metrics if name in each]
         x, y = zip(*points, strict=True)
         if name == "loss":
-            axes.plot(x, y, alpha=0.35, linewidth=0.8, **look)
+            axes.plot(x, y, color=look["color"], alpha=0.35, linewidth=0.8)
             continue
         look["linestyle"] = "--" if METHODS[row["method"]].compressed else "-"
         label = f"{row['title']} ({row['validation_loss']:.3f})"
-        axes.plot(x, y, marker=plots.MARKS[number], linewidth=1.6, label=label, **look)
+        axes.plot(x, y, linewidth=1.6, label=label, **look)
 
 
 def memory_bars(rows: Rows, folder: pathlib.Path) -> None:

@@ -8,7 +8,7 @@ import pathlib
 import sys
 
 from experiments.common import records
-from experiments.common.report import markdown, written
+from experiments.common.report import grouped, markdown, written
 
 
 def main(output: pathlib.Path, folders: list[pathlib.Path]) -> None:
@@ -18,8 +18,6 @@ def main(output: pathlib.Path, folders: list[pathlib.Path]) -> None:
         {"seed": job["config"]["seed"]} | row for job in found for row in job["rows"]
     ]
     records.write_rows(output / "seeds.jsonl", rows)
-    titles = list(dict.fromkeys(row["title"] for row in rows))
-    groups = [[row for row in rows if row["title"] == title] for title in titles]
     columns = {
         "method": lambda group: group[0]["title"],
         "optimizer state (bytes)": lambda group: f"{group[0]['state_bytes']:,}",
@@ -27,7 +25,7 @@ def main(output: pathlib.Path, folders: list[pathlib.Path]) -> None:
         "kept": lambda group: group[0]["kept"],
         "validation loss": lambda group: written([x["validation_loss"] for x in group]),
     }
-    (output / "seeds.md").write_text(markdown(columns, groups))
+    (output / "seeds.md").write_text(markdown(columns, grouped(rows, "title").values()))
 
 
 if __name__ == "__main__":

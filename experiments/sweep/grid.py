@@ -30,11 +30,10 @@ def cells(grid: dict[str, Any]) -> list[Cell]:
             raise ConfigError(
                 f"`methods` of the grid must be of {', '.join(METHODS)}, got {method!r}"
             )
-        axes = {"options": grid.get("options"), "b2": grid.get("b2")}
+        keys = {"options": "options", "b2": "b2"}
         if METHODS[method].ranked:
-            own = {"projection": grid.get("projections"), "rank": grid.get("ranks")}
-            axes = own | axes
-        axes = {name: values for name, values in axes.items() if values is not None}
+            keys = {"projection": "projections", "rank": "ranks"} | keys
+        axes = {axis: grid[key] for axis, key in keys.items() if key in grid}
         found += [
             {"method": method} | dict(zip(axes, values, strict=True))
             for values in itertools.product(*axes.values())

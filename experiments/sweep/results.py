@@ -22,16 +22,21 @@ _WORDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One combination of what a grid varies, at its best learning rate."""
+    """One combination of what a grid varies, at its best learning rate.
+
+    Attributes:
+        method: what is trained.
+        settings: what the grid varies besides: projection, rank, b2, options.
+        learning_rate: the best one.
+        rows: the runs of the seeds at that rate.
+        step_seconds: median over the runs of the median wall time of an update.
+    """
 
     method: Method
     settings: dict[str, Any]
-    """What the grid varies besides: projection, rank, b2, options."""
     learning_rate: float
     rows: tuple[Row, ...]
-    """The runs of the seeds at that rate."""
     step_seconds: float
-    """Median over the runs of the median wall time of an update."""
 
     @property
     def rank(self) -> int | None:

@@ -24,8 +24,7 @@ from experiments.sweep.grid import Cell, cells, parts, run_id, title
 from experiments.sweep.results import best_rate, beyond
 from experiments.sweep.tasks import Bench, Sources
 
-_Job = tuple[Cell, dict[str, Any]]
-"""A cell, and its group of the grid."""
+_Job = tuple[Cell, dict[str, Any]]  # And its group of the grid.
 
 
 def run(config: Config) -> None:
@@ -89,23 +88,21 @@ def run_cell(
     cell: Cell, grid: dict[str, Any], sources: Sources, done: dict[str, records.Row]
 ) -> Iterator[records.Row]:
     """Yields the rows of one cell, those already done included."""
-    bench: list[Bench] = []
+    bench = functools.cache(lambda: Bench(sources.task(cell)))  # If a run is missing.
 
     def run_one(rate: float, seed: int) -> records.Row:
         settings = grid["settings"] | cell | {"learning_rate": rate, "seed": seed}
         name = run_id(settings | {"corpus": sources.fingerprint})
         if name in done:
             return done[name]
-        if not bench:
-            bench.append(Bench(sources.task(cell)))
+        step = bench()
         started = time.perf_counter()
-        result = bench[0].train(float(rate), seed)
+        result = step.train(float(rate), seed)
         result["seconds"] = time.perf_counter() - started
         return {"id": name} | settings | result | records.versions()
 
     first, *others = grid["seeds"]
-    tuned = []
-    rates = list(grid["learning_rates"])
+    tuned, rates = [], list(grid["learning_rates"])
     for rate in rates:
         tuned.append(run_one(rate, first))
         yield tuned[-1]

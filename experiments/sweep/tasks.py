@@ -5,17 +5,17 @@ import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
 
 from experiments.common import loop, lora, problem
 from experiments.common.checkpoints import State
+from experiments.common.config import JobConfig
 from experiments.common.errors import ConfigError
-from experiments.common.methods import METHODS, Method, matrices, settings_of
-from experiments.common.problem import Problem
+from experiments.common.methods import METHODS, matrices, settings_of
+from experiments.common.problem import Data, Problem
 from experiments.common.state_bytes import step_bytes, tree_bytes
 from experiments.finetune import evaluate, prepare
 from experiments.finetune.config import Config as FinetuneConfig
@@ -26,17 +26,70 @@ from experiments.models.config import GPT2Config
 from experiments.sweep.grid import Cell
 
 
-class Task(NamedTuple):
+class Task:
     """A run but for its learning rate and its seed."""
 
-    method: Method
-    config: Config | FinetuneConfig
-    optimizer: Callable[[jax.typing.ArrayLike, int], optax.GradientTransformation]
-    """By its peak learning rate, which may be traced, and the seed of projections."""
-    start: Callable[[int], tuple[Problem, State]]
-    """By the seed."""
-    judge: Callable[[Problem, State], dict[str, float]]
-    """Metrics at the end; "validation_loss" among them."""
+    def __init__(
+        self, config: JobConfig, dense_rate: float | None, data: Data, cell: Cell
+    ):
+        """Checks the settings.
+
+        Args:
+            config: what all cells share.
+            dense_rate: learning rate of an Adam for everything but the matrices, so
+                that all methods differ in what they do to the matrices only.
+            data: what it trains on.
+            cell: the rest.
+
+        Raises:
+            ConfigError: the settings make no sense.
+        """
+        self._name, self._rank = cell["method"], cell.get("rank")
+        self.method, self._data = METHODS[self._name], data
+        self.config, self._settings = split(config, cell)
+        self.config.validate()
+        whole = self.method.kind != "accumulation" and not self.method.adapters
+        if dense_rate is not None and not whole:
+            raise ConfigError(
+                "`dense_learning_rate` is for optimizers that neither accumulate nor "
+                f"train adapters, got method {self._name!r}; leave it out"
+            )
+        self._dense_rate = dense_rate
+
+    def optimizer(
+        self, rate: jax.typing.ArrayLike, seed: int = 0
+    ) -> optax.GradientTransformation:
+        """Returns the optimizer.
+
+        Args:
+            rate: its peak learning rate, which may be traced.
+            seed: of the projections.
+        """
+        # At a peak of 1: updates are linear in the learning rate.
+        schedule = problem.learning_rate(self.config, self._name)
+        settings = settings_of(self.config, self._rank, seed, **self._settings)
+        tx = optax.chain(self.method.optimizer(schedule, settings), optax.scale(rate))
+        dense_rate = self._dense_rate
+        if dense_rate is None:
+            return tx
+        rest = optax.adam(lambda count: dense_rate * schedule(count), b2=0.99)
+        return optax.partition({True: tx, False: rest}, matrices)
+
+    def start(self, seed: int) -> tuple[Problem, State]:
+        """Returns what is trained, and its state."""
+        data, config = self._data, dataclasses.replace(self.config, seed=seed)
+        if getattr(config, "checkpoint", None) is None:
+            data = dataclasses.replace(data, params=create(data.model, seed)[1])
+        made, (params, _), _ = problem.build(config, data, self._name, self._rank)
+        return made, State(params, self.optimizer(1.0, seed).init(params))
+
+    def judge(self, made: Problem, state: State) -> dict[str, float]:
+        """Returns metrics at the end; "validation_loss" among them."""
+        scores = made.evaluate(state.params, made.frozen)
+        if not isinstance(self._data, prepare.Prepared):
+            return {"validation_loss": scores["validation_loss"]}
+        params = made.merged(state.params, made.frozen)
+        return scores | evaluate.evaluate(self.config, self._data, params)[0]
 
 
 class Sources:
@@ -58,63 +111,14 @@ class Sources:
             self._data = main_job.prepare(self._config)
         if self._data.model.dropout:
             raise ConfigError("a grid trains without dropout; leave it out of settings")
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the data."""
-        return self._data.fingerprint
+        self.fingerprint = self._data.fingerprint
 
     def task(self, cell: Cell) -> Task:
-        """Returns what a cell trains.
-
-        With a dense learning rate, that of an Adam for everything but the matrices, all
-        methods differ in what they do to the matrices only.
-        """
-        name, rank, data = cell["method"], cell.get("rank"), self._data
-        method, dense_rate = METHODS[name], self._dense_rate
-        config, settings = split(self._config, cell)
-        config.validate()
-        if dense_rate is not None and (
-            method.kind == "accumulation" or method.adapters
-        ):
-            raise ConfigError(
-                "`dense_learning_rate` is for optimizers that neither accumulate nor "
-                f"train adapters, got method {name!r}; leave it out"
-            )
-        schedule = problem.learning_rate(config, name)
-
-        def optimizer(
-            rate: jax.typing.ArrayLike, seed: int = 0
-        ) -> optax.GradientTransformation:
-            # At a peak of 1: updates are linear in the learning rate.
-            tx = method.optimizer(schedule, settings_of(config, rank, seed, **settings))
-            tx = optax.chain(tx, optax.scale(rate))
-            if dense_rate is None:
-                return tx
-            rest = optax.adam(lambda count: dense_rate * schedule(count), b2=0.99)
-            return optax.partition({True: tx, False: rest}, matrices)
-
-        def start(seed: int) -> tuple[Problem, State]:
-            own = data
-            if getattr(config, "checkpoint", None) is None:
-                own = dataclasses.replace(data, params=create(data.model, seed)[1])
-            seeded = dataclasses.replace(config, seed=seed)
-            made, (params, _), _ = problem.build(seeded, own, name, rank)
-            return made, State(params, optimizer(1.0, seed).init(params))
-
-        def judge(made: Problem, state: State) -> dict[str, float]:
-            scores = made.evaluate(state.params, made.frozen)
-            if not isinstance(data, prepare.Prepared):
-                return {"validation_loss": scores["validation_loss"]}
-            params = made.merged(state.params, made.frozen)
-            return scores | evaluate.evaluate(config, data, params)[0]
-
-        return Task(method, config, optimizer, start, judge)
+        """Returns what a cell trains."""
+        return Task(self._config, self._dense_rate, self._data, cell)
 
 
-def config_of(
-    settings: dict[str, Any],
-) -> tuple[Config | FinetuneConfig, float | None]:
+def config_of(settings: dict[str, Any]) -> tuple[JobConfig, float | None]:
     """Returns the settings that all runs of a grid share, and the dense rate."""
     fields = dict(settings)
     dense_rate = fields.pop("dense_learning_rate", None)
@@ -128,9 +132,7 @@ def config_of(
     return FinetuneConfig(**fields), dense_rate
 
 
-def split(
-    config: Config | FinetuneConfig, cell: Cell
-) -> tuple[Config | FinetuneConfig, dict[str, Any]]:
+def split(config: JobConfig, cell: Cell) -> tuple[JobConfig, dict[str, Any]]:
     """Divides a cell between the settings of the job and those of its method.
 
     An option that the job has a setting of that name for replaces it; the others are
@@ -207,12 +209,10 @@ def measure(tx: optax.GradientTransformation, params: Params) -> tuple[int, int]
         Bytes of the whole state, and of the state for the matrices alone: those that
         may be sketched, or LoRA's adapters in their place.
     """
-    chosen = jax.tree.leaves(matrices(params))
+    chosen, flat = map(jax.tree_util.tree_leaves_with_path, (matrices(params), params))
     flat = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for (path, leaf), own in zip(
-            jax.tree_util.tree_leaves_with_path(params), chosen, strict=True
-        )
+        for (path, leaf), (_, own) in zip(flat, chosen, strict=True)
         if own or path[-1].key in lora.ADAPTERS
     }
     whole, part = (jax.eval_shape(tx.init, tree) for tree in (params, flat))
