@@ -10,12 +10,7 @@ import sys
 from experiments.common import command
 from experiments.micro_step.config import Config
 
-
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status of `command.execute`."""
-    name = "experiments.micro_step"
-    return command.main(Config, f"{name}.run", f"python -m {name}", __doc__, arguments)
-
+main = command.question(Config, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

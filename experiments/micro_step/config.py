@@ -7,19 +7,15 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-from experiments.common.config import check_at_least, check_choices
-from experiments.common.errors import ConfigError, flag
-from experiments.models.config import PUBLISHED, GPT2Config
-
-ModelName = Literal[tuple(PUBLISHED)]
-Projection = Literal["CountSketch", "Gaussian", "Rademacher", "Orthogonal", "SRHT"]
+from experiments.common import config
+from experiments.models.config import PublishedName, check_context
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What is measured."""
 
-    models: tuple[ModelName, ...] = ("gpt2", "t5-small")
+    models: tuple[PublishedName, ...] = ("gpt2", "t5-small")
     """Published sizes of the blocks."""
     blocks: int = 1
     """Blocks of a GPT-2; encoder blocks and decoder blocks of a T5."""
@@ -29,7 +25,7 @@ class Config:
     """Tokens of an example; for a T5 of its source and of its target."""
     ranks: tuple[int, ...] = (16, 64, 256)
     """Ranks of the sketches."""
-    projections: tuple[Projection, ...] = ("CountSketch", "Gaussian")
+    projections: tuple[config.Projection, ...] = ("CountSketch", "Gaussian")
     """How matrices are sketched."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters and sketches are float32."""
@@ -44,16 +40,8 @@ class Config:
         Raises:
             ConfigError: naming the argument, its value, and what to give instead.
         """
-        check_choices(self)
-        check_at_least(self, "ranks blocks batch_size length")
-        check_at_least(self, "rounds", least=2)  # For a median and quartiles.
-        for name in ("models", "ranks", "projections"):
-            if not getattr(self, name):
-                raise ConfigError(f"`{flag(name)}` must name at least one, got none")
-        for name in self.models:
-            size = PUBLISHED[name]
-            if isinstance(size, GPT2Config) and self.length > size.context:
-                raise ConfigError(
-                    f"`--length` must be at most {size.context}, the context of {name},"
-                    f" got {self.length}"
-                )
+        config.check_choices(self)
+        config.check_at_least(self, "ranks blocks batch_size length")
+        config.check_at_least(self, "rounds", least=2)  # For a median and quartiles.
+        config.check_some(self, "models ranks projections")
+        check_context(self.models, "`--length`", self.length)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from experiments.common import plots, report, timing
 from experiments.common.methods import METHODS
 from experiments.common.records import Row
-from experiments.common.report import megabytes
 
 
 def write(path: pathlib.Path) -> None:
@@ -24,34 +23,32 @@ def _times(row: Row) -> str:
 
 
 _COLUMNS = {
-    "model": lambda row: row["model"],
-    "method": lambda row: METHODS[row["method"]].title,
-    "projection": lambda row: row["projection"],
-    "rank": lambda row: row["rank"],
-    "FLOPs, relative": lambda row: f"{row['flops_ratio']:.3f}",
+    "model": lambda r: r["model"],
+    "method": lambda r: METHODS[r["method"]].title,
+    "projection": lambda r: r["projection"],
+    "rank": lambda r: r["rank"],
+    "FLOPs, relative": lambda r: f"{r['flops_ratio']:.3f}",
     "micro-step, ms (quartiles)": _times,
-    "time, relative": lambda row: f"{row['milliseconds_ratio']:.2f}",
-    "gradients, MB": lambda row: megabytes(row["gradient_output_bytes"], 1),
-    "temporaries, MB": lambda row: megabytes(row["gradient_temp_bytes"], 0),
-    "buffers of a weight's shape": lambda row: sum(
-        row["weight_shaped_buffers"].values()
-    ),
+    "time, relative": lambda r: f"{r['milliseconds_ratio']:.2f}",
+    "gradients, MB": lambda r: report.megabytes(r["gradient_output_bytes"], 1),
+    "temporaries, MB": lambda r: report.megabytes(r["gradient_temp_bytes"], 0),
+    "buffers of a weight's shape": lambda r: sum(r["weight_shaped_buffers"].values()),
 }
 """FLOPs and time are relative to those of the first row of the model."""
 
 
 def _draw(rows: Sequence[Row], title: str, path: pathlib.Path) -> None:
     """Draws FLOPs and time relative to full gradients, by rank; a row per model."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    models = report.grouped(rows, "model")
     size, shape = (9.5, 3.2 * len(models) + 0.8), (len(models), 2)
     fields = {
         "flops_ratio": "FLOPs of the gradient function",
         "milliseconds_ratio": "time of a micro-step",
     }
     with plots.picture(path, size, shape, title, sharex=True) as panels:
-        for line, model in zip(panels, models, strict=True):
+        for line, ((model,), mine) in zip(panels, models.items(), strict=True):
             for axes, (field, name) in zip(line, fields.items(), strict=True):
-                _lines(axes, [row for row in rows if row["model"] == model], field)
+                _lines(axes, mine, field)
                 axes.set_title(f"{model}: {name}", fontsize=10)
                 axes.set_ylim(0, 1.15 * max(1, *(row[field] for row in rows)))
             line[0].set_ylabel("relative to full gradients\nand full accumulation")
@@ -64,20 +61,16 @@ def _lines(axes: plots.Axes, rows: Sequence[Row], field: str) -> None:
     full, *ours = rows
     title = METHODS[full["method"]].title
     axes.axhline(1, color="black", linewidth=1, label=title)
-    projections = list(dict.fromkeys(row["projection"] for row in ours))
-    for kind in dict.fromkeys((row["method"], row["projection"]) for row in ours):
-        method, number = METHODS[kind[0]], projections.index(kind[1])
+    projections = list(report.grouped(ours, "projection"))
+    kinds = report.grouped(ours, "method", "projection")
+    for (name, projection), mine in kinds.items():
+        method, number = METHODS[name], projections.index((projection,))
         if field == "flops_ratio" and not method.sketched_gradients:
             continue  # The gradient function is the full one.
-        mine = [row for row in ours if (row["method"], row["projection"]) == kind]
-        axes.plot(
-            [row["rank"] for row in mine],
-            [row[field] for row in mine],
-            color=plots.PALETTE[number],
-            marker=plots.MARKS[number],
-            linestyle="-" if method.sketched_gradients else ":",
-            label=f"{method.title}, {kind[1]}",
-        )
+        x, y = zip(*((row["rank"], row[field]) for row in mine), strict=True)
+        look = {"color": plots.PALETTE[number], "marker": plots.MARKS[number]}
+        look["linestyle"] = "-" if method.sketched_gradients else ":"
+        axes.plot(x, y, **look, label=f"{method.title}, {projection}")
     plots.log_ticks(axes, sorted({row["rank"] for row in ours}))
 
 

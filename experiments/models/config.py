@@ -5,6 +5,7 @@ Nothing here imports jax: `--help` and a refused command line answer at once.
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 from experiments.common.errors import ConfigError
@@ -89,28 +90,18 @@ def validate(config: Config) -> None:
     if config.dtype not in ("float32", "bfloat16"):
         _refuse("dtype", f"must be float32 or bfloat16, got {config.dtype!r}")
     if isinstance(config, GPT2Config):
-        _check_heads(config)
-    else:
-        _check_buckets(config)
-
-
-def _check_heads(config: GPT2Config) -> None:
-    if config.width % config.heads:
-        _refuse(
-            "heads",
-            f"must divide `--model.width`, got {config.heads} and {config.width}; "
-            f"{math.gcd(config.width, config.heads)} heads would",
-        )
-
-
-def _check_buckets(config: T5Config) -> None:
+        if config.width % config.heads:
+            _refuse(
+                "heads",
+                f"must divide `--model.width`, got {config.heads} and {config.width}; "
+                f"{math.gcd(config.width, config.heads)} heads would",
+            )
+        return
+    buckets, exact = config.buckets, config.buckets // 2
     # The encoder halves them for the two directions, and half of those are exact.
-    if config.buckets < 4 or config.buckets % 2:
-        _refuse(
-            "buckets", f"must be even and at least 4, got {config.buckets}; T5 has 32"
-        )
-    exact = config.buckets // 2  # of the decoder, which has the larger number
-    if config.max_distance <= exact:
+    if buckets < 4 or buckets % 2:
+        _refuse("buckets", f"must be even and at least 4, got {buckets}; T5 has 32")
+    if config.max_distance <= exact:  # of the decoder, which has the larger number
         _refuse(
             "max_distance",
             f"must be above half of `--model.buckets` ({exact}), got "
@@ -126,21 +117,9 @@ def _gpt2(layers: int, width: int, heads: int) -> GPT2Config:
     return GPT2Config(layers, width, heads, 1024, 50257, dropout=0.1)
 
 
-def _t5(
-    layers: int, width: int, head_width: int, hidden: int, heads: int, v1_1: bool
-) -> T5Config:
-    return T5Config(
-        layers,
-        layers,
-        width,
-        head_width,
-        hidden,
-        heads,
-        vocab_size=32128,
-        gated=v1_1,
-        tied=not v1_1,
-        dropout=0.1,
-    )
+def _t5(layers: int, *sizes: int, v1_1: bool) -> T5Config:
+    kind = {"vocab_size": 32128, "gated": v1_1, "tied": not v1_1, "dropout": 0.1}
+    return T5Config(layers, layers, *sizes, **kind)
 
 
 PUBLISHED: dict[str, Config] = {
@@ -156,3 +135,14 @@ PUBLISHED: dict[str, Config] = {
     "t5-v1_1-base": _t5(12, 768, 64, 2048, 12, v1_1=True),
 }
 """The published models by their names, with the dropout they were trained with."""
+PublishedName = Literal[tuple(PUBLISHED)]
+
+
+def check_context(names: Iterable[str], flags: str, length: int) -> None:
+    """Refuses examples longer than the context of a published model that has one."""
+    for name in names:
+        most = getattr(PUBLISHED[name], "context", length)
+        if length > most:
+            raise ConfigError(
+                f"{flags} must be at most {most}, the context of {name}, got {length}"
+            )

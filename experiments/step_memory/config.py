@@ -7,22 +7,18 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-from experiments.common.config import check_at_least, check_choices
-from experiments.common.errors import ConfigError
+from experiments.common import config
 from experiments.common.methods import METHODS
-from experiments.models.config import PUBLISHED, GPT2Config
+from experiments.models.config import PublishedName, check_context
 
-ModelName = Literal[tuple(PUBLISHED)]
-MethodName = Literal[
-    tuple(name for name, method in METHODS.items() if method.kind == "accumulation")
-]
+MethodName = Literal[tuple(x for x in METHODS if METHODS[x].kind == "accumulation")]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What is measured; nothing of it is allocated."""
 
-    models: tuple[ModelName, ...] = ("t5-3b", "gpt2-xl")
+    models: tuple[PublishedName, ...] = ("t5-3b", "gpt2-xl")
     """Published sizes."""
     methods: tuple[MethodName, ...] = (
         "adam_accumulation",
@@ -35,9 +31,7 @@ class Config:
     sketch that backpropagation makes, or of adapters alone."""
     ranks: tuple[int, ...] = (16, 64, 256, 512)
     """Ranks of sketches and adapters."""
-    projection: Literal[
-        "CountSketch", "Gaussian", "Rademacher", "Orthogonal", "SRHT"
-    ] = "CountSketch"
+    projection: config.Projection = "CountSketch"
     """How gradients are sketched; the state is the same for all."""
     batch_size: int = 1
     """Examples in one micro-batch."""
@@ -60,16 +54,8 @@ class Config:
         Raises:
             ConfigError: naming the argument, its value, and what to give instead.
         """
-        check_choices(self)
-        check_at_least(self, "ranks batch_size source_length target_length")
-        for name in ("models", "methods", "ranks"):
-            if not getattr(self, name):
-                raise ConfigError(f"`--{name}` must name at least one, got none")
-        length = self.source_length + self.target_length
-        for name in self.models:
-            size = PUBLISHED[name]
-            if isinstance(size, GPT2Config) and length > size.context:
-                raise ConfigError(
-                    f"`--source-length` and `--target-length` together must be at most "
-                    f"{size.context}, the context of {name}, got {length}"
-                )
+        config.check_choices(self)
+        config.check_at_least(self, "ranks batch_size source_length target_length")
+        config.check_some(self, "models methods ranks")
+        flags = "`--source-length` and `--target-length` together"
+        check_context(self.models, flags, self.source_length + self.target_length)

@@ -4,12 +4,15 @@ import json
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from experiments.common import plots, report
 from experiments.common.methods import METHODS
 from experiments.common.records import Row
 
 _GIB = 2**30
 _SIZES = ("parameters", "optimizer", "accumulator", "accumulate_step", "apply_step")
+_MORE = ("accumulate_temporaries", "apply_temporaries")
 
 
 def write(path: pathlib.Path) -> None:
@@ -21,10 +24,8 @@ def write(path: pathlib.Path) -> None:
         "method": lambda row: METHODS[row["method"]].title,
         "rank": lambda row: row["rank"],
     }
-    for name in _SIZES:
-        columns[name.replace("_", " ")] = lambda row, name=name: (
-            f"{row[name] / _GIB:.3f}"
-        )
+    for x in _SIZES:
+        columns[x.replace("_", " ")] = lambda row, x=x: f"{row[x] / _GIB:.3f}"
     text = f"{_caption(content['config'])}\n\n{report.markdown(columns, rows)}"
     path.with_suffix(".md").write_text(text)
     _draw(rows, path.with_suffix(".png"))
@@ -43,12 +44,11 @@ def _caption(config: dict[str, Any]) -> str:
 
 def _draw(rows: list[Row], path: pathlib.Path) -> None:
     """Draws a panel of bars per model."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    groups = [[row for row in rows if row["model"] == model] for model in models]
-    heights = [len(group) + 1.5 for group in groups]
+    models = report.grouped(rows, "model")
+    heights = [len(group) + 1.5 for group in models.values()]
     size, shape = (9, 0.34 * sum(heights) + 1.2), (len(models), 1)
     with plots.picture(path, size, shape, height_ratios=heights) as panels:
-        for axes, model, group in zip(panels[:, 0], models, groups, strict=True):
+        for axes, ((model,), group) in zip(panels[:, 0], models.items(), strict=True):
             _bars(axes, group)
             axes.set_title(model, fontsize=10)
         axes.set_xlabel("GiB of one device")
@@ -57,28 +57,14 @@ def _draw(rows: list[Row], path: pathlib.Path) -> None:
 
 def _bars(axes: plots.Axes, rows: list[Row]) -> None:
     labels = [report.ranked(METHODS[row["method"]].title, row["rank"]) for row in rows]
-    parts = {
-        name: [row[name] / _GIB for row in rows]
-        for name in ("parameters", "optimizer", "accumulator")
-    }
-    parts["temporaries of the larger step"] = [
-        max(row["accumulate_temporaries"], row["apply_temporaries"]) / _GIB
-        for row in rows
-    ]
-    totals = plots.bars(axes, labels, parts)
-    axes.plot(
-        [row["accumulate_step"] / _GIB for row in rows],
-        range(len(rows)),
-        color="black",
-        marker="|",
-        markersize=12,
-        markeredgewidth=2,
-        linestyle="none",
-        label="accumulate step alone",
-    )
-    for y, total in enumerate(totals):
-        axes.text(total, y, f" {total:.1f}", va="center", fontsize=8)
-    axes.set_xlim(0, 1.1 * max(totals))
+    gib = {x: np.array([row[x] for row in rows]) / _GIB for x in (*_SIZES, *_MORE)}
+    parts = {x: gib[x] for x in ("parameters", "optimizer", "accumulator")}
+    parts["temporaries of the larger step"] = np.maximum(*(gib[x] for x in _MORE))
+    totals = [f"{x:.1f}" for x in plots.bars(axes, labels, parts)]
+    look = {"color": "black", "linewidths": 2, "label": "accumulate step alone"}
+    axes.scatter(gib["accumulate_step"], labels, 144, marker="|", zorder=3, **look)
+    axes.bar_label(axes.containers[-1], totals, padding=3, fontsize=8)
+    axes.margins(x=0.1)
 
 
 if __name__ == "__main__":

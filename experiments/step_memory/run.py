@@ -20,7 +20,7 @@ from experiments.common import lora, records
 from experiments.common.methods import METHODS, Method, Settings, base_optimizer, built
 from experiments.common.report import publish
 from experiments.common.state_bytes import step_bytes, tree_bytes
-from experiments.models.build import abstract, create, mean_loss
+from experiments.models.build import create, mean_loss
 from experiments.models.config import PUBLISHED, GPT2Config
 from experiments.step_memory import report
 from experiments.step_memory.config import Config
@@ -49,25 +49,22 @@ def measure(config: Config, model: str, name: str, rank: int | None) -> records.
         `optimizer`, of the `accumulator`; of each step (arguments, outputs and
         temporaries without aliases) and of its temporaries.
     """
-    method, sizes = METHODS[name], _sizes(config, model)
+    method = METHODS[name]
+    layers = {"dtype": config.dtype, "remat": config.remat, "scan": config.scan}
+    sizes = dataclasses.replace(PUBLISHED[model], dropout=0.0, **layers)
     graphdef, trained, frozen = parameters(sizes, method, rank)
     base = base_optimizer(1e-3, Settings(base=method.base or "adafactor"))
     sketch = fj.Sketch(rank or 1, projection=built(config.projection))
-    accumulator = _full()
-    if method.compressed:
-        accumulator = fj.compressed_accumulator(sketch)
+    accumulator = fj.compressed_accumulator(sketch) if method.compressed else _full()
     acc = jax.eval_shape(accumulator.init, trained)
     opt_state = jax.eval_shape(base.init, trained)
 
-    def accumulate(trained: Any, frozen: Any, acc: Any, batch: Any) -> Any:
-        def loss(trained: Any) -> jax.Array:
-            return mean_loss(graphdef, lora.join(trained, frozen), batch)
+    def loss(trained: Any, frozen: Any, batch: Any) -> jax.Array:
+        return mean_loss(graphdef, lora.join(trained, frozen), batch)
 
-        if method.sketched_gradients:
-            value_and_grad = fj.sketched_value_and_grad(loss, sketch)
-            value, grads = value_and_grad(sketch.cycle(0), trained)
-        else:
-            value, grads = jax.value_and_grad(loss)(trained)
+    def accumulate(trained: Any, frozen: Any, acc: Any, batch: Any) -> Any:
+        given = sketch.cycle(0), trained, frozen, batch
+        value, grads = method.value_and_grad(loss, sketch, *given)
         return accumulator.update(acc, grads, 1), value
 
     def apply(trained: Any, opt_state: Any, acc: Any) -> Any:
@@ -77,8 +74,11 @@ def measure(config: Config, model: str, name: str, rank: int | None) -> records.
         empty = accumulator.init(trained)
         return optax.apply_updates(trained, updates), opt_state, empty
 
-    micro = _compile(accumulate, (2,), trained, frozen, acc, _batch(config, sizes))
-    whole = _compile(apply, (0, 1, 2), trained, opt_state, acc)
+    batch = _batch(config, sizes)
+    jitted = jax.jit(accumulate, donate_argnums=2)
+    micro = jitted.lower(trained, frozen, acc, batch).compile()
+    jitted = jax.jit(apply, donate_argnums=(0, 1, 2))
+    whole = jitted.lower(trained, opt_state, acc).compile()
     frozen_bytes, state_bytes = tree_bytes(frozen), tree_bytes(opt_state)
     return {
         "model": model,
@@ -96,17 +96,12 @@ def measure(config: Config, model: str, name: str, rank: int | None) -> records.
     }
 
 
-def _sizes(config: Config, model: str) -> Any:
-    layers = {"dtype": config.dtype, "remat": config.remat, "scan": config.scan}
-    return dataclasses.replace(PUBLISHED[model], dropout=0.0, **layers)
-
-
 def parameters(sizes: Any, method: Method, rank: int | None) -> tuple[Any, Any, Any]:
     """Returns a model's static part, and shapes of trained and frozen parameters."""
     if not method.adapters:
-        return *abstract(lambda: create(sizes, 0)), {}
-    graphdef, params = abstract(lambda: lora.add(*create(sizes, 0), rank, rank, 0))
-    return graphdef, *lora.divide(params, tune_rest=False)
+        return *jax.eval_shape(lambda: create(sizes, 0)), {}
+    adapted = jax.eval_shape(lambda: lora.add(*create(sizes, 0), rank, rank, 0))
+    return adapted[0], *lora.divide(adapted[1], tune_rest=False)
 
 
 def _full() -> Any:
@@ -122,13 +117,5 @@ def _batch(config: Config, sizes: Any) -> dict[str, jax.ShapeDtypeStruct]:
     lengths = {"source": config.source_length, "target": config.target_length}
     if isinstance(sizes, GPT2Config):
         lengths = {"tokens": sum(lengths.values()) + 1}
-    return {
-        name: jax.ShapeDtypeStruct((config.batch_size, length), jnp.int32)
-        for name, length in lengths.items()
-    }
-
-
-def _compile(
-    function: Any, donated: tuple[int, ...], *arguments: Any
-) -> jax.stages.Compiled:
-    return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+    rows = config.batch_size
+    return {k: jax.ShapeDtypeStruct((rows, n), jnp.int32) for k, n in lengths.items()}

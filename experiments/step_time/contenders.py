@@ -10,42 +10,44 @@ import jax.numpy as jnp
 import optax
 
 import flora_jax as fj
-from experiments.common.methods import METHODS, Settings
+from experiments.common.methods import METHODS, PROJECTIONS, Settings
 from experiments.step_time.config import Which
 
 _NEVER = 10**6  # Micro-steps in a cycle: the last one of a cycle is not timed.
 _INTERVAL = 200  # Updates between two projections or bases.
-PROJECTIONS = ("CountSketch", "Gaussian", "Rademacher", "SRHT", "Orthogonal")
-_OPTAX = {
-    "sgd": "optax.sgd",
-    "adam": "optax.adam",
-    "adamw": "optax.adamw",
-    "adafactor": "optax.adafactor",
-    "adafactor_momentum": "optax.adafactor(momentum)",
-    "full_accumulation": "optax.MultiSteps(adafactor)",
-    "muon": "optax.contrib.muon",
-    "optax_galore": "optax.contrib.galore",
-}
 _PEERS = {
     "flora": ("sgd", "adam", "adafactor", "adafactor_momentum", "full_accumulation"),
     "family": ("adamw", "muon", "adam", "adafactor_momentum"),
+}
+_OF_OPTAX = {
+    "adafactor_momentum": "adafactor(momentum)",
+    "full_accumulation": "MultiSteps(adafactor)",
+    "muon": "contrib.muon",
+    "optax_galore": "contrib.galore",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A step to time: `step(params, state, grads)` returns new params and state."""
+    """A step to time: `step(params, state, grads)` returns new params and state.
+
+    Attributes:
+        name: in tables.
+        kind: optimizer, micro-step, accumulator or renewal (of projection or basis).
+        init: from the parameters to the state.
+        step: the step.
+        rank: of the sketches, if there are any.
+        before: changes the state before each timed step.
+        once: takes one step in all, since that takes a minute.
+    """
 
     name: str
     kind: str
-    """optimizer, micro-step, accumulator or renewal (of projection or basis)."""
     init: Callable[[Any], Any]
     step: Callable[[Any, Any, Any], tuple[Any, Any]]
     rank: int | None = None
     before: Callable[[Any], Any] | None = None
-    """Changes the state before each timed step."""
     once: bool = False
-    """Takes one step in all, since that takes a minute."""
 
     def renewing(self, count: int, *, once: bool = False) -> "Contender":
         """The same step where it is the one that renews projection or basis."""
@@ -54,21 +56,17 @@ class Contender:
 
 
 def _optimizer(
-    method: str,
-    rank: int | None = None,
-    name: str = "",
-    kind: str = "optimizer",
-    **options: Any,
+    method: str, rank: int | None = None, name: str = "", **options: Any
 ) -> Contender:
-    settings = Settings(rank or 1, micro_batches=_NEVER, refresh_every=_INTERVAL)
-    settings = dataclasses.replace(settings, options=options)
-    tx = METHODS[method].optimizer(1e-4, settings)
+    own = {"micro_batches": _NEVER, "refresh_every": _INTERVAL, "options": options}
+    tx = METHODS[method].optimizer(1e-4, Settings(rank or 1, **own))
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return Contender(name or _OPTAX.get(method, method), kind, tx.init, step, rank)
+    kind = "micro-step" if METHODS[method].kind == "accumulation" else "optimizer"
+    return Contender(name or method, kind, tx.init, step, rank)
 
 
 def _accumulator(projection: str, rank: int) -> Contender:
@@ -92,13 +90,15 @@ def _counted(number: int, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(set_count, state)
 
 
+def _peer(method: str, rank: int | None = None) -> Contender:
+    return _optimizer(method, rank, f"optax.{_OF_OPTAX.get(method, method)}")
+
+
 def peers(which: Which, stacked: bool, dtype: str) -> Iterator[Contender]:
     """What optax offers, at its own defaults."""
-    for method in _PEERS[which]:
-        kind = "micro-step" if METHODS[method].kind == "accumulation" else "optimizer"
-        yield _optimizer(method, kind=kind)
+    yield from map(_peer, _PEERS[which])
     if not stacked and dtype == "float32":  # It takes neither 3-D leaves nor bfloat16.
-        yield _optimizer("optax_galore", 64)
+        yield _peer("optax_galore", 64)
 
 
 def ours(which: Which, ranks: Sequence[int]) -> Iterator[Contender]:
@@ -114,34 +114,26 @@ def _flora(rank: int) -> Iterator[Contender]:
     for name in PROJECTIONS:
         flora = _optimizer("flora", rank, f"flora({name})", projection=name)
         yield flora
-        if name not in PROJECTIONS[:2]:
-            continue
-        title = f"compressed_accumulation({name})"
-        kind = "micro-step"
-        yield _optimizer("flora_accumulation", rank, title, kind, projection=name)
-        yield _accumulator(name, rank)
-        # The momentum moves at the end of the update that completes an interval.
-        yield flora.renewing(_INTERVAL - 1)
+        if name in PROJECTIONS[:2]:
+            title = f"compressed_accumulation({name})"
+            yield _optimizer("flora_accumulation", rank, title, projection=name)
+            yield _accumulator(name, rank)
+            # The momentum moves at the end of the update that completes an interval.
+            yield flora.renewing(_INTERVAL - 1)
 
 
 def _family(rank: int) -> Iterator[Contender]:
     """Each recipe without a new basis, and with new ones for all matrices at once."""
-    randomized = fj.TopSVD(method="randomized")
-    yield from _both("galore", rank, "galore(exact)", once=True)
-    for method, name, options in (
-        ("galore", "galore(randomized)", {"projection": randomized}),
-        (
-            "galore",
-            "galore(randomized, int8)",
-            {"projection": randomized, "state_dtype": "int8"},
-        ),
-        ("fira", "fira(randomized)", {"projection": randomized}),
-        ("apollo", "apollo", {}),
-        ("dct_adamw", "dct_adamw(refresh_every=200)", {"refresh_every": _INTERVAL}),
-        ("flora_adamw", "flora_adamw", {}),
-        ("flora_adamw", "flora_adamw(int8)", {"state_dtype": "int8"}),
-    ):
-        yield from _both(method, rank, name, **options)
+    randomized = {"projection": fj.TopSVD(method="randomized")}
+    int8 = {"state_dtype": "int8"}
+    yield from _both("galore(exact)", rank, once=True)
+    yield from _both("galore(randomized)", rank, **randomized)
+    yield from _both("galore(randomized, int8)", rank, **randomized, **int8)
+    yield from _both("fira(randomized)", rank, **randomized)
+    yield from _both("apollo", rank)
+    yield from _both("dct_adamw(refresh_every=200)", rank, refresh_every=_INTERVAL)
+    yield from _both("flora_adamw", rank)
+    yield from _both("flora_adamw(int8)", rank, **int8)
     yield _optimizer("dct_adamw", rank)
     name = "flora_adamw(orthogonal=True)"
     yield _optimizer("flora_adamw", rank, name, orthogonal=True)
@@ -149,17 +141,16 @@ def _family(rank: int) -> Iterator[Contender]:
 
 
 def _both(
-    method: str, rank: int, name: str = "", *, once: bool = False, **options: Any
+    name: str, rank: int, *, once: bool = False, **options: Any
 ) -> Iterator[Contender]:
     """A step in the basis of the first, untimed step; one that renews all bases."""
-    step = _optimizer(method, rank, name, **options)
+    step = _optimizer(name.partition("(")[0], rank, name, **options)
     yield step
     yield step.renewing(_INTERVAL, once=once)
 
 
 def compiled_only(rank: int = 64) -> Iterator[Contender]:
     """Those whose compile times are compared."""
-    yield _optimizer("adafactor")
-    yield _optimizer("adafactor_momentum")
+    yield from map(_peer, ("adafactor", "adafactor_momentum"))
     for name in PROJECTIONS[:2]:
         yield _optimizer("flora", rank, f"flora({name})", projection=name)

@@ -1,18 +1,19 @@
 """What one step of each optimizer takes: a table and a picture."""
 
 import json
+import operator
 import pathlib
-from typing import Any
 
+import numpy as np
 from matplotlib.patches import Patch
 
 from experiments.common import plots, report, timing
 from experiments.common.records import Row
-from experiments.common.report import megabytes
 
-_COLOURS = dict(
-    zip(("optax", "CountSketch", "Gaussian", "renewal"), plots.PALETTE, strict=False)
-)
+_WORDS = ("optax", "CountSketch", "Gaussian", "renewal")
+_COLOURS = dict(zip(_WORDS, plots.PALETTE, strict=False))
+_tree = operator.itemgetter("tree", "dtype")
+_place = operator.itemgetter("tree", "dtype", "name", "rank")
 _TICKS = [x * 10**k for k in range(6) for x in (1, 3)]
 
 
@@ -34,37 +35,24 @@ def table(rows: list[Row]) -> str:
     renewals = {_place(row): row for row in rows if row["kind"] == "renewal"}
 
     def renewal(row: Row) -> str | None:
-        found = row["kind"] == "optimizer" and renewals.get(_place(row))
-        if not found:
+        if row["kind"] != "optimizer" or _place(row) not in renewals:
             return None
-        ratio = found["milliseconds"] / row["milliseconds"]
-        return f"{found['milliseconds']:.0f} ({ratio:.1f} steps)"
+        taken = renewals[_place(row)]["milliseconds"]
+        return f"{taken:.0f} ({taken / row['milliseconds']:.1f} steps)"
 
-    columns: dict[str, Any] = {
-        "tree": lambda row: row["tree"],
-        "type": lambda row: row["dtype"],
-        "optimizer": lambda row: f"`{row['name']}`" + _suffix(row),
-        "rank": lambda row: row["rank"],
-        "step, ms": lambda row: f"{row['milliseconds']:.0f}",
-        f"relative to {adam}": lambda row: (
-            f"{row['milliseconds'] / of_adam[_tree(row)]:.2f}"
-        ),
-        "to the floor": lambda row: (
-            f"{row['milliseconds'] / row['floor_milliseconds']:.1f}"
-        ),
+    columns = {
+        "tree": lambda r: r["tree"],
+        "type": lambda r: r["dtype"],
+        "optimizer": lambda r: f"`{r['name']}`" + _suffix(r),
+        "rank": lambda r: r["rank"],
+        "step, ms": lambda r: f"{r['milliseconds']:.0f}",
+        f"relative to {adam}": lambda r: f"{r['milliseconds'] / of_adam[_tree(r)]:.2f}",
+        "to the floor": lambda r: f"{r['milliseconds'] / r['floor_milliseconds']:.1f}",
         "renewal, ms": renewal,
-        "state, MB": lambda row: megabytes(row["state_bytes"], 1),
-        "temporaries, MB": lambda row: megabytes(row["temp_bytes"], 1),
+        "state, MB": lambda r: report.megabytes(r["state_bytes"], 1),
+        "temporaries, MB": lambda r: report.megabytes(r["temp_bytes"], 1),
     }
     return report.markdown(columns, [row for row in rows if row["kind"] != "renewal"])
-
-
-def _tree(row: Row) -> tuple[str, str]:
-    return row["tree"], row["dtype"]
-
-
-def _place(row: Row) -> tuple[Any, ...]:
-    return *_tree(row), row["name"], row["rank"]
 
 
 def _suffix(row: Row) -> str:
@@ -73,20 +61,17 @@ def _suffix(row: Row) -> str:
 
 def _draw(result: Row, path: pathlib.Path) -> None:
     """Draws a panel of bars per tree and type: milliseconds of a step."""
-    groups: dict[str, list[Row]] = {}
-    for row in result["steps"]:
-        groups.setdefault(f"{row['tree']}, {row['dtype']}", []).append(row)
+    groups = report.grouped(result["steps"], "tree", "dtype")
     heights = [len(rows) + 3 for rows in groups.values()]
     title = timing.machine_title(result["machine"])
     title += ": medians and quartiles; the dotted line is the floor"
     size, shape = (9, 0.2 * sum(heights) + 0.8), (len(groups), 1)
     options = {"sharex": True, "height_ratios": heights}
     with plots.picture(path, size, shape, title, **options) as panels:
-        for axes, (name, rows) in zip(panels[:, 0], groups.items(), strict=True):
+        for axes, (place, rows) in zip(panels[:, 0], groups.items(), strict=True):
             _bars(axes, rows)
-            axes.set_title(
-                f"{name}\n{title}" if len(groups) == 1 else name, fontsize=10
-            )
+            below = f"\n{title}" if len(groups) == 1 else ""
+            axes.set_title(", ".join(place) + below, fontsize=10)
         axes.set_xlabel("milliseconds of one step (logarithmic)")
         used = {_color(row) for row in result["steps"]}
         kinds = {**_COLOURS, "other": plots.GREY}
@@ -97,11 +82,9 @@ def _draw(result: Row, path: pathlib.Path) -> None:
 def _bars(axes: plots.Axes, rows: list[Row]) -> None:
     rows = sorted(rows, key=lambda row: (row["kind"], row["milliseconds"]))
     labels = [report.ranked(row["name"], row["rank"]) + _suffix(row) for row in rows]
-    times = [row["milliseconds"] for row in rows]
-    spread = [
-        [row["milliseconds"] - row["quartiles"][0] for row in rows],
-        [row["quartiles"][1] - row["milliseconds"] for row in rows],
-    ]
+    times = np.array([row["milliseconds"] for row in rows])
+    first, third = np.array([row["quartiles"] for row in rows]).T
+    spread = [times - first, third - times]
     places = range(len(rows))
     axes.barh(places, times, color=[_color(row) for row in rows], xerr=spread)
     axes.set_yticks(places, labels, fontsize=7)
@@ -116,8 +99,7 @@ def _bars(axes: plots.Axes, rows: list[Row]) -> None:
 def _color(row: Row) -> str:
     if row["kind"] == "renewal":
         return _COLOURS["renewal"]
-    words = (word for word in _COLOURS if word in row["name"])
-    return _COLOURS.get(next(words, ""), plots.GREY)
+    return next((_COLOURS[x] for x in _WORDS if x in row["name"]), plots.GREY)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from experiments.common.state_bytes import tree_bytes
 from experiments.models.build import Params, create
 from experiments.models.config import PUBLISHED
 from experiments.step_time import contenders, report
-from experiments.step_time.config import Config, Which
+from experiments.step_time.config import Config
 from experiments.step_time.contenders import Contender
 
 
@@ -29,91 +29,74 @@ def run(config: Config) -> None:
     with Console().status("") as status:
         for i, (tree, dtype) in enumerate(places):
             ranks = config.other_ranks if i else config.ranks
-            steps += time_all(
-                tree, dtype, ranks, config.rounds, status.update, config.contenders
-            )
-        if config.compile_tree is not None:
-            status.update(f"compile times on {config.compile_tree}")
-            content["compile"] = compile_times(
-                config.compile_tree, contenders.compiled_only()
-            )
+            steps += time_all(config, tree, dtype, ranks, status.update)
+        tree = config.compile_tree
+        if tree is not None:
+            status.update(f"compile times on {tree}")
+            content["compile"] = compile_times(tree, contenders.compiled_only())
     path = config.output_dir / f"{config.contenders}.json"
     publish(path, config, content, report.write)
 
 
-class _Runner:
-    """One contender and its times; those with the same step share a program."""
-
-    def __init__(self, contender: Contender, program: timing.Program):
-        self.contender, self.program = contender, program
-        self.seconds: list[float] = []
-
-    def run(self, grads: Any, params: Any, timed: bool) -> Any:
-        if self.contender.before is not None:
-            self.program.state = self.contender.before(self.program.state)
-        params, seconds = self.program.run(params, grads)
-        if timed:
-            self.seconds.append(seconds)
-        return params
-
-    def row(self, params: Any) -> Row:
-        memory = self.program.compiled.memory_analysis()
-        return {
-            "name": self.contender.name,
-            "kind": self.contender.kind,
-            "rank": self.contender.rank,
-            **timing.median_and_quartiles(self.seconds),
-            "steps": len(self.seconds),
-            "compile_seconds": self.program.compile_seconds,
-            "state_bytes": tree_bytes(jax.eval_shape(self.contender.init, params)),
-            "temp_bytes": memory.temp_size_in_bytes,
-        }
-
-
 def time_all(
+    config: Config,
     tree: str,
     dtype: str,
     ranks: Sequence[int],
-    rounds: int,
-    tell: Callable[[str], None],
-    which: Which = "flora",
+    tell: Callable[..., None],
 ) -> list[Row]:
     """Times every contender on one tree, in one process, in turns.
 
     Args:
+        config: which of our contenders, and how many timed steps of each.
         tree: name of the tree.
         dtype: of parameters and gradients.
         ranks: of our contenders.
-        rounds: timed steps of each.
         tell: called with a line on the progress.
-        which: of our contenders.
 
     Returns:
         One row per contender.
     """
     like = shapes(tree, dtype)
     params, grads = random_like(like, 0), random_like(like, 1)
-    floor = 1e3 * _floor_seconds(params, rounds)
-    stacked = tree.endswith("-stacked")
-    runners, programs = [], {}
-    for contender in (
-        *contenders.peers(which, stacked, dtype),
-        *contenders.ours(which, ranks),
-    ):
-        tell(f"{tree} {dtype}: compiling {contender.name} {contender.rank or ''}")
-        if contender.step not in programs:
-            state = jax.jit(contender.init)(params)
-            program = timing.Program(contender.step, params, state, grads)
-            programs[contender.step] = program
-        runners.append(_Runner(contender, programs[contender.step]))
-    for number in range(timing.UNTIMED + rounds):
-        tell(f"{tree} {dtype}: round {number + 1} of {timing.UNTIMED + rounds}")
-        for runner in runners:
-            if not runner.contender.once or number == timing.UNTIMED:
-                params = runner.run(grads, params, number >= timing.UNTIMED)
-    rows = [runner.row(params) for runner in runners]
+    floor = 1e3 * _floor_seconds(params, config.rounds)
     shared = {"tree": tree, "dtype": dtype, "floor_milliseconds": floor}
-    return [shared | row for row in rows]
+    peers = contenders.peers(config.contenders, tree.endswith("-stacked"), dtype)
+    programs: dict[Any, timing.Program] = {}  # Those with the same step share one.
+    runners: list[tuple[Contender, timing.Program, list[float]]] = []
+    for each in (*peers, *contenders.ours(config.contenders, ranks)):
+        tell(f"{tree} {dtype}: compiling {each.name} {each.rank or ''}")
+        if each.step not in programs:
+            state = jax.jit(each.init)(params)
+            programs[each.step] = timing.Program(each.step, params, state, grads)
+        runners.append((each, programs[each.step], []))
+    rounds = timing.UNTIMED + config.rounds
+    for number in range(rounds):
+        tell(f"{tree} {dtype}: round {number + 1} of {rounds}")
+        for each, program, times in runners:
+            if each.once and number != timing.UNTIMED:
+                continue
+            if each.before is not None:
+                program.state = each.before(program.state)
+            params, seconds = program.run(params, grads)
+            if number >= timing.UNTIMED:
+                times.append(seconds)
+    return [shared | _row(*runner, like) for runner in runners]
+
+
+def _row(
+    each: Contender, program: timing.Program, times: list[float], like: Params
+) -> Row:
+    return {
+        "name": each.name,
+        "kind": each.kind,
+        "rank": each.rank,
+        **timing.median_and_quartiles(times),
+        "steps": len(times),
+        "compile_seconds": program.compile_seconds,
+        "state_bytes": tree_bytes(jax.eval_shape(each.init, like)),
+        "temp_bytes": program.compiled.memory_analysis().temp_size_in_bytes,
+    }
 
 
 def _floor_seconds(params: Any, rounds: int) -> float:
@@ -126,11 +109,10 @@ def _floor_seconds(params: Any, rounds: int) -> float:
         return jax.tree.map(lambda x: -x, tree), state
 
     tree = jax.tree.map(lambda x: x + 0, params)
-    program, seconds = timing.Program(copy, tree, (), ()), []
+    program = timing.Program(copy, tree, (), ())
     for _ in range(timing.UNTIMED + rounds):
-        tree, taken = program.run(tree, ())
-        seconds.append(taken)
-    return 1.5 * statistics.median(seconds[timing.UNTIMED :])
+        tree, _ = program.run(tree, ())
+    return 1.5 * statistics.median(program.seconds[timing.UNTIMED :])
 
 
 def compile_times(tree: str, all_of: Iterable[Contender]) -> list[Row]:

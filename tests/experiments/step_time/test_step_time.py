@@ -12,6 +12,7 @@ from experiments.models.config import PUBLISHED, GPT2Config
 from experiments.step_time import contenders, report
 from experiments.step_time import run as step_time
 from experiments.step_time.__main__ import main
+from experiments.step_time.config import Config
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_trees_have_the_published_sizes():
 @pytest.mark.full
 @pytest.mark.parametrize(("tree", "dtype"), [("gpt2", "float32")])
 def test_rows(small, tree, dtype, tmp_path):
-    rows = step_time.time_all(tree, dtype, (16,), 2, lambda line: None)
+    rows = step_time.time_all(Config(rounds=2), tree, dtype, (16,), lambda line: None)
     names = [row["name"] for row in rows]
     assert names.count("optax.adam") == 1
     assert names.count("flora(CountSketch)") == 2  # A step, and one that resamples.
