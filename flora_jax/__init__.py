@@ -50,14 +50,12 @@ from flora_jax.subspace.transform import SubspaceState, scale_in_subspace
 from flora_jax.subspace.transports import Keep, LDAdam, PreserveRMS, Reset, Squared
 from flora_jax.transforms.accumulation import (
     CompressedAccumulationState,
+    CompressedAccumulatorCarry,
     compressed_accumulation,
+    compressed_accumulator,
     has_updated,
 )
-from flora_jax.transforms.accumulator import (
-    CompressedAccumulatorCarry,
-    compressed_accumulator,
-)
-from flora_jax.transforms.factored_rms import FactoredRmsState, scale_by_factored_rms
+from flora_jax.transforms.adafactor import FactoredRmsState, scale_by_factored_rms
 from flora_jax.transforms.momentum import CompressedMomentumState, compressed_momentum
 from flora_jax.transforms.orthogonalize import NewtonSchulz, orthogonalize
 

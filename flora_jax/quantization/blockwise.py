@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax._typing import Shape
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt32
 
@@ -67,7 +69,7 @@ def code_dtype(code: str, signed: bool) -> Any:
     return jnp.dtype(jnp.bfloat16 if code == "bfloat16" else _GRIDS[code, signed].dtype)
 
 
-def scale_shape(shape: tuple[int, ...], code: str, block: int) -> tuple[int, ...]:
+def scale_shape(shape: Shape, code: str, block: int) -> Shape:
     """Shape of the scales of an array: its longest axis L becomes ⌈L/block⌉.
 
     Args:
@@ -80,8 +82,8 @@ def scale_shape(shape: tuple[int, ...], code: str, block: int) -> tuple[int, ...
     """
     if code == "bfloat16":
         return (1,) * len(shape)
-    axis = shape.index(max(shape))
-    return (*shape[:axis], math.ceil(shape[axis] / block), *shape[axis + 1 :])
+    axis, split = _blocks(shape, block)
+    return split[: axis + 1] + split[axis + 2 :]
 
 
 def encode(
@@ -217,45 +219,36 @@ def _round(parts: jax.Array, grid: _Grid, bits: jax.Array | None) -> jax.Array:
 
 def _power_of_two(x: jax.Array) -> jax.Array:
     """The largest power of two that is not above x: float32 without its mantissa."""
-    words = jax.lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7F800000)
-    return jax.lax.bitcast_convert_type(words, jnp.float32)
+    return (x.view(jnp.uint32) & np.uint32(0x7F800000)).view(jnp.float32)
 
 
 def _to_bfloat16(x: jax.Array, bits: jax.Array | None) -> jax.Array:
     """Nearest, or carried into the upper 16 bits as often as the lower ones say."""
     if bits is not None:
-        words = jax.lax.bitcast_convert_type(x, jnp.uint32) + (bits >> 16)
-        rounded = jax.lax.bitcast_convert_type(
-            words & np.uint32(0xFFFF0000), jnp.float32
-        )
-        x = jnp.where(jnp.isfinite(x), rounded, x)
+        words = (x.view(jnp.uint32) + (bits >> 16)) & np.uint32(0xFFFF0000)
+        x = jnp.where(jnp.isfinite(x), words.view(jnp.float32), x)
     return x.astype(jnp.bfloat16)
 
 
 def _block_max(sizes: jax.Array, block: int) -> jax.Array:
     """The largest element of each block; NaN if one of them is."""
-    axis, count, block = _blocks(sizes.shape, block)
+    axis, split = _blocks(sizes.shape, block)
     pads = [(0, 0)] * sizes.ndim
-    pads[axis] = (0, count * block - sizes.shape[axis])
-    split = jnp.pad(sizes, pads).reshape(
-        *sizes.shape[:axis], count, block, *sizes.shape[axis + 1 :]
-    )
-    return jnp.max(split, axis=axis + 1)
+    pads[axis] = (0, split[axis] * split[axis + 1] - sizes.shape[axis])
+    return jnp.max(jnp.pad(sizes, pads).reshape(split), axis=axis + 1)
 
 
-def _spread(scales: jax.Array, shape: tuple[int, ...], block: int) -> jax.Array:
+def _spread(scales: jax.Array, shape: Shape, block: int) -> jax.Array:
     """Each entry's scale."""
-    axis, count, block = _blocks(shape, block)
-    split = jnp.broadcast_to(
-        jnp.expand_dims(scales, axis + 1),
-        (*shape[:axis], count, block, *shape[axis + 1 :]),
-    )
-    flat = split.reshape(*shape[:axis], count * block, *shape[axis + 1 :])
+    axis, split = _blocks(shape, block)
+    spread = jnp.broadcast_to(jnp.expand_dims(scales, axis + 1), split)
+    flat = spread.reshape(*shape[:axis], -1, *shape[axis + 1 :])
     return jax.lax.slice_in_dim(flat, 0, shape[axis], axis=axis)
 
 
-def _blocks(shape: tuple[int, ...], block: int) -> tuple[int, int, int]:
-    """The longest axis, its number of blocks, and their length."""
+def _blocks(shape: Shape, block: int) -> tuple[int, Shape]:
+    """The longest axis, and the shape with that axis split: (…, blocks, length, …)."""
     axis = shape.index(max(shape))
     block = min(block, shape[axis])
-    return axis, math.ceil(shape[axis] / block), block
+    count = math.ceil(shape[axis] / block)
+    return axis, (*shape[:axis], count, block, *shape[axis + 1 :])

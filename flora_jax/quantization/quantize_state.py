@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
 from flora_jax import _validation as check
-from flora_jax._typing import KeyLike, PyTree
-from flora_jax.leaves.moments import KINDS
+from flora_jax._typing import KeyLike, PyTree, Shape
+from flora_jax.leaves import trees
+from flora_jax.leaves.moments import KINDS, SECOND, find_moments, map_moments
 from flora_jax.leaves.paths import named_leaves
 from flora_jax.leaves.spec import make_spec
-from flora_jax.quantization.blockwise import CODES
-from flora_jax.quantization.codec import (
-    NAME,
-    MomentCodec,
-    decode_moments,
-    empty_scales,
-    encode_moments,
-)
-from flora_jax.random.keys import check_state_key, raw_key
-from flora_jax.sketching.sketched_gradients import gradient_shapes
+from flora_jax.quantization import blockwise
+from flora_jax.random.bits import bits
+from flora_jax.random.keys import check_state_key, leaf_keys, raw_key
+from flora_jax.sketching.sketcher import gradient_shapes
+
+_NAME = "quantize_state"
 
 
 class QuantizedState(NamedTuple):
@@ -120,7 +119,7 @@ def quantize_state(
         _check_code(dtype),
         check.check_positive_int("block", block, "256 elements per scale are usual"),
         check.check_positive_int("min_size", min_size, "use 1 to code every matrix"),
-        None if fields is None else _check_fields(fields),
+        _check_fields(fields),
     )
     check.check_bool("stochastic_rounding", stochastic_rounding)
     root = raw_key(key)
@@ -129,14 +128,13 @@ def quantize_state(
     def init_fn(params: PyTree) -> QuantizedState:
         inner_state = inner.init(params)
         names, moments = codec.find(inner_state, params)
-        _check_found(names, codec.fields)
-        _check_real_or_complex(names, moments)
-        scales = [empty_scales(codec, tree) for tree in moments]
-        codes, scales = encode_moments(codec, names, moments, moments, scales)
+        _check_moments(codec, names, moments)
+        scales = [_empty_scales(codec, tree) for tree in moments]
+        codes, scales = _encode(codec, names, moments, moments, scales)
         return QuantizedState(
             count=jnp.zeros([], jnp.int32),
             key=jnp.array(root),
-            spec=make_spec(NAME, root, **codec._asdict()),
+            spec=make_spec(_NAME, root, **codec._asdict()),
             inner=codec.replace(inner_state, params, codes),
             scales=tuple(scales),
         )
@@ -144,17 +142,17 @@ def quantize_state(
     def update_fn(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[Any, QuantizedState]:
-        check_state_key(NAME, state.key)
+        check_state_key(_NAME, state.key)
         like = gradient_shapes(updates)
         names, codes = codec.find(state.inner, like)
         scales = list(state.scales)
-        decoded = decode_moments(codec, names, codes, scales)
+        decoded = _decode(codec, names, codes, scales)
         new_updates, new_inner = inner.update(
             updates, codec.replace(state.inner, like, decoded), params, **extra_args
         )
         _, moments = codec.find(new_inner, like)
         rounding = (state.key, state.count) if stochastic_rounding else None
-        codes, scales = encode_moments(codec, names, moments, codes, scales, rounding)
+        codes, scales = _encode(codec, names, moments, codes, scales, rounding)
         return optax.tree.cast_like(new_updates, like), QuantizedState(
             count=optax.safe_increment(state.count),
             key=state.key,
@@ -166,16 +164,178 @@ def quantize_state(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+class MomentCodec(NamedTuple):
+    """The settings that decide which moments are coded, and what the codes mean."""
+
+    dtype: str
+    block: int
+    min_size: int
+    fields: tuple[str, ...] | None
+
+    def find(self, state: Any, params: PyTree) -> tuple[list[str], list[PyTree]]:
+        """Field names and trees of the moments in a state that are to be coded."""
+        groups = find_moments(state, params, self.fields or KINDS)
+        pairs = [pair for group in groups for pair in group.items()]
+        return [name for name, _ in pairs], [tree for _, tree in pairs]
+
+    def replace(self, state: Any, params: PyTree, moments: Sequence[PyTree]) -> Any:
+        """The state with other trees in the places that :meth:`find` finds."""
+        rest = iter(moments)
+
+        def replaced(group: dict[str, PyTree]) -> dict[str, PyTree]:
+            return {name: next(rest) for name in group}
+
+        return map_moments(replaced, state, params, self.fields or KINDS)
+
+    def is_exact(self, shape: Shape, dtype: Any) -> bool:
+        """Whether a leaf of moments stays as it is."""
+        matrix = sum(n > 1 for n in shape) >= 2 and math.prod(shape) >= self.min_size
+        return not (matrix and jnp.issubdtype(dtype, jnp.floating))
+
+    def types(self, signed: bool, shape: Shape, dtype: Any) -> tuple[Any, Shape]:
+        """Dtype of the codes and shape of the scales of a leaf of moments."""
+        if self.is_exact(shape, dtype):
+            return dtype, (1,) * len(shape)
+        scales = blockwise.scale_shape(shape, self.dtype, self.block)
+        return blockwise.code_dtype(self.dtype, signed), scales
+
+
+def _empty_scales(codec: MomentCodec, tree: Any) -> Any:
+    """Zeros in place of a tree's scales, in its boxes, with its sharding.
+
+    They have the dtype of the moment, which holds its largest entry exactly. It also
+    tells an update what dtype the inner transformation gave to its state.
+    """
+    leaves = jax.tree.leaves(tree)
+    # The shape does not depend on the sign.
+    shapes = [codec.types(True, x.shape, x.dtype)[1] for x in leaves]
+    zeros = trees.zeros_tree(tree, shapes, jnp.float32)
+    own = map(trees.cast_like, jax.tree.leaves(zeros), leaves)
+    return trees.rebuild(zeros, list(own))
+
+
+def _encode(
+    codec: MomentCodec,
+    names: Sequence[str],
+    moments: list[Any],
+    codes: list[Any],
+    scales: list[Any],
+    rounding: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[list[Any], list[Any]]:
+    """Codes and scales of trees of moments.
+
+    Args:
+      codec: the settings.
+      names: the field of each tree.
+      moments: the trees.
+      codes: trees of codes, or of moments, whose structure and sharding to take.
+      scales: trees of scales, for the same; their dtype is the moments'.
+      rounding: root key and count of a random rounding; None to round to the nearest.
+
+    Returns:
+      The trees of codes and those of scales.
+    """
+    known = _leaves(names, codes)
+
+    def run(moments: Any, scales: Any, rounding: Any) -> list[Any]:
+        keys = [None] * len(known)
+        if rounding is not None:
+            root, count = rounding
+            keys = list(leaf_keys(root, _NAME, [path for path, _ in known], count))
+        coded = [
+            _encode_leaf(codec, signed, x.astype(s.dtype), s, key)
+            for (_, signed), x, s, key in zip(known, moments, scales, keys, strict=True)
+        ]
+        return [x for x, _ in coded] + [scale for _, scale in coded]
+
+    like, old = jax.tree.leaves((codes, scales)), jax.tree.leaves(scales)
+    new = trees.run_sharded(run, like, jax.tree.leaves(moments), old, rounding)
+    return trees.rebuild((codes, scales), list(map(_place, new, like)))
+
+
+def _encode_leaf(
+    codec: MomentCodec, signed: bool, x: jax.Array, scale: jax.Array, key: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of one leaf, or the leaf and its unused scale."""
+    if codec.is_exact(x.shape, x.dtype):
+        return x, scale
+    words = None if key is None else bits(key, x.shape, 0)
+    return blockwise.encode(x, codec.dtype, codec.block, signed, words)
+
+
+def _decode(
+    codec: MomentCodec, names: Sequence[str], codes: list[Any], scales: list[Any]
+) -> list[Any]:
+    """The trees of moments; raises if codes or scales were made otherwise."""
+    _check_coded(codec, names, codes, scales)
+    known = _leaves(names, codes)
+
+    def run(codes: Any, scales: Any) -> list[Any]:
+        return [
+            x
+            if codec.is_exact(x.shape, scale.dtype)
+            else blockwise.decode(x, scale, codec.dtype, codec.block, signed)
+            for (_, signed), x, scale in zip(known, codes, scales, strict=True)
+        ]
+
+    old = jax.tree.leaves(codes)
+    new = trees.run_sharded(run, old, old, jax.tree.leaves(scales))
+    return trees.rebuild(codes, new)
+
+
+def _leaves(names: Sequence[str], moments: Sequence[Any]) -> list[tuple[str, bool]]:
+    """A path that no other leaf has, and whether the code has signs, of all leaves."""
+    return [
+        (f"{i}/{name}/{path}", KINDS[name] != SECOND)
+        for i, (name, tree) in enumerate(zip(names, moments, strict=True))
+        for path, _ in named_leaves(tree)
+    ]
+
+
+def _place(new: Any, old: Any) -> Any:
+    """A concrete array on the mesh where the old one is."""
+    traced = isinstance(new, jax.core.Tracer) or isinstance(old, jax.core.Tracer)
+    if traced or not isinstance(old, jax.Array):
+        return new
+    on_mesh = isinstance(old.sharding, jax.NamedSharding)
+    return jax.device_put(new, old.sharding) if on_mesh else new
+
+
+def _check_coded(
+    codec: MomentCodec, names: Sequence[str], codes: list[Any], scales: list[Any]
+) -> None:
+    """Raises if codes and scales are not those of the settings; by static facts."""
+    counts = [[len(jax.tree.leaves(tree)) for tree in x] for x in (codes, scales)]
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"`state` of {_NAME} must have scales for each array of {names}, got"
+            f" {counts[1]} arrays in its trees of scales for {counts[0]}; it was made"
+            " with other `fields` or parameters: init again, or restore the settings"
+        )
+    leaves = zip(jax.tree.leaves(codes), jax.tree.leaves(scales), strict=True)
+    for (path, signed), (x, scale) in zip(_leaves(names, codes), leaves, strict=True):
+        expected = codec.types(signed, x.shape, scale.dtype)
+        if (x.dtype, scale.shape) != expected:
+            raise ValueError(
+                f"`state` of {_NAME} must have codes of dtype {expected[0]} and scales"
+                f" of shape {expected[1]} at {path!r}, got {x.dtype} and"
+                f" {scale.shape}; it was made with other settings than {codec}, or"
+                " cast: init again, or restore it"
+            )
+
+
 def _check_code(value: Any) -> str:
     try:
         name = jnp.dtype(value).name
     except TypeError:
         name = value  # Not a dtype; the message shows what was given.
-    check.check_choice("dtype", name, CODES)
+    check.check_choice("dtype", name, blockwise.CODES)
     return name
 
 
-def _check_fields(fields: Any) -> tuple[str, ...]:
+def _check_fields(fields: Any) -> tuple[str, ...] | None:
+    if fields is None:
+        return None
     if isinstance(fields, str) or not isinstance(fields, Collection):
         raise TypeError(
             f"`fields` must be a collection of names, got fields={fields!r}; pass a"
@@ -189,18 +349,15 @@ def _check_fields(fields: Any) -> tuple[str, ...]:
     return tuple(sorted(fields))
 
 
-def _check_found(names: Sequence[str], fields: tuple[str, ...] | None) -> None:
-    missing = set(fields or ()) - set(names)
+def _check_moments(codec: MomentCodec, names: list[str], moments: list[Any]) -> None:
+    """Raises without moments, or for integers; complex ones stay exact."""
+    missing = set(codec.fields or ()) - set(names)
     if missing or not names:
         raise ValueError(
             "the state of `inner` must have moments to code, got none in fields named"
             f" {', '.join(sorted(missing or KINDS))}; use `inner` alone, or name other"
             " `fields`"
         )
-
-
-def _check_real_or_complex(names: Sequence[str], moments: Sequence[Any]) -> None:
-    """Raises for moments that integers would round to zero; complex ones stay exact."""
     for name, tree in zip(names, moments, strict=True):
         for path, leaf in named_leaves(tree):
             if not jnp.issubdtype(leaf.dtype, jnp.inexact):

@@ -10,10 +10,8 @@ import jax.numpy as jnp
 from flora_jax._typing import AxisNames, PyTree
 from flora_jax.leaves.trees import matching_leaves, rebuild
 from flora_jax.projections.count_sketch import CountSketch
-from flora_jax.sketching.scaled_leaf import ScaledLeaf
 from flora_jax.sketching.sketch import Sketch, resolve
-from flora_jax.sketching.sketched_gradients import refuse_sketches
-from flora_jax.sketching.sketcher import Sketcher
+from flora_jax.sketching.sketcher import ScaledLeaf, Sketcher, refuse_sketches
 
 _NAME = "compressed_pmean"
 

@@ -16,8 +16,7 @@ from flora_jax.sketched_grad.planner import Planner
 from flora_jax.sketched_grad.program import Fallback, LeafProjections, Program
 from flora_jax.sketched_grad.rules import SketchRequest
 from flora_jax.sketching.sketch import Sketch, resolve
-from flora_jax.sketching.sketched_gradients import SketchedGradients
-from flora_jax.sketching.sketcher import Sketcher
+from flora_jax.sketching.sketcher import SketchedGradients, Sketcher
 from flora_jax.transforms.accumulation import NAME as ACCUMULATION
 
 _DEFAULT = CountSketch("unbiased")  # As accumulation and momentum have it.

@@ -13,8 +13,7 @@ import numpy as np
 
 from flora_jax import _validation
 from flora_jax._typing import KeyLike, PyTree, RankSpec, Shape
-from flora_jax.leaves.fold import Fold
-from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.plan import Fold, LeafPlan
 from flora_jax.leaves.rules import ByPath, LeafRules, by_path, is_scalar
 from flora_jax.projections.base import ObliviousProjection, Projection
 from flora_jax.random.keys import raw_key
@@ -95,8 +94,8 @@ class Sketch(LeafRules):
     @functools.cached_property
     def rules(self) -> LeafRules:
         """The rules by which leaves are folded."""
-        fields = dataclasses.fields(LeafRules)
-        return LeafRules(**{field.name: getattr(self, field.name) for field in fields})
+        names = [field.name for field in dataclasses.fields(LeafRules)]
+        return LeafRules(**{name: getattr(self, name) for name in names})
 
     @functools.cached_property
     def key_data(self) -> np.ndarray:
@@ -128,27 +127,19 @@ class Sketch(LeafRules):
         if plan.dense:
             return plan
         n, m = plan.rows, plan.columns
-        columns = {
-            "smaller": m <= n,  # A square matrix is sketched on its columns,
-            "larger": m > n,  # or on its rows if the larger side is asked for.
-            "right": True,
-            "left": False,
-        }[self.side]
-        width = m if columns else n
-        rank = self._rank(path, shape, width)
-        if rank >= width:
-            reason = f"{rank=} is not below the sketched side of its {n}x{m} fold"
-            return LeafPlan.of(path, shape, reason)
-        return LeafPlan.of(path, shape, fold, axis=-1 if columns else -2, rank=rank)
-
-    def _rank(self, path: str, shape: Shape, width: int) -> int:
+        # A square matrix is sketched on its columns, on its rows by "larger".
+        on_columns = {"smaller": m <= n, "larger": m > n, "right": True, "left": False}
+        axis, width = (-1, m) if on_columns[self.side] else (-2, n)
         rank = self.rank
         if isinstance(rank, ByPath):
             rank = rank.find("rank", path, shape)
-        if callable(rank):
-            rank = rank(path, shape)
-        rank = _check_rank(rank, path)
-        return rank if isinstance(rank, int) else max(1, round(rank * width))
+        rank = _check_rank(rank(path, shape) if callable(rank) else rank, path)
+        if isinstance(rank, float):
+            rank = max(1, round(rank * width))
+        if rank >= width:
+            reason = f"{rank=} is not below the sketched side of its {n}x{m} fold"
+            return LeafPlan.of(path, shape, reason)
+        return LeafPlan.of(path, shape, fold, axis=axis, rank=rank)
 
 
 def as_sketch(sketch: Sketch | int) -> Sketch:

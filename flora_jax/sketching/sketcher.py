@@ -1,31 +1,172 @@
-"""The leaves of a tree to their sketches and back: plans, a projection, and keys."""
+"""The leaves of a tree to their sketches and back.
+
+What is sketched (:class:`ScaledLeaf`), how (:class:`Sketcher`: plans, a projection, and
+keys), and what stands for the gradients of a tree (:class:`SketchedGradients`).
+"""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import operator
 import zlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flora_jax._typing import PyTree
-from flora_jax._xla import materialized
+from flora_jax._xla import materialized, widened
 from flora_jax.leaves.mesh import is_sharded, replicated, replicated_along
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.spec import describe, make_spec
 from flora_jax.projections.base import product
 from flora_jax.random.keys import leaf_keys
-from flora_jax.sketching.scaled_leaf import ScaledLeaf
 from flora_jax.sketching.sketch import Sketch
-from flora_jax.sketching.sketched_gradients import SketchedGradients, gradient_shapes
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
+
+Plans: TypeAlias = Sequence[LeafPlan]
+
+
+class ScaledLeaf(NamedTuple):
+    """A leaf times factors that are not multiplied out.
+
+    What Adafactor does to a gradient is a product with a column, a row and a number. A
+    sketch can apply them to the projection and to its result, so that the scaled
+    gradient is never written to memory.
+
+    Attributes:
+      leaf: an array of any float dtype.
+      factors: float32 arrays that broadcast to it: scalars, or with all of its axes.
+    """
+
+    leaf: Float[Array, "..."]
+    factors: tuple[jax.Array, ...] = ()
+
+    def times(self, *factors: jax.Array) -> ScaledLeaf:
+        """The leaf with more factors."""
+        full = [factor.astype(jnp.float32) for factor in factors]
+        return ScaledLeaf(self.leaf, (*self.factors, *full))
+
+    def value(self) -> Float[Array, "..."]:
+        """The product, float32."""
+        # From the leaf on: the factors alone may overflow where it is zero.
+        return functools.reduce(operator.mul, self.factors, widened(self.leaf))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SketchedGradients:
+    """What :func:`flora_jax.sketched_value_and_grad` returns in place of gradients.
+
+    A pytree of arrays: it can be averaged over devices, scaled, and checked for NaN.
+
+    Attributes:
+      tree: of the gradients' structure: sketches, float32 in the state's shape, and
+        gradients of dense leaves.
+      plans: static plans of the leaves, in flattening order.
+      like: static shapes and dtypes of the gradients.
+      sketch: static; how they are sketched.
+      name: static; the transformation that they are sketched for.
+    """
+
+    tree: PyTree
+    plans: tuple[LeafPlan, ...] = dataclasses.field(metadata={"static": True})
+    like: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+    sketch: Sketch = dataclasses.field(metadata={"static": True})
+    name: str = dataclasses.field(metadata={"static": True})
+
+    def shapes(self) -> PyTree:
+        """The tree of shapes and dtypes that the gradients would have."""
+        return jax.tree.unflatten(jax.tree.structure(self.tree), self.like)
+
+    def global_norm(self) -> jax.Array:
+        """Estimates the norm of all gradients together, for logs and clipping.
+
+        The square of it, Σ‖C‖² (times m/r for isometric sketches) over the sketched
+        leaves and ‖G‖² over the dense ones, is an unbiased estimate of the square of
+        the norm; its root is a little less on average. A clip by it is a clip by an
+        estimate: ``optax.clip_by_global_norm`` takes it, for unbiased projections.
+
+        Returns:
+          A float32 scalar.
+        """
+        isometric = getattr(self.sketch.projection, "normalization", "") == "isometric"
+        total = jnp.float32(0)
+        for plan, leaf in zip(self.plans, jax.tree.leaves(self.tree), strict=True):
+            spread = plan.width / plan.rank if isometric and not plan.dense else 1.0
+            total += spread * jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        return jnp.sqrt(total)
+
+    def check(self, name: str, sketch: Sketch, plans: Plans) -> None:
+        """Raises unless the transformation that is given them sketches as they do.
+
+        Args:
+          name: the transformation.
+          sketch: its sketch.
+          plans: its plans.
+
+        Raises:
+          ValueError: naming the first difference.
+        """
+        if name != self.name:
+            raise ValueError(
+                f"`updates` of {name} are sketches for {self.name}, whose projections"
+                f" are others; give sketched_value_and_grad the state of {name}"
+            )
+        # What else a sketch says acts through the plans.
+        for what in ("projection", "key_data"):
+            ours, theirs = getattr(self.sketch, what), getattr(sketch, what)
+            if np.any(ours != theirs):
+                raise ValueError(
+                    f"`updates` of {name} were sketched with {what} {ours}, but it has"
+                    f" {theirs}; give both the same Sketch"
+                )
+        for ours, theirs in zip(self.plans, plans, strict=True):  # Of the same leaves.
+            if ours != theirs:
+                raise ValueError(
+                    f"`updates` of {name} have leaf {ours.path!r} planned as"
+                    f" {_differing(ours, theirs)}, but its own plan is"
+                    f" {_differing(theirs, ours)}; give both the same Sketch"
+                )
+
+
+def _differing(plan: LeafPlan, other: LeafPlan) -> str:
+    """The fields of a plan that differ from another's."""
+    theirs = dataclasses.asdict(other)
+    ours = dataclasses.asdict(plan).items()
+    return ", ".join(f"{name}={x!r}" for name, x in ours if x != theirs[name])
+
+
+def gradient_shapes(updates: PyTree) -> PyTree:
+    """Gradients, or the shapes of those that sketches stand for."""
+    return updates.shapes() if isinstance(updates, SketchedGradients) else updates
+
+
+def refuse_sketches(
+    name: str, gradients: PyTree, why: str, argument: str = "updates"
+) -> None:
+    """Raises if a transformation is given sketches that needs gradients.
+
+    Args:
+      name: the transformation.
+      gradients: gradients, or :class:`SketchedGradients`.
+      why: what it needs them for.
+      argument: its name for the gradients.
+
+    Raises:
+      TypeError: for sketches.
+    """
+    if isinstance(gradients, SketchedGradients):
+        raise TypeError(
+            f"`{argument}` of {name} are SketchedGradients, but {why}; use jax.grad, or"
+            " give the sketches to compressed_accumulation or compressed_momentum"
+        )
 
 
 class SketchEvent(NamedTuple):
@@ -86,9 +227,7 @@ class Sketcher:
             gradients.check(self.name, self.sketch, plans)
         return plans
 
-    def sample(
-        self, plans: Sequence[LeafPlan], root: jax.Array, epoch: Any
-    ) -> list[Any]:
+    def sample(self, plans: Plans, root: jax.Array, epoch: Any) -> list[Any]:
         """The projections of all leaves in one epoch; None for dense leaves.
 
         Leaves of equal rank and width are sampled together: the random numbers of a
@@ -103,67 +242,59 @@ class Sketcher:
           One tree per leaf, which determines its S.
         """
         sampled: list[Any] = [None] * len(plans)
-        for (rank, width), members in _groups(plans).items():
-            keys = self.keys(plans, members, root, epoch)
+        for rank, width, members, keys in self._groups(plans, root, epoch):
             sample = functools.partial(self.projection.sample, rank=rank, width=width)
-            arrays, tree = jax.tree.flatten(materialized(jax.vmap(sample)(keys)))
+            together = materialized(jax.vmap(sample)(keys))
             if is_sharded():
-                arrays = [replicated(x) for x in arrays]
+                together = jax.tree.map(replicated, together)
             for place, i in enumerate(members):
-                sampled[i] = jax.tree.unflatten(tree, [x[place] for x in arrays])
+                sampled[i] = jax.tree.map(operator.itemgetter(place), together)
         return sampled
 
     def transfers(
-        self,
-        plans: Sequence[LeafPlan],
-        sampled: Sequence[Any],
-        root: jax.Array,
-        epoch: Any,
-    ) -> list[jax.Array]:
-        """The matrices S S′ᵀ from the projections at hand to those of another epoch.
+        self, plans: Plans, sampled: Sequence[Any], root: jax.Array, epoch: Any
+    ) -> list[Any]:
+        """The matrices S S′ᵀ from the given projections to those of another epoch.
 
         Each leaf in turn: no matrix of a leaf's size is made, and leaves of equal rank
         and width share one compiled loop.
 
         Args:
-          plans: of sketched leaves.
+          plans: of the leaves.
           sampled: what determines each S.
           root: the state's key data.
           epoch: the epoch of S′, or an array of one for each leaf.
 
         Returns:
-          One r x r matrix per leaf, float32.
+          One r x r matrix per leaf, float32; None for dense leaves.
         """
         matrices: list[Any] = [None] * len(plans)
-        for (rank, width), members in _groups(plans).items():
+        for rank, width, members, keys in self._groups(plans, root, epoch):
 
             def matrix(pair: Any, rank: int = rank, width: int = width) -> jax.Array:
                 old, key = pair
                 new = self.projection.sample(key, rank, width)
                 return self.projection.transfer(old, new, rank, width)
 
-            own = [jax.tree.leaves(sampled[i]) for i in members]
-            old = jax.tree.unflatten(
-                jax.tree.structure(sampled[members[0]]),
-                [jnp.stack(arrays) for arrays in zip(*own, strict=True)],
-            )
-            keys = self.keys(plans, members, root, epoch)
+            own = [sampled[i] for i in members]
+            old = jax.tree.map(lambda *arrays: jnp.stack(arrays), *own)
             together = jax.lax.map(matrix, (old, keys))
             for place, i in enumerate(members):
                 matrices[i] = together[place]
         return matrices
 
-    def keys(
-        self,
-        plans: Sequence[LeafPlan],
-        members: Sequence[int],
-        root: jax.Array,
-        epoch: Any,
-    ) -> jax.Array:
-        """Key data of some of the leaves, uint32 of shape (members, 2)."""
-        if jnp.ndim(epoch):
-            epoch = jnp.asarray(epoch)[np.asarray(members)]
-        return leaf_keys(root, self.name, [plans[i].path for i in members], epoch)
+    def _groups(
+        self, plans: Plans, root: jax.Array, epoch: Any
+    ) -> Iterator[tuple[int, int, list[int], jax.Array]]:
+        """Each rank and width, with places and keys of the leaves that have them."""
+        groups = collections.defaultdict(list)
+        for i, plan in enumerate(plans):
+            if not plan.dense:
+                groups[plan.rank, plan.width].append(i)
+        for (rank, width), members in groups.items():
+            own = epoch[np.asarray(members)] if jnp.ndim(epoch) else epoch
+            paths = [plans[i].path for i in members]
+            yield rank, width, members, leaf_keys(root, self.name, paths, own)
 
     def sketch_leaf(
         self, plan: LeafPlan, sampled: Any, leaf: ScaledLeaf
@@ -217,16 +348,14 @@ class Sketcher:
         estimate = self.projection.expand(sampled, matrix, plan.width, plan.axis)
         return plan.unfold(estimate, plan.shape)
 
-    def identity(self, plans: Sequence[LeafPlan]) -> int:
+    def identity(self, plans: Plans) -> int:
         """A checksum of what the sketches of these leaves mean, but for the key."""
-        meaning = [
-            (p.path, p.batch_axes, p.row_axes, p.column_axes, p.axis, p.rank)
-            for p in plans
-        ]
-        text = f"{self.name} {describe(self.projection)} {sorted(meaning)}"
+        fields = ("path", "batch_axes", "row_axes", "column_axes", "axis", "rank")
+        meaning = sorted(operator.attrgetter(*fields)(plan) for plan in plans)
+        text = f"{self.name} {describe(self.projection)} {meaning}"
         return zlib.crc32(text.encode())
 
-    def spec(self, plans: Sequence[LeafPlan], **settings: Any) -> jax.Array:
+    def spec(self, plans: Plans, **settings: Any) -> jax.Array:
         """The ``spec`` of a state that holds such sketches.
 
         Args:
@@ -234,9 +363,9 @@ class Sketcher:
           **settings: what else decides the meaning of the state.
         """
         rules = {
-            name: getattr(self.sketch, name)
+            name: rule
             for name, default in _DEFAULTS.items()
-            if getattr(self.sketch, name) != default
+            if (rule := getattr(self.sketch, name)) != default
         }
         return make_spec(
             self.name,
@@ -250,11 +379,7 @@ class Sketcher:
 
 
 # Rules that a spec names only where they are others: a new one changes no old state.
-_DEFAULTS = {
-    field.name: field.default
-    for field in dataclasses.fields(Sketch)
-    if field.name not in ("rank", "projection", "key")
-}
+_DEFAULTS = {x.name: x.default for x in dataclasses.fields(Sketch) if x.kw_only}
 
 
 def moved_sketch(
@@ -263,12 +388,3 @@ def moved_sketch(
     """C S S′ᵀ for a sketch C in the state's shape; float32."""
     new = product(plan.fold(sketch.astype(jnp.float32)), matrix, plan.axis)
     return plan.unfold(new, plan.state_shape)
-
-
-def _groups(plans: Sequence[LeafPlan]) -> dict[tuple[int, int], list[int]]:
-    """Places of the sketched leaves, by rank and width."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for i, plan in enumerate(plans):
-        if not plan.dense:
-            groups.setdefault((plan.rank, plan.width), []).append(i)
-    return groups

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from flora_jax._typing import PyTree, Shape
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.projections.base import AdaptiveProjection
-from flora_jax.random.keys import renewal
-from flora_jax.sketching.scaled_leaf import ScaledLeaf
-from flora_jax.sketching.sketcher import Sketcher
+from flora_jax.random.keys import leaf_keys, renewal
+from flora_jax.sketching.sketcher import ScaledLeaf, Sketcher
 from flora_jax.subspace.transports import BasisChange, Keep, Moments
 
 _GROUPS = 16  # Of leaves that change their basis at the same step, if staggered.
@@ -132,7 +131,8 @@ class Basis:
         """:meth:`renew` of sketched leaves that are all due."""
         new = list(stored)
         if self.is_stored:
-            keys = self.sketcher.keys(plans, range(len(plans)), key, count)
+            paths = [plan.path for plan in plans]
+            keys = leaf_keys(key, self.sketcher.name, paths, count)
             new = [
                 self._choose(plan, own, grad)
                 for plan, own, grad in zip(plans, keys, grads, strict=True)

@@ -26,10 +26,13 @@ from flora_jax.leaves.trees import (
 from flora_jax.projections.base import Projection
 from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key
-from flora_jax.sketching.scaled_leaf import ScaledLeaf
 from flora_jax.sketching.sketch import Sketch, resolve, warn_if_dense
-from flora_jax.sketching.sketched_gradients import refuse_sketches
-from flora_jax.sketching.sketcher import Sketcher, SketchEvent
+from flora_jax.sketching.sketcher import (
+    ScaledLeaf,
+    Sketcher,
+    SketchEvent,
+    refuse_sketches,
+)
 from flora_jax.subspace.basis import Basis
 from flora_jax.subspace.residuals import LeafStep, Residual
 from flora_jax.subspace.transports import Keep, Moments, check_moments

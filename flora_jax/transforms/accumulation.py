@@ -1,7 +1,12 @@
-"""Gradient accumulation kept as a sketch (the paper's Algorithm 1)."""
+"""Gradient accumulation kept as a sketch (the paper's Algorithm 1).
+
+Over the calls of an update, :func:`compressed_accumulation`, or inside of one jitted
+step, :func:`compressed_accumulator`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,27 +17,23 @@ import optax
 
 from flora_jax import _validation
 from flora_jax._typing import AxisNames, PyTree
-from flora_jax.leaves.boxes import unboxed
-from flora_jax.leaves.plan import LeafPlan
-from flora_jax.leaves.trees import (
-    cast_like,
-    matching_leaves,
-    rebuild,
-    run_sharded,
-    zeros_tree,
-)
+from flora_jax.leaves import mesh, trees
 from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key
-from flora_jax.sketching.scaled_leaf import ScaledLeaf
 from flora_jax.sketching.sketch import Sketch, resolve, warn_if_dense
-from flora_jax.sketching.sketched_gradients import SketchedGradients, gradient_shapes
-from flora_jax.sketching.sketcher import Sketcher, SketchEvent
-from flora_jax.transforms.parts import OnSketch
+from flora_jax.sketching.sketcher import (
+    Plans,
+    ScaledLeaf,
+    SketchedGradients,
+    Sketcher,
+    SketchEvent,
+    gradient_shapes,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-# compressed_accumulator shares it: same key and cycle, same projections.
+# Of both, which have the same projections for the same key and cycle.
 NAME = "compressed_accumulation"
 # (updates, gradient_step, params) to a bool scalar and a tree to keep, as in optax.
 SkipFn = Callable[..., tuple[Any, PyTree]]
@@ -158,55 +159,53 @@ def compressed_accumulation(
             mini_step=jnp.zeros([], jnp.int32),
             gradient_step=jnp.zeros([], jnp.int32),
             inner_opt_state=jax.tree.map(_strong, inner.init(params)),
-            acc_grads=zeros_tree(params, [p.state_shape for p in plans], dtype),
+            acc_grads=trees.zeros_tree(params, [p.state_shape for p in plans], dtype),
             skip_state=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), skip_state),
             key=jnp.array(sketcher.sketch.key_data),
             spec=sketcher.spec(plans, dtype=dtype.name, use_grad_mean=use_grad_mean),
         )
 
     def update_fn(
-        updates: PyTree,
-        state: Any,
-        params: PyTree = None,
-        *,
-        on_sketch: OnSketch = None,
-        **extra_args: Any,
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, CompressedAccumulationState]:
+        on_sketch = extra_args.pop("on_sketch", None)
         check_state_key(NAME, state.key)
         plans = sketcher.plan(updates)
         shapes = [plan.state_shape for plan in plans]
-        old = matching_leaves(NAME, "acc_grads", state.acc_grads, plans, shapes)
+        old = trees.matching_leaves(NAME, "acc_grads", state.acc_grads, plans, shapes)
         answer, skip_state = should_skip(updates, state.gradient_step, params)
         skip = _check_skip(answer)
         if axis_name is not None and should_skip_update_fn is not None:
             skip = jax.lax.pmax(skip.astype(jnp.int32), axis_name) > 0
-        add = functools.partial(
-            accumulate,
-            sketcher,
-            plans,
-            use_grad_mean,
-            isinstance(updates, SketchedGradients),
-            on_sketch,
-        )
         sampled = sketcher.sample(plans, state.key, state.gradient_step)
+        made = isinstance(updates, SketchedGradients)
+        own = [None] * len(plans) if made else sampled
+        add = functools.partial(accumulate, sketcher, plans, use_grad_mean, on_sketch)
         grads = jax.tree.leaves(updates)
-        acc = run_sharded(add, old, sampled, grads, old, state.mini_step)
+        acc = trees.run_sharded(add, old, own, grads, old, state.mini_step)
         if should_skip_update_fn is not None:
             acc = [jnp.where(skip, *pair) for pair in zip(old, acc, strict=True)]
         k = every_k(state.gradient_step) if callable(every_k) else every_k
         emit = jnp.logical_not(skip) & (state.mini_step >= k - 1)
-        run_inner = functools.partial(inner.update, **extra_args)
         like = gradient_shapes(updates)
         mean = functools.partial(estimate, sketcher, plans, axis_name)
-        end = functools.partial(_end_cycle, mean, run_inner, like)
+
+        def end_cycle(acc: list[jax.Array], inner_state: PyTree) -> tuple[Any, ...]:
+            """The inner updates, the new inner state, and an empty accumulator."""
+            leaves = trees.run_sharded(mean, jax.tree.leaves(like), sampled, acc)
+            grads = optax.tree.cast_like(trees.rebuild(like, leaves), like)
+            updates, new = inner.update(grads, inner_state, params, **extra_args)
+            new = jax.tree.map(trees.cast_like, new, inner_state)
+            empty = [jnp.zeros_like(x) for x in acc]
+            return optax.tree.cast_like(updates, like), new, empty
+
+        def within_cycle(acc: list[jax.Array], inner_state: PyTree) -> tuple[Any, ...]:
+            """Zeros of the type of the updates that the end of the cycle gives."""
+            updates, _, _ = jax.eval_shape(end_cycle, acc, inner_state)
+            return jax.tree.map(jnp.zeros_like, updates), inner_state, acc
+
         new_updates, inner_state, acc = jax.lax.cond(
-            emit,
-            end,
-            functools.partial(_within_cycle, end),
-            sampled,
-            acc,
-            state.inner_opt_state,
-            params,
+            emit, end_cycle, within_cycle, acc, state.inner_opt_state
         )
         stepped = jnp.where(emit, 0, optax.safe_increment(state.mini_step))
         cycles = optax.safe_increment(state.gradient_step)
@@ -214,105 +213,13 @@ def compressed_accumulation(
             mini_step=jnp.where(skip, state.mini_step, stepped),
             gradient_step=jnp.where(emit, cycles, state.gradient_step),
             inner_opt_state=inner_state,
-            acc_grads=rebuild(state.acc_grads, acc),
-            skip_state=jax.tree.map(cast_like, skip_state, state.skip_state),
+            acc_grads=trees.rebuild(state.acc_grads, acc),
+            skip_state=jax.tree.map(trees.cast_like, skip_state, state.skip_state),
             key=state.key,
             spec=state.spec,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _end_cycle(
-    mean: Callable[..., list[jax.Array]],
-    run_inner: Callable[..., Any],
-    like: PyTree,
-    sampled: Sequence[Any],
-    acc: Sequence[jax.Array],
-    inner_state: PyTree,
-    params: PyTree,
-) -> tuple[PyTree, PyTree, list[jax.Array]]:
-    """The inner updates, the new inner state, and an empty accumulator."""
-    leaves = run_sharded(mean, jax.tree.leaves(like), sampled, acc)
-    grads = optax.tree.cast_like(rebuild(like, leaves), like)
-    new_updates, new_inner = run_inner(grads, inner_state, params)
-    return (
-        optax.tree.cast_like(new_updates, like),
-        jax.tree.map(cast_like, new_inner, inner_state),
-        [jnp.zeros_like(x) for x in acc],
-    )
-
-
-def _within_cycle(
-    end: Callable[..., Any],
-    sampled: Sequence[Any],
-    acc: list[jax.Array],
-    inner_state: PyTree,
-    params: PyTree,
-) -> tuple[PyTree, PyTree, list[jax.Array]]:
-    """Zeros of the type of the updates that the end of the cycle gives."""
-    updates, _, _ = jax.eval_shape(end, sampled, acc, inner_state, params)
-    return jax.tree.map(jnp.zeros_like, updates), inner_state, acc
-
-
-def accumulate(
-    sketcher: Sketcher,
-    plans: Sequence[LeafPlan],
-    use_mean: bool,
-    are_sketches: bool,
-    on_sketch: OnSketch,
-    sampled: Sequence[Any],
-    grads: Sequence[Float[Array, "..."]],
-    acc: Sequence[Float[Array, "..."]],
-    i: Any,
-) -> list[Float[Array, "..."]]:
-    """Adds micro-step i of a cycle to the accumulators: a running mean, or a sum.
-
-    Args:
-      sketcher: how leaves are sketched.
-      plans: of the leaves.
-      use_mean: whether the mean is accumulated, or the sum.
-      are_sketches: whether ``grads`` are sketches already.
-      on_sketch: told of each sketch, or None.
-      sampled: what determines the projection of each leaf.
-      grads: gradients of the leaves.
-      acc: accumulators of the leaves.
-      i: number of the micro-step in its cycle.
-
-    Returns:
-      The new accumulators, in their dtypes.
-    """
-    new = []
-    for plan, s, grad, old in zip(plans, sampled, grads, acc, strict=True):
-        given = ScaledLeaf(grad)
-        known = are_sketches or plan.dense
-        fresh = given.value() if known else sketcher.sketch_leaf(plan, s, given)
-        total = old.astype(jnp.float32)
-        total = total + ((fresh - total) / (i + 1) if use_mean else fresh)
-        if on_sketch is not None and not plan.dense:
-            on_sketch(SketchEvent(sketcher, plan, s, given, fresh, total))
-        new.append(cast_like(total, old))
-    return new
-
-
-def estimate(
-    sketcher: Sketcher,
-    plans: Sequence[LeafPlan],
-    axis_name: AxisNames | None,
-    sampled: Sequence[Any],
-    acc: Sequence[Float[Array, "..."]],
-) -> list[Float[Array, "..."]]:
-    """What the accumulators stand for: float32, in the leaves' shapes.
-
-    Of each device's own accumulators the mean over mesh axes, if there are any: the
-    mean of sketches is the sketch of the mean.
-    """
-    if axis_name is not None:
-        acc = jax.lax.pmean(list(acc), axis_name)
-    return [
-        sketcher.unsketch_leaf(plan, s, leaf)
-        for plan, s, leaf in zip(plans, sampled, acc, strict=True)
-    ]
 
 
 def has_updated(state: PyTree) -> jax.Array:
@@ -340,8 +247,185 @@ def has_updated(state: PyTree) -> jax.Array:
             "`state` must hold one CompressedAccumulationState, got"
             f" {len(found)} of them; pass the state of one compressed_accumulation"
         )
-    own = unboxed(found[0])
+    own = trees.unboxed(found[0])
     return (own.mini_step == 0) & (own.gradient_step > 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CompressedAccumulatorCarry:
+    """Carry of :func:`compressed_accumulator`.
+
+    Attributes:
+      sketches: tree of sketches, one array per gradient leaf.
+      key: root key data, uint32 of shape (2,).
+      step: number of the cycle, int32; the epoch of the projection.
+      plans: static plans of the leaves, in flattening order.
+      like: static shapes, dtypes and shardings of the gradient leaves.
+    """
+
+    sketches: PyTree
+    key: jax.Array
+    step: jax.Array
+    plans: Plans = dataclasses.field(metadata={"static": True})
+    like: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+
+
+def compressed_accumulator(
+    sketch: Sketch | int,
+    *,
+    step: jax.typing.ArrayLike = 0,
+    use_mean: bool = True,
+    axis_name: AxisNames | None = None,
+    dtype: Any = "float32",
+) -> optax.microbatching.Accumulator:
+    """Accumulates gradients of micro-batches as a sketch, for ``optax.microbatch``.
+
+    The same arithmetic as :func:`flora_jax.compressed_accumulation` in its cycle number
+    ``step``, in one jitted step that scans over micro-batches: no state outlives it.
+    It takes gradients, or what :func:`flora_jax.sketched_value_and_grad` returns in
+    their place for the same sketch and ``sketch.cycle(step)``. That both have the same
+    ``step`` is not checked.
+
+    Memory: r·max(n, m) elements of ``dtype`` per sketched leaf while the scan runs.
+
+    Args:
+      sketch: the sketch, or its rank; CountSketch unless it names a projection.
+      step: number of the cycle, for example the training step; possibly traced. Without
+        it there is one projection for ever.
+      use_mean: accumulate the mean over micro-batches, or their sum if False.
+      axis_name: mesh axes of ``shard_map`` over which the sketches of each device's own
+        micro-batches are averaged at the end, in place of gradients. These must be
+        taken at ``jax.lax.pcast(params, axis_name, to="varying")``: jax sums those at
+        replicated parameters over the devices.
+      dtype: dtype of the accumulator; arithmetic is in float32.
+
+    Returns:
+      An ``optax.microbatching.Accumulator``; it returns gradients in their own dtype.
+
+    Raises:
+      TypeError: for arguments of a wrong type.
+      ValueError: for arguments out of range.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import flora_jax as fj
+      >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
+      >>> @jax.jit
+      ... def gradient(w, x, step):
+      ...   accumulator = fj.compressed_accumulator(fj.Sketch(16), step=step)
+      ...   grad = optax.microbatching.microbatch(
+      ...       jax.grad(loss), argnums=1, microbatch_size=2, accumulator=accumulator)
+      ...   return grad(w, x)
+      >>> gradient(jnp.ones((128, 256)), jnp.ones((8, 128)), 0).shape
+      (128, 256)
+    """
+    _validation.check_axis_name("axis_name", axis_name)
+    dtype = _validation.check_state_dtype(dtype)
+    sketcher = Sketcher(NAME, resolve(sketch, CountSketch("unbiased")))
+    cycle = sketcher.sketch.cycle(step)
+
+    def init(gradients: PyTree) -> PyTree:
+        plans = sketcher.plan(gradients)
+        gradients = gradient_shapes(gradients)
+        sketches = trees.zeros_tree(gradients, [p.state_shape for p in plans], dtype)
+        return CompressedAccumulatorCarry(
+            # They will differ from device to device.
+            sketches=mesh.varying(sketches, axis_name),
+            key=jnp.asarray(cycle.key),
+            step=cycle.cycle,
+            plans=plans,
+            like=tuple(
+                jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.typeof(x).sharding)
+                for x in jax.tree.leaves(gradients)
+            ),
+        )
+
+    def update(carry: PyTree, gradients: PyTree, index: Any) -> PyTree:
+        plans = sketcher.plan(gradients)
+        shapes = [plan.state_shape for plan in plans]
+        old = trees.matching_leaves(
+            "compressed_accumulator", "sketches", carry.sketches, plans, shapes
+        )
+        sampled, grads = [None] * len(plans), jax.tree.leaves(gradients)
+        if not isinstance(gradients, SketchedGradients):
+            sampled = sketcher.sample(plans, carry.key, carry.step)
+        add = functools.partial(accumulate, sketcher, plans, use_mean, None)
+        new = trees.run_sharded(add, old, sampled, grads, old, index)
+        return dataclasses.replace(carry, sketches=trees.rebuild(carry.sketches, new))
+
+    def finalize(carry: PyTree) -> PyTree:
+        sampled = sketcher.sample(carry.plans, carry.key, carry.step)
+        mean = functools.partial(estimate, sketcher, carry.plans, axis_name)
+        acc, like = jax.tree.leaves(carry.sketches), list(carry.like)
+        leaves = trees.run_sharded(mean, like, sampled, acc)
+        return trees.rebuild(carry.sketches, list(map(trees.cast_like, leaves, like)))
+
+    def aggregate(gradients: PyTree) -> PyTree:
+        reduce = jnp.mean if use_mean else jnp.sum
+        return jax.tree.map(lambda leaf: reduce(leaf, axis=0), gradients)
+
+    return optax.microbatching.Accumulator(init, update, finalize, aggregate)
+
+
+def accumulate(
+    sketcher: Sketcher,
+    plans: Plans,
+    use_mean: bool,
+    on_sketch: Callable[[SketchEvent], Any] | None,
+    sampled: Sequence[Any],
+    grads: Sequence[Float[Array, "..."]],
+    acc: Sequence[Float[Array, "..."]],
+    i: Any,
+) -> list[Float[Array, "..."]]:
+    """Adds micro-step i of a cycle to the accumulators: a running mean, or a sum.
+
+    Args:
+      sketcher: how leaves are sketched.
+      plans: of the leaves.
+      use_mean: whether the mean is accumulated, or the sum.
+      on_sketch: told of each sketch, or None.
+      sampled: what determines the projection of each leaf; None for dense leaves, and
+        where its gradient is a sketch already.
+      grads: gradients of the leaves.
+      acc: accumulators of the leaves.
+      i: number of the micro-step in its cycle.
+
+    Returns:
+      The new accumulators, in their dtypes.
+    """
+    new = []
+    for plan, s, grad, old in zip(plans, sampled, grads, acc, strict=True):
+        given = ScaledLeaf(grad)
+        fresh = given.value() if s is None else sketcher.sketch_leaf(plan, s, given)
+        total = old.astype(jnp.float32)
+        total = total + ((fresh - total) / (i + 1) if use_mean else fresh)
+        if on_sketch is not None and s is not None:
+            on_sketch(SketchEvent(sketcher, plan, s, given, fresh, total))
+        new.append(trees.cast_like(total, old))
+    return new
+
+
+def estimate(
+    sketcher: Sketcher,
+    plans: Plans,
+    axis_name: AxisNames | None,
+    sampled: Sequence[Any],
+    acc: Sequence[Float[Array, "..."]],
+) -> list[Float[Array, "..."]]:
+    """What the accumulators stand for: float32, in the leaves' shapes.
+
+    Of each device's own accumulators the mean over mesh axes, if there are any: the
+    mean of sketches is the sketch of the mean.
+    """
+    if axis_name is not None:
+        acc = jax.lax.pmean(list(acc), axis_name)
+    return [
+        sketcher.unsketch_leaf(plan, s, leaf)
+        for plan, s, leaf in zip(plans, sampled, acc, strict=True)
+    ]
 
 
 def _never_skip(*_: Any) -> tuple[jax.Array, tuple[()]]:

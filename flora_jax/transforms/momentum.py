@@ -19,10 +19,16 @@ from flora_jax.leaves.trees import cast_like, matching_leaves, rebuild, zeros_tr
 from flora_jax.projections.base import along
 from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key, renewal
-from flora_jax.sketching.scaled_leaf import ScaledLeaf
 from flora_jax.sketching.sketch import Sketch, resolve, warn_if_dense
-from flora_jax.sketching.sketched_gradients import SketchedGradients, refuse_sketches
-from flora_jax.sketching.sketcher import Sketcher, SketchEvent, moved_sketch
+from flora_jax.sketching.sketcher import (
+    Plans,
+    ScaledLeaf,
+    SketchedGradients,
+    Sketcher,
+    SketchEvent,
+    moved_sketch,
+    refuse_sketches,
+)
 from flora_jax.transforms.parts import OnSketch, Part, leafwise
 
 if TYPE_CHECKING:
@@ -162,16 +168,15 @@ def momentum_part(
         warn_if_dense(NAME, plans)
         if sketcher.projection.normalization == "unbiased":
             _warn_if_unstable(plans, decay, resample_every)
-        shapes = [plan.state_shape for plan in plans]
         return CompressedMomentumState(
             count=jnp.zeros([], jnp.int32),
             epoch=jnp.zeros([], jnp.int32),
             key=jnp.array(sketcher.sketch.key_data),
             spec=sketcher.spec(plans, dtype=dtype.name, resample_every=resample_every),
-            momentum=zeros_tree(params, shapes, dtype),
+            momentum=zeros_tree(params, [p.state_shape for p in plans], dtype),
         )
 
-    def plan(updates: PyTree, state: Any) -> tuple[bool, Sequence[LeafPlan]]:
+    def plan(updates: PyTree, state: Any) -> tuple[bool, Plans]:
         check_state_key(NAME, state.key)
         if estimator != "paper":
             refuse_sketches(NAME, updates, f"{estimator=} adds the gradient")
@@ -187,7 +192,7 @@ def momentum_part(
 def momentum_step(
     sketcher: Sketcher,
     estimator: str,
-    planned: tuple[bool, Sequence[LeafPlan]],
+    planned: tuple[bool, Plans],
     leaves: Sequence[ScaledLeaf],
     state: CompressedMomentumState,
     on_sketch: OnSketch,
@@ -207,77 +212,43 @@ def momentum_step(
             normalization = sketcher.projection.normalization
             largest = _largest_ratio(plan, normalization, decay, resample_every)
             on_sketch(SketchEvent(sketcher, plan, s, leaf, fresh, new, largest))
-        update = _estimate(sketcher, estimator, plan, s, decay, leaf, m, new, fresh)
+        if estimator == "residual" and not plan.dense:
+            # M (S Sᵀ)⁻¹ S + G − G Π, where G Π is C (S Sᵀ)⁻¹ S of C = G Sᵀ.
+            missing = _inverse_gram(sketcher, plan, new - fresh)
+            update = leaf.value() + sketcher.unsketch_leaf(plan, s, missing)
+        else:
+            average = m if estimator == "fresh" else new
+            update = sketcher.unsketch_leaf(plan, s, average)
+        if estimator in ("nesterov", "fresh"):
+            update = decay * update + (1 - decay) * leaf.value()
         updates.append(ScaledLeaf(update))
         momentum.append(cast_like(new, m))
     count, epoch = optax.safe_increment(state.count), state.epoch
     if resample_every is not None:
         _, due = renewal(count, resample_every)
         epoch = epoch + due.astype(jnp.int32)
-        momentum = _transfer_where(
-            due, sketcher, plans, sampled, momentum, state.key, epoch
-        )
+
+        def transferred(momentum: dict[int, jax.Array]) -> dict[int, jax.Array]:
+            matrices = sketcher.transfers(plans, sampled, state.key, epoch)
+            return {
+                i: cast_like(moved_sketch(plans[i], matrices[i], m), m)
+                for i, m in momentum.items()
+            }
+
+        sketched = {i: m for i, m in enumerate(momentum) if not plans[i].dense}
+        sketched = jax.lax.cond(due, transferred, lambda same: same, sketched)
+        momentum = [sketched.get(i, m) for i, m in enumerate(momentum)]
     return updates, state._replace(
         count=count, epoch=epoch, momentum=rebuild(state.momentum, momentum)
     )
 
 
-def _estimate(
-    sketcher: Sketcher,
-    estimator: str,
-    plan: LeafPlan,
-    sampled: Any,
-    decay: Any,
-    grad: ScaledLeaf,
-    old: Float[Array, "..."],
-    new: Float[Array, "..."],
-    fresh: Float[Array, "..."],
+def _inverse_gram(
+    sketcher: Sketcher, plan: LeafPlan, sketch: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """One leaf's update, float32, by the equations of :func:`compressed_momentum`."""
-    if estimator == "residual" and not plan.dense:
-        gram = sketcher.projection.gram_diagonal(plan.rank, plan.width)
-        # C (S Sᵀ)⁻¹ S, which is G Π where C = G Sᵀ.
-        missing = plan.fold(new - fresh) / along(gram, plan.axis)
-        missing = plan.unfold(missing, plan.state_shape)
-        return grad.value() + sketcher.unsketch_leaf(plan, sampled, missing)
-    average = old if estimator == "fresh" else new
-    update = sketcher.unsketch_leaf(plan, sampled, average)
-    if estimator in ("nesterov", "fresh"):
-        update = decay * update + (1 - decay) * grad.value()
-    return update
-
-
-def _transfer_where(
-    due: jax.Array,
-    sketcher: Sketcher,
-    plans: Sequence[LeafPlan],
-    sampled: Sequence[Any],
-    momentum: Sequence[jax.Array],
-    root: jax.Array,
-    epoch: jax.Array,
-) -> list[jax.Array]:
-    """Moves the sketched leaves to the projections of ``epoch``, where that is due."""
-    places = [i for i, plan in enumerate(plans) if not plan.dense]
-    own = [plans[i] for i in places]
-
-    def move(old: Any, sampled: Any, root: jax.Array, epoch: Any) -> list[jax.Array]:
-        matrices = sketcher.transfers(own, sampled, root, epoch)
-        return [
-            cast_like(moved_sketch(plan, matrix, m), m)
-            for plan, matrix, m in zip(own, matrices, old, strict=True)
-        ]
-
-    moved = jax.lax.cond(
-        due,
-        move,
-        lambda old, *_: old,
-        [momentum[i] for i in places],
-        [sampled[i] for i in places],
-        root,
-        epoch,
-    )
-    found = dict(zip(places, moved, strict=True))
-    return [found.get(i, leaf) for i, leaf in enumerate(momentum)]
+    """C (S Sᵀ)⁻¹ for a sketch C in the state's shape."""
+    gram = sketcher.projection.gram_diagonal(plan.rank, plan.width)
+    return plan.unfold(plan.fold(sketch) / along(gram, plan.axis), plan.state_shape)
 
 
 def _largest_ratio(
@@ -297,14 +268,10 @@ def _largest_ratio(
     return jnp.where(left > 0, jnp.maximum(fixed, 1.0), jnp.inf)
 
 
-def _warn_if_unstable(
-    plans: Sequence[LeafPlan], decay: Any, resample_every: Any
-) -> None:
+def _warn_if_unstable(plans: Plans, decay: Any, resample_every: Any) -> None:
     """Warns with the worst leaf's ρ = β^{2κ}·m/r where transfers amplify noise."""
     sketched = [plan for plan in plans if not plan.dense]
-    traced = isinstance(decay, jax.core.Tracer) or isinstance(
-        resample_every, jax.core.Tracer
-    )
+    traced = any(isinstance(x, jax.core.Tracer) for x in (decay, resample_every))
     if not sketched or resample_every is None or traced:
         return
     worst = max(sketched, key=lambda plan: plan.width / plan.rank)

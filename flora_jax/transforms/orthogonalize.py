@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flora_jax.leaves.mesh import replicated_along
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.rules import LeafRules
 from flora_jax.leaves.trees import rebuild, run_sharded
-from flora_jax.sketching.sketched_gradients import refuse_sketches
+from flora_jax.sketching.sketcher import refuse_sketches
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -126,10 +126,8 @@ def orthogonalize(
     if not isinstance(rules, LeafRules):
         raise TypeError(f"`rules` must be LeafRules(), got {rules!r}; pass an instance")
 
-    def update_fn(
-        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
-    ) -> tuple[PyTree, Any]:
-        del params, extra_args
+    def orthogonalized(updates: PyTree, params: PyTree) -> PyTree:
+        del params
         refuse_sketches("orthogonalize", updates, "it needs full matrices")
         plans, leaves = rules.plan(updates), jax.tree.leaves(updates)
 
@@ -141,11 +139,9 @@ def orthogonalize(
 
         # Products over a sharded side: an Explicit mesh would ask how each is placed.
         new = run_sharded(run, leaves, leaves, jnp.asarray(rms, jnp.float32))
-        return rebuild(updates, new), state
+        return rebuild(updates, new)
 
-    return optax.GradientTransformationExtraArgs(
-        lambda params: optax.EmptyState(), update_fn
-    )
+    return optax.with_extra_args_support(optax.stateless(orthogonalized))
 
 
 def _orthogonal(

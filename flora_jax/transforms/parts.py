@@ -6,15 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from flora_jax._typing import PyTree
-from flora_jax._xla import unshared
 from flora_jax.leaves.trees import rebuild, run_sharded
-from flora_jax.sketching.scaled_leaf import ScaledLeaf
-from flora_jax.sketching.sketched_gradients import gradient_shapes
-from flora_jax.sketching.sketcher import SketchEvent
+from flora_jax.sketching.sketcher import ScaledLeaf, SketchEvent, gradient_shapes
 
 OnSketch = Callable[[SketchEvent], Any] | None
 
@@ -39,22 +35,15 @@ class Part(NamedTuple):
 def leafwise(part: Part) -> optax.GradientTransformationExtraArgs:
     """One part as a gradient transformation, with the part's own state."""
 
-    def init_fn(params: PyTree) -> Any:
-        return part.init(params)
-
     def update_fn(
-        updates: PyTree,
-        state: Any,
-        params: PyTree = None,
-        *,
-        on_sketch: OnSketch = None,
-        **extra_args: Any,
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        del params, extra_args
+        del params
+        on_sketch = extra_args.get("on_sketch")
         new_updates, (state,) = run_parts([part], updates, (state,), on_sketch)
         return new_updates, state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(part.init, update_fn)
 
 
 def run_parts(
@@ -130,12 +119,7 @@ def chain_parts(
         return (*states, *cast(Any, rest.init(params)))
 
     def update_fn(
-        updates: PyTree,
-        state: Any,
-        params: PyTree = None,
-        *,
-        on_sketch: OnSketch = None,
-        **extra_args: Any,
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, tuple[Any, ...]]:
         if params_for and params is None:
             raise ValueError(
@@ -150,39 +134,10 @@ def chain_parts(
         inner, outer = state[: len(parts)], state[len(parts) :]
         new_updates = updates
         if parts:
+            on_sketch = extra_args.get("on_sketch")
             new_updates, inner = run_parts(parts, updates, inner, on_sketch)
-        new_updates, outer = rest.update(
-            new_updates, outer, params, on_sketch=on_sketch, **extra_args
-        )
+        new_updates, outer = rest.update(new_updates, outer, params, **extra_args)
         states = (*inner, *cast(Any, outer))
         return optax.tree.cast_like(new_updates, updates), states
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def clip_part(threshold: jax.typing.ArrayLike) -> Part:
-    """Divides each leaf by max(1, RMS/threshold), as ``optax.clip_by_block_rms``."""
-    return Part(
-        lambda params: optax.EmptyState(),
-        lambda updates, state: None,
-        _clip_step,
-        (threshold,),
-    )
-
-
-def _clip_step(
-    plan: None,
-    leaves: Sequence[ScaledLeaf],
-    state: optax.EmptyState,
-    on_sketch: OnSketch,
-    threshold: Any,
-) -> tuple[list[ScaledLeaf], optax.EmptyState]:
-    del plan, on_sketch
-    return [clip_leaf(leaf, threshold) for leaf in leaves], state
-
-
-def clip_leaf(leaf: ScaledLeaf, threshold: Any) -> ScaledLeaf:
-    """One leaf with the factor that clips it."""
-    again = unshared(leaf).value()
-    rms = jnp.sqrt(jnp.mean(again * again))
-    return leaf.times(1 / jnp.maximum(1.0, rms / threshold))

@@ -13,9 +13,8 @@ from flax import linen, nnx
 import flora_jax as fj
 from flora_jax.sketched_grad.planner import Planner
 from flora_jax.sketched_grad.shape_rules import axes_before_reshape
-from flora_jax.sketching.scaled_leaf import ScaledLeaf
 from flora_jax.sketching.sketch import resolve
-from flora_jax.sketching.sketcher import Sketcher
+from flora_jax.sketching.sketcher import ScaledLeaf, Sketcher
 from flora_jax.transforms.accumulation import NAME
 from tests.transforms.draws import case_id, jit
 

@@ -136,9 +136,7 @@ def test_full_rank_equals_the_plain_accumulator(axis, mean):
         acc = [jnp.zeros(plan.state_shape)]
         sampled = sketcher.sample([plan], jnp.zeros(2, jnp.uint32), 0)
         for i, gradient in enumerate(gradients):
-            acc = accumulate(
-                sketcher, [plan], mean, False, None, sampled, [gradient], acc, i
-            )
+            acc = accumulate(sketcher, [plan], mean, None, sampled, [gradient], acc, i)
         return *acc, *estimate(sketcher, [plan], None, sampled, acc)
 
     acc, found = run_cycle(gradients)

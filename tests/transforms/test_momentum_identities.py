@@ -11,8 +11,7 @@ import pytest
 
 import flora_jax as fj
 from flora_jax import LeafPlan
-from flora_jax.sketching.scaled_leaf import ScaledLeaf
-from flora_jax.sketching.sketcher import Sketcher
+from flora_jax.sketching.sketcher import ScaledLeaf, Sketcher
 from flora_jax.transforms import momentum as momentum_module
 from tests.common import assert_close
 from tests.transforms.draws import jit, run

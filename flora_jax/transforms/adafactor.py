@@ -1,4 +1,7 @@
-"""Adafactor's factored second moment, in a layout that keeps every parameter axis."""
+"""What Adafactor does to an update: factored second moment, clipping, relative step.
+
+The statistics are in a layout that keeps every parameter axis.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,18 @@ import optax
 
 from flora_jax import _validation
 from flora_jax._typing import PyTree, Shape
-from flora_jax._xla import unshared
+from flora_jax._xla import unshared, widened
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.rules import LeafRules
 from flora_jax.leaves.trees import matching_leaves, rebuild, zeros_tree
-from flora_jax.sketching.scaled_leaf import ScaledLeaf
-from flora_jax.sketching.sketched_gradients import refuse_sketches
+from flora_jax.sketching.sketcher import ScaledLeaf, refuse_sketches
 from flora_jax.transforms.parts import OnSketch, Part, leafwise
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 _NAME = "scale_by_factored_rms"
+_LEAST = 1e-3  # Adafactor's epsilon_2: parameters that start at zero must leave it.
 
 
 class FactoredRmsState(NamedTuple):
@@ -110,11 +113,9 @@ def factored_rms_part(
 
     def init(params: PyTree) -> FactoredRmsState:
         shapes = [_statistics_shapes(plan) for plan in rules.plan(params)]
-        row, column, full = (
-            zeros_tree(params, [shape[i] for shape in shapes], jnp.float32)
-            for i in range(3)
-        )
-        return FactoredRmsState(jnp.zeros([], jnp.int32), row, column, full)
+        own = [[shape[i] for shape in shapes] for i in range(3)]
+        trees = [zeros_tree(params, each, jnp.float32) for each in own]
+        return FactoredRmsState(jnp.zeros([], jnp.int32), *trees)
 
     def plan(updates: PyTree, state: Any) -> tuple[LeafPlan, ...]:
         refuse_sketches(_NAME, updates, "it averages the squares of the gradients")
@@ -152,10 +153,9 @@ def _statistics_shapes(plan: LeafPlan) -> tuple[Shape, Shape, Shape]:
     """Shapes of v_row, v_col and v of one leaf."""
     if plan.dense:
         return plan.ones, plan.ones, plan.shape
-    larger, smaller = plan.larger_smaller
     row, column = (
         tuple([1 if i in axes else n for i, n in enumerate(plan.shape)])
-        for axes in (larger, smaller)
+        for axes in plan.larger_smaller
     )
     return row, column, plan.ones
 
@@ -184,3 +184,47 @@ def factored_rms_step(
     row_mean = jnp.mean(row, axis=smaller, keepdims=True)
     scaled = grad.times(jax.lax.rsqrt(row / row_mean), jax.lax.rsqrt(column))
     return scaled, row.astype(v_row.dtype), column.astype(v_col.dtype), v
+
+
+def clip_part(threshold: jax.typing.ArrayLike) -> Part:
+    """Divides each leaf by max(1, RMS/threshold), as ``optax.clip_by_block_rms``."""
+    return Part(
+        optax.init_empty_state, lambda updates, state: None, _clip, (threshold,)
+    )
+
+
+def _clip(
+    plan: None,
+    leaves: Sequence[ScaledLeaf],
+    state: optax.EmptyState,
+    on_sketch: OnSketch,
+    threshold: Any,
+) -> tuple[list[ScaledLeaf], optax.EmptyState]:
+    del plan, on_sketch
+    return [clip_leaf(leaf, threshold) for leaf in leaves], state
+
+
+def clip_leaf(leaf: ScaledLeaf, threshold: Any) -> ScaledLeaf:
+    """One leaf with the factor that clips it."""
+    again = unshared(leaf).value()
+    rms = jnp.sqrt(jnp.mean(again * again))
+    return leaf.times(1 / jnp.maximum(1.0, rms / threshold))
+
+
+def scale_by_parameter_scale() -> optax.GradientTransformation:
+    """Multiplies each leaf's update by the RMS of its parameter, 1e-3 at least.
+
+    The values of ``optax.scale_by_param_block_rms``. That one guards the derivative at
+    zero by a ``where`` over the whole parameter, which XLA writes to memory before it
+    squares it: half the time of a FLORA step. Here the bound on the square guards it.
+
+    Returns:
+      The gradient transformation, without state; ``update`` needs ``params``.
+    """
+    return optax.stateless_with_tree_map(_scale_by_rms)
+
+
+def _scale_by_rms(update: jax.Array, parameter: Any) -> jax.Array:
+    full = widened(parameter)
+    rms = jnp.sqrt(jnp.maximum(jnp.mean(full * full), _LEAST**2))
+    return (update * rms).astype(update.dtype)
