@@ -224,7 +224,7 @@ def scale_by_parameter_scale() -> optax.GradientTransformation:
     return optax.stateless_with_tree_map(_scale_by_rms)
 
 
-def _scale_by_rms(update: jax.Array, parameter: Any) -> jax.Array:
+def _scale_by_rms(update: Any, parameter: Any) -> jax.Array:
     full = widened(parameter)
     rms = jnp.sqrt(jnp.maximum(jnp.mean(full * full), _LEAST**2))
     return (update * rms).astype(update.dtype)

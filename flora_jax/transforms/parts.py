@@ -26,7 +26,7 @@ class Part(NamedTuple):
       settings: numbers that may be traced.
     """
 
-    init: Callable[[PyTree], Any]
+    init: optax.TransformInitFn
     plan: Callable[[PyTree, Any], Any]
     step: Callable[..., tuple[list[ScaledLeaf], Any]]
     settings: tuple[Any, ...] = ()
