@@ -24,10 +24,8 @@ def write(path: pathlib.Path) -> None:
     rank, whose limit it is.
     """
     path.with_suffix(".md").write_text(table(read(path)))
-    found = {
-        result.of_first("options")["resample_every"] or math.inf: result
-        for result in finished(read(path))
-    }
+    results = finished(read(path))
+    found = {r.of_first("options")["resample_every"] or math.inf: r for r in results}
     if not found:
         return  # The table says so.
     row = next(iter(found.values())).rows[0]

@@ -9,13 +9,13 @@ from typing import Any
 
 from experiments.common import errors
 
+# Top-level packages that the extra `experiments` installs, as they are imported.
 _EXTRA = """
 array_record babel flax grain importlib_resources matplotlib orbax requests rich
 rouge_score sacrebleu safetensors sentencepiece tensorboardX tensorflow_datasets
 tokenizers tyro
 """
 EXTRA = frozenset(_EXTRA.split())
-"""Top-level packages that the extra `experiments` installs, as they are imported."""
 
 
 def main(

@@ -95,7 +95,30 @@ class JobConfig:
         rates = "learning_rate lora_learning_rate lora_alpha"
         check(self, rates, "positive and finite", lambda x: 0 < x < math.inf)
         check_fractions(self, "momentum warmup_fraction")
-        _check_methods(self)
+        for name in ("methods", "ranks"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise ConfigError(
+                    f"`--{name}` must name at least one, each once, got "
+                    f"{' '.join(map(str, values))!r}"
+                )
+        for name in self.methods:
+            if self.batch_size % METHODS[name].micro_batches(self):
+                raise ConfigError(
+                    f"`--micro-batches` must divide `--batch-size` ({self.batch_size}) "
+                    f"for {name}, got {self.micro_batches}"
+                )
+            if self.optimizer == "adam" and METHODS[name].kind == "momentum":
+                raise ConfigError(
+                    f"`--methods` got {name}, but `--optimizer adam` has a momentum of "
+                    "its own; use adafactor or sgd, or the other methods"
+                )
+        oblique = self.projection in ("Gaussian", "Rademacher")
+        if self.estimator == "residual" and oblique:
+            raise ConfigError(
+                "`--estimator residual` needs a projection with orthogonal rows, got "
+                f"`--projection` {self.projection}; use CountSketch, Orthogonal or SRHT"
+            )
         if self.stop_after is not None and not 1 <= self.stop_after <= self.updates:
             raise ConfigError(
                 f"`--stop-after` must be between 1 and `--updates` ({self.updates}), "
@@ -147,9 +170,7 @@ class Run:
         return flags | {"method": self.name, "rank": self.rank}
 
 
-def check(
-    config: Any, names: str, wanted: str, is_right: Callable[[Any], bool]
-) -> None:
+def check(config: Any, names: str, wanted: str, is_right: Callable[..., bool]) -> None:
     """Refuses values, or members of a tuple of values.
 
     Args:
@@ -194,30 +215,3 @@ def check_at_least(config: Any, names: str, least: int = 1) -> None:
 def check_fractions(config: Any, names: str) -> None:
     """Refuses numbers outside [0, 1); see `check`."""
     check(config, names, "in [0, 1)", lambda x: 0 <= x < 1)
-
-
-def _check_methods(config: JobConfig) -> None:
-    for name in ("methods", "ranks"):
-        values = getattr(config, name)
-        if not values or len(set(values)) != len(values):
-            raise ConfigError(
-                f"`--{name}` must name at least one, each once, got "
-                f"{' '.join(map(str, values))!r}"
-            )
-    for name in config.methods:
-        if config.batch_size % METHODS[name].micro_batches(config):
-            raise ConfigError(
-                f"`--micro-batches` must divide `--batch-size` ({config.batch_size}) "
-                f"for {name}, got {config.micro_batches}"
-            )
-        if config.optimizer == "adam" and METHODS[name].kind == "momentum":
-            raise ConfigError(
-                f"`--methods` got {name}, but `--optimizer adam` has a momentum of its "
-                "own; use adafactor or sgd, or the other methods"
-            )
-    oblique = config.projection in ("Gaussian", "Rademacher")
-    if config.estimator == "residual" and oblique:
-        raise ConfigError(
-            "`--estimator residual` needs a projection with orthogonal rows, got "
-            f"`--projection` {config.projection}; use CountSketch, Orthogonal or SRHT"
-        )

@@ -37,8 +37,7 @@ def split(batch: Any) -> Any:
             own part on its devices: a batch is kilobytes, and in this way its order
             does not depend on the number of processes.
     """
-    size = len(jax.tree.leaves(batch)[0])
-    even = size % mesh().size == 0
+    even = len(jax.tree.leaves(batch)[0]) % mesh().size == 0
     sharding = NamedSharding(mesh(), PartitionSpec("data" if even else None))
 
     def place(array: np.ndarray) -> jax.Array:

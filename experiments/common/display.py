@@ -12,16 +12,14 @@ from experiments.common import report
 from experiments.common.processes import is_first
 from experiments.common.records import Row
 
-_WIDTH_WITHOUT_TERMINAL = 110
-
 
 def make_console() -> Console:
     """Returns a console that does not fold tables when its output is a file.
 
     Of several processes only the first one speaks.
     """
-    width = None if Console().is_terminal else _WIDTH_WITHOUT_TERMINAL
-    return Console(width=width, quiet=not is_first())
+    width = None if Console().is_terminal else 110
+    return Console(width=width, quiet=not is_first(), highlight=False)
 
 
 def table(console: Console, columns: report.Columns, rows: Iterable[Any]) -> None:

@@ -14,8 +14,8 @@ class NonFiniteLossError(RuntimeError):
     """The training diverged; the message says where and what to lower."""
 
 
+# Numbers of the system's errors for a write that found no room.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Numbers of the system's errors for a write that found no room."""
 
 
 class DiskError(RuntimeError):

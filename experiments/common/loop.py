@@ -24,19 +24,13 @@ from rich.progress import Progress
 from tensorboardX import SummaryWriter
 
 import flora_jax as fj
-from experiments.common import devices, display, processes, records, state_bytes
+from experiments.common import devices, display, problem, processes, records
 from experiments.common.checkpoints import Checkpoints, State
 from experiments.common.config import JobConfig, Run
 from experiments.common.errors import ConfigError, NonFiniteLossError
 from experiments.common.methods import METHODS, settings_of
-from experiments.common.problem import (
-    Batch,
-    Data,
-    Problem,
-    build,
-    learning_rate,
-    micro_batches,
-)
+from experiments.common.problem import Batch, Data, Problem
+from experiments.common.state_bytes import leaf_plans, measure, step_bytes
 
 _DROPOUT = zlib.crc32(b"dropout")
 
@@ -74,7 +68,7 @@ def runs_of(config: JobConfig, data: Data) -> list[Run]:
     ]
     for run in runs:
         if run.method.compressed:
-            state_bytes.leaf_plans(data.params, settings_of(config, run.rank).sketch)
+            leaf_plans(data.params, settings_of(config, run.rank).sketch)
     if config.overwrite and processes.is_first():
         for run in runs:
             shutil.rmtree(run.folder, ignore_errors=True)
@@ -116,11 +110,11 @@ class Training:
                 the processes of this run see different ones.
         """
         self.run, config = run, run.config
-        self.problem, state, tx = build(config, data, run.name, run.rank)
+        self.problem, state, tx = problem.build(config, data, run.name, run.rank)
         sketch = settings_of(config, run.rank).sketch
-        self._sizes = state_bytes.measure(run.method, sketch, *state)
+        self._sizes = measure(run.method, sketch, *state)
         self._micro_batches = run.method.micro_batches(config)
-        self._schedule = learning_rate(config, run.name)
+        self._schedule = problem.learning_rate(config, run.name)
         self._step = functools.partial(training_step, self.problem, tx)
         identity = run.identity | {"the data": data.fingerprint}
         self._kept = Checkpoints(run.folder / "checkpoints", identity)
@@ -161,12 +155,13 @@ class Training:
         part = self._parts(1)[0]
         lowered = step.lower(self.state, self.frozen, part, self._key(1, 0))
         self._compiled = lowered.compile()
-        self._step_bytes = state_bytes.step_bytes(self._compiled)
+        self._step_bytes = step_bytes(self._compiled)
 
     def _parts(self, number: int) -> list[Batch]:
         """The micro-batches of update `number`, on the devices."""
         batch = self.problem.batches[number - 1]
-        return list(map(devices.split, micro_batches(batch, self._micro_batches)))
+        parts = problem.micro_batches(batch, self._micro_batches)
+        return list(map(devices.split, parts))
 
     def _key(self, number: int, part: int) -> jax.Array:
         """The dropout key of one micro-batch."""
@@ -243,6 +238,7 @@ class Training:
     def result(self, scores: dict[str, float] | None = None) -> records.Row:
         """Returns what tables say of a finished run; `result.json` keeps it."""
         run, rows, tokens = self.run, self._metrics.rows, self.problem.tokens
+        losses = [row["loss"] for row in rows if "loss" in row]
         seconds = statistics.median(row["seconds"] for row in rows if "seconds" in row)
         row = {
             "run": run.folder.name,
@@ -256,7 +252,8 @@ class Training:
             "step_peak_bytes": self._step_bytes,
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "train_loss": records.final_train_loss(rows),
+            # Of the last tenth of the updates: one batch says little.
+            "train_loss": statistics.fmean(losses[-max(1, len(losses) // 10) :]),
             "validation_loss": rows[-1]["validation_loss"],
             "perplexity": rows[-1]["perplexity"],
             **(scores or {}),
@@ -276,10 +273,7 @@ def results(config: JobConfig) -> list[records.Row]:
         (json.loads(file.read_text()) for file in files),
         key=lambda row: (order.index(row["method"]), row["rank"] or 0),
     )
-    content: dict[str, Any] = records.provenance(config) | {
-        "devices": jax.device_count(),
-        "peak_bytes": devices.peak_bytes(),
-        "rows": rows,
-    }
+    content = {"devices": jax.device_count(), "peak_bytes": devices.peak_bytes()}
+    content = records.provenance(config) | content | {"rows": rows}
     records.write_json(config.output_dir / "results.json", content)
     return rows

@@ -13,8 +13,8 @@ from flax import nnx, traverse_util
 
 from experiments.models.build import Params
 
+# Last names in the paths of the trained matrices A and B.
 ADAPTERS = ("lora_a", "lora_b")
-"""Last names in the paths of the trained matrices A and B."""
 _HEAD = "lm_head"
 
 
@@ -33,10 +33,8 @@ class LoRALinear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (..., n) to (..., m)."""
         out = self.base(x)
-        a, b = self.lora_a[...], self.lora_b[...]
-        return out + self.scale * (
-            (x.astype(out.dtype) @ a.astype(out.dtype)) @ b.astype(out.dtype)
-        )
+        x, a, b = (y.astype(out.dtype) for y in (x, self.lora_a[...], self.lora_b[...]))
+        return out + self.scale * ((x @ a) @ b)
 
 
 def add(
@@ -75,13 +73,10 @@ def divide(params: Params, *, tune_rest: bool) -> tuple[Params, Params]:
         params: of a model with adapters.
         tune_rest: train biases, norms, embeddings and the head beside the adapters.
     """
-    flat = traverse_util.flatten_dict(params)
-    trained = {
-        path: leaf
-        for path, leaf in flat.items()
-        if path[-1] in ADAPTERS or (tune_rest and path[-2:] != ("base", "kernel"))
-    }
-    frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
+    trained, frozen = {}, {}
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        rest = tune_rest and path[-2:] != ("base", "kernel")
+        (trained if rest or path[-1] in ADAPTERS else frozen)[path] = leaf
     return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
 
 
@@ -93,8 +88,7 @@ def join(trained: Params, frozen: Params) -> Params:
 
 def merge(params: Params, rank: int, alpha: float) -> Params:
     """Folds adapters into their kernels: the parameters of the model without them."""
-    flat = traverse_util.flatten_dict(params)
-    merged = {}
+    flat, merged = traverse_util.flatten_dict(params), {}
     for path, leaf in flat.items():
         if path[-1] in ADAPTERS:
             continue

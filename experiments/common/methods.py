@@ -146,21 +146,15 @@ def settings_of(
         config: of either.
         rank: None where no rank is chosen.
         seed: of the projections, in place of the one of `config`.
-        **changes: other fields.
+        **changes: fields of which `config` says nothing.
     """
     key = config.seed if seed is None else seed
     sketch = fj.Sketch(
         rank or 1, built(config.projection), key=key, mask=fj.not_embeddings
     )
-    settings = Settings(
-        sketch,
-        config.optimizer,
-        config.micro_batches,
-        b1=config.momentum,
-        refresh_every=config.resample_every,
-        estimator=config.estimator,
-    )
-    return dataclasses.replace(settings, **changes)
+    shared = {"refresh_every": config.resample_every, "estimator": config.estimator}
+    base, parts, b1 = config.optimizer, config.micro_batches, config.momentum
+    return Settings(sketch, base, parts, b1, **shared | changes)
 
 
 def with_options(settings: Settings, options: Mapping[str, Any]) -> Settings:
@@ -351,8 +345,8 @@ _WHOLE = (
 )
 METHODS = {method.name: method for method in (*_OF_A_BASE, *_WHOLE)}
 
+# Methods of the main job: two uncompressed ones, each with its compressed peer.
 MAIN = ("full_momentum", "flora_momentum", "full_accumulation", "flora_accumulation")
-"""Methods of the main job: two uncompressed ones, each with its compressed peer."""
 
+# Methods of a fine-tuning: the rows of the paper's tables.
 FINETUNE = tuple(method.name for method in _OF_A_BASE)
-"""Methods of a fine-tuning: the rows of the paper's tables."""

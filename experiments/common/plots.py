@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from experiments.common.report import mean_and_error
 
+# Of Okabe and Ito, told apart by the color-blind too; marks differ in shape.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
-"""Of Okabe and Ito, told apart by the color-blind too; marks differ in shape."""
 GREY = "#BBBBBB"
 MARKS = "osD^v<>Phd*pX"
 DASHES = ("-", "--", "-.", ":")

@@ -25,6 +25,7 @@ from experiments.models.config import Config as ModelConfig
 from experiments.models.t5 import PAD as T5_PAD
 
 Batch = dict[str, np.ndarray]
+Evaluate = Callable[[Params, Params], dict[str, float]]
 
 
 class Problem(NamedTuple):
@@ -45,7 +46,7 @@ class Problem(NamedTuple):
     frozen: Any
     batches: Sequence[Batch]
     tokens: int
-    evaluate: Callable[[Any, Any], dict[str, float]]
+    evaluate: Evaluate
     merged: Callable[[Any, Any], Params]
 
 
@@ -157,9 +158,7 @@ def _sums_per_row(sharding: jax.sharding.Sharding) -> Callable[..., Any]:
     return sums
 
 
-def _evaluation(
-    config: JobConfig, data: Data, graphdef: nnx.GraphDef
-) -> Callable[[Params, Params], dict[str, float]]:
+def _evaluation(config: JobConfig, data: Data, graphdef: nnx.GraphDef) -> Evaluate:
     """Returns a function of parameters: loss and perplexity per token."""
     held_out = data.validation
     chunks = batches.in_order(held_out, min(config.batch_size, len(held_out)))

@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import platform
-import statistics
 from typing import Any
 
 import jax
@@ -96,9 +95,3 @@ def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that make the numbers."""
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version()} | found
-
-
-def final_train_loss(rows: list[Row]) -> float:
-    """Mean training loss of the last tenth of the updates; one batch says little."""
-    losses = [row["loss"] for row in rows if "loss" in row]
-    return statistics.fmean(losses[-max(1, len(losses) // 10) :])

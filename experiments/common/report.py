@@ -14,6 +14,7 @@ from typing import Any
 from experiments.common import records
 
 Columns = Mapping[str, Callable[[Any], Any]]
+Write = Callable[[pathlib.Path], None]
 
 
 def mean_and_error(values: Sequence[float | None]) -> tuple[float, float]:
@@ -86,10 +87,7 @@ def ranked(title: str, rank: int | None) -> str:
 
 
 def publish(
-    path: pathlib.Path,
-    config: Any,
-    content: Mapping[str, Any],
-    write: Callable[[pathlib.Path], None],
+    path: pathlib.Path, config: Any, content: Mapping[str, Any], write: Write
 ) -> None:
     """Writes data with what made them, then their report, and prints its tables."""
     records.write_json(path, records.provenance(config) | dict(content))
@@ -98,7 +96,7 @@ def publish(
     print(f"Tables, pictures and data are in {path.parent}")
 
 
-def main(write: Callable[[pathlib.Path], None]) -> None:
+def main(write: Write) -> None:
     """Writes the reports of the files that the command line names."""
     for name in sys.argv[1:]:
         write(pathlib.Path(name))

@@ -41,12 +41,8 @@ def step_bytes(compiled: jax.stages.Compiled) -> int:
     The peak that it reports leaves out temporaries on CPU, hence the sum.
     """
     stats = compiled.memory_analysis()
-    return (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        + stats.temp_size_in_bytes
-        - stats.alias_size_in_bytes
-    )
+    held = stats.argument_size_in_bytes + stats.output_size_in_bytes
+    return held + stats.temp_size_in_bytes - stats.alias_size_in_bytes
 
 
 def measure(

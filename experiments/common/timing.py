@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
+# Rounds before those that are timed.
 UNTIMED = 2
-"""Rounds before those that are timed."""
 
 
 class Program:

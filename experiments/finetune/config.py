@@ -122,6 +122,7 @@ _GPT2_XL = dataclasses.replace(
     _T5_3B, model="gpt2-xl", checkpoint=pathlib.Path("gpt2-xl"), **_IWSLT
 )
 
+# Sets of defaults by name: two that run anywhere, and the paper's.
 PRESETS = {
     "docstrings": ("docstring body to summary line, offline, two cores", Config()),
     "phrases": ("German to English CLDR phrases, offline, two cores", _PHRASES),
@@ -130,4 +131,3 @@ PRESETS = {
     "iwslt-gpt2": ("the paper's translation from scratch", _GPT2),
     "iwslt-gpt2-xl": ("the paper's translation, of ./gpt2-xl", _GPT2_XL),
 }
-"""Sets of defaults by name: two that run anywhere, and the paper's."""

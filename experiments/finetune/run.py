@@ -1,20 +1,18 @@
 """All runs of one command, one after the other, and their table."""
 
-import pathlib
-
 import jax
 from rich.console import Console
 
-from experiments.common import display, loop, processes, records
+from experiments.common import display, loop, processes
+from experiments.common.records import Row
 from experiments.common.report import markdown
-from experiments.data.pairs import Pair
 from experiments.finetune.config import Config
 from experiments.finetune.evaluate import evaluate
 from experiments.finetune.prepare import Prepared, prepare
 from experiments.models.hugging_face import save
 
 
-def run(config: Config, prepared: Prepared | None = None) -> list[records.Row]:
+def run(config: Config, prepared: Prepared | None = None) -> list[Row]:
     """Trains and evaluates every method at every rank.
 
     Args:
@@ -32,7 +30,13 @@ def run(config: Config, prepared: Prepared | None = None) -> list[records.Row]:
     if prepared is None:
         with console.status("Preparing data, vocabulary and model"):
             prepared = prepare(config)
-    _describe(prepared, console)
+    sizes = {split: len(pairs) for split, pairs in prepared.splits.items()}
+    counts = ", ".join(f"{count:,} {split}" for split, count in sizes.items())
+    console.print(
+        f"{prepared.dataset.description} Pairs: {counts}. Vocabulary: "
+        f"{prepared.vocabulary.size:,} tokens. Model: "
+        f"{sum(x.size for x in jax.tree.leaves(prepared.params)):,} parameters.",
+    )
     rows = []
     for each in loop.runs_of(config, prepared):
         (training,) = loop.train([each], prepared, console)
@@ -45,20 +49,7 @@ def run(config: Config, prepared: Prepared | None = None) -> list[records.Row]:
     return rows
 
 
-def _describe(prepared: Prepared, console: Console) -> None:
-    sizes = {split: len(pairs) for split, pairs in prepared.splits.items()}
-    counts = ", ".join(f"{count:,} {split}" for split, count in sizes.items())
-    console.print(
-        f"{prepared.dataset.description} Pairs: {counts}. Vocabulary: "
-        f"{prepared.vocabulary.size:,} tokens. Model: "
-        f"{sum(x.size for x in jax.tree.leaves(prepared.params)):,} parameters.",
-        highlight=False,
-    )
-
-
-def _finish(
-    training: loop.Training, prepared: Prepared, console: Console
-) -> records.Row:
+def _finish(training: loop.Training, prepared: Prepared, console: Console) -> Row:
     """Evaluates a finished run; writes its model, result and samples."""
     folder = training.run.folder
     params = training.problem.merged(training.state.params, training.frozen)
@@ -66,20 +57,14 @@ def _finish(
         save(params, prepared.model, folder / "model")
         prepared.vocabulary.save(folder / "model")
     scores, samples = evaluate(training.run.config, prepared, params)
-    if processes.is_first():
-        _show_samples(samples, folder / "samples.txt", console)
-    return training.result(scores)
-
-
-def _show_samples(
-    samples: list[tuple[Pair, str]], path: pathlib.Path, console: Console
-) -> None:
     text = "\n\n".join(
         f"source:     {pair.source}\nreference:  {pair.target}\nprediction: {found}"
         for pair, found in samples
     )
-    path.write_text(text + "\n")
-    console.print(text, highlight=False, markup=False)
+    if processes.is_first():
+        (folder / "samples.txt").write_text(text + "\n")
+        console.print(text, markup=False)
+    return training.result(scores)
 
 
 def _report(config: Config, prepared: Prepared, console: Console) -> None:

@@ -11,8 +11,8 @@ from experiments.common.errors import ConfigError
 from experiments.common.methods import MAIN
 from experiments.models.config import GPT2Config, validate
 
+# A byte-level vocabulary has the 256 bytes and the end-of-text token.
 SMALLEST_VOCABULARY = 257
-"""A byte-level vocabulary has the 256 bytes and the end-of-text token."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

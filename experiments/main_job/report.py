@@ -58,10 +58,10 @@ def write(rows: Rows, folder: pathlib.Path, console: Console) -> None:
     loss_curves(rows, folder)
     memory_bars(rows, folder)
     (folder / "report.md").write_text(_markdown(rows, headline, checks))
-    console.print(headline, highlight=False)
+    console.print(headline)
     display.table(console, _COLUMNS, rows)
     for line in (_LEGEND, *checks):
-        console.print(line, highlight=False)
+        console.print(line)
 
 
 def _markdown(rows: Rows, headline: str, checks: Sequence[str]) -> str:

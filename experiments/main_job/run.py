@@ -54,7 +54,6 @@ def run(config: Config) -> list[records.Row]:
     console.print(
         f"Corpus: {len(data.train):,} packed training examples of {data.tokens} "
         f"tokens, ready in {time.perf_counter() - started:.1f} s",
-        highlight=False,
     )
     trainings = loop.train(loop.runs_of(config, data), data, console)
     rows = [each.result() for each in trainings if each.done == config.updates]
@@ -68,6 +67,5 @@ def run(config: Config) -> list[records.Row]:
         console.print(
             f"Wall time {time.perf_counter() - started:.0f} s. Table, pictures, "
             f"metrics and checkpoints are in {config.output_dir}",
-            highlight=False,
         )
     return rows

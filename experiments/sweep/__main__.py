@@ -1,4 +1,4 @@
-"""Command line: `python -m experiments.sweep`."""
+"""Runs grids of short runs; those that stand in the results are not run again."""
 
 import sys
 
@@ -14,14 +14,9 @@ def main(arguments: list[str] | None = None, name: str = "sweep", *grids: str) -
         name: of the question.
         *grids: those of the question, unless others are named.
     """
-    return command.main(
-        Config,
-        "experiments.sweep.run",
-        f"python -m experiments.{name}",
-        "Runs grids of short runs; those that stand in the results are not run again.",
-        arguments,
-        default=Config(grids) if grids else None,
-    )
+    names = "experiments.sweep.run", f"python -m experiments.{name}"
+    default = Config(grids) if grids else None
+    return command.main(Config, *names, __doc__, arguments, default=default)
 
 
 if __name__ == "__main__":

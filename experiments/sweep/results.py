@@ -11,13 +11,13 @@ from experiments.common.methods import METHODS, Method
 from experiments.common.records import Row, read_rows
 from experiments.common.report import mean_and_error, ranked
 
+# Of options, where their own would be long.
 _WORDS = {
     "orthogonal True": "orthogonalized",
     "state_dtype int8": "int8",
     "nesterov False": "without look-ahead",
     "lora_tune_rest False": "adapters alone",
 }
-"""Of options, where their own would be long."""
 
 
 @dataclasses.dataclass(frozen=True)

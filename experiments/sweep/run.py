@@ -19,8 +19,7 @@ from rich.progress import Progress
 from experiments.common import records
 from experiments.common.errors import ConfigError
 from experiments.sweep import report
-from experiments.sweep.config import Config
-from experiments.sweep.grid import Cell, cells, parts, run_id, title
+from experiments.sweep.config import Cell, Config, cells, parts, run_id, title
 from experiments.sweep.results import best_rate, beyond
 from experiments.sweep.tasks import Bench, Sources
 
@@ -34,25 +33,21 @@ def run(config: Config) -> None:
         ConfigError: the settings make no sense.
     """
     config.validate()
-    for path in config.paths():
-        _run_grid(config, path)
-
-
-def _run_grid(config: Config, path: pathlib.Path) -> None:
-    grid = json.loads(path.read_text())
-    jobs = _jobs(grid, config.only)  # Errors come before hours of training.
     places = config.data_dir, config.corpus_dir
-    _sources(json.dumps(grid["settings"]), *places)
-    output = config.output_dir / f"{path.stem}.jsonl"
-    records.resume_rows(output)
-    if not output.with_suffix(".json").exists():
-        output.with_suffix(".json").write_text(path.read_text())
-    run_one = functools.partial(_run_and_append, output=output, places=places)
-    with Progress() as progress:
-        bar = progress.add_task("cells", total=len(jobs))
-        for finished in _each(run_one, jobs, config.workers):
-            progress.update(bar, description=finished, advance=1)
-    report.write(output)
+    for path in config.paths():
+        grid = json.loads(path.read_text())
+        jobs = _jobs(grid, config.only)  # Errors come before hours of training.
+        _sources(json.dumps(grid["settings"]), *places)
+        output = config.output_dir / f"{path.stem}.jsonl"
+        records.resume_rows(output)
+        if not output.with_suffix(".json").exists():
+            output.with_suffix(".json").write_text(path.read_text())
+        run_one = functools.partial(_run_and_append, output=output, places=places)
+        with Progress() as progress:
+            bar = progress.add_task("cells", total=len(jobs))
+            for finished in _each(run_one, jobs, config.workers):
+                progress.update(bar, description=finished, advance=1)
+        report.write(output)
 
 
 def _jobs(grid: dict[str, Any], only: str) -> list[_Job]:

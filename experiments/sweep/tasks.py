@@ -23,7 +23,7 @@ from experiments.main_job import run as main_job
 from experiments.main_job.config import Config
 from experiments.models.build import Params, create
 from experiments.models.config import GPT2Config
-from experiments.sweep.grid import Cell
+from experiments.sweep.config import Cell
 
 
 class Task:
@@ -69,10 +69,9 @@ class Task:
         schedule = problem.learning_rate(self.config, self._name)
         settings = settings_of(self.config, self._rank, seed, **self._settings)
         tx = optax.chain(self.method.optimizer(schedule, settings), optax.scale(rate))
-        dense_rate = self._dense_rate
-        if dense_rate is None:
+        if self._dense_rate is None:
             return tx
-        rest = optax.adam(lambda count: dense_rate * schedule(count), b2=0.99)
+        rest = optax.adam(lambda count: self._dense_rate * schedule(count), b2=0.99)
         return optax.partition({True: tx, False: rest}, matrices)
 
     def start(self, seed: int) -> tuple[Problem, State]:
@@ -180,10 +179,11 @@ class Bench:
                 total += float(loss)
             losses.append(total / self._parts)
             seconds.append(time.perf_counter() - started)
-        tenth = max(1, len(losses) // 10)
         scores = self._task.judge(made, state)
         return {
-            "train_loss": _finite(statistics.mean(losses[-tenth:])),
+            "train_loss": _finite(
+                statistics.mean(losses[-max(1, len(losses) // 10) :])
+            ),
             **{name: _finite(score) for name, score in scores.items()},
             "step_seconds": statistics.median(seconds),
             "compile_seconds": self._compile_seconds,

@@ -10,9 +10,8 @@ import pytest
 from experiments.common import records
 from experiments.common.errors import ConfigError
 from experiments.common.methods import METHODS, settings_of
-from experiments.sweep import grid as grids
-from experiments.sweep.config import Config
-from experiments.sweep.grid import cells, parts, run_id, title
+from experiments.sweep import config as grids
+from experiments.sweep.config import Config, cells, parts, run_id, title
 from experiments.sweep.tasks import config_of, split
 
 EXPERIMENTS = pathlib.Path(grids.__file__).parent.parent
