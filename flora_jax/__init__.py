@@ -8,13 +8,11 @@ Hao, Cao, Mou, `FLORA: Low-Rank Adapters Are Secretly Gradient Compressors
 """
 
 from flora_jax.diagnostics import LeafDiagnostics, diagnostics
-from flora_jax.leaves.masks import embeddings, not_embeddings
 from flora_jax.leaves.plan import LeafPlan
-from flora_jax.leaves.rules import LeafRules
+from flora_jax.leaves.rules import LeafRules, embeddings, not_embeddings
 from flora_jax.leaves.spec import verify_state
-from flora_jax.memory.budget import rank_for_budget
+from flora_jax.memory.budget import rank_for_budget, ranks_for_budget
 from flora_jax.memory.planner import LeafMemory, MemoryPlan, memory_plan
-from flora_jax.memory.ranks import ranks_for_budget
 from flora_jax.optimizers import (
     apollo,
     apollo_mini,
@@ -25,16 +23,11 @@ from flora_jax.optimizers import (
     flora_muon,
     galore,
 )
-from flora_jax.projections.base import (
-    AdaptiveProjection,
-    ObliviousProjection,
-    Projection,
-)
+from flora_jax.projections.adaptive import AdaptiveProjection, TopDCT, TopSVD
+from flora_jax.projections.base import ObliviousProjection, Projection
 from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.projections.dense import Gaussian, Orthogonal, Rademacher
 from flora_jax.projections.srht import SRHT
-from flora_jax.projections.top_dct import TopDCT
-from flora_jax.projections.top_svd import TopSVD
 from flora_jax.quantization.quantize_state import QuantizedState, quantize_state
 from flora_jax.sharding.compressed_pmean import compressed_pmean
 from flora_jax.sharding.state_sharding import state_sharding

@@ -7,8 +7,7 @@ import pathlib
 
 import numpy as np
 
-from flora_jax.memory.planner import MemoryPlan
-from flora_jax.memory.tables import format_bytes
+from flora_jax.memory.planner import MemoryPlan, format_bytes
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73")  # Of Okabe and Ito.
 

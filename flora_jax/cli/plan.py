@@ -16,8 +16,7 @@ from flora_jax import optimizers
 from flora_jax.cli import model_files, picture
 from flora_jax.leaves.rules import not_embeddings
 from flora_jax.memory.budget import rank_for_budget, tree_bytes
-from flora_jax.memory.planner import default_peers, memory_plan
-from flora_jax.memory.tables import format_bytes
+from flora_jax.memory.planner import default_peers, format_bytes, memory_plan
 from flora_jax.sketching.sketch import Sketch
 from flora_jax.transforms.accumulation import compressed_accumulation
 

@@ -1,4 +1,4 @@
-"""What the compiler is told where arrays are sharded over a mesh.
+"""Arrays on a mesh: how state is sharded, and what the compiler is told.
 
 Only ``jax.set_mesh`` tells a transformation that there is a mesh: under it the
 projections use forms that a sharded side enters as partial sums.
@@ -7,20 +7,55 @@ projections use forms that a sharded side enters as partial sums.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.core
 
-from flora_jax._typing import AxisNames, PyTree
+from flora_jax._typing import AxisNames, PyTree, Shape
 
 _Type = jax.sharding.AxisType
 
 
+def fit_sharding(place: Any, old: Shape, new: Shape, mesh: Any = None) -> Any:
+    """The sharding of an array of state, from that of its parameter: of the same kind.
+
+    An axis of the parameter's size keeps its mesh axes. One of another size (the rank
+    of a sketch, the blocks of a code) keeps them if they divide it, and is unsharded
+    otherwise, or where the mesh is not known.
+
+    Args:
+      place: the parameter's NamedSharding, PartitionSpec or names of mesh axes, None
+        for unsharded ones; axes at the end may be left out.
+      old: the parameter's shape.
+      new: the shape of an array of its state, of as many axes.
+      mesh: what gives the sizes of mesh axes; by default the sharding's, or that of
+        ``jax.set_mesh``.
+    """
+    named = isinstance(place, jax.NamedSharding)
+    spec = place.spec if named else place
+    mesh = mesh or (place.mesh if named else jax.sharding.get_abstract_mesh())
+    padded = (*spec, *(None for _ in range(len(old) - len(spec))))
+    names = tuple(
+        name if a == b or _divides(name, b, mesh.shape) else None
+        for name, a, b in zip(padded, old, new, strict=True)
+    )
+    if named:
+        return jax.NamedSharding(place.mesh, jax.P(*names))
+    return jax.P(*names) if isinstance(place, jax.P) else names
+
+
+def _divides(name: Any, size: int, mesh_sizes: Mapping[str, int]) -> bool:
+    group = name if isinstance(name, tuple) else (name,)
+    axes = [axis for axis in group if axis is not None]
+    known = all(axis in mesh_sizes for axis in axes)
+    return known and size % math.prod(mesh_sizes[axis] for axis in axes) == 0
+
+
 def is_sharded() -> bool:
     """Whether the compiler may shard arrays here, over the axes of a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and math.prod(_axes(mesh).values()) > 1
+    return math.prod(_axes(jax.sharding.get_abstract_mesh()).values()) > 1
 
 
 def replicated_along(x: jax.Array, axis: int) -> jax.Array:
@@ -70,7 +105,5 @@ def _axes(
     mesh: jax.sharding.AbstractMesh, wanted: jax.sharding.AxisType = _Type.Auto
 ) -> dict[str, int]:
     """Mesh axes of a type, and their sizes; the compiler shards over Auto ones."""
-    if mesh.empty:
-        return {}
     axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {name: size for name, size, kind in axes if kind is wanted}

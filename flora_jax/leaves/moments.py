@@ -14,18 +14,14 @@ from flora_jax.leaves.paths import named_leaves
 # What a tree holds decides how it follows a change of basis, and how it is coded.
 FIRST, SECOND, SUM = "first", "second", "sum"
 KINDS = {
-    "mu": FIRST,
-    "ema": FIRST,
-    "momentum": FIRST,
+    **dict.fromkeys(("mu", "ema", "momentum"), FIRST),
     "nu": SECOND,
-    "trace": SUM,
-    "acc_grads": SUM,
-    "error": SUM,
+    **dict.fromkeys(("trace", "acc_grads", "error"), SUM),
 }
 
 
 def find_moments(
-    state: Any, params: PyTree, fields: Collection[str] = tuple(KINDS)
+    state: Any, params: PyTree, fields: Collection[str] = KINDS
 ) -> list[dict[str, PyTree]]:
     """Trees of moments inside an optimizer state.
 
@@ -52,22 +48,17 @@ def find_moments(
     return groups
 
 
-def replace_moments(
-    state: Any,
-    params: PyTree,
-    groups: list[dict[str, PyTree]],
-    fields: Collection[str] = tuple(KINDS),
-) -> Any:
+def replace_moments(state: Any, params: PyTree, groups: list[dict[str, PyTree]]) -> Any:
     """The state with other trees in the places that :func:`find_moments` finds."""
     rest = iter(groups)
-    return map_moments(lambda group: next(rest), state, params, fields)
+    return map_moments(lambda group: next(rest), state, params)
 
 
 def map_moments(
     function: Callable[[dict[str, PyTree]], dict[str, PyTree]],
     state: Any,
     params: PyTree,
-    fields: Collection[str] = tuple(KINDS),
+    fields: Collection[str] = KINDS,
 ) -> Any:
     """Replaces the moments of each NamedTuple; see :func:`find_moments`."""
     axes = {path: jnp.ndim(leaf) for path, leaf in named_leaves(params)}
@@ -93,8 +84,7 @@ def map_moments(
 
     def visit(node: Any) -> Any:
         nodes, treedef = jax.tree.flatten(node, is_leaf=has_fields)
-        return jax.tree.unflatten(
-            treedef, [replaced(x) if hasattr(x, "_fields") else x for x in nodes]
-        )
+        new = [replaced(x) if hasattr(x, "_fields") else x for x in nodes]
+        return jax.tree.unflatten(treedef, new)
 
     return visit(state)

@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,15 @@ import jax.numpy as jnp
 
 from flora_jax import _validation
 from flora_jax._typing import Axes, LeafMask, PyTree, Shape
-from flora_jax.leaves.fold import Fold, fold_axes, matrix_reason
 from flora_jax.leaves.paths import named_leaves, normalize_path
-from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.plan import Fold, LeafPlan, fold_axes, matrix_reason
+
+# Names of embeddings and output heads in Flax, GPT-2, T5, Llama, Gemma and MaxText.
+_EMBEDDING = re.compile(
+    r"(^|[/.])(embed|embedder|embedding|embeddings|embed_tokens|input_embedding|lm_head"
+    r"|logits_dense|position_embedder|pos_embedding|relative_attention_bias|shared"
+    r"|token_embedder|wpe|wte)([/.]|$)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +79,9 @@ def _entries(value: Any) -> list[tuple[str, Any]]:
 
 
 def is_scalar(value: Any) -> bool:
-    """Whether a rule is one value or callable, and not a tree of values by path."""
-    return _is_dimension_numbers(value) or jax.tree_util.all_leaves([value])
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, ByPath) or not is_scalar(value)
+    """Whether a rule is one value or callable: no None, and no values by path."""
+    leaf = _is_dimension_numbers(value) or jax.tree_util.all_leaves([value])
+    return leaf and not isinstance(value, ByPath)
 
 
 def _is_entry(x: Any) -> bool:
@@ -116,7 +120,7 @@ class LeafRules:
         """Raises on bad arguments, and makes trees hashable."""
         if callable(self.mask):
             _validation.check_leaf_rule("mask", self.mask)
-        elif not (self.mask is None or _is_table(self.mask)):
+        elif is_scalar(self.mask):
             raise TypeError(
                 "`mask` must be a callable of (path, shape) or a tree of bools, got"
                 f" mask={self.mask!r}; use None to sketch every leaf that folds"
@@ -129,7 +133,7 @@ class LeafRules:
         )
         numbers = self.weight_dimension_numbers
         if not callable(numbers) or _is_dimension_numbers(numbers):
-            if numbers is not None and is_scalar(numbers):
+            if is_scalar(numbers):
                 numbers = _hashable_numbers(numbers)
             numbers = by_path(numbers, _hashable_numbers)
         object.__setattr__(self, "mask", by_path(self.mask, bool))
@@ -178,10 +182,8 @@ class LeafRules:
         """The fold by the rule, or by the user's dimension numbers."""
         mask = self.mask
         if isinstance(mask, ByPath):
-            kept = mask.find("mask", path, shape)
-        else:
-            kept = True if mask is None else mask(path, shape)
-        if not kept:
+            mask = functools.partial(mask.find, "mask")
+        if mask is not None and not mask(path, shape):
             return "the mask leaves it out"
         if numbers is None:
             return fold_axes(shape, self.min_dim_size, self.max_aspect_ratio)
@@ -196,8 +198,7 @@ class LeafRules:
                 f"`weight_dimension_numbers` of leaf {path!r} must name disjoint,"
                 f" non-empty axes, got {numbers} for shape {shape}; name each axis once"
             )
-        n = math.prod(shape[i] for i in rows)
-        m = math.prod(shape[i] for i in columns)
+        n, m = (math.prod(shape[i] for i in axes) for axes in (rows, columns))
         batch = tuple(i for i in range(len(shape)) if i not in rows + columns)
         reason = matrix_reason(n, m, self.min_dim_size, self.max_aspect_ratio)
         return reason or (batch, rows, columns)
@@ -208,9 +209,9 @@ def _is_dimension_numbers(value: Any) -> bool:
 
 
 def _hashable_numbers(numbers: Any) -> Any:
-    """Dimension numbers whose axes are ints and tuples; None and tables pass."""
-    if numbers is None or isinstance(numbers, ByPath):
-        return numbers
+    """Dimension numbers whose axes are ints and tuples; None passes."""
+    if numbers is None:
+        return None
     if not _is_dimension_numbers(numbers):
         raise TypeError(
             "`weight_dimension_numbers` must be dimension numbers, a tree of them or a"
@@ -246,3 +247,34 @@ def _shape(path: str, leaf: Any) -> Shape:
             " optax.contrib.split_real_and_imaginary"
         )
     return jnp.shape(leaf)
+
+
+def embeddings(path: str, shape: Shape) -> bool:
+    """Whether a leaf belongs to an embedding or an output head, by its path.
+
+    True if a part of the path, between slashes or dots, is ``embed``, ``embedder``,
+    ``embedding``, ``embeddings``, ``embed_tokens``, ``input_embedding``, ``lm_head``,
+    ``logits_dense``, ``position_embedder``, ``pos_embedding``,
+    ``relative_attention_bias``, ``shared``, ``token_embedder``, ``wpe`` or ``wte``.
+
+    Args:
+      path: normalized path of the leaf, for example ``"h/0/attn/c_attn/kernel"``.
+      shape: its shape, which is not looked at.
+    """
+    del shape
+    return _EMBEDDING.search(path) is not None
+
+
+def not_embeddings(path: str, shape: Shape) -> bool:
+    """Whether a leaf is no embedding and no output head: the usual ``mask``.
+
+    The gradient of an embedding is sparse by rows, unlike a matrix product's. See
+    :func:`embeddings` for the names.
+
+    Example:
+      >>> import flora_jax as fj
+      >>> fj.not_embeddings("wte/embedding", (50257, 768))
+      False
+      >>> sketch = fj.Sketch(256, mask=fj.not_embeddings)
+    """
+    return not embeddings(path, shape)

@@ -18,9 +18,8 @@ import numpy as np
 import optax
 
 from flora_jax import _validation as check
-from flora_jax.leaves.boxes import is_masked
-from flora_jax.leaves.paths import named_arrays
-from flora_jax.leaves.state_leaves import abstract_state
+from flora_jax.leaves.paths import abstract_state, is_masked, named_arrays
+from flora_jax.leaves.rules import LeafRules
 
 FORMAT = 3
 _WORDS = 64
@@ -38,14 +37,7 @@ _LONGEST_VALUE = 64  # The settings of one transformation share about 240 bytes.
 _INTERVALS = ("resample_every", "refresh_every")
 _IN_A_WORD = "in a word"
 # Settings that act through the leaf plans alone, which the identity covers.
-_PLANNING = {
-    "rank",
-    "mask",
-    "side",
-    "min_dim_size",
-    "max_aspect_ratio",
-    "weight_dimension_numbers",
-}
+_PLANNING = {"rank", "side", *(field.name for field in dataclasses.fields(LeafRules))}
 
 
 def make_spec(name: str, key: Any, identity: int = 0, **settings: Any) -> jax.Array:
@@ -201,17 +193,15 @@ def _specs_of_init(tx: Any, params: Any) -> dict[str, np.ndarray]:
         params,
     )
     specs = jax.jit(lambda params: _specs(tx.init(params)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
         return {path: np.asarray(spec) for path, spec in specs(like).items()}
 
 
 def _shapes(tree: Any) -> dict[str, str]:
     """Dtype and shape of each array, by path."""
-    arrays = (("/".join(names), x) for names, x in named_arrays(tree))
     return {
-        path: f"{jnp.result_type(x)}{list(jnp.shape(x))}"
-        for path, x in arrays
+        "/".join(names): f"{jnp.result_type(x)}{list(jnp.shape(x))}"
+        for names, x in named_arrays(tree)
         if not is_masked(x)
     }
 

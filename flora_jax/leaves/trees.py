@@ -14,10 +14,13 @@ import jax.core
 import jax.numpy as jnp
 
 from flora_jax._typing import PyTree, Shape
-from flora_jax.leaves.boxes import is_box, rebox
-from flora_jax.leaves.paths import named_leaves
+from flora_jax.leaves.mesh import fit_sharding
+from flora_jax.leaves.paths import is_masked, named_leaves
 from flora_jax.leaves.plan import LeafPlan
-from flora_jax.leaves.shardings import fit_sharding
+
+_Explicit = jax.sharding.AxisType.Explicit
+# Metadata of a Variable that name a mesh axis for each of its array's axes.
+_SHARDINGS = ("out_sharding", "optimizer_sharding")
 
 
 def zeros_tree(params: PyTree, shapes: Sequence[Shape], dtype: Any) -> PyTree:
@@ -50,7 +53,7 @@ def _zeros(leaf: Any, shape: Shape, dtype: Any) -> jax.Array:
         place = fit_sharding(leaf.sharding, leaf.shape, shape)
         return jnp.zeros(shape, dtype, device=place)
     sharding = jax.typeof(leaf).sharding
-    if _has_explicit_axes(sharding.mesh):
+    if _Explicit in sharding.mesh.axis_types:
         place = fit_sharding(sharding, leaf.shape, shape)
         return jnp.zeros(shape, dtype, out_sharding=place)
     return jnp.zeros(shape, dtype)
@@ -78,21 +81,7 @@ def matching_leaves(
     Raises:
       ValueError: naming the first leaf that is missing, extra or of another shape.
     """
-    found = list(named_leaves(tree))
-    expected = [(plan.path, shape) for plan, shape in zip(plans, shapes, strict=True)]
-    if expected != [(path, leaf.shape) for path, leaf in found]:
-        _explain_mismatch(name, field, found, plans, shapes)
-    return [leaf for _, leaf in found]
-
-
-def _explain_mismatch(
-    name: str,
-    field: str,
-    found: list[tuple[str, jax.Array]],
-    plans: Sequence[LeafPlan],
-    shapes: Sequence[Shape],
-) -> None:
-    """Raises, naming the first leaf that is missing, extra or of another shape."""
+    found = named_leaves(tree)
     known = {path for path, _ in found}
     for plan in plans:
         if plan.path not in known:
@@ -117,6 +106,7 @@ def _explain_mismatch(
                 f" {path!r} of shape {leaf.shape}; the state was made for other"
                 " parameters, ranks or rules: init again, or restore the settings"
             )
+    return [leaf for _, leaf in found]
 
 
 def cast_like(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -159,8 +149,47 @@ def run_sharded(fn: Callable[..., Any], like: PyTree, *args: Any) -> PyTree:
     return jax.sharding.auto_axes(fn, out_sharding=shardings)(*args)
 
 
-_Explicit = jax.sharding.AxisType.Explicit
+def _is_variable(x: Any) -> bool:
+    return hasattr(x, "get_metadata") and hasattr(x, "get_value")
 
 
-def _has_explicit_axes(mesh: Any) -> bool:
-    return _Explicit in mesh.axis_types
+def _is_boxed(x: Any) -> bool:
+    return _is_variable(x) or (hasattr(x, "replace_boxed") and hasattr(x, "names"))
+
+
+def is_box(x: Any) -> bool:
+    """Whether x is an NNX Variable or a Linen box around one array."""
+    # A box that optax.masked has emptied is left to jax as any other node.
+    return _is_boxed(x) and len(jax.tree.leaves(x)) == 1
+
+
+def unboxed(tree: PyTree) -> PyTree:
+    """The tree with what boxes hold in their place: an array, or a MaskedNode."""
+
+    def content(box: Any) -> list[Any]:
+        return jax.tree.leaves(box, is_leaf=is_masked)
+
+    def is_full(x: Any) -> bool:
+        return _is_boxed(x) and len(content(x)) == 1
+
+    return jax.tree.map(
+        lambda x: content(x)[0] if is_full(x) else x, tree, is_leaf=is_full
+    )
+
+
+def rebox(box: Any, old: Shape, value: jax.Array) -> Any:
+    """The same kind of box around an array of state, with shardings that fit it.
+
+    Args:
+      box: the parameter's.
+      old: the parameter's shape.
+      value: the array.
+    """
+
+    def fit(place: Any) -> Any:
+        return fit_sharding(place, old, value.shape)
+
+    if not _is_variable(box):
+        return box.replace(value=value, names=fit(box.names))
+    given = {name: box.get_metadata().get(name) for name in _SHARDINGS}
+    return box.copy(value, **{k: fit(x) for k, x in given.items() if x is not None})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import importlib.util
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,16 +14,41 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree, Shape
-from flora_jax.leaves.boxes import is_masked
-from flora_jax.leaves.paths import named_leaves
-from flora_jax.leaves.state_leaves import StateLeaf, abstract_state, state_leaves
-from flora_jax.memory import tables
+from flora_jax.leaves import paths
 from flora_jax.memory.budget import is_sketch, tree_bytes
 from flora_jax.sharding.state_sharding import state_sharding
-from flora_jax.sketching.sketch import Sketch, plan_leaves
+from flora_jax.sketching.sketch import Sketch, as_sketch
 
 # Index of a layer: h.11.attn, layers/3/kernel, Dense_2.
 _INDEX = re.compile(r"(?:(?<=[./_])|^)\d+(?=[./]|$)")
+
+
+class Table(NamedTuple):
+    """Cells as text.
+
+    Attributes:
+      heads: of the columns.
+      rows: of cells.
+      left: indices of the columns that are aligned to the left.
+    """
+
+    heads: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    left: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """The table with padded columns."""
+        lines = [self.heads, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+        def line(cells: tuple[str, ...]) -> str:
+            padded = [
+                cell.ljust(width) if i in self.left else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            ]
+            return "  ".join(padded).rstrip()
+
+        return "\n".join(map(line, lines))
 
 
 class LeafMemory(NamedTuple):
@@ -72,13 +99,13 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         """The tables as plain text."""
-        return "\n\n".join(map(tables.text, self._tables()))
+        return "\n\n".join(map(str, self._tables()))
 
     def print(self) -> None:
         """Prints the tables, with rich where it is installed."""
-        tables.show(self._tables())
+        _show(self._tables())
 
-    def _tables(self) -> list[tables.Table]:
+    def _tables(self) -> list[Table]:
         return [_leaf_table(self), _total_table(self)]
 
 
@@ -134,40 +161,29 @@ def memory_plan(
       state       1.05 MiB             7%
     """
     tx = check.check_transformation("tx", tx, params)
-    places = {} if shardings is None else dict(named_leaves(shardings))
-    if jax.sharding.get_abstract_mesh().empty and any(
-        isinstance(x, jax.P) for x in places.values()
-    ):
+    places = {} if shardings is None else dict(paths.named_leaves(shardings))
+    need_mesh = any(isinstance(place, jax.P) for place in places.values())
+    if need_mesh and jax.sharding.get_abstract_mesh().empty:
         raise ValueError(
             "`shardings` of PartitionSpecs need the mesh of jax.set_mesh, got none;"
             " call memory_plan under it, or give NamedShardings"
         )
     params = jax.eval_shape(lambda tree: tree, params)
-    leaves = dict(named_leaves(params))
+    leaves = dict(paths.named_leaves(params))
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
-    plans = () if sketch is None else jax.tree.leaves(plan_leaves(params, sketch))
+    plans = () if sketch is None else as_sketch(sketch).plan(params)
     reasons = {plan.path: plan.dense_reason for plan in plans}
-    sizes = dict.fromkeys(leaves, 0)
-    sketches: dict[str, list[Shape]] = {path: [] for path in leaves}
-    other = 0
+    state: dict[str | None, list[Any]] = collections.defaultdict(list)
     for found, size in _sizes(tx, params, shardings):
-        if found.param is None:
-            other += size
-            continue
-        sizes[found.param] += size
-        if is_sketch(found, shapes):
-            sketches[found.param].append(found.leaf.shape)
-    entries = [
-        LeafMemory(
-            path,
-            leaf.shape,
-            tuple(dict.fromkeys(sketches[path])),
-            None if sketches[path] else reasons.get(path) or "not sketched",
-            _device_bytes(leaf, places.get(path)),
-            sizes[path],
-        )
-        for path, leaf in leaves.items()
-    ]
+        state[found.param].append((found, size))
+    entries = []
+    for path, leaf in leaves.items():
+        own = state[path]
+        sketches = dict.fromkeys(x.leaf.shape for x, _ in own if is_sketch(x, shapes))
+        reason = None if sketches else reasons.get(path) or "not sketched"
+        size = _device_bytes(leaf, places.get(path)), sum(size for _, size in own)
+        entries.append(LeafMemory(path, leaf.shape, tuple(sketches), reason, *size))
+    other = sum(size for _, size in state[None])
     peers = {}
     for name, peer in (default_peers() if compare is None else compare).items():
         peer = check.check_transformation(name, peer)
@@ -188,16 +204,16 @@ def default_peers() -> dict[str, optax.GradientTransformation]:
 
 def _sizes(
     tx: optax.GradientTransformation, params: PyTree, shardings: PyTree
-) -> list[tuple[StateLeaf, int]]:
+) -> list[tuple[paths.StateLeaf, int]]:
     """Each array of a state and its bytes; 0 in place of another's leaf."""
     # Variables and boxes stay: masks and labels of the user may have their structure.
-    found = state_leaves(abstract_state(tx.init, params), params)
+    found = paths.state_leaves(paths.abstract_state(tx.init, params), params)
     places = [None] * len(found)
     if shardings is not None:
         layout = state_sharding(tx, params, shardings)
-        places = jax.tree.leaves(layout, is_leaf=is_masked)
+        places = jax.tree.leaves(layout, is_leaf=paths.is_masked)
     return [
-        (entry, 0 if is_masked(entry.leaf) else _device_bytes(entry.leaf, place))
+        (entry, 0 if paths.is_masked(entry.leaf) else _device_bytes(entry.leaf, place))
         for entry, place in zip(found, places, strict=True)
     ]
 
@@ -209,7 +225,7 @@ def _device_bytes(leaf: Any, sharding: Any) -> int:
     return tree_bytes(jax.ShapeDtypeStruct(shape, leaf.dtype))
 
 
-def _leaf_table(plan: MemoryPlan) -> tables.Table:
+def _leaf_table(plan: MemoryPlan) -> Table:
     """A row per parameter, those of equal layers in one, and one for the rest."""
     total = max(plan.state_bytes, 1)
     alike: dict[tuple[str, ...], list[LeafMemory]] = {}
@@ -225,26 +241,55 @@ def _leaf_table(plan: MemoryPlan) -> tables.Table:
             path = leaves[0].path
         else:
             shape = f"{len(leaves)} of {shape}" if shape else f"{len(leaves)} scalars"
-        rows.append(
-            (path, shape, tables.format_bytes(size), f"{size / total:.0%}", how)
-        )
-    other = tables.format_bytes(plan.other_bytes), f"{plan.other_bytes / total:.0%}"
+        rows.append((path, shape, format_bytes(size), f"{size / total:.0%}", how))
+    other = format_bytes(plan.other_bytes), f"{plan.other_bytes / total:.0%}"
     rows.append(("other", "", *other, "counters, keys"))
     where = " on a device" if plan.per_device else ""
     heads = ("leaf", "shape", f"state{where}", "share", "sketched as, or why not")
-    return tables.Table(heads, rows, (0, 4))
+    return Table(heads, rows, (0, 4))
 
 
-def _total_table(plan: MemoryPlan) -> tables.Table:
+def _total_table(plan: MemoryPlan) -> Table:
     """Parameters, state, and the states of the peers."""
     sizes = {"parameters": plan.parameter_bytes, "state": plan.state_bytes}
     rows = [
-        (name, tables.format_bytes(size), f"{size / max(plan.parameter_bytes, 1):.0%}")
+        (name, format_bytes(size), f"{size / max(plan.parameter_bytes, 1):.0%}")
         for name, size in {**sizes, **plan.peers}.items()
     ]
     where = " on a device" if plan.per_device else ""
-    return tables.Table(("total", f"bytes{where}", "of parameters"), rows, (0,))
+    return Table(("total", f"bytes{where}", "of parameters"), rows, (0,))
 
 
 def _product(shape: Shape) -> str:
     return "x".join(map(str, shape))
+
+
+def format_bytes(size: float) -> str:
+    """Three digits and a binary unit: 1536 is 1.50 KiB."""
+    if size < 1024:
+        return f"{size:.0f} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        size /= 1024
+        if size < 999.5 or unit == "TiB":
+            break
+    return f"{size:.{max(0, 2 - len(str(int(size))) + 1)}f} {unit}"
+
+
+def _show(tables: list[Table]) -> None:
+    """Prints tables, with rich where it is installed."""
+    if importlib.util.find_spec("rich") is None:
+        print("\n\n".join(map(str, tables)))
+        return
+    import rich.console
+    import rich.markup
+    import rich.table
+
+    console = rich.console.Console()
+    for table in tables:
+        shown = rich.table.Table(*table.heads)
+        for i, column in enumerate(shown.columns):
+            column.justify = "left" if i in table.left else "right"
+            column.overflow = "fold"
+        for row in table.rows:
+            shown.add_row(*map(rich.markup.escape, row))
+        console.print(shown)

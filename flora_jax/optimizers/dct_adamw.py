@@ -6,7 +6,7 @@ import jax
 import optax
 
 from flora_jax.optimizers.common import DecayMask, adamw_in_subspace, recipe
-from flora_jax.projections.top_dct import TopDCT
+from flora_jax.projections.adaptive import TopDCT
 from flora_jax.sketching.sketch import Sketch
 from flora_jax.subspace.transports import Squared
 

@@ -6,7 +6,7 @@ import jax
 import optax
 
 from flora_jax.optimizers.common import DecayMask, adamw_in_subspace, recipe
-from flora_jax.projections.top_svd import TopSVD
+from flora_jax.projections.adaptive import TopSVD
 from flora_jax.sketching.sketch import Sketch
 from flora_jax.subspace.residuals import Fira, Residual
 

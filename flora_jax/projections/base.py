@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from flora_jax import _validation
+from flora_jax import _validation as check
 from flora_jax._typing import KeyData, KeyLike
 from flora_jax.random.keys import raw_key
 
@@ -27,9 +27,10 @@ class Projection(abc.ABC):
     Instances are static settings: frozen, hashable and deliberately not callable
     (``optax.inject_hyperparams`` takes every callable argument for a schedule). Where S
     comes from is a subclass's matter: :class:`ObliviousProjection` regenerates it from
-    a key, :class:`AdaptiveProjection` reads it from what it chose and stored. Either
-    gives ``sampled``, a tree of arrays that determines S, and the methods here apply
-    it: by products with the matrix S, unless a subclass knows a faster way.
+    a key, :class:`~flora_jax.AdaptiveProjection` reads it from what it chose and
+    stored. Either gives ``sampled``, a tree of arrays that determines S, and the
+    methods here apply it: by products with the matrix S, unless a subclass knows a
+    faster way.
 
     Attributes:
       normalization: ``"unbiased"``: E[SᵀS] = I, so that ``expand(compress(G))`` is an
@@ -43,9 +44,7 @@ class Projection(abc.ABC):
     def __post_init__(self) -> None:
         """Raises ValueError for an unknown normalization."""
         if self.normalization is not None:
-            _validation.check_choice(
-                "normalization", self.normalization, NORMALIZATIONS
-            )
+            check.check_choice("normalization", self.normalization, NORMALIZATIONS)
 
     def normalized_as(self, other: Projection) -> Projection:
         """This projection, with the normalization of another if it has none."""
@@ -179,52 +178,6 @@ class ObliviousProjection(Projection):
         """
 
 
-class AdaptiveProjection(Projection):
-    """An orthonormal S that is chosen from a gradient, and kept in the state.
-
-    Each matrix of a stacked leaf has its own. What is kept is an array with the folded
-    gradient's axes: one of its sides, or both, have other sizes.
-
-    Attributes:
-      dtype: of what is kept.
-    """
-
-    dtype: ClassVar[Any] = jnp.float32
-
-    @abc.abstractmethod
-    def stored_sizes(self, rank: int) -> tuple[int | None, int]:
-        """Sizes of the sketched and the other side of what is kept; None: as it is."""
-
-    @abc.abstractmethod
-    def directions(self, sketched: int, other: int) -> int:
-        """How many rows S can have for a matrix with sides of these sizes."""
-
-    @abc.abstractmethod
-    def choose(
-        self, key: KeyData, matrix: Float[Array, "*batch n m"], rank: int, axis: int
-    ) -> Array:
-        """What is kept of the basis that suits a matrix.
-
-        Args:
-          key: key data, uint32 of shape (2,), for choices that are random.
-          matrix: shape (batch…, n, m), float32.
-          rank: r.
-          axis: the sketched side, -1 or -2.
-
-        Returns:
-          Shape (batch…, n, m) with the sides that :meth:`stored_sizes` names changed.
-        """
-
-    @abc.abstractmethod
-    def from_stored(self, stored: Array, axis: int) -> Any:
-        """From what :meth:`choose` gave to what :meth:`compress` takes."""
-
-    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"]:
-        """Ones: the rows of S are orthonormal."""
-        del width
-        return jnp.ones(rank, jnp.float32)
-
-
 class ScaledIsometry(ObliviousProjection):
     """S is √(m/r) times orthonormal rows: S Sᵀ = (m/r)·I, or I if isometric."""
 
@@ -255,4 +208,4 @@ def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:
     chex.assert_axis_dimension(x, axis, right.shape[-2])
     # Accelerators multiply float32 in bfloat16 or TF32 unless told otherwise.
     subscripts = "...nm,...mr->...nr" if axis == -1 else "...nm,...nr->...rm"
-    return jnp.einsum(subscripts, x, right, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum(subscripts, x, right, precision="highest")

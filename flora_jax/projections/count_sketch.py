@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -90,10 +89,8 @@ class CountSketch(ObliviousProjection):
         width = matrix.shape[axis]
         full, tail = divmod(width, rank)
         turned = shift if tail else None
-        if axis == -2:
-            total = _sum_rows(matrix, flips, offsets, turned, rank)
-        else:
-            total = _sum_columns(matrix, flips, offsets, turned, rank)
+        sum_chunks = _sum_rows if axis == -2 else _sum_columns
+        total = sum_chunks(matrix, flips, offsets, turned, rank)
         if tail:
             rest = _wrapped(matrix, flips, shift + full * rank, tail, axis)
             pad = [(0, 0)] * rest.ndim
@@ -148,26 +145,23 @@ def _sum_columns(
     is gathered, where the others are slices.
     """
     full, width = offsets.shape[0], matrix.shape[-1]
-    seam: Any = None
-    if shift is not None:
-        seam = jnp.minimum((width - shift) // rank, full - 1)
+    seam = 0 if shift is None else jnp.minimum((width - shift) // rank, full - 1)
 
-    def add(i: Any, buckets: jax.Array, chunk: jax.Array) -> jax.Array:
-        here = jax.lax.dynamic_slice_in_dim(buckets, offsets[i], rank, -1)
-        return jax.lax.dynamic_update_slice_in_dim(
-            buckets, here + chunk, offsets[i], -1
-        )
+    def add(i: Any, total: jax.Array, chunk: jax.Array) -> jax.Array:
+        here = jax.lax.dynamic_slice_in_dim(total, offsets[i], rank, -1)
+        return jax.lax.dynamic_update_slice_in_dim(total, here + chunk, offsets[i], -1)
 
-    def add_slice(i: Any, buckets: jax.Array) -> jax.Array:
+    def add_slice(i: Any, total: jax.Array) -> jax.Array:
         i = i if shift is None else i + (i >= seam)
         start = i * rank if shift is None else (i * rank + shift) % width
         columns = jax.lax.dynamic_slice_in_dim(matrix, start, rank, -1)
         own_flips = jax.lax.dynamic_slice_in_dim(flips, start, rank, -1)
-        return add(i, buckets, columns.astype(jnp.float32) * along(own_flips, -1))
+        return add(i, total, columns.astype(jnp.float32) * along(own_flips, -1))
 
     # Two rounds of buckets, so that no chunk wraps around. XLA on CPU compiles the body
     # to one kernel that adds a chunk to the buckets in place, and no copy of either.
-    buckets = _zeros(matrix, (*matrix.shape[:-1], 2 * rank))
+    # Zeros that vary over the same mesh axes as the matrix, inside jax.shard_map.
+    buckets = jax.lax.full_like(matrix, 0, jnp.float32, (*matrix.shape[:-1], 2 * rank))
     slices = full if shift is None else full - 1
     buckets = jax.lax.fori_loop(0, slices, add_slice, buckets)
     if shift is not None:
@@ -194,16 +188,10 @@ def _sum_rows(
         return total + rows * along(flips[..., source], -2)
 
     full, shape = offsets.shape[0], (*matrix.shape[:-2], rank, matrix.shape[-1])
-    zeros = _zeros(matrix, shape)
+    zeros = jax.lax.full_like(matrix, 0, jnp.float32, shape)
     return jax.lax.fori_loop(0, full, add, zeros, unroll=full <= _UNROLL)
 
 
-def _zeros(like: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Float32 zeros that vary over the same mesh axes as an array in a shard_map."""
-    return jax.lax.full_like(like, 0, jnp.float32, tuple(shape))
-
-
 def _bucket_sizes(rank: int, width: int) -> jax.Array:
-    sizes = np.full(rank, width // rank)
-    sizes[: width % rank] += 1
-    return jnp.asarray(sizes, jnp.float32)
+    """Columns of each bucket; the first ones have one of the last chunk as well."""
+    return jnp.asarray(width // rank + (np.arange(rank) < width % rank), jnp.float32)

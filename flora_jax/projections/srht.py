@@ -100,12 +100,8 @@ def _transform(x: jax.Array, axis: int, *, inverse: bool) -> jax.Array:
     axis = x.ndim + axis
     split = (*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
     subscripts = "...abm,ia,jb->...ijm" if axis == x.ndim - 2 else "...ab,ia,jb->...ij"
-    factors = [_cosines(size) for size in sizes]
-    if inverse:
-        factors = [factor.T for factor in factors]
-    mixed = jnp.einsum(
-        subscripts, x.reshape(split), *factors, precision=jax.lax.Precision.HIGHEST
-    )
+    factors = [_cosines(size).T if inverse else _cosines(size) for size in sizes]
+    mixed = jnp.einsum(subscripts, x.reshape(split), *factors, precision="highest")
     return mixed.reshape(x.shape)
 
 

@@ -83,8 +83,7 @@ def compressed_pmean(
     if error is not None:
         shapes = [plan.shape for plan in plans]
         left = matching_leaves(_NAME, "error", error, plans, shapes)
-    root = jnp.asarray(sketcher.sketch.key_data)
-    samples = sketcher.sample(plans, root, step)
+    samples = sketcher.sample(plans, jnp.asarray(sketcher.sketch.key_data), step)
     estimates, errors = [], []
     for plan, sampled, leaf, kept in zip(plans, samples, leaves, left, strict=True):
         total = leaf if kept is None else leaf.astype(jnp.float32) + kept

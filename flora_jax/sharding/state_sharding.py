@@ -9,10 +9,8 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
-from flora_jax.leaves.boxes import is_masked
-from flora_jax.leaves.paths import named_leaves
-from flora_jax.leaves.shardings import fit_names
-from flora_jax.leaves.state_leaves import abstract_state, state_leaves
+from flora_jax.leaves.mesh import fit_sharding
+from flora_jax.leaves.paths import abstract_state, is_masked, named_leaves, state_leaves
 
 
 def state_sharding(
@@ -57,8 +55,9 @@ def state_sharding(
             "`shardings` must have one entry for each parameter, got trees that differ"
             f" at {missing}; map the parameters to their shardings with jax.tree.map"
         )
-    axis_sizes = dict(_mesh(given).shape)
-    replicated = _like(next(iter(given.values()), jax.P()), jax.P())
+    mesh = _mesh(given)
+    named = isinstance(next(iter(given.values()), None), jax.NamedSharding)
+    replicated = jax.NamedSharding(mesh, jax.P()) if named else jax.P()
     state = abstract_state(tx.init, params)
     places = []
     for leaf, path, _ in state_leaves(state, params):
@@ -68,10 +67,7 @@ def state_sharding(
         elif path is None or len(leaf.shape) != len(shapes[path]):
             places.append(replicated)
         else:
-            place = given[path]
-            spec = place.spec if isinstance(place, jax.NamedSharding) else place
-            names = fit_names(spec, shapes[path], leaf.shape, axis_sizes)
-            places.append(_like(place, jax.P(*names)))
+            places.append(fit_sharding(given[path], shapes[path], leaf.shape, mesh))
     return jax.tree.unflatten(jax.tree.structure(state, is_leaf=is_masked), places)
 
 
@@ -91,9 +87,3 @@ def _mesh(shardings: dict[str, Any]) -> Any:
             f"`shardings` must live on one mesh, got {sorted(set(map(str, meshes)))}"
         )
     return meshes[0] if meshes else jax.sharding.get_abstract_mesh()
-
-
-def _like(sharding: Any, spec: jax.P) -> Any:
-    if isinstance(sharding, jax.NamedSharding):
-        return jax.NamedSharding(sharding.mesh, spec)
-    return spec

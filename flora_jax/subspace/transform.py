@@ -12,9 +12,8 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree, Shape
-from flora_jax.leaves.boxes import is_masked
 from flora_jax.leaves.moments import find_moments, replace_moments
-from flora_jax.leaves.paths import named_leaves
+from flora_jax.leaves.paths import is_masked, named_leaves
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.trees import (
     cast_like,

@@ -18,7 +18,7 @@ from flora_jax import optimizers
 from flora_jax.cli import picture as _picture
 from flora_jax.cli import plan as _command
 from flora_jax.cli.model_files import ModelFileError, read_shapes
-from flora_jax.memory.tables import format_bytes
+from flora_jax.memory.planner import format_bytes
 from tests.common import representative
 
 GPT2 = {

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import flora_jax as fj
-from flora_jax.leaves.boxes import is_masked
+from flora_jax.leaves.paths import is_masked
 from tests.common import cached, every_fold, representative
 from tests.conformance.cases import (
     CASES,
