@@ -1,5 +1,6 @@
-"""Eight CPU devices for every test, and tests that share programs in one worker."""
+"""Devices of every test, what the quick tier leaves out, tests that share programs."""
 
+import collections
 import os
 import pathlib
 
@@ -32,7 +33,14 @@ def group(item):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    seen = collections.Counter()
     for item in items:
+        sample = item.get_closest_marker("sample")
+        if sample is not None and item.get_closest_marker("full") is None:
+            test = item.nodeid.split("[")[0]
+            seen[test] += 1
+            if seen[test] > sample.args[0]:
+                item.add_marker(pytest.mark.full)
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(group(item)))
 

@@ -73,6 +73,7 @@ def run(tx):
     return rows
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "projection", [fj.CountSketch("unbiased"), fj.Gaussian()], ids=str
 )
@@ -94,6 +95,7 @@ def test_accumulation(projection):
             assert np.isnan(found.momentum_ratio)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("normalization", representative(["unbiased", "isometric"]))
 @pytest.mark.filterwarnings("ignore:compressed_momentum with resample_every")
 def test_momentum_after_another_transformation(normalization):

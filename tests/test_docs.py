@@ -68,6 +68,7 @@ def test_every_page_is_in_a_table_of_contents():
 FULL = {"docs/recipes.md"}  # Half a minute.
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "page",
     [

@@ -125,6 +125,7 @@ def counters_at(state, step):
     return dict(zip(COUNTERS[type(state)], values, strict=True))
 
 
+@pytest.mark.sample(1)
 @quick_and_slow
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_updates_after_a_long_run(name, steps):
@@ -171,6 +172,7 @@ def saturated(state, value=LAST):
     return jax.tree.map(fill, state, is_leaf=is_counted)
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_counters_stay_at_the_largest_number(case):
     reference = run_layer(case)

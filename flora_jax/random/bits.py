@@ -28,6 +28,8 @@ _PARITY = np.uint32(0x1BD11BDA)
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
+# Under jit it is traced once for each shape: a hundred equations in every sample.
+@jax.jit
 def threefry_2x32(
     key: tuple[jax.Array, jax.Array], x0: jax.Array, x1: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -73,11 +75,10 @@ def hashes(key: KeyData, shape: Shape, stream: int) -> tuple[jax.Array, jax.Arra
       Two uint32 arrays of the given shape.
     """
     # A counter per element: its place in row-major order.
-    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     counter = jnp.zeros(shape, jnp.uint32)
-    for axis, stride in enumerate(strides):
+    for axis in range(len(shape)):
         place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        counter = counter + place * np.uint32(stride)
+        counter = counter + place * np.uint32(math.prod(shape[axis + 1 :]))
     return threefry_2x32((key[0], key[1]), counter, jnp.uint32(stream))
 
 

@@ -324,6 +324,7 @@ importlib.util.find_spec = lambda name: None if name == "rich" else find(name)
 RUN = "import runpy; runpy.run_module('flora_jax', run_name='__main__')"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("code", [RUN, HIDDEN + RUN], ids=["rich", "plain"])
 def test_a_reader_that_stops_early(write, code):
     command = [sys.executable, "-c", code, "plan", "--rank", "8", "--shapes"]
@@ -362,6 +363,7 @@ PREDICTED = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", representative(list(PREDICTED)))
 def test_the_guide_says_what_the_command_says(write, capsys, name):
     """Its table of predictions, to the digits that it has."""

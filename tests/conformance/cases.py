@@ -238,7 +238,7 @@ def by_tier(cases, quick=None):
 
 
 # Where every case would compile a program of its own: one of each kind of state.
-FEW = ("momentum-nesterov-gaussian", "accumulation-adam", "flora-weight-decay", "fira")
+FEW = ("momentum-nesterov-gaussian", "accumulation-adam", "fira")
 every_case = pytest.mark.parametrize("case", by_tier(CASES, FEW))
 
 

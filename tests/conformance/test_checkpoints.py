@@ -29,6 +29,7 @@ def test_the_phases_are_of_every_kind():
     assert STEPS > RESAMPLE_EVERY + 1
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_the_template_is_not_the_state(case):
     # Or the tests below would pass without restoring anything.

@@ -40,6 +40,7 @@ class Layer(nnx.Module):
         self.linear = nnx.Linear(16, 32, kernel_init=init, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "wrapper", "metadata"),
     [
@@ -78,6 +79,7 @@ def test_masked_in_linen_boxes(name):
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", representative([*MAKE]))
 def test_explicit_mesh_without_a_context(name):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import flora_jax as fj
 from tests.conformance.cases import EVERY_K, SMALL, every_case, jit, named
@@ -73,6 +74,7 @@ def test_the_matrices_are_sketched_and_the_vectors_are_not():
     assert sketched == {"matrix_parabola", "mixed/1"}
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_it_converges(case):
     params, goal = named(solve(optimizer(case))), named(GOAL)

@@ -109,6 +109,7 @@ def arrays(tree):
     return jax.tree.map(lambda x: x.get_value(), tree, is_leaf=is_variable)
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_nnx_optimizer(case):
     params, state = trained(case)
@@ -161,6 +162,7 @@ def assert_sharded_as_fits(optimizer, mesh, but=()):
             assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), (name, part)
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_nnx_optimizer_with_sharding_metadata(case):
     mesh = make_mesh(jax.sharding.AxisType.Auto)
@@ -196,6 +198,7 @@ def test_nnx_optimizer_made_under_jit_on_a_mesh(case, kind):
         assert_sharded_as_fits(make(), mesh)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("boxed", [False, True], ids=["plain", "boxed"])
 @every_case
 def test_linen_train_state(case, boxed):

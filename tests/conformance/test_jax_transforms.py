@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from tests.common import assert_close, cached
 from tests.conformance.cases import (
@@ -32,6 +33,7 @@ def at(i, tree):
     return jax.tree.map(lambda x: x[i], tree)
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_without_jit(case):
     reference = run_layer(case)
@@ -47,6 +49,7 @@ def test_without_jit(case):
     assert_close(state, reference.states[-1], "float32")
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_scan_carries_the_state_of_a_chain(case):
     reference = run_layer(case)
@@ -68,6 +71,7 @@ def test_scan_carries_the_state_of_a_chain(case):
         assert_close(at(i, updates), optax.tree.scale(4.0, expected))
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_vmap_over_an_ensemble(case):
     reference = run_layer(case)
@@ -103,6 +107,7 @@ def run_turned(case):
     return run(case(), turned(layer()), donate=True)
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_the_order_and_nesting_of_leaves_do_not_matter(case):
     ours, theirs = run_turned(case), run_layer(case)
@@ -116,6 +121,7 @@ def test_the_order_and_nesting_of_leaves_do_not_matter(case):
             assert_close(named(tree), named(other))
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_the_state_can_be_donated(case):
     # Straight from init: no two of its arrays may share a buffer. Nor may the
@@ -138,6 +144,7 @@ def test_init_under_jit_is_init(case):
     assert not any(jax.typeof(leaf).weak_type for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_updates_do_not_depend_on_who_asked_before(case):
     # No hidden state: the same call gives the same bits, from the same transformation

@@ -69,6 +69,7 @@ def test_optax_own_test_as_it_stands(recipe, test, monkeypatch):
     method(theirs, **{k: v for k, v in arguments.items() if k in known})
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_unknown_extra_arguments_are_accepted_and_nothing_is_retraced(case):
     # run_layer passes an argument that no optimizer expects.
@@ -77,6 +78,7 @@ def test_unknown_extra_arguments_are_accepted_and_nothing_is_retraced(case):
     assert len(reference.traces) == 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_hyperparameters_may_be_schedules_and_masks_callables(recipe):
     """Learning rate, decays and intervals are traced; no argument is named static."""
@@ -106,6 +108,7 @@ def test_hyperparameters_may_be_schedules_and_masks_callables(recipe):
     )
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_inject_hyperparams_changes_nothing(case):
     inject = optax.inject_hyperparams(case.factory)
@@ -138,6 +141,7 @@ def in_float32(case):
     return run(case(**changes), layer(), 1).step if changes else run_layer(case).step
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("kernel", "bias"),
     [("bfloat16", "float16"), ("float64", "float64")],
@@ -203,6 +207,7 @@ def test_state_can_be_a_branch_of_cond(case, dtype):
         assert {x.dtype.name for x in jax.tree.leaves(new_params)} == {dtype}
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_multi_steps_around(case):
     reference = run_layer(case)
@@ -217,6 +222,7 @@ def test_multi_steps_around(case):
         assert_close(updates, expected)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "case", by_tier([c for c in CASES if c.takes("learning_rate")], FEW)
 )

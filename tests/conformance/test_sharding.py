@@ -39,6 +39,7 @@ def types(tree):
     return jax.tree.map(jax.typeof, tree)
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_sharding_types_of_init_and_update(case):
     # As optax asks (optax/_src/sharding_test.py); here the last axis is sketched.
@@ -61,6 +62,7 @@ def test_sharding_types_of_init_and_update(case):
         assert types(traced) == types((updates, new))
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_sharded_parameters_give_the_same_numbers(case):
     # Both sides of the kernel are sharded: the sketched one, 8 long, and the other.
@@ -108,6 +110,7 @@ def unlocal(tree):
     return jax.tree.map(lambda x: x[None], tree)
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_a_replicated_state_under_shard_map(case):
     # Gradients are reduced first. check_vma proves, in tracing, that all outputs are

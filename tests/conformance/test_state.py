@@ -70,6 +70,7 @@ def test_the_layout_of_sketches(case):
         assert shapes_of(tree) == [row[0] for row in LAYOUT.values()] + dense
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "case", by_tier([c for c in CASES if c.takes("refresh_every")])
 )
@@ -102,6 +103,7 @@ def test_the_layout_of_a_subspace(case):
     assert found == {field: expected[field] for field in wanted}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", by_tier([c for c in CASES if c.takes("decay_rate")]))
 def test_the_layout_of_second_moments(case):
     params = [jnp.zeros(shape) for shape in [*LAYOUT, *DENSE]]
@@ -126,6 +128,7 @@ def folds(case):
     return params, jit(case().init)(params)
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_one_array_per_parameter_leaf_with_its_number_of_axes(case):
     params, state = folds(case)
@@ -139,12 +142,14 @@ def test_one_array_per_parameter_leaf_with_its_number_of_axes(case):
             assert leaf.ndim == params[path].ndim, name
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_nothing_is_none_or_empty(case):
     leaves = jax.tree.leaves(folds(case)[1], is_leaf=lambda x: x is None)
     assert all(isinstance(x, jax.Array) and x.size > 0 for x in leaves)
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_counters_and_keys_outside_the_trees(case):
     run = run_layer(case)
@@ -166,6 +171,7 @@ def test_counters_and_keys_outside_the_trees(case):
             assert_identical([own.key, own.spec], [first.key, first.spec])
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_state_keeps_its_shapes_and_dtypes(case):
     params, state = folds(case)
@@ -184,6 +190,7 @@ def test_state_keeps_its_shapes_and_dtypes(case):
     assert any(moved)
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_map_params_hands_each_array_its_parameters_value(case):
     params, state = folds(case)
@@ -219,6 +226,7 @@ def test_map_params_hands_each_array_its_parameters_value(case):
         )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", representative(["bfloat16", "float16", "float32"]))
 @every_case
 def test_state_dtype_is_the_arguments_and_not_the_parameters(case, dtype):
@@ -240,6 +248,7 @@ def test_state_dtype_is_the_arguments_and_not_the_parameters(case, dtype):
         check(case(dtype=dtype), layer(), dtype)
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_half_precision_state_keeps_its_dtype(case):
     dtype = {"dtype": jnp.bfloat16} if case.takes("dtype") else {}
@@ -250,6 +259,7 @@ def test_half_precision_state_keeps_its_dtype(case):
     assert {x.dtype.name for x in jax.tree.leaves(updates)} == {"float32"}
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_an_empty_tree(case):
     tx = case()
@@ -261,6 +271,7 @@ def test_an_empty_tree(case):
     assert set(counts) == {1 if case.accumulates else EVERY_K}
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_abstract_parameters(case):
     # What optax asks (optax/_src/sharding_test.py), and more: the same structure.

@@ -65,6 +65,7 @@ def shapes(tree):
     return jax.eval_shape(lambda: tree)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("case", "wrap"), WRAPPED)
 def test_its_own_state_passes_and_another_seed_does_not(case, wrap):
     params = layer()
@@ -78,6 +79,7 @@ def test_its_own_state_passes_and_another_seed_does_not(case, wrap):
             fj.verify_state(wrap(case, key=1), state, *given)
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_its_own_state_passes_after_updates(case):
     reference = run_layer(case)
@@ -85,6 +87,7 @@ def test_its_own_state_passes_after_updates(case):
     fj.verify_state(case(), reference.states[-1], reference.params)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("case", by_tier(SKETCHING, FEW))
 def test_the_state_of_an_nnx_optimizer(case, seed):
@@ -135,6 +138,7 @@ def other_settings(case):
         yield "state_dtype", "bfloat16", "must have the structure that `tx` gives it"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", by_tier(SKETCHING, FEW))
 def test_other_settings_are_refused(case):
     for name, value, message in other_settings(case):
@@ -143,6 +147,7 @@ def test_other_settings_are_refused(case):
             fj.verify_state(case(), state)
 
 
+@pytest.mark.sample(1)
 @sketching
 def test_settings_that_only_use_a_state_may_differ(case):
     """Learning rates, decays and estimators."""
@@ -272,6 +277,7 @@ def test_a_state_of_another_format_and_a_stacked_one():
         fj.verify_state(tx, stacked)
 
 
+@pytest.mark.sample(1)
 @sketching
 def test_a_state_without_a_spec_is_refused(case):
     state = optax.tree.set(run_layer(case).states[0], spec=None)
@@ -281,6 +287,7 @@ def test_a_state_without_a_spec_is_refused(case):
         fj.verify_state(case(), state)
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_the_state_of_another_optimizer_is_refused(case):
     for wrong in (optax.sgd(0.1), optax.adam(0.1)):
@@ -289,6 +296,7 @@ def test_the_state_of_another_optimizer_is_refused(case):
                 fj.verify_state(case(), wrong.init(layer()), *given)
 
 
+@pytest.mark.sample(1)
 @sketching
 def test_a_cast_state_is_refused(case):
     reference = run_layer(case)

@@ -34,6 +34,7 @@ def assert_zero(tree):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_masked_leaves_do_not_move_the_randomness_of_others(case):
     # The bias comes before the kernel, whose index therefore changes.
@@ -63,6 +64,7 @@ def pairs():
 
 
 # One of the two has the bias alone.
+@pytest.mark.sample(1)
 @pytest.mark.filterwarnings("ignore:.* sketches 0 of 1 leaves:UserWarning")
 @pytest.mark.parametrize(("case", "other"), list(pairs()))
 def test_partition_between_two_transformations(case, other):
@@ -81,6 +83,7 @@ def test_multi_transform_is_partition():
     assert optax.multi_transform is optax.partition
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_apply_if_finite_leaves_the_state_alone(case):
     reference = run_layer(case)
@@ -110,6 +113,7 @@ def masks():
     return [(matrices, half), (half, matrices), (half, half), (True, half)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("nested", representative(masks()))
 def test_masks_outside_and_inside_of_an_accumulation(nested):
     outside, inside = nested

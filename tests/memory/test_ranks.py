@@ -80,6 +80,7 @@ def largest(candidates, budget):
     return {**max(fitting, key=momentum_bytes), **dict.fromkeys(DENSE, 1)}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_equals_the_largest_of_all_thresholds_that_fits(steps):
     trees = [tree(seed) for seed in range(steps)]
@@ -213,6 +214,7 @@ def test_rules_decide_what_counts():
     assert np.sum(expected >= expected[6]) == 7
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_leaves(kind):
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2)

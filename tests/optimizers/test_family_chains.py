@@ -86,6 +86,7 @@ def in_subspace(recipe, **changes):
     return fj.scale_in_subspace(inner, explicit, **settings), sketch
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("recipe", CHAINS)
 def test_equals_its_chain_with_the_papers_settings(recipe):
     factory = CHAINS[recipe][0]
@@ -107,6 +108,7 @@ def test_equals_its_chain_with_the_papers_settings(recipe):
     assert_close(updates, expected)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("factory", "options", "projection"),
     [
@@ -163,6 +165,7 @@ def test_options_reach_the_subspace(factory, options, projection):
     np.testing.assert_array_equal(state[0].spec, last.spec)
 
 
+@pytest.mark.full
 def test_decays_of_ones_own_are_kept():
     own = fj.Fira(b1=0.3, b2=0.4)
     gradients = gradients_of(("wide",), 3)
@@ -171,6 +174,7 @@ def test_decays_of_ones_own_are_kept():
     assert np.linalg.norm(updates[2]["wide"] - filled[2]["wide"]) > 1e-3
 
 
+@pytest.mark.full
 def test_orthogonal_flora_adamw_is_the_chain_with_orthogonalize():
     # Only the mask says that square passes, and of stack only the dimension numbers.
     params = {name: WEIGHTS[name] for name in ("square", "cut", "stack")}
@@ -273,6 +277,7 @@ def test_state_dtype_is_quantize_state_of_the_moments(state_dtype):
         assert codes == {jnp.dtype(state_dtype), jnp.dtype("float32")}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("factory", [fj.flora_adamw, fj.flora_muon])
 def test_coded_moments_train_nearly_alike(factory):
     rng = np.random.default_rng(0)
@@ -330,6 +335,7 @@ def decay_mask(tree):
     return jax.tree.map(lambda x: x.ndim > 1, tree)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("recipe", ALL)
 def test_inject_hyperparams_needs_no_static_args(recipe):
     factory = getattr(fj, recipe)
@@ -366,6 +372,7 @@ def test_inject_hyperparams_needs_no_static_args(recipe):
     assert_close(masked[0], expected[0])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("recipe", ALL)
 def test_defaults_work_under_inject_hyperparams(recipe):
     injected = optax.inject_hyperparams(getattr(fj, recipe))(

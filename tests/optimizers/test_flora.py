@@ -34,6 +34,7 @@ def train(tx, gradients, params):
     return outputs
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("projection", "estimator", "side", "names"),
     [
@@ -132,6 +133,7 @@ def test_equals_the_chain_of_its_parts():
     assert {k for k in shapes if shapes[k] != PARAMS[k].shape} == {"stack"}
 
 
+@pytest.mark.full
 def test_parts_can_be_left_out():
     gradients = with_vectors(folds.gradients(3, ("wide",)))
     params = {name: PARAMS[name] for name in gradients[0]}
@@ -153,6 +155,7 @@ def test_parts_can_be_left_out():
     tx.update(gradients[0], tx.init(params))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("momentum", [None, 0.5])
 def test_without_sketches_equals_adafactor_as_far_as_it_goes(momentum):
     """Without momentum it is optax's; with it, parameter scale and rate come later."""
@@ -181,6 +184,7 @@ def test_without_sketches_equals_adafactor_as_far_as_it_goes(momentum):
     assert_close(flat_updates, expected)
 
 
+@pytest.mark.full
 def test_defaults_are_the_papers_but_for_estimator_and_projection():
     """And leaves below 128 stay dense."""
     params = {"w": jnp.ones((128, 512)), "small": jnp.ones((127, 512))}
@@ -208,6 +212,7 @@ def test_defaults_are_the_papers_but_for_estimator_and_projection():
     assert momentum["small"].shape == (127, 512)
 
 
+@pytest.mark.full
 def test_bfloat16_gradients_of_float32_parameters():
     gradients = folds.gradients(4, ("tall",))
     half = [{"tall": jnp.asarray(g["tall"], jnp.bfloat16)} for g in gradients]
@@ -222,6 +227,7 @@ def test_bfloat16_gradients_of_float32_parameters():
         params = optax.apply_updates(params, expected[i])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("estimator", ["paper", "nesterov", "fresh", "residual"])
 def test_a_step_writes_no_second_copy_of_a_gradient(estimator):
     """In a whole step, where the update can lie in the parameters' place."""

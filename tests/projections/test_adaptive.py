@@ -78,6 +78,7 @@ def test_exact_singular_vectors_are_numpys(axis):
     assert_close(estimate, best, "float32")
 
 
+@pytest.mark.sample(1)
 @BOTH
 def test_randomized_singular_vectors_hold_nearly_as_much(axis):
     g = falling(2, 80, 60, rate=0.9)
@@ -136,6 +137,7 @@ def test_the_cosine_transform_is_the_fast_one():
     assert_close(dct_matrix(24) @ x, dct_by_fft(x))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("width", [4096, 5000])
 def test_cosines_of_large_angles(width):
     rows = np.array([0, 1, width // 3, width - 2, width - 1], np.int32)

@@ -62,6 +62,7 @@ def matrix_of(projection, rank, width=WIDTH, seed=1):
     return np.asarray(s, np.float64)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(("projection", "rank"), CASES)
 def test_sketches_columns_with_its_matrix(projection, rank):
     """G S' and G S' S, of a stack that shares one S."""
@@ -71,6 +72,7 @@ def test_sketches_columns_with_its_matrix(projection, rank):
     assert_close(estimate, g @ s.T @ s, "float32")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("projection", "rank"), CASES)
 def test_sketches_rows_with_the_same_matrix(projection, rank):
     """S G and S' S G."""
@@ -80,6 +82,7 @@ def test_sketches_rows_with_the_same_matrix(projection, rank):
     assert_close(estimate, s.T @ s @ g, "float32")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("width", [13, 30, 64, 97])
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_any_width(width, axis):
@@ -92,6 +95,7 @@ def test_any_width(width, axis):
         assert_close(estimate, expected @ s if axis == -1 else s.T @ expected)
 
 
+@pytest.mark.sample(1)
 @each_projection
 def test_unsketch_is_the_adjoint_of_sketch(projection):
     """<sketch(x), y> = <x, unsketch(y)>, of rows and of columns."""
@@ -111,6 +115,7 @@ def test_unsketch_is_the_adjoint_of_sketch(projection):
         assert abs((sketch * other).sum() - (x * estimate).sum()) < 1e-6 * size
 
 
+@pytest.mark.sample(1)
 @each_projection
 def test_both_are_linear_and_differentiable(projection):
     """The gradient of <sketch(x), y> in x is unsketch(y)."""
@@ -159,6 +164,7 @@ def test_scaled_isometries(kind, normalization, rank):
     assert_close(gram, np.full(rank, square), "float32")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", [fj.Gaussian, fj.Rademacher])
 def test_rows_of_independent_entries_are_not_orthogonal(kind):
     assert kind().gram_diagonal(4, WIDTH) is None
@@ -177,6 +183,7 @@ def test_haar_signs_are_random():
     assert min(corners) < 0 < max(corners)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("rank", [4, 5])
 @pytest.mark.parametrize("kind", ISOMETRIES)
 def test_isometric_estimates_are_orthogonal_projections(kind, rank):
@@ -201,6 +208,7 @@ def test_count_sketch_of_full_rank_is_a_signed_permutation():
     assert (s @ s.T == np.eye(WIDTH)).all()
 
 
+@pytest.mark.sample(1)
 @each_projection
 def test_the_same_under_jit_as_without(projection):
     g, key = normal(7, WIDTH), jax.random.key(1)
@@ -222,6 +230,7 @@ def test_another_key_is_another_matrix(projection):
     assert (first != second).mean() > 0.2
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("projection", "rank", "width", "expected"),
     [
@@ -276,6 +285,7 @@ def test_matrices_are_those_of_the_first_release(projection, rank, width, expect
     assert_close(matrix, np.array(expected), "float32")
 
 
+@pytest.mark.sample(1)
 @each_projection
 def test_is_a_static_setting(projection):
     """optax.inject_hyperparams takes whatever is callable for a schedule."""

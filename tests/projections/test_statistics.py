@@ -96,6 +96,7 @@ def largest_error(rank):
     return 1.2 * math.sqrt(2 / (rank * KEYS))
 
 
+@pytest.mark.sample(3)
 def test_estimates_are_unbiased(sampled):
     """E[S'S] = I, entry by entry."""
     rank, _, _, estimates = sampled
@@ -110,6 +111,7 @@ def test_estimates_are_unbiased_along_structured_directions(sampled):
     assert_mean((estimates * DIRECTIONS).sum(axis=-1), 1.0, largest_error(rank))
 
 
+@pytest.mark.sample(3)
 def test_squared_norm_of_the_sketch_is_unbiased(sampled):
     rank, _, sketches, _ = sampled
     assert_mean((sketches**2).sum(axis=-1), 1.0, largest_error(rank))
@@ -126,6 +128,7 @@ def test_distortion_of_norms(sampled):
     assert (distortion.mean(axis=0) <= 2 / rank + 5 * error + 1e-9).all()
 
 
+@pytest.mark.full
 def test_where_a_count_sketch_is_weaker():
     """Two columns alone meet with probability 1/r, and then cancel or double."""
     rank, pair = 8, WIDTH + len(DIRECTIONS) - 2
@@ -146,6 +149,7 @@ def test_variance_is_that_of_the_formula(sampled):
     assert_mean(errors, variance, 0.05 * max(variance, 0.1))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", [fj.CountSketch, fj.Orthogonal, fj.SRHT])
 def test_isometric_estimates_shrink_to_the_seen_part(kind):
     """E[S'S] = (r/m) I, though r does not divide m."""
@@ -153,6 +157,7 @@ def test_isometric_estimates_shrink_to_the_seen_part(kind):
     assert_mean(estimates[:, :WIDTH], 7 / WIDTH * np.eye(WIDTH), 0.01)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("projection", "rank", "expected"),
     [

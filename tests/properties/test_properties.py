@@ -139,6 +139,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* sketches .* leaves:UserWarnin
 names = pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__name__)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("examples", [5, full(12)])
 @names
 def test_types_and_refusals(factory, examples):
@@ -188,6 +189,7 @@ def test_moments_of_integers_are_refused(dtype):
     assert rest.init(params).inner_state.inner[0].mu["w"].shape == (4, 8)
 
 
+@pytest.mark.full
 def test_complex_leaves_split_as_the_refusal_says():
     ones = {"z": jnp.ones((8, 16), jnp.complex64), "d": jnp.ones(3, jnp.complex64)}
     params = jax.tree.map(lambda x: x * (1 + 2j), ones)

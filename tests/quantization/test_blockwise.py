@@ -61,6 +61,7 @@ def values(code, signed):
     return every / 448 if signed else (every / 448) ** 2
 
 
+@pytest.mark.sample(4)
 @scaled_codes
 @pytest.mark.parametrize("shape", [SHAPE, (27, 4), (3, 16, 2)])
 def test_equals_the_nearest_value_of_a_table(code, signed, shape):
@@ -94,6 +95,7 @@ def bound(x, code, signed, stochastic):
     return once * np.maximum(size / 16, finest)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("stochastic", [False, True])
 @every_code
 def test_errors_are_below_the_bounds(code, signed, stochastic):
@@ -111,6 +113,7 @@ def test_errors_are_below_the_bounds(code, signed, stochastic):
     assert ratio > 0.6
 
 
+@pytest.mark.sample(1)
 @every_code
 def test_zeros_stay_zero_and_positive_second_moments_positive(code, signed):
     x = numbers(signed).at[:, 0].set(0.0).at[:, 1, ::2].set(0.0)
@@ -159,6 +162,7 @@ def test_what_was_decoded_is_a_fixed_point(code, signed, threshold):
     assert np.array_equal(again[1], scales)
 
 
+@pytest.mark.sample(1)
 @every_code
 def test_random_rounding_is_unbiased(code, signed):
     """Within five standard errors, for each of a block's numbers; zero stays."""

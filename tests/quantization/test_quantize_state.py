@@ -66,6 +66,7 @@ def test_shapes_dtypes_and_bytes_of_the_state():
     assert types(tx.init(shape)) == types(state)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_and_one_dimensional_leaves_are_exact(dtype):
     _, updates, states = adam(dtype)
@@ -80,6 +81,7 @@ def test_small_and_one_dimensional_leaves_are_exact(dtype):
     assert states[-1].inner[0].mu["stack"].dtype == jnp.dtype(dtype)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_step_is_that_of_the_inner_transformation(dtype):
     """Encoding comes last: the first update is exact, the next reads the codes."""
@@ -104,6 +106,7 @@ def test_one_step_is_that_of_the_inner_transformation(dtype):
     assert 0 < error <= worst * np.abs(np.asarray(new[0].mu["w"])).max()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("dtype", "stochastic"), CONFIGURATIONS)
 def test_dtypes_and_shapes_never_change(dtype, stochastic):
     _, _, states = adam(dtype, stochastic)
@@ -140,6 +143,7 @@ def exact_descent():
     return quadratic(optax.adam(0.02), curvature(), 200)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("dtype", "stochastic"), CONFIGURATIONS)
 def test_adam_tracks_float32_on_an_ill_scaled_quadratic(dtype, stochastic):
     tx = quantize_state(optax.adam(0.02), dtype, stochastic_rounding=stochastic)
@@ -155,6 +159,7 @@ def test_adam_tracks_float32_on_an_ill_scaled_quadratic(dtype, stochastic):
     assert loss[2] <= 1e-8 * loss[0]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("dtype", "stochastic"), [("int8", True), ("float8_e4m3fn", False)]
 )
@@ -174,6 +179,7 @@ def test_an_unchanged_state_does_not_drift(dtype, stochastic):
     assert states[9].inner.acc_grads["w"].dtype == jnp.float32
 
 
+@pytest.mark.full
 def test_random_rounding_follows_key_count_and_path():
     """Two trees and two leaves with the same numbers are rounded differently."""
     inner = optax.chain(optax.trace(0.0), optax.trace(0.0))

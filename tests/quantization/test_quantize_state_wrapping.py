@@ -94,6 +94,7 @@ def assert_near(updates, exact):
     assert np.linalg.norm(updates["w"] - exact["w"]) > 0
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", WRAPPED)
 def test_what_it_wraps(name):
     inner, expected = WRAPPED[name]
@@ -103,6 +104,7 @@ def test_what_it_wraps(name):
     assert len({str(types(state)) for state in states}) == 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -200,6 +202,7 @@ def test_extra_arguments_reach_the_inner_transformation():
     assert_close(updates, jax.tree.map(lambda x: 3 * x, params()))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_sharded_parameters(kind):
     """The same numbers; codes lie where the parameter does, also after an update."""

@@ -44,6 +44,7 @@ def test_samples_are_those_of_the_first_release():
     )
 
 
+@pytest.mark.full
 def test_no_flag_of_jax_changes_them():
     expected = normals(KEY, (64,), 0)
     with jax.threefry_partitionable(False):

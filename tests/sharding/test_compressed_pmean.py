@@ -47,6 +47,7 @@ def bytes_reduced(compiled):
     return total
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("projection", [None, fj.Gaussian()])
 def test_is_the_sketch_of_the_mean(projection):
     sketch = dataclasses.replace(SKETCH, projection=projection)
@@ -96,6 +97,7 @@ def test_full_rank_is_the_plain_mean():
     assert_close(mean(grads, jnp.int32(0)), exact, "float32")
 
 
+@pytest.mark.full
 def test_error_feedback_loses_nothing():
     """What was estimated and what is kept add up to all gradients seen."""
 

@@ -110,6 +110,7 @@ def run_on_mesh(case):
     return init, step, states, updates, state
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_sharded_steps_are_those_of_one_device(case):
     *_, updates, state = run_on_mesh(case)
@@ -136,6 +137,7 @@ def assert_near(found, wanted, tolerance):
         np.testing.assert_allclose(x, y, atol=tolerance * np.abs(y).max(initial=0))
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_states_lie_as_their_parameters_do(case):
     init, _, states, _, state = run_on_mesh(case)
@@ -156,6 +158,7 @@ def test_states_lie_as_their_parameters_do(case):
     assert own < total / 2
 
 
+@pytest.mark.full
 @every_case
 def test_no_gradient_is_gathered(case):
     # Of the leaves (64, 96) at rank 4, a sketch has 4 x 96 elements and one of the
@@ -188,6 +191,7 @@ def test_the_same_random_numbers_on_a_mesh(kind):
     np.testing.assert_array_equal(sharded, alone)
 
 
+@pytest.mark.full
 def test_without_set_mesh_the_numbers_are_the_same():
     # Then only the compiler knows of the mesh; what is sent is its own choice.
     tx = fj.flora(0.1, FOLDS, b1=0.5, resample_every=None)

@@ -56,6 +56,7 @@ def accumulating(rank):
     return step, state._replace(acc_grads=own)
 
 
+@pytest.mark.full
 def test_accumulation_reduces_sketches_once_per_cycle():
     step, state = accumulating(rank=4)
     program = step.lower(gradients(0), state).compile()
@@ -84,6 +85,7 @@ def test_accumulation_at_full_rank_is_the_plain_mean():
     assert_close(updates, mean, "float32")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("rank", "expected"), [(4, SKETCHES), (16, FULL)])
 def test_the_accumulator_of_microbatches(rank, expected):
     def loss(params, x):
@@ -109,6 +111,7 @@ def test_the_accumulator_of_microbatches(rank, expected):
     assert_close(step(zeros(), data), accumulator.finalize(alone), "float32")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("rank", [4, 16])
 def test_flora_of_a_compressed_mean(rank):
     # Flora's second moment is of the whole gradient, so the mean comes first, with an

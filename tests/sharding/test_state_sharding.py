@@ -43,6 +43,7 @@ def expected(shape):
     )
 
 
+@pytest.mark.sample(1)
 @every_case
 def test_every_array_follows_its_parameter(case):
     tx, params = case(), jax.eval_shape(layer)
@@ -61,6 +62,7 @@ def test_every_array_follows_its_parameter(case):
             assert sharding.is_fully_replicated
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "case",
     [c for c in CASES if c.name in {"galore", "quantized"}],
@@ -150,6 +152,7 @@ class Model(nnx.Module):
         self.layer = nnx.Linear(8, 16, rngs=nnx.Rngs(0), kernel_init=init)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit]
 )

@@ -47,6 +47,7 @@ def _loss(p, x):
 PARAMS = {"w": numbers(1, 16, 24), "b": numbers(2, 24)}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("skip", [None, optax.skip_not_finite])
 def test_compressed_accumulation_takes_sketches(skip):
     batches = [*X, X[0].at[0, 0].set(jnp.nan), X[1]] if skip else [*X, X[1]]
@@ -61,6 +62,7 @@ def test_compressed_accumulation_takes_sketches(skip):
         )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("use_mean", [True, False])
 def test_the_accumulator_of_microbatches_takes_sketches(use_mean):
     mean = optax.microbatching.AccumulationType.MEAN

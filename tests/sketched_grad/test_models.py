@@ -140,7 +140,7 @@ def test_the_update_is_that_of_full_gradients_for_all(name, variant, projection)
 def test_a_block_takes_a_fifth_fewer_operations():
     """By XLA's count, with ranks that are small enough."""
     config = GPT2Config(layers=1, width=128, heads=4, context=160, vocab_size=16)
-    graphdef, params = build.abstract(lambda: build.create(config, 0))
+    graphdef, params = jax.eval_shape(lambda: build.create(config, 0))
     tokens = jax.ShapeDtypeStruct((1, 161), jnp.int32)
 
     def loss(p, tokens):

@@ -11,8 +11,8 @@ import pytest
 from flax import linen, nnx
 
 import flora_jax as fj
+from flora_jax.sketched_grad.linear_rules import axes_before_reshape
 from flora_jax.sketched_grad.planner import Planner
-from flora_jax.sketched_grad.shape_rules import axes_before_reshape
 from flora_jax.sketching.sketch import resolve
 from flora_jax.sketching.sketcher import ScaledLeaf, Sketcher
 from flora_jax.transforms.accumulation import NAME
@@ -218,6 +218,7 @@ def functions(names):
     return exact | compare(lambda p: loss({**params, **p}), rounded, tolerance=2**-7)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", in_quick_tier(FUNCTIONS, COMMON))
 def test_a_weight_is_sketched_during_backpropagation(name):
     tier = tuple(x for x in FUNCTIONS if (x in COMMON) == (name in COMMON))
@@ -277,6 +278,7 @@ def fallbacks(names):
     return compare(loss, params)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", in_quick_tier(FALLBACKS, COMMON_FALLBACKS))
 def test_what_no_rule_knows_is_computed_in_full_and_listed(name):
     common = name in COMMON_FALLBACKS
@@ -286,6 +288,7 @@ def test_what_no_rule_knows_is_computed_in_full_and_listed(name):
     assert not report.sketched_during_backpropagation
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "index", [-1, 5, *(pytest.param(i, marks=pytest.mark.full) for i in (-5, -4, 1))]
 )
@@ -333,6 +336,7 @@ PROJECTIONS = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "projection",
     [
@@ -369,6 +373,7 @@ def _heads(p):
     return jnp.sum(jnp.sin(jnp.einsum("bti,ihd->bthd", X, p["w"])))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_both_sides(side):
     report = compare(_heads, {"w": numbers(1, 16, 3, 8)}, sketch_of(side=side))["w"]
@@ -442,6 +447,7 @@ def test_what_else_a_function_returns_is_handed_back():
     assert isinstance(aux["n"], int)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("shape", [(0, 16, 24), (0, 16, 12)])
 def test_a_leaf_without_numbers(shape):
     def loss(w):
@@ -555,6 +561,7 @@ def test_the_body_of_a_loop_is_planned_once_for_each_question(monkeypatch):
     assert len(planned) <= 12
 
 
+@pytest.mark.full
 def test_no_buffer_has_the_shape_of_a_full_gradient():
     params = {"a": numbers(1, 16, 40), "b": numbers(2, 40, 56)}
 

@@ -28,6 +28,7 @@ def loss(params, x):
     return jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("every", [None, 3])
 @pytest.mark.parametrize("projection", [fj.CountSketch(), fj.Gaussian()], ids=str)
 @pytest.mark.filterwarnings("ignore:compressed_momentum with resample_every")
@@ -103,6 +104,7 @@ def test_sketches_for_another_transformation_are_refused():
         tx.update(sketches(), tx.init(PARAMS))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "projection",
     [
@@ -159,6 +161,7 @@ def test_wrappers_that_map_over_the_tree_fail(make, why):
         tx.update(sketches(), tx.init(PARAMS), PARAMS)
 
 
+@pytest.mark.full
 def test_quantized_states_and_hyperparameters_pass_sketches_on():
     plain = fj.compressed_accumulation(optax.sgd(1.0, 0.9), 2, sketch_of())
     given = sketches()
@@ -181,6 +184,7 @@ def test_quantized_states_and_hyperparameters_pass_sketches_on():
             assert np.linalg.norm(x - y) <= tolerance * size
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("projection", [fj.CountSketch(), fj.Gaussian()], ids=case_id)
 def test_sketches_can_be_clipped(projection):
     """A clip by the estimate scales all leaves alike."""

@@ -235,6 +235,7 @@ def test_gradients_that_do_not_match_the_limiter():
         tx.update({"w": g["w"]}, tx.init(g))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("projection", "shape"),
     [(fj.Gaussian(), (16, 24)), (fj.Gaussian(), (24, 16)), (fj.TopDCT(), (24, 16))],

@@ -115,6 +115,7 @@ def check_oracle(setting, gradients):
     return updates
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_equals_the_oracle(setting):
     check_oracle(setting, gradients_of(setting.names))
@@ -143,6 +144,7 @@ def test_a_leaf_that_begins_with_zero_gradients_is_not_limited_then():
     assert_close(updates[3], unlimited[3])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_error_feedback_equals_the_oracle(norm):
     grads = gradients_of(ALL)
@@ -181,6 +183,7 @@ def test_what_is_sent_and_what_is_kept_is_the_gradient():
         kept = state.error["wide"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("shape", [(16, 24), (24, 16)], ids=["wide", "tall"])
 def test_equals_optax_galore(shape):
     rng = np.random.default_rng(3)
@@ -211,6 +214,7 @@ def test_every_leaf_is_due_at_another_step_when_staggered():
     assert changes == [set(names), *due, *due]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("stagger", [False, True])
 def test_a_traced_interval_is_that_interval(stagger):
     names = ("wide", "cut")
@@ -287,6 +291,7 @@ def test_a_residual_of_roundings_does_not_hold_back_what_follows():
     assert np.linalg.norm(limited["w"]) > np.linalg.norm(outside) / 10
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "factory", [fj.galore, fj.fira, fj.apollo, fj.dct_adamw, fj.flora_adamw]
 )

@@ -49,6 +49,7 @@ def test_every_rule_has_an_oracle():
     assert set(RULES) == set(NAMES.values()) == {"keep", *MOVING}
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("rule", MOVING)
 def test_moments_equal_the_oracle(rule, own):
@@ -152,6 +153,7 @@ def test_ldadam_pairs_moments_by_the_names_of_their_fields():
     assert_close(updates, expected)
 
 
+@pytest.mark.full
 def test_ldadam_pairs_moments_of_one_state_alone():
     # rms has no first moment of its own: that of the trace before it is not its mean.
     gradients = folds.gradients(3, ("wide",))
@@ -200,6 +202,7 @@ INNER = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "transport"),
     [(name, fj.Squared()) for name in INNER]

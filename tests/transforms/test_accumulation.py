@@ -44,6 +44,7 @@ def accumulation(inner=None, every_k=3, rank=4, **settings):
     return fj.compressed_accumulation(inner, every_k, sketch, **rest)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("projection", "side", "mean", "k", "steps", "names"), CASES, ids=case_id
 )
@@ -82,6 +83,7 @@ def test_equals_algorithm_1(projection, side, mean, k, steps, names):
         assert_close(kept, last, "float32")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.filterwarnings("ignore:.* sketches 0 of . leaves:UserWarning")
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("every_k", [3, growing])
@@ -106,6 +108,7 @@ def test_dense_leaves_equal_multisteps(every_k, mean):
     assert (state.mini_step, state.gradient_step) == multi[:2]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("projection", [fj.Gaussian(), fj.CountSketch()])
 def test_a_stack_equals_its_slices_under_one_projection(projection):
     """The slices have the stack's path, and so its S."""
@@ -120,6 +123,7 @@ def test_a_stack_equals_its_slices_under_one_projection(projection):
             assert_close(update, expected[i])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("axis", [-1, -2])
 @pytest.mark.parametrize("mean", [True, False])
 def test_full_rank_equals_the_plain_accumulator(axis, mean):
@@ -208,6 +212,7 @@ class TestSkip:
     def tx(self, skip=optax.skip_not_finite, **settings):
         return accumulation(optax.adam(1e-2), should_skip_update_fn=skip, **settings)
 
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize("mean", [True, False])
     def test_leaves_everything_but_skip_state(self, mean):
         tx = self.tx(use_grad_mean=mean)

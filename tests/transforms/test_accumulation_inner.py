@@ -108,6 +108,7 @@ def ones(dtype):
     return {"w": jnp.ones((8, 12), dtype), "b": jnp.ones(4, dtype)}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_inner_in_a_scan_of_micro_steps(name, dtype):
@@ -124,6 +125,7 @@ def test_inner_in_a_scan_of_micro_steps(name, dtype):
         assert not moved[[0, 1, 3, 4, 6]].any(), key
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["adamw", "adan"])
 @pytest.mark.parametrize(
     ("dtype", "of_gradients"),

@@ -41,6 +41,7 @@ def cycle(gradients, number, use_mean, sketch=SKETCH):
     return update
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("use_mean", [True, False])
 @pytest.mark.parametrize("projection", [fj.Gaussian(), fj.CountSketch()])
 def test_equals_compressed_accumulation(projection, use_mean):

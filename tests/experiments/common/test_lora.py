@@ -81,6 +81,7 @@ def test_is_the_papers_formula():
     np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("name", "count"), [("gpt2", 8), ("gpt2-scan", 4), ("t5", 32)])
 def test_every_matrix_but_the_head_has_an_adapter(name, count):
     *_, full = with_adapters(MODELS[name])
@@ -104,6 +105,7 @@ def test_adapters_are_drawn_apart_from_the_model():
                 assert abs(np.corrcoef(a[:size], b[:size])[0, 1]) < 5 / size**0.5
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("tune_rest", [False, True])
 def test_divide_and_join(tune_rest):
     *_, full = with_adapters(MODELS["t5-gated-scan"])

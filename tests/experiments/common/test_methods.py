@@ -70,6 +70,7 @@ def test_uncompressed_ones_are_optaxs(name, base):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("base", ["adafactor", "sgd"])
 def test_sketched_momentum(base):
     """Smaller state; the embedding's update is that of the full momentum."""
@@ -88,6 +89,7 @@ def test_sketched_momentum(base):
             )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["full_accumulation", "flora_accumulation"])
 def test_accumulation(name):
     tx = make(name, base="sgd", micro_batches=2)
@@ -142,6 +144,7 @@ def test_all_methods_are_tested():
     assert len(set(METHODS)) == len({method.title for method in METHODS.values()})
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["adamw", "adamw_orthogonal", "apollo_mini"])
 def test_decay_and_mask(name):
     """The embedding is Adam's, without weight decay and with the decay that is set."""

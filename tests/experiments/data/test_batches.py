@@ -1,7 +1,5 @@
 """Arrays of examples against rows written out by hand, and the order of batches."""
 
-import functools
-
 import numpy as np
 import pytest
 
@@ -38,9 +36,8 @@ ARROW = [SPACE, EQUALS, GREATER]
 
 
 def test_encoder_decoder():
-    first, long, empty = batches.encoder_decoder(
-        PAIRS, Letters(), prefix="z: ", source_length=6, target_length=4
-    )
+    layout = batches.Layout(Letters(), "z: ", source_length=6, target_length=4)
+    first, long, empty = layout.encoder_decoder(PAIRS)
     np.testing.assert_array_equal(first["source"], [27, 2, 3, 1, 0, 0])
     np.testing.assert_array_equal(first["target"], [4, 1, 0, 0])
     np.testing.assert_array_equal(long["source"], [27, 2, 3, 4, 5, 1])
@@ -51,9 +48,8 @@ def test_encoder_decoder():
 
 
 def test_decoder_only():
-    first, long, empty = batches.decoder_only(
-        PAIRS, Spaced(), prefix="z", source_length=7, target_length=4
-    )
+    layout = batches.Layout(Spaced(), "z", source_length=7, target_length=4)
+    first, long, empty = layout.decoder_only(PAIRS)
     row = [27, 2, 3, *ARROW, SPACE, 4, 1, 1, 1, 1]  # z ab =>  c, end, padding
     np.testing.assert_array_equal(first["tokens"], row)
     np.testing.assert_array_equal(first["weights"], [0] * 5 + [1, 1, 1] + [0] * 3)
@@ -68,7 +64,8 @@ def test_decoder_only():
 
 
 def test_prompts_are_left_padded():
-    first, long, empty = batches.prompts(PAIRS, Spaced(), prefix="z", source_length=7)
+    layout = batches.Layout(Spaced(), "z", source_length=7, target_length=4)
+    first, long, empty = layout.prompts(PAIRS)
     np.testing.assert_array_equal(first["prompt"], [1, 27, 2, 3, *ARROW])
     np.testing.assert_array_equal(first["prompt_mask"], [False] + [True] * 6)
     np.testing.assert_array_equal(long["prompt"], [27, 2, 3, 4, *ARROW])
@@ -82,9 +79,9 @@ def test_prompts_are_left_padded():
 def test_a_prompt_is_what_stood_before_the_target():
     pairs = [Pair("Der Hund bellt" * n, "The dog barks") for n in range(1, 5)]
     vocab = vocabulary.byte_pair([text for pair in pairs for text in pair], 280)
-    options = {"prefix": "translate: ", "source_length": 20}
-    rows = batches.decoder_only(pairs, vocab, target_length=16, **options)
-    for row, start in zip(rows, batches.prompts(pairs, vocab, **options), strict=True):
+    layout = batches.Layout(vocab, "translate: ", source_length=20, target_length=16)
+    rows = layout.decoder_only(pairs)
+    for row, start in zip(rows, layout.prompts(pairs), strict=True):
         prompt = start["prompt"][start["prompt_mask"]]
         np.testing.assert_array_equal(row["tokens"][: len(prompt)], prompt)
         assert np.argmax(row["weights"]) == len(prompt) - 1
@@ -93,11 +90,11 @@ def test_a_prompt_is_what_stood_before_the_target():
 
 
 def test_sources_are_too_short():
-    decoder_only = functools.partial(batches.decoder_only, target_length=2)
+    layout = batches.Layout(Spaced(), "", source_length=3, target_length=2)
     message = r"`--source-length` must be at least 4 \(th"
-    for function in (batches.prompts, decoder_only):
+    for function in (layout.prompts, layout.decoder_only):
         with pytest.raises(ConfigError, match=message):
-            function(PAIRS, Spaced(), prefix="", source_length=3)
+            function(PAIRS)
 
 
 @pytest.fixture(scope="module")

@@ -94,6 +94,7 @@ def test_another_version_is_mined_anew(monkeypatch):
     assert docstrings._fingerprint() != before
 
 
+@pytest.mark.full
 def test_installed_docstrings(monkeypatch):
     folders = docstrings._folders()
     assert len(folders) == 1 + len(docstrings.PACKAGES)

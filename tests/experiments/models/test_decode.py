@@ -107,9 +107,9 @@ def test_decoding_is_compiled_once(case):
     for function, options in ((decode.greedy, {}), (decode.beam, {"beams": 2})):
         settings = {"length": 3, "eos": 1, "pad": 0, **options}
         function(*one, prompts_of(config), **settings)
-        before = decode._cache_size()
-        decode(*other, prompts_of(config, seed=9), **settings)
-        assert decode._cache_size() == before
+        before = function._cache_size()
+        function(*other, prompts_of(config, seed=9), **settings)
+        assert function._cache_size() == before
 
 
 def test_refused_arguments(case):

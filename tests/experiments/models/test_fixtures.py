@@ -30,6 +30,7 @@ def case(request):
     return config, build.create(config, 0)[0], params, numbers
 
 
+@pytest.mark.sample(2)
 def test_logits(case):
     config, graphdef, params, numbers = case
     model = nnx.merge(graphdef, params)
@@ -46,6 +47,7 @@ def test_logits(case):
     )
 
 
+@pytest.mark.sample(1)
 def test_greedy_decoding(case):
     config, graphdef, params, numbers = case
     tokens = decode.greedy(

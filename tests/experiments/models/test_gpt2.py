@@ -15,6 +15,7 @@ def model():
     return build.create(GPT2, 0)
 
 
+@pytest.mark.full
 def test_initial_scales():
     config = GPT2Config(layers=2, width=128, heads=2, vocab_size=300)
     leaves = by_path(build.create(config, 0)[1])
@@ -29,6 +30,7 @@ def test_initial_scales():
             np.testing.assert_array_equal(leaf, float(path.endswith("scale")))
 
 
+@pytest.mark.full
 def test_later_tokens_do_not_change_earlier_logits(model):
     tokens = np.arange(2 * 16).reshape(2, 16) % 48
     changed = tokens.copy()

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from experiments.common.errors import ConfigError
 from experiments.models import build, hugging_face
@@ -40,7 +41,7 @@ def test_gpt2_names_and_shapes():
     params = jax.eval_shape(lambda: build.create(config, 0)[1])
     found = {
         hugging_face._name(path, config)[0]: leaf.shape
-        for path, leaf in hugging_face._by_path(params).items()
+        for path, leaf in flatten_dict(params).items()
     }
     first = {
         name: shape
@@ -56,6 +57,7 @@ def tensors_of(config, seed=0):
     return params, hugging_face.to_tensors(params, config)
 
 
+@pytest.mark.sample(1)
 @every_model
 @pytest.mark.parametrize("scan", [False, True])
 def test_saved_and_loaded(config, scan, tmp_path):

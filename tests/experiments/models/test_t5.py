@@ -7,7 +7,7 @@ from flax import nnx
 
 from experiments.models import build
 from experiments.models.config import T5Config
-from experiments.models.t5_layers import bucket_of
+from experiments.models.t5 import bucket_of
 from tests.experiments.models.tiny import T5, T5_GATED, batch_of, by_path, randomized
 
 pytestmark = pytest.mark.full

@@ -113,7 +113,7 @@ def test_transformers_reads_what_is_saved(case, tmp_path, scan):
 def test_t5_buckets():
     from transformers.models.t5.modeling_t5 import T5Attention
 
-    from experiments.models.t5_layers import bucket_of
+    from experiments.models.t5 import bucket_of
 
     offsets = np.arange(-300, 301)
     for both_directions in (True, False):

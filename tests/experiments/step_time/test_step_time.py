@@ -9,7 +9,7 @@ import pytest
 
 from experiments.common.state_bytes import tree_bytes
 from experiments.models.config import PUBLISHED, GPT2Config
-from experiments.step_time import contenders, report
+from experiments.step_time import report
 from experiments.step_time import run as step_time
 from experiments.step_time.__main__ import main
 from experiments.step_time.config import Config
@@ -19,7 +19,7 @@ from experiments.step_time.config import Config
 def small(monkeypatch):
     size = GPT2Config(layers=2, width=128, heads=2, context=256, vocab_size=512)
     monkeypatch.setitem(PUBLISHED, "gpt2", size)
-    monkeypatch.setattr(contenders, "PROJECTIONS", ("CountSketch", "Gaussian"))
+    monkeypatch.setattr(step_time, "PROJECTIONS", ("CountSketch", "Gaussian"))
 
 
 @pytest.mark.full
@@ -67,9 +67,9 @@ def three(monkeypatch):
     """Three optimizers in four programs."""
     kept = {"optax.adam", "optax.adamw", "galore(exact)"}
     for part in ("peers", "ours"):
-        whole = getattr(contenders, part)
+        whole = getattr(step_time, part)
         monkeypatch.setattr(
-            contenders,
+            step_time,
             part,
             lambda *given, whole=whole: (x for x in whole(*given) if x.name in kept),
         )
@@ -109,9 +109,9 @@ def state_bytes(contender, params):
 @pytest.mark.full
 def test_all_of_the_family_keep_less(small):
     params = step_time.shapes("gpt2", "float32")
-    peers = list(contenders.peers("family", False, "float32"))
+    peers = list(step_time.peers("family", False, "float32"))
     adamw = state_bytes(peers[0], params)
-    ours = list(contenders.ours("family", (16,)))
+    ours = list(step_time.ours("family", (16,)))
     assert (peers[0].name, len(peers), len(ours)) == ("optax.adamw", 5, 2 * 9 + 3)
     for contender in ours:
         assert state_bytes(contender, params) < adamw
@@ -122,7 +122,7 @@ def test_a_renewal_is_one(small):
     params = step_time.random_like(step_time.shapes("gpt2", "float32"), 0)
     params = {"c_fc": params["h"][0]["mlp"]["c_fc"]}
     pair = [
-        x for x in contenders.ours("family", (16,)) if x.name == "galore(randomized)"
+        x for x in step_time.ours("family", (16,)) if x.name == "galore(randomized)"
     ]
     step = jax.jit(pair[0].step)
     _, first = step(params, pair[0].init(params), params)
@@ -138,7 +138,7 @@ def test_a_renewal_is_one(small):
 
 @pytest.mark.full
 def test_compile_times_allocate_nothing(small):
-    adafactor = next(iter(contenders.compiled_only()))
+    adafactor = next(iter(step_time.compiled_only()))
     (row,) = step_time.compile_times("gpt2", [adafactor])
     assert row["compile_seconds"] > 0
     assert row["temp_bytes"] >= 0

@@ -121,6 +121,7 @@ def test_bytes_of_adamw_in_eight_bits():
     assert 2 * MATRICES < part < 2.2 * MATRICES
 
 
+@pytest.mark.full
 def test_bytes_of_adapters_are_those_of_the_matrices():
     graphdef, params = create(TINY.model, 0)
     _, params = lora.add(graphdef, params, 4, 4.0, 0)

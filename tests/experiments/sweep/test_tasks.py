@@ -190,6 +190,7 @@ def test_the_learning_rate_of_the_matrices_in_a_run(tiny):
     assert losses[0] < first - 0.01
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("method", ["full_accumulation", "lora_momentum"])
 def test_a_dense_learning_rate_is_for_whole_optimizers(method, tiny):
     data = sources(tiny, dense_learning_rate=0.03)
