@@ -13,13 +13,11 @@ from experiments.common.methods import METHODS
 def write(path: pathlib.Path) -> None:
     """Writes the tables (.md), cosine.png and spectra.png beside the data."""
     results = json.loads(path.read_text())
-    tables = (
-        report.markdown(_TRACES, results["traces"]),
-        report.markdown(_SPECTRA, results["spectra"]),
-    )
+    traces, spectra = results["traces"], results["spectra"]
+    tables = report.markdown(_TRACES, traces), report.markdown(_SPECTRA, spectra)
     path.with_suffix(".md").write_text("\n".join(tables))
-    _cosines(results["traces"], path.parent / "cosine.png")
-    _spectra(results["spectra"], path.parent / "spectra.png")
+    _cosines(traces, path.parent / "cosine.png")
+    _spectra(spectra, path.parent / "spectra.png")
 
 
 def _cosine(trace: dict[str, Any], share: float) -> str:
@@ -61,17 +59,10 @@ def _cosines(traces: list[dict[str, Any]], path: pathlib.Path) -> None:
     with plots.picture(path) as panels:
         axes = panels[0, 0]
         for number, trace in enumerate(traces):
-            updates, cosines = zip(
-                *((point["update"], point["cosine"]) for point in trace["points"]),
-                strict=True,
-            )
-            look = {
-                "color": plots.PALETTE[number],
-                "linestyle": plots.DASHES[number % 4],
-            }
-            axes.plot(updates, cosines, label=trace["title"], **look)
-        axes.set_xscale("log")
-        axes.set_xlabel("updates (logarithmic)")
+            points = [(point["update"], point["cosine"]) for point in trace["points"]]
+            dash, color = plots.DASHES[number % 4], plots.PALETTE[number]
+            axes.plot(*zip(*points, strict=True), dash, c=color, label=trace["title"])
+        axes.set(xscale="log", xlabel="updates (logarithmic)")
         axes.set_ylabel(
             "cosine of LoRA's change and\nthe projected accumulated gradient"
         )
@@ -87,19 +78,12 @@ def _spectra(spectra: list[dict[str, Any]], path: pathlib.Path) -> None:
             shortest = min(map(len, values))
             # The mean over the matrices, each relative to its largest.
             mean = np.mean([np.array(x[:shortest]) / x[0] for x in values], axis=0)
-            axes.plot(
-                np.arange(1, shortest + 1),
-                np.maximum(mean, 1e-8),
-                color=plots.PALETTE[number],
-                linestyle="--" if METHODS[spectrum["method"]].adapters else "-",
-                label=_title(spectrum),
-            )
-        axes.set_yscale("log")
-        axes.set_ylim(1e-4, 1.5)
-        axes.set_xlabel("index of the singular value")
-        axes.set_ylabel(
-            "singular values of the weights' change,\nrelative to the largest"
-        )
+            dash = "--" if METHODS[spectrum["method"]].adapters else "-"
+            look = {"color": plots.PALETTE[number], "label": _title(spectrum)}
+            axes.plot(range(1, shortest + 1), np.maximum(mean, 1e-8), dash, **look)
+        axes.set(yscale="log", ylim=(1e-4, 1.5), xlabel="index of the singular value")
+        name = "singular values of the weights' change,\nrelative to the largest"
+        axes.set_ylabel(name)
         axes.legend(frameon=False, fontsize=9)
 
 

@@ -8,6 +8,8 @@ singular vectors (Shuttleworth et al., 2024, arXiv 2410.21228).
 """
 
 import dataclasses
+import functools
+import itertools
 from typing import Any
 
 import jax
@@ -18,9 +20,8 @@ from flax import traverse_util
 from rich.progress import track
 
 import flora_jax as fj
-from experiments.common import loop
-from experiments.common.checkpoints import State
 from experiments.common.errors import NonFiniteLossError
+from experiments.common.loop import training_step
 from experiments.common.methods import METHODS
 from experiments.common.problem import build, micro_batches
 from experiments.common.report import publish, ranked
@@ -42,80 +43,63 @@ def run(config: Config) -> None:
         NonFiniteLossError: a run diverged.
     """
     config.validate()
-    task = FinetuneConfig(
-        dataset="phrases",
-        checkpoint=config.checkpoint,
-        data_dir=config.data_dir,
-        updates=config.updates,
-        batch_size=config.batch_size,
-        micro_batches=config.micro_batches,
-        source_length=48,  # As in the grid that the learning rates come from.
-        target_length=32,
-        seed=config.seed,
-    )
+    names = "checkpoint data_dir updates batch_size micro_batches seed"
+    fields = {name: getattr(config, name) for name in names.split()}
+    # As in the grid that the learning rates come from.
+    fields |= {"dataset": "phrases", "source_length": 48, "target_length": 32}
+    task = FinetuneConfig(**fields)
     task.validate()
-    prepared = prepare(task)
-    optimizers = {
-        f"SGD, {rate:g}": optax.sgd(rate) for rate in config.sgd_learning_rates
-    }
-    rate = config.adafactor_learning_rate
+    prepared, rate = prepare(task), config.adafactor_learning_rate
+    optimizers = {f"SGD, {x:g}": optax.sgd(x) for x in config.sgd_learning_rates}
     optimizers[f"Adafactor, {rate:g}"] = optax.adafactor(rate)
+    trace = functools.partial(_trace, task, prepared, config.rank)
     results = {
-        "traces": [
-            _trace(config.rank, task, prepared, title, tx)
-            for title, tx in optimizers.items()
-        ],
+        "traces": list(itertools.starmap(trace, optimizers.items())),
         "spectra": [_spectrum(task, prepared, run) for run in config.runs],
     }
     publish(config.output_dir / "dynamics.json", config, results, report.write)
 
 
 def _trace(
-    rank: int,
-    task: FinetuneConfig,
-    prepared: Prepared,
-    title: str,
-    tx: optax.GradientTransformation,
+    task: FinetuneConfig, prepared: Prepared, rank: int, title: str, tx: Any
 ) -> dict[str, Any]:
     """Cosines between LoRA's change and the projected accumulated gradient.
 
     With y = x (W + A B), from B = 0 and A = A0, and G the gradient at W + A B, the
     theorem says A0 ΔB = −η A0 A0ᵀ ΣG + O(η²). Both change here, and A B − A0 B0 = A B.
     """
-    problem, state, _ = build(task, prepared, "lora_momentum", rank)
-    frozen, first = problem.frozen, _pairs(state.params)
+    problem, (params, _), _ = build(task, prepared, "lora_momentum", rank)
+    frozen, first = problem.frozen, _flat(params)
+    value_and_grad = jax.value_and_grad(problem.loss, (0, 1))
 
     @jax.jit
-    def step(carry: Any, batch: Any) -> Any:
-        state, sums = carry
+    def step(params: Any, opt_state: Any, sums: Any, batch: Any) -> Any:
         key = jax.random.key(0)  # There is no dropout here.
-        loss, (grads, base) = jax.value_and_grad(problem.loss, (0, 1))(
-            state.params, frozen, batch, key
-        )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        loss, (grads, base) = value_and_grad(params, frozen, batch, key)
+        updates, opt_state = tx.update(grads, opt_state, params)
         sums = jax.tree.map(jnp.add, sums, _kernels(base))
-        return (State(params, opt_state), sums), loss
+        return optax.apply_updates(params, updates), opt_state, sums, loss
 
     @jax.jit
     def cosine(params: Params, sums: Params) -> jax.Array:
-        found = []
-        for path, (a, b) in _pairs(params).items():
-            start = first[path][0]
-            change, ideal = a @ b, -start @ (start.T @ sums[path])
+        flat, found = _flat(params), []
+        for path, gradients in sums.items():
+            change = flat[f"{path}/lora_a"] @ flat[f"{path}/lora_b"]
+            start = first[f"{path}/lora_a"]
+            ideal = -start @ (start.T @ gradients)
             norms = jnp.linalg.norm(change) * jnp.linalg.norm(ideal)
             found.append(jnp.vdot(change, ideal) / norms)
         return jnp.stack(found).mean()
 
     sums = jax.tree.map(jnp.zeros_like, _kernels(frozen))
-    carry = State(state.params, tx.init(state.params)), sums
-    points = []
+    opt_state, points = tx.init(params), []
     marks = {round(x) for x in np.geomspace(1, task.updates, 25)}
     for number in track(range(1, task.updates + 1), f"LoRA by {title}"):
-        carry, loss = step(carry, problem.batches[number - 1])
+        batch = problem.batches[number - 1]
+        params, opt_state, sums, loss = step(params, opt_state, sums, batch)
         if number in marks:
             _check(title, loss)
-            similarity = float(cosine(carry[0].params, carry[1]))
+            similarity = float(cosine(params, sums))
             points.append({"update": number, "loss": float(loss), "cosine": similarity})
     return {"title": title, "points": points}
 
@@ -125,13 +109,6 @@ def _check(title: str, loss: jax.Array) -> None:
         raise NonFiniteLossError(
             f"{title}: the loss is {loss}; lower that learning rate"
         )
-
-
-def _pairs(params: Params) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """The two adapters of each layer, by its path."""
-    flat = _flat(params)
-    paths = [path.removesuffix("/lora_a") for path in flat if path.endswith("lora_a")]
-    return {path: (flat[f"{path}/lora_a"], flat[f"{path}/lora_b"]) for path in paths}
 
 
 def _kernels(frozen: Params) -> dict[str, jax.Array]:
@@ -149,30 +126,21 @@ def _spectrum(task: FinetuneConfig, prepared: Prepared, run: Run) -> dict[str, A
     rate, method = run.learning_rate, METHODS[run.method]
     task = dataclasses.replace(task, learning_rate=rate, lora_learning_rate=rate)
     problem, state, tx = build(task, prepared, run.method, run.rank)
-    step = jax.jit(
-        lambda state, frozen, batch: loop.training_step(
-            problem, tx, state, frozen, batch, jax.random.key(0)
-        ),
-        donate_argnums=0,
-    )
+    step = jax.jit(functools.partial(training_step, problem, tx), donate_argnums=0)
     parts, title = method.micro_batches(task), ranked(method.title, run.rank)
     for number in track(range(task.updates), title):
-        batch = problem.batches[number]
-        for part in micro_batches(batch, parts):
-            state, loss = step(state, problem.frozen, part)
+        for part in micro_batches(problem.batches[number], parts):
+            state, loss = step(state, problem.frozen, part, jax.random.key(0))
     _check(title, loss)
-    params = problem.merged(state.params, problem.frozen)
-    before, after = _flat(prepared.params), _flat(params)
-    return dataclasses.asdict(run) | {
-        "validation_loss": problem.evaluate(state.params, problem.frozen)[
-            "validation_loss"
-        ],
-        "matrices": {
-            path: decompose(np.asarray(before[path]), np.asarray(after[path]))
-            for path in before
-            if path.endswith("kernel") and fj.not_embeddings(path, before[path].shape)
-        },
+    before = _flat(prepared.params)
+    after = _flat(problem.merged(state.params, problem.frozen))
+    loss = problem.evaluate(state.params, problem.frozen)["validation_loss"]
+    matrices = {
+        path: decompose(np.asarray(kernel), np.asarray(after[path]))
+        for path, kernel in before.items()
+        if path.endswith("kernel") and fj.not_embeddings(path, kernel.shape)
     }
+    return dataclasses.asdict(run) | {"validation_loss": loss, "matrices": matrices}
 
 
 def decompose(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:

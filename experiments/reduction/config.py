@@ -53,16 +53,8 @@ class Config:
 
         Updates are linear in the learning rate, which is an argument of the step.
         """
-        return MainConfig(
-            methods=("full_momentum",),
-            ranks=self.ranks,
-            learning_rate=1.0,
-            updates=self.updates,
-            batch_size=self.batch_size,
-            micro_batches=1,
-            eval_every=self.eval_every,
-            eval_examples=self.eval_examples,
-            model=self.model,
-            data_dir=self.data_dir,
-            corpus_dir=self.corpus_dir,
-        )
+        names = "ranks updates batch_size eval_every eval_examples model"
+        names += " data_dir corpus_dir"
+        shared = {name: getattr(self, name) for name in names.split()}
+        own = {"learning_rate": 1.0, "micro_batches": 1}
+        return MainConfig(methods=("full_momentum",), **own, **shared)

@@ -6,6 +6,7 @@ On a machine without accelerators JAX_NUM_CPU_DEVICES=8 makes eight devices.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -30,10 +31,9 @@ P = jax.P
 
 
 class Way(NamedTuple):
-    """How gradients are averaged."""
+    """How gradients are averaged: "plain", as a "sketch", or that with "feedback"."""
 
     name: str
-    """plain, sketch or feedback."""
     rank: int = 0
 
 
@@ -51,10 +51,10 @@ def run(config: Config) -> None:
             f"{config.batch_size}"
         )
     data = prepare(config.job())
-    ways = [Way("plain")]
-    ways += [Way(*x) for x in itertools.product(("sketch", "feedback"), config.ranks)]
+    sketched = itertools.product(("sketch", "feedback"), config.ranks)
     path = config.output_dir / "reduction.jsonl"
     rows = records.resume_rows(path)
+    ways = [Way("plain"), *itertools.starmap(Way, sketched)]
     for way in track(ways, "ways of averaging"):
         for row in _train(config, way, data, rows):
             records.append_row(path, row)
@@ -65,22 +65,16 @@ def _train(
     config: Config, way: Way, data: Data, rows: list[records.Row]
 ) -> Iterator[records.Row]:
     """Yields the rows of one way that are still missing."""
-    bench = None
+    names, bench = "updates batch_size eval_every eval_examples", None
+    shared = {name: getattr(config, name) for name in names.split()} | {
+        "model": dataclasses.asdict(config.model),
+        "devices": devices.mesh().size,
+        "device": jax.devices()[0].device_kind,
+        "corpus": data.fingerprint,
+    }
     for rate, seed in itertools.product(config.learning_rates, config.seeds):
-        settings = {
-            "way": way.name,
-            "rank": way.rank,
-            "learning_rate": rate,
-            "seed": seed,
-            "updates": config.updates,
-            "batch_size": config.batch_size,
-            "eval_every": config.eval_every,
-            "eval_examples": config.eval_examples,
-            "model": dataclasses.asdict(config.model),
-            "devices": devices.mesh().size,
-            "device": jax.devices()[0].device_kind,
-            "corpus": data.fingerprint,
-        }
+        settings = {"way": way.name, "rank": way.rank, "learning_rate": rate}
+        settings |= {"seed": seed} | shared
         if any(settings.items() <= row.items() for row in rows):
             continue
         bench = bench or Bench(config, way, data)
@@ -95,17 +89,16 @@ class Bench:
         self._config, self._way, self._data = config.job(), way, data
         problem, self._tx, state = self._start(0)
         self._loss = problem.loss
-        compiled = jax.jit(
-            jax.shard_map(
-                self._local_step,
-                mesh=devices.mesh(),
-                in_specs=(P(), P(), P("data"), P("data"), P(), P()),
-                out_specs=(P(), P(), P("data")),
-            ),
-            donate_argnums=(0, 1, 2),
+        specs = P(), P(), P("data")
+        step = jax.shard_map(
+            self._local_step,
+            mesh=devices.mesh(),
+            in_specs=(specs, P("data"), P(), P()),
+            out_specs=specs,
         )
         batch = devices.split(problem.batches[0])
-        self._step = compiled.lower(*state, batch, 0, 0.1).compile()
+        lowered = jax.jit(step, donate_argnums=0).lower(state, batch, 0, 0.1)
+        self._step = lowered.compile()
 
     def _start(self, seed: int) -> tuple[Problem, Any, tuple[Any, Any, Any]]:
         """The problem, the optimizer; parameters, its state, each device's error."""
@@ -116,22 +109,16 @@ class Bench:
         params, opt_state = devices.replicated(tuple(state))
         error: Any = ()
         if self._way.name == "feedback":
-            count = devices.mesh().size
             own = jax.NamedSharding(devices.mesh(), P("data"))
-            error = jax.tree.map(
-                lambda x: jnp.zeros((count, *x.shape), jnp.float32, device=own), params
-            )
+            zeros = functools.partial(jnp.zeros, dtype=jnp.float32, device=own)
+            count = devices.mesh().size
+            error = jax.tree.map(lambda x: zeros((count, *x.shape)), params)
         return problem, tx, (params, opt_state, error)
 
     def _local_step(
-        self,
-        params: Any,
-        opt_state: Any,
-        error: Any,
-        batch: Any,
-        step: jax.Array,
-        rate: jax.Array,
+        self, state: Any, batch: Any, step: jax.Array, rate: jax.Array
     ) -> tuple[Any, Any, Any]:
+        params, opt_state, error = state
         # The gradient of what is the same on all devices would be summed over them.
         varying = jax.lax.pcast(params, "data", to="varying")
         key = jax.random.key(0)  # There is no dropout here.
@@ -140,7 +127,7 @@ class Bench:
             mean = jax.lax.pmean(grads, "data")
         else:
             sketch = fj.Sketch(self._way.rank, mask=fj.not_embeddings)
-            own = jax.tree.map(lambda x: x[0], error) if error else None
+            own = jax.tree.map(lambda x: x[0], error) or None
             mean = fj.compressed_pmean(grads, "data", sketch, step=step, error=own)
             if error:
                 mean, own = mean
@@ -158,17 +145,15 @@ class Bench:
             batch = devices.split(problem.batches[number])
             # The projections of each seed are others, though the step is the same.
             step = seed * config.updates + number
-            state = self._step(*state, batch, step, rate)
+            state = self._step(state, batch, step, rate)
             jax.block_until_ready(state)
             done = number + 1
             if done % config.eval_every == 0 or done == config.updates:
                 loss = problem.evaluate(state[0], {})["validation_loss"]
                 curve.append([done, loss if math.isfinite(loss) else None])
-        return {
-            "validation_loss": curve[-1][1],
-            "curve": curve,
-            "bytes_all_reduced": bytes_all_reduced(self._step),
-        }
+        size = bytes_all_reduced(self._step)
+        last = curve[-1][1]
+        return {"validation_loss": last, "curve": curve, "bytes_all_reduced": size}
 
 
 def bytes_all_reduced(compiled: Any) -> int:
