@@ -53,10 +53,9 @@ def run(config: Config) -> None:
     optimizers = {f"SGD, {x:g}": optax.sgd(x) for x in config.sgd_learning_rates}
     optimizers[f"Adafactor, {rate:g}"] = optax.adafactor(rate)
     trace = functools.partial(_trace, task, prepared, config.rank)
-    results = {
-        "traces": list(itertools.starmap(trace, optimizers.items())),
-        "spectra": [_spectrum(task, prepared, run) for run in config.runs],
-    }
+    traces = list(itertools.starmap(trace, optimizers.items()))
+    spectra = [_spectrum(task, prepared, run) for run in config.runs]
+    results = {"traces": traces, "spectra": spectra}
     publish(config.output_dir / "dynamics.json", config, results, report.write)
 
 
@@ -132,12 +131,11 @@ def _spectrum(task: FinetuneConfig, prepared: Prepared, run: Run) -> dict[str, A
         for part in micro_batches(problem.batches[number], parts):
             state, loss = step(state, problem.frozen, part, jax.random.key(0))
     _check(title, loss)
-    before = _flat(prepared.params)
     after = _flat(problem.merged(state.params, problem.frozen))
     loss = problem.evaluate(state.params, problem.frozen)["validation_loss"]
     matrices = {
         path: decompose(np.asarray(kernel), np.asarray(after[path]))
-        for path, kernel in before.items()
+        for path, kernel in _flat(prepared.params).items()
         if path.endswith("kernel") and fj.not_embeddings(path, kernel.shape)
     }
     return dataclasses.asdict(run) | {"validation_loss": loss, "matrices": matrices}

@@ -29,9 +29,8 @@ _CYCLE = 1000  # Micro-steps; none of those that are timed is the last of one.
 def run(config: Config) -> None:
     """Measures every model and writes data, table and picture."""
     rows = [row for name in config.models for row in measure(config, name)]
-    content = {"machine": timing.machine(), "rows": rows}
     path = config.output_dir / "micro_step.json"
-    publish(path, config, content, report.write)
+    publish(path, config, {"machine": timing.machine(), "rows": rows}, report.write)
 
 
 class Contender(NamedTuple):
@@ -111,9 +110,7 @@ def measure(config: Config, name: str) -> list[records.Row]:
         row["weight_shaped_buffers"] = buffers(gradient.as_text(), shapes)
         row |= timing.median_and_quartiles(program.seconds[timing.UNTIMED :])
         rows.append(row)
-    for row in rows:
-        for ratio in ("flops", "milliseconds"):
-            row[f"{ratio}_ratio"] = row[ratio] / rows[0][ratio]
+        row |= {f"{x}_ratio": row[x] / rows[0][x] for x in ("flops", "milliseconds")}
     return rows
 
 

@@ -37,17 +37,17 @@ def _panel(axes: plots.Axes, results: list[Result]) -> None:
             mean, error = report.mean_and_error(result.values())
             axes.axhline(mean, color="black", linestyle="--", label="uncompressed")
             axes.axhspan(mean - error, mean + error, color="black", alpha=0.1)
-    ranks = sorted({r.rank for r in results if r.rank is not None})
-    names = sorted({r.settings["projection"] for r in results if r.rank is not None})
+    sketched = [result for result in results if result.rank is not None]
+    ranks = sorted({result.rank for result in sketched})
+    names = sorted({result.settings["projection"] for result in sketched})
     for number, name in enumerate(names):
-        mine = [r for r in results if r.settings.get("projection") == name]
+        mine = [x for x in sketched if x.settings["projection"] == name]
         shift = 0.12 * (number - len(names) / 2)
         places = [ranks.index(result.rank) + shift for result in mine]
         values = [result.values() for result in mine]
         plots.points(axes, places, values, number, label=name, linestyle="none")
-    axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
-    axes.set_xlim(-0.6, max(len(ranks), 1) - 0.4)
-    axes.set_xlabel("rank")
+    axes.set_xticks(range(len(ranks)), ranks)
+    axes.set(xlim=(-0.6, max(len(ranks), 1) - 0.4), xlabel="rank")
     axes.legend(frameon=False, fontsize=8)
 
 

@@ -89,13 +89,9 @@ class Bench:
         self._config, self._way, self._data = config.job(), way, data
         problem, self._tx, state = self._start(0)
         self._loss = problem.loss
-        specs = P(), P(), P("data")
-        step = jax.shard_map(
-            self._local_step,
-            mesh=devices.mesh(),
-            in_specs=(specs, P("data"), P(), P()),
-            out_specs=specs,
-        )
+        own = P(), P(), P("data")
+        specs = {"in_specs": (own, P("data"), P(), P()), "out_specs": own}
+        step = jax.shard_map(self._local_step, mesh=devices.mesh(), **specs)
         batch = devices.split(problem.batches[0])
         lowered = jax.jit(step, donate_argnums=0).lower(state, batch, 0, 0.1)
         self._step = lowered.compile()
@@ -151,9 +147,8 @@ class Bench:
             if done % config.eval_every == 0 or done == config.updates:
                 loss = problem.evaluate(state[0], {})["validation_loss"]
                 curve.append([done, loss if math.isfinite(loss) else None])
-        size = bytes_all_reduced(self._step)
-        last = curve[-1][1]
-        return {"validation_loss": last, "curve": curve, "bytes_all_reduced": size}
+        row = {"validation_loss": curve[-1][1], "curve": curve}
+        return row | {"bytes_all_reduced": bytes_all_reduced(self._step)}
 
 
 def bytes_all_reduced(compiled: Any) -> int:

@@ -56,8 +56,7 @@ def measure(config: Config, model: str, name: str, rank: int | None) -> records.
     base = base_optimizer(1e-3, Settings(base=method.base or "adafactor"))
     sketch = fj.Sketch(rank or 1, projection=built(config.projection))
     accumulator = fj.compressed_accumulator(sketch) if method.compressed else _full()
-    acc = jax.eval_shape(accumulator.init, trained)
-    opt_state = jax.eval_shape(base.init, trained)
+    acc, opt_state = (jax.eval_shape(x.init, trained) for x in (accumulator, base))
 
     def loss(trained: Any, frozen: Any, batch: Any) -> jax.Array:
         return mean_loss(graphdef, lora.join(trained, frozen), batch)
@@ -68,8 +67,7 @@ def measure(config: Config, model: str, name: str, rank: int | None) -> records.
         return accumulator.update(acc, grads, 1), value
 
     def apply(trained: Any, opt_state: Any, acc: Any) -> Any:
-        grads = accumulator.finalize(acc)
-        updates, opt_state = base.update(grads, opt_state, trained)
+        updates, opt_state = base.update(accumulator.finalize(acc), opt_state, trained)
         # And an empty accumulator in the place of the old one.
         empty = accumulator.init(trained)
         return optax.apply_updates(trained, updates), opt_state, empty

@@ -88,11 +88,10 @@ def _bars(axes: plots.Axes, rows: list[Row]) -> None:
     places = range(len(rows))
     axes.barh(places, times, color=[_color(row) for row in rows], xerr=spread)
     axes.set_yticks(places, labels, fontsize=7)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
     floor = rows[0]["floor_milliseconds"]
     low, high = 0.5 * min(floor, *times), 1.6 * max(times)
     plots.log_ticks(axes, [tick for tick in _TICKS if low <= tick <= high])
-    axes.set_xlim(low, high)
+    axes.set(xlim=(low, high), ylim=(len(rows) - 0.4, -0.6))
     axes.axvline(floor, color="black", linestyle=":")
 
 
