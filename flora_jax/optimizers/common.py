@@ -1,4 +1,4 @@
-"""What recipes have in common: Adam in a subspace, and how every chain ends."""
+"""What recipes have in common: a decay mask that may be callable, and how they end."""
 
 from __future__ import annotations
 
@@ -13,14 +13,6 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
-from flora_jax.projections.base import Projection
-from flora_jax.quantization.quantize_state import quantize_state
-from flora_jax.sketching.sketch import Sketch, resolve
-from flora_jax.subspace.residuals import Fira
-from flora_jax.subspace.transform import scale_in_subspace
-from flora_jax.subspace.transports import Keep, LDAdam, Reset
-from flora_jax.transforms.orthogonalize import orthogonalize
-from flora_jax.transforms.parts import chain_parts
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,70 +50,6 @@ def recipe(factory: F) -> F:
     return factory
 
 
-def adamw_in_subspace(
-    name: str,
-    projection: Projection,
-    *,
-    learning_rate: optax.ScalarOrSchedule,
-    sketch: Sketch | int,
-    b1: jax.typing.ArrayLike,
-    b2: jax.typing.ArrayLike,
-    eps: jax.typing.ArrayLike,
-    weight_decay: optax.ScalarOrSchedule | None,
-    weight_decay_mask: DecayMask,
-    state_dtype: str | None,
-    residual: Any = None,
-    transport: Any = Keep(),  # noqa: B008 (frozen)
-    orthogonal: bool = False,
-    **settings: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """Adam on sketches, decoupled weight decay in the full space, the learning rate.
-
-    Recipes hand on all of their own arguments, ``**locals()``.
-
-    Args:
-      name: the recipe's name, for messages.
-      projection: for a sketch that has none.
-      learning_rate: a float or a schedule.
-      sketch: the user's sketch.
-      b1: decay of the first moment, also for a residual or transport without decays.
-      b2: decay of the second moment, likewise.
-      eps: added to the square root of the second moment.
-      weight_decay: multiplied by the learning rate; None to disable.
-      weight_decay_mask: as ``mask`` of ``optax.add_decayed_weights``.
-      state_dtype: dtype of ``quantize_state`` for both moments; None for float32.
-      residual: as in ``scale_in_subspace``.
-      transport: likewise.
-      orthogonal: whether the updates of matrices are orthogonalized.
-      **settings: other arguments of ``scale_in_subspace``.
-
-    Returns:
-      The gradient transformation.
-    """
-    check.check_bool("orthogonal", orthogonal)
-    sketch = resolve(sketch, projection, Projection)
-    tx = scale_in_subspace(
-        adam(b1, b2, eps),
-        sketch,
-        residual=_with_decays(residual, b1, b2),
-        transport=_with_decays(transport, b1, b2),
-        **settings,
-    )
-    if state_dtype is not None:
-        fields = (
-            ("mu", "nu", "error") if settings.get("error_feedback") else ("mu", "nu")
-        )
-        tx = quantize_state(tx, state_dtype, fields=fields)
-    last = [orthogonalize(rules=sketch.rules)] if orthogonal else []
-    return chain_parts(
-        (),
-        tx,
-        *last,
-        *decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate),
-        params_for="" if weight_decay is None else f"{name}(weight_decay)",
-    )
-
-
 def adam(
     b1: jax.typing.ArrayLike, b2: jax.typing.ArrayLike, eps: jax.typing.ArrayLike
 ) -> optax.GradientTransformation:
@@ -151,11 +79,3 @@ def decay_and_learning_rate(
     if isinstance(mask, _Static):
         mask = mask.value
     return [optax.add_decayed_weights(weight_decay, mask), last]
-
-
-def _with_decays(value: Any, b1: Any, b2: Any) -> Any:
-    """A residual or transport that takes the recipe's decays where it has none."""
-    if not isinstance(value, Fira | LDAdam | Reset):
-        return value
-    given = value.b1 is not None or value.b2 is not None
-    return value if given else dataclasses.replace(value, b1=b1, b2=b2)

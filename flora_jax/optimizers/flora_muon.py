@@ -124,12 +124,10 @@ def flora_muon(
 
     matrices = optax.chain(sketched, orthogonalize(rms=rms, rules=sketch.rules))
     rest = _in_float32(adam(b1, b2, eps))
-    return chain_parts(
-        (),
-        optax.partition({"muon": matrices, "adamw": rest}, labels),
-        *decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate),
-        params_for="" if weight_decay is None else "flora_muon(weight_decay)",
-    )
+    tx = optax.partition({"muon": matrices, "adamw": rest}, labels)
+    last = decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate)
+    needs = "" if weight_decay is None else "flora_muon(weight_decay)"
+    return chain_parts((), tx, *last, params_for=needs)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -7,20 +7,93 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flora_jax._typing import PyTree
+from flora_jax._typing import PyTree, Shape
+from flora_jax.leaves.paths import normalize_path
 from flora_jax.leaves.plan import LeafPlan
+from flora_jax.leaves.spec import spec_identity
+from flora_jax.leaves.trees import unboxed
 from flora_jax.projections.count_sketch import CountSketch
-from flora_jax.sketched_grad.cycle import find_source
+from flora_jax.random.keys import check_state_key
 from flora_jax.sketched_grad.planner import Planner
 from flora_jax.sketched_grad.program import Fallback, LeafProjections, Program
 from flora_jax.sketched_grad.rules import SketchRequest
-from flora_jax.sketching.sketch import Sketch, resolve
+from flora_jax.sketching.sketch import Sketch, SketchCycle, resolve
 from flora_jax.sketching.sketcher import SketchedGradients, Sketcher
-from flora_jax.transforms.accumulation import NAME as ACCUMULATION
+from flora_jax.transforms import accumulation, momentum
 
 _DEFAULT = CountSketch("unbiased")  # As accumulation and momentum have it.
 _ARRAY = object()
+# What holds key and cycle in a state, and the name by which its keys are salted.
+_SOURCES = {
+    accumulation.CompressedAccumulationState: (accumulation.NAME, "gradient_step"),
+    momentum.CompressedMomentumState: (momentum.NAME, "epoch"),
+}
+
+
+class ProjectionSource(NamedTuple):
+    """What determines the projections of a gradient.
+
+    Attributes:
+      name: of the transformation that the sketches are for, the salt of its keys.
+      key: root key data, uint32 of shape (2,).
+      cycle: how often the projection was resampled, an int32 scalar.
+      spec: what the state means, or None if there is no state.
+    """
+
+    name: str
+    key: Any
+    cycle: Any
+    spec: Any = None
+
+    def agrees(self, sketcher: Sketcher, plans: tuple[LeafPlan, ...]) -> Any:
+        """Whether the state was made with the sketcher's sketch, possibly traced."""
+        agrees = jnp.all(jnp.asarray(self.key) == sketcher.sketch.key_data)
+        if self.spec is not None:
+            agrees &= spec_identity(self.spec) == np.uint32(sketcher.identity(plans))
+        return agrees
+
+
+def find_source(state: PyTree) -> ProjectionSource:
+    """Finds the outermost accumulation or momentum in a state.
+
+    Args:
+      state: the state of an optimizer, or of the accumulation or momentum itself, or a
+        SketchCycle.
+
+    Raises:
+      TypeError: if something cast the state's key.
+      ValueError: if there is none, or more than one.
+    """
+    if isinstance(state, SketchCycle):
+        return ProjectionSource(accumulation.NAME, *state)
+
+    def holds_key(x: Any) -> bool:
+        return type(x) in _SOURCES
+
+    # An accumulation is a leaf here: what its inner state holds is given the gradient
+    # that the accumulation estimates.
+    leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=holds_key)[0]
+    found = [(normalize_path(path), x) for path, x in leaves if holds_key(x)]
+    if not found:
+        raise ValueError(
+            "`state` must hold the state of compressed_accumulation or"
+            f" compressed_momentum, got {type(state).__name__} without one; pass the"
+            " optimizer's state before the arguments of the function, or"
+            " sketch.cycle(step) where the gradients go to compressed_accumulator"
+        )
+    if len(found) > 1:
+        paths = ", ".join(f"{type(x).__name__} at {path!r}" for path, x in found)
+        raise ValueError(
+            f"`state` must hold one state that sketches gradients, got {paths}; pass"
+            " the one that the gradients are for"
+        )
+    own = found[0][1]
+    name, cycle = _SOURCES[type(own)]
+    source = ProjectionSource(name, *unboxed((own.key, getattr(own, cycle), own.spec)))
+    check_state_key(name, source.key)
+    return source
 
 
 class LeafReport(NamedTuple):
@@ -34,7 +107,7 @@ class LeafReport(NamedTuple):
     """
 
     path: str
-    shape: tuple[int, ...]
+    shape: Shape
     dense_reason: str | None
     fallbacks: tuple[Fallback, ...]
 
@@ -84,13 +157,8 @@ class _TracedGradient(NamedTuple):
             given.append(x if request is None else projections.sketch(x, request))
         results = self.program.run(projections, given)
         first = len(results) - len(self.plans)
-        grads = [
-            x if request is None else _state_shaped(plan, request, x)
-            for plan, request, x in zip(
-                self.plans, self.requests, results[first:], strict=True
-            )
-        ]
-        return results[:first], grads
+        grads = zip(self.plans, self.requests, results[first:], strict=True)
+        return results[:first], [_state_shaped(*grad) for grad in grads]
 
     def reports(self) -> list[LeafReport]:
         fallbacks = list(dict.fromkeys(self.program.fallbacks))
@@ -98,15 +166,11 @@ class _TracedGradient(NamedTuple):
             if request is not None:
                 shape, why = jnp.shape(self.params[i]), "it is an argument"
                 fallbacks.append(Fallback(request.leaf, "input", shape, why))
-        return [
-            LeafReport(
-                plan.path,
-                plan.shape,
-                plan.dense_reason,
-                tuple(fallback for fallback in fallbacks if fallback.leaf == i),
-            )
-            for i, plan in enumerate(self.plans)
-        ]
+        reports = []
+        for i, plan in enumerate(self.plans):
+            own = tuple(fallback for fallback in fallbacks if fallback.leaf == i)
+            reports.append(LeafReport(plan.path, plan.shape, plan.dense_reason, own))
+        return reports
 
 
 def _trace(
@@ -142,29 +206,21 @@ def _trace(
     like, grad_tree = jax.tree.flatten(grads)
     plans = sketcher.plan(grads)
     requests = [_request(i, plan) for i, plan in enumerate(plans)]
-    wanted = enumerate([None] * len(arrays) + requests)
-    return _TracedGradient(
-        Planner().plan(closed, list(wanted)),
-        jax.tree.leaves(params),
-        values[-1],
-        tuple(like),
-        grad_tree,
-        plans,
-        requests,
-    )
+    program = Planner().plan(closed, list(enumerate([None] * len(arrays) + requests)))
+    traced = program, jax.tree.leaves(params), values[-1], tuple(like)
+    return _TracedGradient(*traced, grad_tree, plans, requests)
 
 
 def _request(leaf: int, plan: LeafPlan) -> SketchRequest | None:
-    if plan.dense:
-        return None
-    return SketchRequest(
-        leaf, tuple(a for a in plan.sketched_axes if plan.shape[a] != 1)
-    )
+    axes = tuple(a for a in plan.sketched_axes if plan.shape[a] != 1)
+    return None if plan.dense else SketchRequest(leaf, axes)
 
 
-def _state_shaped(plan: LeafPlan, request: SketchRequest, x: jax.Array) -> jax.Array:
+def _state_shaped(plan: LeafPlan, request: SketchRequest | None, x: Any) -> Any:
     """The sketch with r where the state has it, on the largest sketched axis."""
-    largest = max(plan.sketched_axes, key=lambda a: plan.shape[a])
+    if request is None:
+        return x
+    largest = max(plan.sketched_axes, key=plan.shape.__getitem__)
     return x.swapaxes(request.axes[0], largest)
 
 
@@ -247,21 +303,17 @@ def sketched_value_and_grad(
         source = find_source(state)
         sketcher = Sketcher(source.name, resolved)
         traced = _trace(fun, sketcher, argnums, has_aux, args, kwargs)
-        sampled = sketcher.sample(traced.plans, jnp.asarray(source.key), source.cycle)
-        projections = LeafProjections(traced.plans, sketcher.projection, sampled)
+        plans, like = traced.plans, traced.like
+        sampled = sketcher.sample(plans, jnp.asarray(source.key), source.cycle)
+        projections = LeafProjections(plans, sketcher.projection, sampled)
         (loss, *aux), grads = traced.run(projections)
         # The loss too: apply_if_finite and a skip of what is not finite would hide it.
-        agrees = source.agrees(sketcher, traced.plans)
+        agrees = source.agrees(sketcher, plans)
         loss, *grads = (jnp.where(agrees, x, jnp.nan) for x in (loss, *grads))
         arrays = iter((loss, *aux))
         value = jax.tree.map(lambda x: next(arrays) if x is _ARRAY else x, traced.value)
-        return value, SketchedGradients(
-            jax.tree.unflatten(traced.grad_tree, grads),
-            traced.plans,
-            traced.like,
-            resolved,
-            source.name,
-        )
+        tree = jax.tree.unflatten(traced.grad_tree, grads)
+        return value, SketchedGradients(tree, plans, like, resolved, source.name)
 
     return value_and_grad
 
@@ -298,7 +350,7 @@ def explain_sketched_gradients(
        (128, 256): sketched during backpropagation
     """
     # The name makes no difference to what is formed.
-    sketcher = Sketcher(ACCUMULATION, resolve(sketch, _DEFAULT))
+    sketcher = Sketcher(accumulation.NAME, resolve(sketch, _DEFAULT))
 
     def report(*args: Any, **kwargs: Any) -> list[LeafReport]:
         return _trace(fun, sketcher, argnums, has_aux, args, kwargs).reports()

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 
+from flora_jax._typing import Shape
 from flora_jax.leaves.plan import LeafPlan
-from flora_jax.projections.base import ObliviousProjection, multiply
+from flora_jax.projections.base import ObliviousProjection
 from flora_jax.projections.dense import DenseProjection
+from flora_jax.sketched_grad import rules
 from flora_jax.sketched_grad.rules import Operand, SketchRequest, Slot
 
 
@@ -30,7 +32,7 @@ class Fallback(NamedTuple):
 
     leaf: int
     primitive: str
-    shape: tuple[int, ...]
+    shape: Shape
     reason: str
 
 
@@ -42,78 +44,66 @@ class LeafProjections:
       plans: of the leaves.
       projection: how they are sketched.
       sampled: one sampled projection per leaf, None for dense ones.
-      matrices: S itself for leaves in a loop or branch, where it is formed once.
     """
 
     plans: Sequence[LeafPlan]
     projection: ObliviousProjection
     sampled: Sequence[Any]
-    matrices: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
 
-    def resized(self, shape: Sequence[int], request: SketchRequest) -> tuple[int, ...]:
+    def resized(self, shape: Sequence[int], request: SketchRequest) -> Shape:
         """The shape of a value's sketch: r on the first sketched axis, 1 on others."""
-        new = list(shape)
-        for a in request.axes:
-            new[a] = 1
+        new = [1 if a in request.axes else n for a, n in enumerate(shape)]
         new[request.axes[0]] = self.plans[request.leaf].rank
         return tuple(new)
 
-    def with_matrices(self, leaves: set[int]) -> LeafProjections:
-        """The same with S formed, for projections that would form it at each use."""
+    def with_matrices(self, wanted: Sequence[Slot]) -> LeafProjections:
+        """The same with S formed, for projections that would form it at each use.
+
+        Args:
+          wanted: of a loop or branch, which sketches nothing of other leaves.
+        """
         if not isinstance(self.projection, DenseProjection):
             return self
-        new = {
-            i: self.projection.as_matrix(
-                self.sampled[i], self.plans[i].rank, self.plans[i].width
-            )
-            for i in sorted(leaves - set(self.matrices))
-        }
-        return dataclasses.replace(self, matrices=self.matrices | new)
+        formed, requests = list(self.sampled), [request for _, request in wanted]
+        for i in sorted({request.leaf for request in requests if request}):
+            size = self.plans[i].rank, self.plans[i].width
+            formed[i] = self.projection.as_matrix(self.sampled[i], *size)
+        return LeafProjections(self.plans, _Formed(), formed)
 
     def sketch(self, value: jax.Array, request: SketchRequest) -> jax.Array:
         """The sketch of a value, float32."""
-        leaf, axes = request
-        fixed = self.matrices.get(leaf, self.sampled[leaf])
         apply: Any = functools.partial(self._apply, request)
         sharding = jax.typeof(value).sharding
-        if is_explicit(sharding):
+        if rules.is_explicit(sharding):
             names = (*sharding.spec, *[None] * (value.ndim - len(sharding.spec)))
-            kept = (None if i in axes else name for i, name in enumerate(names))
+            kept = (None if i in request.axes else x for i, x in enumerate(names))
             out = jax.NamedSharding(sharding.mesh, jax.P(*kept))
             apply = jax.sharding.auto_axes(apply, out_sharding=out)
-        return apply(value, fixed)
+        return apply(value, self.sampled[request.leaf])
 
-    def _apply(self, request: SketchRequest, value: jax.Array, fixed: Any) -> jax.Array:
-        leaf, axes = request
-        first, last, width = axes[0], axes[-1], self.plans[leaf].width
+    def _apply(self, request: SketchRequest, value: jax.Array, s: Any) -> jax.Array:
+        axes, plan = request.axes, self.plans[request.leaf]
+        first, last, compress = axes[0], axes[-1], self.projection.compress
         if axes == tuple(range(first, last + 1)) and last < value.ndim - 1:
             # Whole rows are sketched where they lie: a transpose would copy the value.
             after = math.prod(value.shape[last + 1 :])
-            matrix = value.reshape(*value.shape[:first], width, after)
-            small = self._compress(leaf, matrix, -2, fixed)
+            matrix = value.reshape(*value.shape[:first], plan.width, after)
+            small = compress(s, matrix, plan.rank, -2)
             return small.reshape(self.resized(value.shape, request))
         last_axes = range(-len(axes), 0)
         turned = jnp.moveaxis(value, axes, last_axes)
         sides = turned.shape[: -len(axes)]
-        small = self._compress(leaf, turned.reshape(*(sides or (1,)), width), -1, fixed)
+        matrix = turned.reshape(*(sides or (1,)), plan.width)
+        small = compress(s, matrix, plan.rank, -1)
         ones = (1,) * (len(axes) - 1)
-        return jnp.moveaxis(
-            small.reshape(*sides, self.plans[leaf].rank, *ones), last_axes, axes
-        )
-
-    def _compress(
-        self, leaf: int, matrix: jax.Array, axis: int, fixed: Any
-    ) -> jax.Array:
-        if leaf in self.matrices:
-            return multiply(fixed, matrix, axis, None)
-        rank = self.plans[leaf].rank
-        return self.projection.compress(fixed, matrix, rank, axis)
+        return jnp.moveaxis(small.reshape(*sides, plan.rank, *ones), last_axes, axes)
 
 
-def is_explicit(sharding: Any) -> bool:
-    """Whether a sharding is part of the type, and not the compiler's to choose."""
-    explicit = jax.sharding.AxisType.Explicit
-    return sharding is not None and explicit in sharding.mesh.axis_types
+class _Formed(DenseProjection):
+    """S is what stands for it."""
+
+    def as_matrix(self, sampled: Any, rank: int, width: int) -> jax.Array:
+        return sampled
 
 
 class Step(NamedTuple):
@@ -126,8 +116,8 @@ class Step(NamedTuple):
       fallbacks: what it computes in full only to sketch it.
     """
 
-    operands: list[Operand]
-    results: list[Operand]
+    operands: Sequence[Operand]
+    results: Sequence[Operand]
     run: Callable[..., Sequence[Any]]
     fallbacks: Sequence[Fallback] = ()
 
@@ -153,9 +143,8 @@ class Program(NamedTuple):
 
     def run(self, projections: LeafProjections, values: Sequence[Any]) -> list[Any]:
         """Computes the outputs from what ``inputs`` names."""
-        known: dict[Operand, Any] = {}
-        for (i, request), value in zip(self.inputs, values, strict=True):
-            known[self.jaxpr.invars[i], request] = value
+        given = [(self.jaxpr.invars[i], request) for i, request in self.inputs]
+        known: dict[Operand, Any] = dict(zip(given, values, strict=True))
         constants = dict(zip(self.jaxpr.constvars, self.consts, strict=True))
 
         def read(operand: Operand) -> Any:

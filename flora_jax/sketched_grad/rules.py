@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-Axes: TypeAlias = tuple[int, ...]
+from flora_jax._typing import Axes, Shape
+
 Atom: TypeAlias = Var | Literal
 
 
@@ -53,8 +54,12 @@ class Rewrite(NamedTuple):
       compute: from (LeafProjections, *operands) to the sketch.
     """
 
-    operands: list[Operand]
+    operands: Sequence[Operand]
     compute: Callable[..., jax.Array]
+
+    def run(self, projections: Any, *values: Any) -> list[jax.Array]:
+        """The sketch, as the results of a step."""
+        return [self.compute(projections, *values)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Target:
         return self.request.axes
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """The output's shape."""
         return shape_of(self.eqn.outvars[self.index])
 
@@ -106,6 +111,11 @@ class Target:
             return results[index] if eqn.primitive.multiple_results else results
 
         return Rewrite(list(zip(eqn.invars, requests, strict=True)), compute)
+
+    def entrywise(self, function: Callable[[Any], jax.Array]) -> Rewrite:
+        """A function of the same sketch of the operand with the output's number."""
+        source = self.operands[self.index], self.request
+        return Rewrite([source], lambda _, x: function(x))
 
     def zeros(self) -> Rewrite:
         """The sketch of zeros."""
@@ -141,13 +151,12 @@ class DataFlow:
 
     def reaches_product(self, atom: Atom, request: SketchRequest) -> bool:
         """Whether S goes back on each path to a product, or to zeros."""
-        eqn = self.producer(atom)
+        known, eqn = self._reaches, self.producer(atom)
         if eqn is None or isinstance(atom, Literal):
             return False
-        if (atom, request) not in self._reaches:
-            index = eqn.outvars.index(atom)
-            self._reaches[atom, request] = self._commutes(eqn, index, request)
-        return self._reaches[atom, request]
+        if (atom, request) not in known:
+            known[atom, request] = self._commutes(eqn, eqn.outvars.index(atom), request)
+        return known[atom, request]
 
     def _commutes(self, eqn: JaxprEqn, index: int, request: SketchRequest) -> bool:
         body = called_body(eqn)
@@ -197,7 +206,7 @@ def opened(body: Any) -> tuple[Jaxpr, Sequence[Any]]:
     return getattr(body, "jaxpr", body), getattr(body, "consts", ())
 
 
-def shape_of(atom: Atom) -> tuple[int, ...]:
+def shape_of(atom: Atom) -> Shape:
     """The shape of a variable or literal."""
     aval: Any = atom.aval
     return aval.shape
@@ -207,3 +216,9 @@ def dtype_of(atom: Atom) -> np.dtype:
     """The dtype of a variable or literal."""
     aval: Any = atom.aval
     return aval.dtype
+
+
+def is_explicit(sharding: Any) -> bool:
+    """Whether a sharding is part of the type, and not the compiler's to choose."""
+    explicit = jax.sharding.AxisType.Explicit
+    return sharding is not None and explicit in sharding.mesh.axis_types

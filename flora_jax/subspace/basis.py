@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,20 @@ from flora_jax.sketching.sketcher import ScaledLeaf, Sketcher
 from flora_jax.subspace.transports import BasisChange, Keep, Moments
 
 _GROUPS = 16  # Of leaves that change their basis at the same step, if staggered.
+
+
+class Refresh(NamedTuple):
+    """What a replacement of bases depends on; all of it may be traced.
+
+    Attributes:
+      transport: how moments move.
+      key: the state's root key.
+      count: updates so far.
+    """
+
+    transport: Keep
+    key: jax.Array
+    count: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,22 +79,18 @@ class Basis:
         self,
         plans: Sequence[LeafPlan],
         grads: Sequence[jax.Array],
-        stored: Sequence[jax.Array],
+        stored: Sequence[Any],
         moments: Sequence[list[Moments]],
-        transport: Keep,
-        key: jax.Array,
-        count: Any,
-    ) -> tuple[list[Any], list[jax.Array], list[list[Moments]]]:
+        refresh: Refresh,
+    ) -> tuple[list[Any], list[Any], list[list[Moments]]]:
         """Replaces bases where that is due, and moves the moments along.
 
         Args:
           plans: plans of all leaves.
           grads: G of each leaf.
-          stored: each leaf's stored basis, or empty.
+          stored: each leaf's stored basis, or None.
           moments: for each leaf those of each NamedTuple of the inner state.
-          transport: how moments move.
-          key: the state's root key.
-          count: updates so far.
+          refresh: key, count and transport.
 
         Returns:
           What determines S for each leaf at this step, stored bases, and moments.
@@ -88,30 +98,26 @@ class Basis:
         sampled: list[Any] = [None] * len(plans)
         stored, moments = list(stored), list(moments)
         if not self.is_stored:
-            sampled = self.sketcher.sample(plans, key, self._epochs(plans, count))
-            if self.refresh_every is None or not transport.moves:
+            epochs = self._epochs(plans, refresh.count)
+            sampled = self.sketcher.sample(plans, refresh.key, epochs)
+            if self.refresh_every is None or not refresh.transport.moves:
                 return sampled, stored, moments
-        groups: dict[int, list[int]] = {}
-        for i, plan in enumerate(plans):
-            if not plan.dense:
-                groups.setdefault(self._place(plan), []).append(i)
-        for place, members in groups.items():
+        leaves = list(zip(grads, sampled, stored, moments, strict=True))
+        places = {
+            i: self._place(plan) for i, plan in enumerate(plans) if not plan.dense
+        }
+        for place in dict.fromkeys(places.values()):
+            members = [i for i, own in places.items() if own == place]
             offset = self._offset(place)
             renewed = jax.lax.cond(
-                self._is_due(offset, count),
+                self._is_due(offset, refresh.count),
                 functools.partial(self._renewed, [plans[i] for i in members], offset),
-                lambda stored, moments, *_: (stored, moments),
-                [stored[i] for i in members] if stored else [],
-                [moments[i] for i in members],
-                [sampled[i] for i in members],
-                [grads[i] for i in members],
-                transport,
-                key,
-                count,
+                lambda leaves, _: [(stored, moments) for *_, stored, moments in leaves],
+                [leaves[i] for i in members],
+                refresh,
             )
-            for tree, new in zip((stored, moments), renewed, strict=True):
-                for i, leaf in zip(members, new, strict=bool(tree)):
-                    tree[i] = leaf
+            for i, new in zip(members, renewed, strict=True):
+                stored[i], moments[i] = new
         if self.is_stored:
             sampled = self._read(plans, stored)
         return sampled, stored, moments
@@ -120,25 +126,19 @@ class Basis:
         self,
         plans: Sequence[LeafPlan],
         offset: Any,
-        stored: Sequence[jax.Array],
-        moments: Sequence[list[Moments]],
-        sampled: Sequence[Any],
-        grads: Sequence[jax.Array],
-        transport: Keep,
-        key: jax.Array,
-        count: Any,
-    ) -> tuple[list[jax.Array], list[list[Moments]]]:
-        """:meth:`renew` of sketched leaves that are all due."""
-        new = list(stored)
+        leaves: Sequence[tuple[Any, ...]],
+        refresh: Refresh,
+    ) -> list[tuple[Any, list[Moments]]]:
+        """New bases and moments of sketched leaves that are all due."""
+        grads, sampled, stored, moments = zip(*leaves, strict=True)
+        transport, key, count = refresh
+        new = stored
         if self.is_stored:
             paths = [plan.path for plan in plans]
             keys = leaf_keys(key, self.sketcher.name, paths, count)
-            new = [
-                self._choose(plan, own, grad)
-                for plan, own, grad in zip(plans, keys, grads, strict=True)
-            ]
+            new = list(map(self._choose, plans, keys, grads))
         if not transport.moves:
-            return new, list(moments)
+            return list(zip(new, moments, strict=True))
         if self.is_stored:
             old, sampled = self._read(plans, stored), self._read(plans, new)
             matrices = [
@@ -157,20 +157,17 @@ class Basis:
                 fresh = self.sketcher.sketch_leaf(plan, sampled[i], given)
             change = BasisChange(plan, matrices[i], fresh, count)
             moved.append([_moved(transport, change, group) for group in moments[i]])
-        return new, moved
+        return list(zip(new, moved, strict=True))
 
     def _choose(self, plan: LeafPlan, key: jax.Array, grad: jax.Array) -> jax.Array:
         matrix = plan.fold(grad.astype(jnp.float32))
         chosen = self.sketcher.projection.choose(key, matrix, plan.rank, plan.axis)
         return plan.unfold(chosen, self.stored_shape(plan))
 
-    def _read(
-        self, plans: Sequence[LeafPlan], stored: Sequence[jax.Array]
-    ) -> list[Any]:
+    def _read(self, plans: Sequence[LeafPlan], stored: Sequence[Any]) -> list[Any]:
+        read = self.sketcher.projection.from_stored
         return [
-            None
-            if plan.dense
-            else self.sketcher.projection.from_stored(plan.fold(x), plan.axis)
+            None if plan.dense else read(plan.fold(x), plan.axis)
             for plan, x in zip(plans, stored, strict=True)
         ]
 

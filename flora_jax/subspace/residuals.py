@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from flora_jax.sketching.sketcher import Sketcher
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+# A leaf's update in its shape, float32, and the norm that the next one is limited by.
+Update: TypeAlias = "tuple[Float[Array, '...'], jax.Array | None]"
 NORMS = ("channel", "tensor")
 _SMALL = 1e-8  # Added to norms that are divided by, as the papers do.
 _LEAST = 1 / 8  # Of what a random sketch is expected to see of a row's norm.
@@ -34,6 +36,9 @@ class LeafStep(NamedTuple):
       sampled: what determines S.
       sketch: R, in the state's shape, float32.
       direction: N, the inner transformation's update, in the state's shape, float32.
+      scale: α.
+      correction: what :meth:`Residual.correction` gave.
+      previous: norm of the last residual, one per matrix; None without limiter.
     """
 
     sketcher: Sketcher
@@ -42,11 +47,9 @@ class LeafStep(NamedTuple):
     sampled: Any
     sketch: Float[Array, "..."]
     direction: Float[Array, "..."]
-
-    def folded(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """G, R and N as matrices, float32."""
-        fold = self.plan.fold
-        return fold(widened(self.grad)), fold(self.sketch), fold(self.direction)
+    scale: Any
+    correction: Any
+    previous: jax.Array | None
 
     def expanded(self, sketch: Float[Array, "..."]) -> Float[Array, "..."]:
         """C S for a sketch C in the state's shape."""
@@ -80,22 +83,9 @@ class Residual:
         del count
         return 1.0
 
-    def update(
-        self, leaf: LeafStep, scale: Any, previous: jax.Array | None, correction: Any
-    ) -> tuple[Float[Array, "..."], jax.Array | None]:
-        """One leaf's update in the full space.
-
-        Args:
-          leaf: a sketched leaf.
-          scale: α.
-          previous: norm of the last residual, one per matrix; None without limiter.
-          correction: what :meth:`correction` gave.
-
-        Returns:
-          The update in the leaf's shape, float32, and the new ``previous``.
-        """
-        del correction
-        return leaf.expanded(scale * leaf.direction), previous
+    def update(self, leaf: LeafStep) -> Update:
+        """One sketched leaf's update in the full space, and its new ``previous``."""
+        return leaf.expanded(leaf.scale * leaf.direction), leaf.previous
 
 
 @jax.tree_util.register_dataclass
@@ -113,13 +103,10 @@ class Plain(Residual):
     needs_isometry: ClassVar[bool] = True
     is_partial: ClassVar[bool] = False
 
-    def update(
-        self, leaf: LeafStep, scale: Any, previous: jax.Array | None, correction: Any
-    ) -> tuple[Float[Array, "..."], jax.Array | None]:
+    def update(self, leaf: LeafStep) -> Update:
         """See :meth:`Residual.update`."""
-        del correction
-        inside = leaf.expanded(scale * leaf.direction - leaf.sketch)
-        return widened(leaf.grad) + inside, previous
+        inside = leaf.expanded(leaf.scale * leaf.direction - leaf.sketch)
+        return widened(leaf.grad) + inside, leaf.previous
 
 
 @jax.tree_util.register_dataclass
@@ -186,16 +173,15 @@ class Fira(Residual):
         del scale
         return 1.0
 
-    def update(
-        self, leaf: LeafStep, scale: Any, previous: jax.Array | None, correction: Any
-    ) -> tuple[Float[Array, "..."], jax.Array | None]:
+    def update(self, leaf: LeafStep) -> Update:
         """See :meth:`Residual.update`.
 
         It is computed as φ·G + (α·N − p·φ·R) S, p the share that is left out: nothing
         of the leaf's size is made but the update itself.
         """
-        plan, (g, r, n) = leaf.plan, leaf.folded()
-        factor, share = self._factor(leaf, g, r, n, scale), self.share(scale)
+        plan, previous = leaf.plan, leaf.previous
+        g, r, n = map(plan.fold, (widened(leaf.grad), leaf.sketch, leaf.direction))
+        factor, share = self._factor(leaf, g, r, n), self.share(leaf.scale)
         if previous is not None:
             # ‖G − p·R S‖² per row, as S has orthonormal rows where p > 0. A residual of
             # roundings counts as none: it would hold back what follows it.
@@ -203,22 +189,19 @@ class Fira(Residual):
             left = whole - share * (2 - share) * _squares(r, plan.axis)
             left = jnp.where(left > _ROUNDING * whole, left, 0.0)
             norm = jnp.sum(factor**2 * left, (-2, -1), keepdims=True)
-            norm, old = jnp.sqrt(norm) / correction, plan.fold(previous)
+            norm, old = jnp.sqrt(norm) / leaf.correction, plan.fold(previous)
             growth = jnp.maximum(norm / (old + _SMALL), self.limiter) / self.limiter
             growth = jnp.where(old > 0, growth, 1.0)  # A first step is not limited.
             factor = factor / growth
             previous = plan.unfold(norm / growth, previous.shape)
         update = plan.unfold(factor * g, plan.shape)
         if self.needs_isometry:
-            inside = plan.unfold(scale * n - share * factor * r, plan.state_shape)
-            update = update + leaf.expanded(inside)
+            inside = leaf.scale * n - share * factor * r
+            update += leaf.expanded(plan.unfold(inside, plan.state_shape))
         return update, previous
 
-    def _factor(
-        self, leaf: LeafStep, g: jax.Array, r: jax.Array, n: jax.Array, scale: Any
-    ) -> jax.Array:
+    def _factor(self, leaf: LeafStep, g: Any, r: Any, n: Any) -> jax.Array:
         """What the residual is multiplied by: φ."""
-        del scale
         plan, axes = leaf.plan, self._axes(leaf.plan)
         seen = jnp.sqrt(_squares(r, axes))
         if isinstance(leaf.sketcher.projection, ObliviousProjection):
@@ -271,13 +254,11 @@ class Apollo(Fira):
         del scale
         return 0.0
 
-    def _factor(
-        self, leaf: LeafStep, g: jax.Array, r: jax.Array, n: jax.Array, scale: Any
-    ) -> jax.Array:
+    def _factor(self, leaf: LeafStep, g: Any, r: Any, n: Any) -> jax.Array:
         """What the gradient is multiplied by: α·φ."""
         del g
         seen, size = (jnp.sqrt(_squares(x, self._axes(leaf.plan))) for x in (r, n))
-        return scale * (size / (seen + _SMALL))
+        return leaf.scale * (size / (seen + _SMALL))
 
 
 def check_decays(owner: Any) -> None:

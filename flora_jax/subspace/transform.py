@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,10 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree, Shape
+from flora_jax.leaves import trees
 from flora_jax.leaves.moments import find_moments, replace_moments
 from flora_jax.leaves.paths import is_masked, named_leaves
 from flora_jax.leaves.plan import LeafPlan
-from flora_jax.leaves.trees import (
-    cast_like,
-    matching_leaves,
-    rebuild,
-    run_sharded,
-    zeros_tree,
-)
 from flora_jax.projections.base import Projection
 from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key
@@ -32,11 +26,14 @@ from flora_jax.sketching.sketcher import (
     SketchEvent,
     refuse_sketches,
 )
-from flora_jax.subspace.basis import Basis
+from flora_jax.subspace.basis import Basis, Refresh
 from flora_jax.subspace.residuals import LeafStep, Residual
 from flora_jax.subspace.transports import Keep, Moments, check_moments
 
 _NAME = "scale_in_subspace"
+# Trees of moments by field, of each NamedTuple of the inner state.
+Groups: TypeAlias = Sequence[dict[str, PyTree]]
+_KEPT = ("basis", "limiter", "error")
 _AS_FLOAT32 = functools.partial(jnp.asarray, dtype=jnp.float32)
 
 
@@ -57,9 +54,9 @@ class SubspaceState(NamedTuple):
     key: jax.Array
     spec: jax.Array
     inner: Any
-    basis: Any
-    limiter: Any
-    error: Any
+    basis: Any = ()
+    limiter: Any = ()
+    error: Any = ()
 
 
 def scale_in_subspace(
@@ -167,31 +164,38 @@ def scale_in_subspace(
     check.check_number("scale", scale, 0, None, "0.25 is GaLore's")
     sketcher = Sketcher(_NAME, sketch)
     basis = Basis(sketcher, refresh_every, stagger)
-    _check_objects(basis, residual, transport, error_feedback)
     rest = Residual() if residual is None else residual
+    _check_objects(basis, rest, transport, error_feedback)
+    settings = {"refresh_every": refresh_every, "stagger": stagger or None}
 
     def init_fn(params: PyTree) -> SubspaceState:
         plans = basis.plan(params)
         warn_if_dense(_NAME, plans)
-        shapes = [plan.state_shape for plan in plans]
-        sketches = zeros_tree(params, shapes, jnp.float32)
+        sketches = _zero_sketches(params, plans)
         inner_state = inner.init(sketches)
         if transport.moves:
             check_moments(transport, inner_state, sketches)
+        kept = {
+            field: trees.zeros_tree(params, shapes, dtype)
+            for field, (shapes, dtype) in kept_leaves(plans).items()
+        }
+        count, key = jnp.zeros([], jnp.int32), jnp.array(sketch.key_data)
+        spec = sketcher.spec(plans, **settings)
+        return SubspaceState(count, key, spec, inner_state, **kept)
 
-        kept = _kept_shapes(basis, rest, error_feedback, plans)
-        stored = sketcher.projection.dtype if basis.is_stored else None
-        return SubspaceState(
-            count=jnp.zeros([], jnp.int32),
-            key=jnp.array(sketch.key_data),
-            spec=sketcher.spec(
-                plans, refresh_every=refresh_every, stagger=stagger or None
-            ),
-            inner=inner_state,
-            basis=_zeros(params, kept["basis"], stored),
-            limiter=_zeros(params, kept["limiter"]),
-            error=_zeros(params, kept["error"]),
-        )
+    def kept_leaves(plans: Sequence[LeafPlan]) -> dict[str, tuple[list[Shape], Any]]:
+        """Shapes and dtype of each tree that the state keeps beside the inner one."""
+        kept = {}
+        if basis.is_stored:
+            shapes = [basis.stored_shape(plan) for plan in plans]
+            kept["basis"] = shapes, sketcher.projection.dtype
+        if rest.is_limited:
+            shapes = [plan.resized(1, 1, plan.ones) for plan in plans]
+            kept["limiter"] = shapes, jnp.float32
+        if error_feedback:
+            shapes = [plan.ones if plan.dense else plan.shape for plan in plans]
+            kept["error"] = shapes, jnp.float32
+        return kept
 
     def update_fn(
         updates: PyTree,
@@ -207,100 +211,111 @@ def scale_in_subspace(
         plans = basis.plan(updates)
         # In the boxes that init gave to inner: a sketch has other axis names than its
         # leaf.
-        shapes = [plan.state_shape for plan in plans]
-        boxes = zeros_tree(updates, shapes, jnp.float32)
+        boxes = _zero_sketches(updates, plans)
         groups = find_moments(state.inner, boxes)
-        _check_inner(plans, shapes, groups, state.inner)
-        groups = groups if transport.moves else []
-        kept = _kept_shapes(basis, rest, error_feedback, plans)
-        stored, limits, error = (
-            matching_leaves(_NAME, field, getattr(state, field), plans, own)
-            if own is not None
-            else []
-            for field, own in kept.items()
-        )
+        _check_inner(plans, groups, state.inner)
+        kept = {
+            name: trees.matching_leaves(_NAME, name, getattr(state, name), plans, own)
+            for name, (own, _) in kept_leaves(plans).items()
+        }
+        none = [None] * len(plans)
+        stored, limits, error = (kept.get(name, none) for name in _KEPT)
         grads = jax.tree.leaves(updates)
-        moments = _by_leaf(groups, len(plans))
+        moments = _by_leaf(groups if transport.moves else [], len(plans))
         # Injected numbers have the dtype of the parameters.
-        numbers = jax.tree.map(_AS_FLOAT32, (transport, rest, scale))
-
-        def enter(arrays: Any, root: jax.Array, count: jax.Array, how: Keep) -> Any:
-            grads, error, stored, moments = arrays
-            full = _corrected(plans, grads, error)
-            sampled, stored, moments = basis.renew(
-                plans, full, stored, moments, how, root, count
-            )
-            # Once more, so that how a basis is chosen on a mesh does not decide where
-            # the sketches lie; on one device the compiler makes one of both.
-            sketches, full = [], _corrected(plans, grads, error)
-            for plan, own, leaf in zip(plans, sampled, full, strict=True):
-                given = ScaledLeaf(leaf)
-                sketches.append(sketcher.sketch_leaf(plan, own, given))
-                if on_sketch is not None and not plan.dense:
-                    new = sketches[-1]
-                    on_sketch(SketchEvent(sketcher, plan, own, given, new, new))
-            return sketches, sampled, stored, moments
+        how, *numbers = jax.tree.map(_AS_FLOAT32, (transport, rest, scale))
 
         # What is sampled is replicated, as the key is.
-        sketches, sampled, stored, moments = run_sharded(
-            enter,
+        sketches, sampled, stored, moments = trees.run_sharded(
+            functools.partial(_enter, basis, plans, on_sketch),
             (jax.tree.leaves(boxes), state.key, stored, moments),
             (grads, error, stored, moments),
-            state.key,
-            state.count,
-            numbers[0],
+            Refresh(how, state.key, state.count),
         )
+        inner_state = state.inner
+        if transport.moves:
+            inner_state = _with_moments(inner_state, boxes, groups, moments)
         directions, new_inner = inner.update(
-            rebuild(boxes, sketches),
-            _with_moments(state.inner, boxes, groups, moments),
-            None,
-            **extra_args,
+            trees.rebuild(boxes, sketches), inner_state, None, **extra_args
         )
-
-        def leave(arrays: Any, count: jax.Array, how: tuple[Residual, Any]) -> Any:
-            (grads, error, limits, *found), (residual, scale) = arrays, how
-            correction = residual.correction(count)
-            new_updates, new_limits, new_error = [], list(limits), list(error)
-            full = _corrected(plans, grads, error)
-            leaves = zip(plans, full, *found, strict=True)
-            for i, (plan, grad, own, new, direction) in enumerate(leaves):
-                update = direction.astype(jnp.float32)
-                if not plan.dense:
-                    step = LeafStep(sketcher, plan, grad, own, new, update)
-                    limit = limits[i] if limits else None
-                    update, limit = residual.update(step, scale, limit, correction)
-                    if limits:
-                        new_limits[i] = limit
-                    if error:
-                        new_error[i] = grad - step.expanded(new)
-                new_updates.append(update.astype(grads[i].dtype))
-            return new_updates, new_limits, new_error
-
-        new_updates, limits, error = run_sharded(
-            leave,
-            (grads, limits, error),
-            (grads, error, limits, sampled, sketches, jax.tree.leaves(directions)),
+        found = sampled, sketches, jax.tree.leaves(directions)
+        results = trees.run_sharded(
+            functools.partial(_leave, sketcher, plans),
+            list(zip(grads, limits, error, strict=True)),
+            list(zip(grads, limits, error, *found, strict=True)),
             state.count,
-            numbers[1:],
+            *numbers,
         )
-        return rebuild(updates, new_updates), SubspaceState(
+        new_updates, limits, error = zip(*results, strict=True) if results else 3 * [[]]
+        new = {"basis": stored, "limiter": limits, "error": error}
+        return trees.rebuild(updates, new_updates), state._replace(
             count=optax.safe_increment(state.count),
-            key=state.key,
-            spec=state.spec,
-            inner=jax.tree.map(cast_like, new_inner, state.inner),
-            basis=rebuild(state.basis, stored),
-            limiter=rebuild(state.limiter, limits),
-            error=rebuild(state.error, error),
+            inner=jax.tree.map(trees.cast_like, new_inner, state.inner),
+            **{name: trees.rebuild(getattr(state, name), new[name]) for name in kept},
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _enter(
+    basis: Basis,
+    plans: Sequence[LeafPlan],
+    on_sketch: Callable[[SketchEvent], None] | None,
+    leaves: tuple[list[Any], ...],
+    refresh: Refresh,
+) -> tuple[list[jax.Array], list[Any], list[Any], list[list[Moments]]]:
+    """Sketches of all leaves in bases that are renewed where that is due."""
+    (grads, error, stored, moments), sketcher = leaves, basis.sketcher
+    full = list(map(_corrected, plans, grads, error))
+    sampled, stored, moments = basis.renew(plans, full, stored, moments, refresh)
+    # Once more, so that how a basis is chosen on a mesh does not decide where
+    # the sketches lie; on one device the compiler makes one of both.
+    sketches, full = [], map(_corrected, plans, grads, error)
+    for plan, own, leaf in zip(plans, sampled, full, strict=True):
+        given = ScaledLeaf(leaf)
+        new = sketcher.sketch_leaf(plan, own, given)
+        sketches.append(new)
+        if on_sketch is not None and not plan.dense:
+            on_sketch(SketchEvent(sketcher, plan, own, given, new, new))
+    return sketches, sampled, stored, moments
+
+
+def _leave(
+    sketcher: Sketcher,
+    plans: Sequence[LeafPlan],
+    leaves: list[tuple[Any, ...]],
+    count: jax.Array,
+    residual: Residual,
+    scale: Any,
+) -> list[tuple[jax.Array, Any, Any]]:
+    """For each leaf its update, limiter and error."""
+    numbers, results = (scale, residual.correction(count)), []
+    for plan, leaf in zip(plans, leaves, strict=True):
+        given, limit, left, sampled, sketch, direction = leaf
+        update = direction.astype(jnp.float32)
+        if not plan.dense:
+            grad = _corrected(plan, given, left)
+            seen = grad, sampled, sketch, update
+            step = LeafStep(sketcher, plan, *seen, *numbers, limit)
+            update, limit = residual.update(step)
+            if left is not None:
+                left = grad - step.expanded(sketch)
+        results.append((update.astype(given.dtype), limit, left))
+    return results
+
+
+def _corrected(plan: LeafPlan, grad: jax.Array, left: Any) -> jax.Array:
+    """The gradient with what earlier sketches have left out."""
+    if plan.dense or left is None:
+        return grad
+    return grad.astype(jnp.float32) + left
 
 
 def _check_objects(
     basis: Basis, residual: Any, transport: Any, error_feedback: bool
 ) -> None:
     """Raises unless residual and transport suit each other and the projection."""
-    if residual is not None and not isinstance(residual, Residual):
+    if not isinstance(residual, Residual):
         raise TypeError(
             "`residual` must be None, Plain(), Fira(), FiraCode() or Apollo(), got"
             f" {residual!r}; pass an instance"
@@ -310,22 +325,21 @@ def _check_objects(
             "`transport` must be Keep(), Squared(), LDAdam(), PreserveRMS() or Reset(),"
             f" got {transport!r}; pass an instance"
         )
-    projection = basis.sketcher.projection
-    needs: dict[str, Any] = {
-        "transport": transport if transport.needs_isometry else None
-    }
-    if residual is not None:
-        residual.check()
-        needs["residual"] = residual if residual.needs_isometry else None
-        if error_feedback and not residual.is_partial:
-            raise ValueError(
-                "`error_feedback` keeps what the update leaves out, got"
-                f" residual={residual}, which leaves out nothing; use residual=None"
-            )
+    residual.check()
+    if error_feedback and not residual.is_partial:
+        raise ValueError(
+            "`error_feedback` keeps what the update leaves out, got"
+            f" residual={residual}, which leaves out nothing; use residual=None"
+        )
     transport.check()
-    needs["error_feedback"] = error_feedback or None
+    projection = basis.sketcher.projection
+    needs = {
+        "transport": transport.needs_isometry and transport,
+        "residual": residual.needs_isometry and residual,
+        "error_feedback": error_feedback,
+    }
     for name, value in needs.items():
-        if value is not None and projection.normalization != "isometric":
+        if value and projection.normalization != "isometric":
             raise ValueError(
                 f"`{name}` {value} needs a projection with orthonormal rows, got"
                 f" {projection}; use CountSketch(normalization='isometric')"
@@ -337,32 +351,13 @@ def _check_objects(
         )
 
 
-def _kept_shapes(
-    basis: Basis, residual: Residual, error_feedback: bool, plans: Sequence[LeafPlan]
-) -> dict[str, list[Shape] | None]:
-    """Shapes of what a state keeps beside the inner one; None for what it does not."""
-    stored = limits = errors = None
-    if basis.is_stored:
-        stored = [basis.stored_shape(plan) for plan in plans]
-    if residual.is_limited:
-        limits = [plan.resized(1, 1, plan.ones) for plan in plans]
-    if error_feedback:
-        errors = [plan.ones if plan.dense else plan.shape for plan in plans]
-    return {"basis": stored, "limiter": limits, "error": errors}
+def _zero_sketches(like: PyTree, plans: Sequence[LeafPlan]) -> PyTree:
+    return trees.zeros_tree(like, [plan.state_shape for plan in plans], jnp.float32)
 
 
-def _zeros(params: PyTree, shapes: list[Shape] | None, dtype: Any = None) -> PyTree:
-    """A tree of zeros, float32 unless told otherwise; () for what is not kept."""
-    return () if shapes is None else zeros_tree(params, shapes, dtype or jnp.float32)
-
-
-def _check_inner(
-    plans: Sequence[LeafPlan],
-    shapes: list[Shape],
-    groups: Sequence[dict[str, PyTree]],
-    inner: Any,
-) -> None:
+def _check_inner(plans: Sequence[LeafPlan], groups: Groups, inner: Any) -> None:
     """Raises if the inner state's moments are not those of these gradients."""
+    shapes = [plan.state_shape for plan in plans]
     found = [tree for group in groups for tree in group.values()]
     if found and all([x.shape for x in jax.tree.leaves(t)] == shapes for t in found):
         return
@@ -370,17 +365,16 @@ def _check_inner(
         for field, tree in group.items():
             if all(jnp.ndim(x) == 0 for x in jax.tree.leaves(tree)):
                 continue  # A user's number, no moments.
-            own = list(zip(plans, shapes, strict=True))
+            own = plans
             # optax.masked leaves some to others.
             if any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked))):
                 known = {path for path, _ in named_leaves(tree)}
-                own = [leaf for leaf in own if leaf[0].path in known]
-            matching_leaves(
-                _NAME, f"inner.{field}", tree, [x for x, _ in own], [x for _, x in own]
-            )
+                own = [plan for plan in plans if plan.path in known]
+            shapes = [plan.state_shape for plan in own]
+            trees.matching_leaves(_NAME, f"inner.{field}", tree, own, shapes)
 
 
-def _by_leaf(groups: Sequence[dict[str, PyTree]], count: int) -> list[list[Moments]]:
+def _by_leaf(groups: Groups, count: int) -> list[list[Moments]]:
     """For each leaf the moments of each NamedTuple, by field."""
     flat = [{k: jax.tree.leaves(x) for k, x in group.items()} for group in groups]
     return [
@@ -388,32 +382,13 @@ def _by_leaf(groups: Sequence[dict[str, PyTree]], count: int) -> list[list[Momen
     ]
 
 
-def _with_moments(
-    state: Any,
-    boxes: PyTree,
-    groups: Sequence[dict[str, PyTree]],
-    moments: Sequence[list[Moments]],
-) -> Any:
+def _with_moments(inner: Any, boxes: PyTree, groups: Groups, moments: Any) -> Any:
     """The inner state with the moments of all leaves replaced."""
-    if not groups:
-        return state
     new = [
         {
-            k: rebuild(tree, [leaf[i][k] for leaf in moments])
-            for k, tree in group.items()
+            k: trees.rebuild(x, [leaf[i][k] for leaf in moments])
+            for k, x in group.items()
         }
         for i, group in enumerate(groups)
     ]
-    return replace_moments(state, boxes, new)
-
-
-def _corrected(
-    plans: Sequence[LeafPlan], grads: Sequence[jax.Array], error: Sequence[jax.Array]
-) -> list[jax.Array]:
-    """The gradients with what earlier sketches have left out."""
-    if not error:
-        return list(grads)
-    return [
-        grad if plan.dense else grad.astype(jnp.float32) + left
-        for plan, grad, left in zip(plans, grads, error, strict=True)
-    ]
+    return replace_moments(inner, boxes, new)
