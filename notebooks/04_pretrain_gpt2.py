@@ -63,7 +63,7 @@ GIB = 2**30
 
 # %%
 xl = GPT2Config(48, width=1600, heads=25, context=1024, vocab_size=50257, scan=True)
-_, shapes = build.abstract(lambda: build.create(xl, 0))
+_, shapes = jax.eval_shape(lambda: build.create(xl, 0))
 
 
 def sketch(rank):

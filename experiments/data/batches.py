@@ -10,6 +10,7 @@ The parts are tokenized apart, so that the prompt of a generation is, token by t
 what stood before the target in training.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,119 +27,97 @@ SEPARATOR = " =>"
 Example = dict[str, np.ndarray]
 
 
-def encoder_decoder(
-    pairs: Sequence[Pair],
-    vocabulary: Vocabulary,
-    *,
-    prefix: str,
-    source_length: int,
-    target_length: int,
-) -> list[Example]:
-    """Returns the examples of a model such as T5.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How pairs become rows of token ids.
 
-    Args:
-        pairs: the texts.
+    Attributes:
         vocabulary: tokenizes both sides.
         prefix: text that says the task, before each source.
-        source_length: S; longer sources lose their end.
-        target_length: T; longer targets lose their end.
-
-    Returns:
-        int32 "source" (S,) and "target" (T,), right-padded; both end in `eos`.
+        source_length: S; longer sources lose their end. Of a decoder-only model it
+            counts the separator as well.
+        target_length: T, with `eos`; longer targets lose their end.
     """
-    sources = vocabulary.encode([prefix + pair.source for pair in pairs])
-    targets = vocabulary.encode([pair.target for pair in pairs])
-    return [
-        {
-            "source": _ended(source, source_length, vocabulary),
-            "target": _ended(target, target_length, vocabulary),
-        }
-        for source, target in zip(sources, targets, strict=True)
-    ]
 
+    vocabulary: Vocabulary
+    prefix: str
+    source_length: int
+    target_length: int
 
-def decoder_only(
-    pairs: Sequence[Pair],
-    vocabulary: Vocabulary,
-    *,
-    prefix: str,
-    source_length: int,
-    target_length: int,
-) -> list[Example]:
-    """Returns the examples of a model such as GPT-2.
+    def encoder_decoder(self, pairs: Sequence[Pair]) -> list[Example]:
+        """Returns the examples of a model such as T5.
 
-    Args:
-        pairs: the texts.
-        vocabulary: tokenizes both sides.
-        prefix: text that says the task, before each source.
-        source_length: S, for source and separator; longer sources lose their end.
-        target_length: T, for target and `eos`; longer targets lose their end.
+        Returns:
+            int32 "source" (S,) and "target" (T,), right-padded; both end in `eos`.
+        """
+        targets = self.vocabulary.encode([pair.target for pair in pairs])
+        sides = zip(self._sources(pairs), targets, strict=True)
+        return [
+            {
+                "source": self._ended(source, self.source_length),
+                "target": self._ended(target, self.target_length),
+            }
+            for source, target in sides
+        ]
 
-    Returns:
-        int32 "tokens" (L + 1,), right-padded, of which all but the last are inputs and
-        all but the first are labels; float32 "weights" (L,) of the labels: 1 for the
-        tokens of the target and its `eos`, 0 elsewhere.
+    def decoder_only(self, pairs: Sequence[Pair]) -> list[Example]:
+        """Returns the examples of a model such as GPT-2.
 
-    Raises:
-        ConfigError: `source_length` is too small.
-    """
-    heads = _prompts(pairs, vocabulary, prefix, source_length)
-    targets = vocabulary.encode([" " + pair.target for pair in pairs])
-    length = source_length + target_length
-    examples = []
-    for head, target in zip(heads, targets, strict=True):
-        tail = [*target[: target_length - 1], vocabulary.eos]
-        weights = np.zeros(length, np.float32)
-        # Label i is token i + 1.
-        weights[len(head) - 1 : len(head) + len(tail) - 1] = 1
-        tokens = _padded([*head, *tail], length + 1, vocabulary.pad)
-        examples.append({"tokens": tokens, "weights": weights})
-    return examples
+        Returns:
+            int32 "tokens" (L + 1,), right-padded, of which all but the last are inputs
+            and all but the first are labels; float32 "weights" (L,) of the labels: 1
+            for the tokens of the target and its `eos`, 0 elsewhere.
 
+        Raises:
+            ConfigError: `source_length` is too small.
+        """
+        vocabulary, length = self.vocabulary, self.source_length + self.target_length
+        targets = vocabulary.encode([" " + pair.target for pair in pairs])
+        examples = []
+        for head, target in zip(self._prompts(pairs), targets, strict=True):
+            tail = [*target[: self.target_length - 1], vocabulary.eos]
+            weights = np.zeros(length, np.float32)
+            # Label i is token i + 1.
+            weights[len(head) - 1 : len(head) + len(tail) - 1] = 1
+            tokens = _padded([*head, *tail], length + 1, vocabulary.pad)
+            examples.append({"tokens": tokens, "weights": weights})
+        return examples
 
-def prompts(
-    pairs: Sequence[Pair], vocabulary: Vocabulary, *, prefix: str, source_length: int
-) -> list[Example]:
-    """Returns what a decoder-only model continues with the target.
+    def prompts(self, pairs: Sequence[Pair]) -> list[Example]:
+        """Returns what a decoder-only model continues with the target.
 
-    Args:
-        pairs: the texts; targets are not looked at.
-        vocabulary: tokenizes the sources.
-        prefix: as in training.
-        source_length: S, as in training.
+        Returns:
+            int32 "prompt" (S,), left-padded so that all prompts end at the same place;
+            bool "prompt_mask" (S,), False on the padding, which a mask alone tells
+            apart from an end of text.
 
-    Returns:
-        int32 "prompt" (S,), left-padded so that all prompts end at the same place;
-        bool "prompt_mask" (S,), False on the padding, which a mask alone tells apart
-        from an end of text.
+        Raises:
+            ConfigError: `source_length` is too small.
+        """
+        length, examples = self.source_length, []
+        for head in self._prompts(pairs):
+            prompt = _padded(head[::-1], length, self.vocabulary.pad)[::-1]
+            mask = np.arange(length) >= length - len(head)
+            examples.append({"prompt": prompt.copy(), "prompt_mask": mask})
+        return examples
 
-    Raises:
-        ConfigError: `source_length` is too small.
-    """
-    examples = []
-    for head in _prompts(pairs, vocabulary, prefix, source_length):
-        prompt = _padded(head[::-1], source_length, vocabulary.pad)[::-1]
-        mask = np.arange(source_length) >= source_length - len(head)
-        examples.append({"prompt": prompt.copy(), "prompt_mask": mask})
-    return examples
+    def _sources(self, pairs: Sequence[Pair]) -> list[list[int]]:
+        return self.vocabulary.encode([self.prefix + pair.source for pair in pairs])
 
+    def _prompts(self, pairs: Sequence[Pair]) -> list[list[int]]:
+        """Returns prefix, source and separator of each pair, at most S tokens."""
+        [separator] = self.vocabulary.encode([SEPARATOR])
+        room = self.source_length - len(separator)
+        if room <= 0:
+            raise ConfigError(
+                f"`--source-length` must be at least {len(separator) + 1} (the "
+                f"separator and a token), got {self.source_length}"
+            )
+        return [source[:room] + separator for source in self._sources(pairs)]
 
-def _prompts(
-    pairs: Sequence[Pair], vocabulary: Vocabulary, prefix: str, length: int
-) -> list[list[int]]:
-    """Returns prefix, source and separator of each pair, at most `length` tokens."""
-    [separator] = vocabulary.encode([SEPARATOR])
-    if length <= len(separator):
-        raise ConfigError(
-            f"`--source-length` must be at least {len(separator) + 1} (the separator "
-            f"and a token), got {length}"
-        )
-    sources = vocabulary.encode([prefix + pair.source for pair in pairs])
-    return [source[: length - len(separator)] + separator for source in sources]
-
-
-def _ended(ids: Sequence[int], length: int, vocabulary: Vocabulary) -> np.ndarray:
-    return _padded([*ids[: length - 1], vocabulary.eos], length, vocabulary.pad)
+    def _ended(self, ids: Sequence[int], length: int) -> np.ndarray:
+        end = self.vocabulary.eos
+        return _padded([*ids[: length - 1], end], length, self.vocabulary.pad)
 
 
 def _padded(ids: Sequence[int], length: int, pad: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Any
 
 import requests
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import DatasetBuilder
 from tensorflow_datasets.summarization import xsum  # registers it
 
 from experiments.common.errors import ConfigError
@@ -27,23 +28,13 @@ ARTICLES = "xsum-extracts-from-downloads.tar.gz"
 SPLIT_IDS = "XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json"
 """The ids of the articles in each split."""
 
+_SPLITS = ("train", "validation", "test")
 _README = "https://github.com/EdinburghNLP/XSum/blob/master/XSum-Dataset/README.md"
 _SECTION = re.compile(r"\[XSUM\]([A-Z]+)\[XSUM\]")
 # Left-overs of the web page, which version 1.1.0 of the data set leaves out.
-_WIDGETS = frozenset(
-    {
-        "Share this with",
-        "Email",
-        "Facebook",
-        "Messenger",
-        "Twitter",
-        "Pinterest",
-        "WhatsApp",
-        "Linkedin",
-        "LinkedIn",
-        "Copy this link",
-        "These are external links and will open in a new window",
-    }
+_WIDGET = re.compile(
+    "Share this with|Email|Facebook|Messenger|Twitter|Pinterest|WhatsApp|Linked[iI]n"
+    "|Copy this link|These are external links and will open in a new window"
 )
 
 
@@ -57,7 +48,7 @@ class Xsum(xsum.Xsum, skip_registration=True):
         ids = json.loads((folder / SPLIT_IDS).read_text(encoding="utf-8"))
         return {
             split: self._generate_examples(frozenset(ids[split]), folder / ARTICLES)
-            for split in ("train", "validation", "test")
+            for split in _SPLITS
         }
 
     def _generate_examples(
@@ -94,7 +85,7 @@ def article(text: str) -> dict[str, str]:
         ConfigError: the text is not of this form.
     """
     lines = [line for line in text.splitlines() if line.strip()]
-    kept = "\n".join(line for line in lines if line not in _WIDGETS)
+    kept = "\n".join(line for line in lines if not _WIDGET.fullmatch(line))
     _, *parts = _SECTION.split(kept)
     sections = dict(zip(parts[::2], parts[1::2], strict=True))
     if not {"INTRODUCTION", "RESTBODY"} <= sections.keys():
@@ -102,10 +93,8 @@ def article(text: str) -> dict[str, str]:
             f"an article in {ARTICLES} lacks [XSUM]INTRODUCTION[XSUM] or "
             f"[XSUM]RESTBODY[XSUM]: {text[:80]!r}; make the file again, see {_README}"
         )
-    return {
-        "document": sections["RESTBODY"].strip(),
-        "summary": sections["INTRODUCTION"].strip(),
-    }
+    document, summary = sections["RESTBODY"], sections["INTRODUCTION"]
+    return {"document": document.strip(), "summary": summary.strip()}
 
 
 def load_xsum(data_dir: pathlib.Path, download: bool = False) -> Splits:
@@ -118,8 +107,7 @@ def load_xsum(data_dir: pathlib.Path, download: bool = False) -> Splits:
     builder = Xsum(data_dir=data_dir, file_format="array_record")
     if not builder.data_path.exists():
         folder = data_dir / "manual" / "xsum"
-        names = (ARTICLES, SPLIT_IDS)
-        missing = [name for name in names if not (folder / name).exists()]
+        missing = [n for n in (ARTICLES, SPLIT_IDS) if not (folder / n).exists()]
         if missing:
             raise ConfigError(
                 f"`--data-dir` {data_dir} lacks {' and '.join(missing)}; {_README} "
@@ -127,10 +115,7 @@ def load_xsum(data_dir: pathlib.Path, download: bool = False) -> Splits:
                 f"{SPLIT_IDS} lies next to that page; put both into {folder}"
             )
         _prepare(builder, data_dir, folder)
-    return {
-        split: _pairs(builder, split, "document", "summary")
-        for split in ("train", "validation", "test")
-    }
+    return {split: _pairs(builder, split, "document", "summary") for split in _SPLITS}
 
 
 def load_billsum(data_dir: pathlib.Path, download: bool) -> Splits:
@@ -162,9 +147,7 @@ def load_opus(data_dir: pathlib.Path, download: bool) -> Splits:
     return split_pairs(pairs, key=lambda pair: pair.source)
 
 
-def _builder(
-    name: str, data_dir: pathlib.Path, download: bool
-) -> tfds.core.DatasetBuilder:
+def _builder(name: str, data_dir: pathlib.Path, download: bool) -> DatasetBuilder:
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     if not builder.data_path.exists():
         if not download:
@@ -172,20 +155,17 @@ def _builder(
                 f"`--data-dir` {data_dir} has no {name}; give `--download` to fetch "
                 "and prepare it there, once"
             )
-        _prepare(builder, data_dir, None)
+        _prepare(builder, data_dir)
     return builder
 
 
 def _prepare(
-    builder: tfds.core.DatasetBuilder,
-    data_dir: pathlib.Path,
-    manual_dir: pathlib.Path | None,
+    builder: DatasetBuilder, data_dir: pathlib.Path, manual: pathlib.Path | None = None
 ) -> None:
-    config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
+    config = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
     try:
-        builder.download_and_prepare(
-            download_dir=data_dir / "downloads", download_config=config
-        )
+        downloads = data_dir / "downloads"
+        builder.download_and_prepare(download_dir=downloads, download_config=config)
     except requests.exceptions.RequestException as error:
         raise ConfigError(
             f"`--download` could not fetch {builder.name} ({error}); try again with a "
@@ -193,9 +173,7 @@ def _prepare(
         ) from error
 
 
-def _pairs(
-    builder: tfds.core.DatasetBuilder, split: str, source: str, target: str
-) -> list[Pair]:
+def _pairs(builder: DatasetBuilder, split: str, source: str, target: str) -> list[Pair]:
     """Reads a whole split; pairs of which one side is empty are left out."""
     examples = builder.as_data_source(split=split)
     pairs = (Pair(_text(each[source]), _text(each[target])) for each in examples)

@@ -8,7 +8,7 @@ import hashlib
 import pathlib
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -37,7 +37,11 @@ def read_documents(root: pathlib.Path) -> list[str]:
     Files that are no valid Python source text (a few exist, on purpose) are left out.
     """
     documents = {}
-    for path in _sources(root):
+    for path in root.rglob("*.py"):
+        folders = path.relative_to(root).parts[:-1]
+        generated = path.name.startswith(_SKIPPED_PREFIX)
+        if generated or not _SKIPPED_FOLDERS.isdisjoint(folders):
+            continue
         try:
             with tokenize.open(path) as file:  # honours a coding declaration
                 text = file.read()
@@ -46,14 +50,6 @@ def read_documents(root: pathlib.Path) -> list[str]:
         if text:
             documents[content_hash(text)] = text
     return [documents[digest] for digest in sorted(documents)]
-
-
-def _sources(root: pathlib.Path) -> Iterator[pathlib.Path]:
-    for path in root.rglob("*.py"):
-        folders = path.relative_to(root).parts[:-1]
-        skipped = path.name.startswith(_SKIPPED_PREFIX)
-        if not skipped and _SKIPPED_FOLDERS.isdisjoint(folders):
-            yield path
 
 
 def content_hash(text: str) -> str:
@@ -79,15 +75,21 @@ def split_documents(documents: Iterable[str]) -> dict[str, list[str]]:
     return splits
 
 
+def byte_level(model: models.BPE) -> Tokenizer:
+    """Returns the tokenizer that merges bytes as the model says, as GPT-2's."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE, as GPT-2's, on the documents.
 
     Every text survives encoding and decoding, since all 256 bytes are tokens. A small
     corpus may yield fewer than `vocab_size` tokens, never more.
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],

@@ -43,22 +43,16 @@ def load(data_dir: pathlib.Path, download: bool = False) -> Splits:
     if not tests:
         missing.append(f"{_TESTS}.{_SOURCE}.xml")
     if missing:
-        raise ConfigError(_instructions(data_dir, folder, missing))
+        raise ConfigError(
+            f"`--data-dir` {data_dir} lacks {', '.join(missing)} of IWSLT 2017; fetch "
+            "de-en.tgz of the TED task (2017-01-trnted/texts/de/en/de-en.tgz, linked "
+            f"from https://wit3.fbk.eu) and put the files that it holds into {folder}"
+        )
     return {
         "train": _aligned(train, [_training_lines(path) for path in train]),
         "validation": _segment_pairs(development),
         "test": [pair for files in tests for pair in _segment_pairs(files)],
     }
-
-
-def _instructions(
-    data_dir: pathlib.Path, folder: pathlib.Path, missing: list[str]
-) -> str:
-    return (
-        f"`--data-dir` {data_dir} lacks {', '.join(missing)} of IWSLT 2017; fetch "
-        "de-en.tgz of the TED task (2017-01-trnted/texts/de/en/de-en.tgz, linked "
-        f"from https://wit3.fbk.eu) and put the files that it holds into {folder}"
-    )
 
 
 def _xml_files(stem: pathlib.Path) -> list[pathlib.Path]:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import sacrebleu
 from rouge_score import rouge_scorer
 
-ROUGE = ("rouge1", "rouge2", "rougeL")
+from experiments.data.registry import ROUGE
+
 METRICS = (*ROUGE, "bleu", "chrf", "exact_match")
 """All that `score` can compute."""
 
@@ -60,9 +61,6 @@ def _rouge(
     names: list[str], predictions: list[str], references: list[str]
 ) -> dict[str, float]:
     scorer = rouge_scorer.RougeScorer(names, use_stemmer=True)
-    totals = dict.fromkeys(names, 0.0)
-    for prediction, reference in zip(predictions, references, strict=True):
-        scores = scorer.score(reference, prediction)
-        for name in names:
-            totals[name] += scores[name].fmeasure
-    return {name: 100 * total / len(references) for name, total in totals.items()}
+    pairs = zip(references, predictions, strict=True)
+    scores = [scorer.score(*pair) for pair in pairs]
+    return {n: 100 * sum(s[n].fmeasure for s in scores) / len(scores) for n in names}

@@ -7,8 +7,8 @@ needs no TensorFlow and gives random access to them.
 import contextlib
 import hashlib
 import io
-import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,9 @@ from tokenizers import Tokenizer
 
 from experiments.common.errors import ConfigError
 from experiments.data import corpus
+
+Splits = dict[str, list[str]]
+"""The documents of each split."""
 
 
 def pack(
@@ -37,10 +40,8 @@ def pack(
     Returns:
         int32, (examples, context + 1).
     """
-    stream = np.concatenate(
-        [np.append(np.asarray(ids, np.int32), end_of_text) for ids in documents]
-        or [np.zeros(0)]
-    ).astype(np.int32)
+    parts = [np.append(np.asarray(ids, np.int32), end_of_text) for ids in documents]
+    stream = np.concatenate(parts or [np.zeros(0)]).astype(np.int32)
     examples = -(-(len(stream) - 1) // context) if len(stream) else 0
     padded = np.full(examples * context + 1, end_of_text, np.int32)
     padded[: len(stream)] = stream
@@ -58,11 +59,7 @@ class PackedSources(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(
-        self,
-        splits: dict[str, list[str]],
-        tokenizer: Tokenizer,
-        context: int,
-        data_dir: pathlib.Path,
+        self, splits: Splits, tokenizer: Tokenizer, context: int, data_dir: Path
     ):
         """Describes the data set; `download_and_prepare` then makes it.
 
@@ -72,9 +69,7 @@ class PackedSources(tfds.core.GeneratorBasedBuilder):
             context: inputs in an example.
             data_dir: where the data set is written, as array_record.
         """
-        self._splits = splits
-        self._tokenizer = tokenizer
-        self._context = context
+        self._splits, self._tokenizer, self._context = splits, tokenizer, context
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -90,20 +85,14 @@ class PackedSources(tfds.core.GeneratorBasedBuilder):
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, Any]:
         del dl_manager  # nothing is downloaded, ever
-        return {
-            name: self._generate_examples(documents)
-            for name, documents in self._splits.items()
-        }
+        return {name: self._generate_examples(d) for name, d in self._splits.items()}
 
     def _generate_examples(
         self, documents: list[str]
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        examples = pack(
-            (encoding.ids for encoding in self._tokenizer.encode_batch(documents)),
-            self._context,
-            self._tokenizer.token_to_id(corpus.END_OF_TEXT),
-        )
-        for index, tokens in enumerate(examples):
+        ids = (each.ids for each in self._tokenizer.encode_batch(documents))
+        end_of_text = self._tokenizer.token_to_id(corpus.END_OF_TEXT)
+        for index, tokens in enumerate(pack(ids, self._context, end_of_text)):
             yield index, {"tokens": tokens}
 
 
@@ -118,11 +107,7 @@ class Packed(NamedTuple):
 
 
 def load(
-    corpus_dir: pathlib.Path | None,
-    data_dir: pathlib.Path,
-    *,
-    vocab_size: int,
-    context: int,
+    corpus_dir: Path | None, data_dir: Path, *, vocab_size: int, context: int
 ) -> Packed:
     """Returns the packed corpus, preparing it if no earlier run has.
 
@@ -158,9 +143,7 @@ def load(
     return Packed(source["train"], source["validation"], tokenizer, fingerprint)
 
 
-def _tokenizer(
-    documents: list[str], folder: pathlib.Path, vocab_size: int
-) -> Tokenizer:
+def _tokenizer(documents: list[str], folder: Path, vocab_size: int) -> Tokenizer:
     """Returns the tokenizer of the training documents, kept in `folder`."""
     file = folder / "tokenizer.json"
     if file.exists():

@@ -49,11 +49,15 @@ _SCALES = (1, 10, 1000, 100_000)
 
 
 class Phrase(NamedTuple):
-    """A pair and what it was composed of."""
+    """A pair and what it was composed of.
+
+    Attributes:
+        combination: the template and the items; a name alone has one item. Numbers and
+            years that vary within a combination are left out.
+        pair: the texts.
+    """
 
     combination: tuple[str, ...]
-    """The template and the items; a name alone has one item. Numbers and years that
-    vary within a combination are left out."""
     pair: Pair
 
 
@@ -185,15 +189,12 @@ def _duration(random_: random.Random, names: list[Phrase]) -> Phrase:
     directed, sign = random_.random() < 0.7, random_.choice((-1, 1))
     delta = datetime.timedelta(days=sign * count * _DAYS[unit])
     kind = f"duration {sign}" if directed else "duration"
-
-    def write(i: int, at: Locale) -> str:
-        del i
-        # The threshold keeps 14 days from becoming 2 weeks.
-        return dates.format_timedelta(
-            delta, granularity=unit, threshold=1e9, add_direction=directed, locale=at
-        )
-
-    return _phrase((kind, unit, f"number {count}"), write)
+    # The threshold keeps 14 days from becoming 2 weeks.
+    options = {"granularity": unit, "threshold": 1e9, "add_direction": directed}
+    return _phrase(
+        (kind, unit, f"number {count}"),
+        lambda i, at: dates.format_timedelta(delta, locale=at, **options),
+    )
 
 
 _TEMPLATES = (_list, _list, _entry, _entry, _measure, _amount, _date, _duration)

@@ -3,16 +3,13 @@
 Loading imports what a data set needs; naming and describing it imports nothing.
 """
 
-import importlib
+import functools
 import pathlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from experiments.data.pairs import Splits
-
-# The words with which T5 was trained.
-_SUMMARIZE = "summarize: "
-_TRANSLATE = "translate German to English: "
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -27,75 +24,66 @@ Without `download`, and with nothing there, a `ConfigError` says what to do.
 
 @dataclass(frozen=True)
 class Dataset:
-    """One data set, by the name under which it is asked for."""
+    """One data set that can be asked for.
 
-    name: str
+    Attributes:
+        description: for people.
+        load: reads it.
+        prefix: text that stands before each source and tells the model its task.
+        metrics: names that `experiments.data.metrics.score` knows.
+    """
+
     description: str
-    prefix: str
-    """Text that stands before each source and tells the model its task."""
-    metrics: tuple[str, ...]
-    """Names that `experiments.data.metrics.score` knows."""
     load: Load
+    prefix: str
+    metrics: tuple[str, ...]
 
 
-def _loader(module: str, function: str = "load") -> Load:
+def _loader(name: str) -> Load:
     """Returns a function that imports what a data set needs when it is called."""
 
     def load(data_dir: pathlib.Path, download: bool = False) -> Splits:
-        home = importlib.import_module(f"experiments.data.{module}")
-        return getattr(home, function)(data_dir, download)
+        return pkgutil.resolve_name(f"experiments.data.{name}")(data_dir, download)
 
     return load
 
 
-_DATASETS = (
-    Dataset(
-        "docstrings",
+# The prefixes are the words with which T5 was trained.
+_summaries = functools.partial(Dataset, prefix="summarize: ", metrics=ROUGE)
+_translations = functools.partial(
+    Dataset, prefix="translate German to English: ", metrics=("bleu", "chrf")
+)
+
+DATASETS = {
+    "docstrings": _summaries(
         "A smoke-scale task, not XSum: the first lines of docstrings of the standard "
         "library and of installed packages, from the rest of them.",
-        _SUMMARIZE,
-        ROUGE,
-        _loader("docstrings"),
+        _loader("docstrings:load"),
     ),
-    Dataset(
-        "phrases",
+    "phrases": _translations(
         "A smoke-scale task, not IWSLT: names, dates, amounts and lists as Unicode's "
         "CLDR writes them in German and in English.",
-        _TRANSLATE,
-        ("exact_match", "bleu", "chrf"),
-        _loader("phrases"),
+        _loader("phrases:load"),
+        metrics=("exact_match", "bleu", "chrf"),
     ),
-    Dataset(
-        "xsum",
+    "xsum": _summaries(
         "BBC articles and their one-sentence summaries (Narayan et al., 2018), fetched "
         "by hand.",
-        _SUMMARIZE,
-        ROUGE,
-        _loader("builders", "load_xsum"),
+        _loader("builders:load_xsum"),
     ),
-    Dataset(
-        "billsum",
+    "billsum": _summaries(
         "Bills of the US Congress and their summaries (Kornilova and Eidelman, 2019), "
         "downloaded.",
-        _SUMMARIZE,
-        ROUGE,
-        _loader("builders", "load_billsum"),
+        _loader("builders:load_billsum"),
     ),
-    Dataset(
-        "iwslt2017",
+    "iwslt2017": _translations(
         "German and English subtitles of TED talks (Cettolo et al., 2017), fetched by "
         "hand.",
-        _TRANSLATE,
-        ("bleu", "chrf"),
-        _loader("iwslt"),
+        _loader("iwslt:load"),
     ),
-    Dataset(
-        "opus",
+    "opus": _translations(
         "German and English texts of free software (Tiedemann, 2012), downloaded.",
-        _TRANSLATE,
-        ("bleu", "chrf"),
-        _loader("builders", "load_opus"),
+        _loader("builders:load_opus"),
     ),
-)
-DATASETS = {dataset.name: dataset for dataset in _DATASETS}
-"""The data sets that can be asked for."""
+}
+"""The data sets that can be asked for, by name."""

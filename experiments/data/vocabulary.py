@@ -6,36 +6,39 @@ published. Nothing is downloaded.
 
 import hashlib
 import io
+import itertools
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import sentencepiece as spm
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 
 from experiments.common.errors import ConfigError
 from experiments.data import corpus
 
 
-class Vocabulary(Protocol):
-    """What batches and evaluation ask of a tokenizer."""
+class Vocabulary:
+    """What batches and evaluation ask of a tokenizer.
 
-    size: int
-    """Number of tokens; every id is below it."""
-    pad: int
-    """Fills up rows; no part of a text."""
-    eos: int
-    """Ends a text."""
-    fingerprint: str
-    """Identifies the vocabulary by its content."""
+    Attributes:
+        size: number of tokens; every id is below it.
+        pad: fills up rows; no part of a text.
+        eos: ends a text.
+        fingerprint: identifies the vocabulary by its content.
+    """
+
+    def __init__(self, size: int, pad: int, eos: int, content: bytes):
+        """Takes the special tokens, and what the fingerprint is of."""
+        self.size, self.pad, self.eos = size, pad, eos
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:12]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, without `eos`."""
-        ...
+        raise NotImplementedError
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes the file that the model's name for it goes by into `folder`."""
-        ...
+        raise NotImplementedError
 
     def decode(self, rows: Iterable[Sequence[int]]) -> list[str]:
         """Returns the text of each row up to its first `eos`.
@@ -43,20 +46,24 @@ class Vocabulary(Protocol):
         `pad` is dropped, and so are ids beyond `size`, which a model may produce
         whose output layer is larger than the vocabulary.
         """
-        ...
+        raise NotImplementedError
+
+    def _texts(self, rows: Iterable[Sequence[int]]) -> list[list[int]]:
+        """Returns the ids of each row that stand for text, as ints."""
+        rows = [itertools.takewhile(lambda i: i != self.eos, row) for row in rows]
+        return [
+            [int(i) for i in ids if i != self.pad and i < self.size] for ids in rows
+        ]
 
 
-class SentencePiece:
+class SentencePiece(Vocabulary):
     """A SentencePiece model with the special tokens of T5."""
 
     def __init__(self, proto: bytes):
         """Reads a serialized model, the content of a spiece.model."""
         self._proto = proto
-        self._model = spm.SentencePieceProcessor(model_proto=proto)
-        self.size: int = self._model.vocab_size()
-        self.pad: int = self._model.pad_id()
-        self.eos: int = self._model.eos_id()
-        self.fingerprint = _fingerprint(proto)
+        self._model = model = spm.SentencePieceProcessor(model_proto=proto)
+        super().__init__(model.vocab_size(), model.pad_id(), model.eos_id(), proto)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Vocabulary`."""
@@ -68,10 +75,10 @@ class SentencePiece:
 
     def decode(self, rows: Iterable[Sequence[int]]) -> list[str]:
         """See `Vocabulary`."""
-        return [self._model.decode(ids) for ids in _texts(rows, self)]
+        return [self._model.decode(ids) for ids in self._texts(rows)]
 
 
-class BytePair:
+class BytePair(Vocabulary):
     """A byte-level BPE in which one token ends texts and fills up rows, as GPT-2's."""
 
     def __init__(self, tokenizer: Tokenizer):
@@ -79,10 +86,9 @@ class BytePair:
         # "<|endoftext|>" in a text is text, never the end of it.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
-        self.size: int = tokenizer.get_vocab_size()
-        self.eos: int = tokenizer.token_to_id(corpus.END_OF_TEXT)
-        self.pad = self.eos
-        self.fingerprint = _fingerprint(tokenizer.to_str().encode())
+        end = tokenizer.token_to_id(corpus.END_OF_TEXT)
+        content = tokenizer.to_str().encode()
+        super().__init__(tokenizer.get_vocab_size(), end, end, content)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Vocabulary`."""
@@ -95,7 +101,7 @@ class BytePair:
 
     def decode(self, rows: Iterable[Sequence[int]]) -> list[str]:
         """See `Vocabulary`."""
-        return self._tokenizer.decode_batch(_texts(rows, self))
+        return self._tokenizer.decode_batch(self._texts(rows))
 
 
 def sentencepiece(texts: Iterable[str], size: int) -> SentencePiece:
@@ -112,6 +118,7 @@ def sentencepiece(texts: Iterable[str], size: int) -> SentencePiece:
         ConfigError: there is no text, or `size` is too small for its characters.
     """
     model = io.BytesIO()
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
@@ -121,11 +128,8 @@ def sentencepiece(texts: Iterable[str], size: int) -> SentencePiece:
             hard_vocab_limit=False,
             character_coverage=1.0,
             max_sentence_length=16384,  # bytes; longer texts are ignored
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
             minloglevel=2,
+            **ids,
         )
     except RuntimeError as error:
         raise ConfigError(
@@ -187,44 +191,19 @@ def load_byte_pair(path: pathlib.Path) -> BytePair:
     remedy = "give the tokenizer.json of a GPT-2, or a folder with it"
     file = path / "tokenizer.json" if path.is_dir() else path
     parts = [path / "vocab.json", path / "merges.txt"]
+    if not file.is_file() and not all(part.is_file() for part in parts):
+        raise ConfigError(
+            f"{path} has neither tokenizer.json nor vocab.json and merges.txt; {remedy}"
+        )
     try:
         if file.is_file():
             tokenizer = Tokenizer.from_file(str(file))
-        elif all(part.is_file() for part in parts):
-            tokenizer = _from_parts(*parts)
         else:
-            raise ConfigError(
-                f"{path} has neither tokenizer.json nor vocab.json and merges.txt; "
-                f"{remedy}"
-            )
-    except ConfigError:
-        raise
+            tokenizer = corpus.byte_level(models.BPE.from_file(*map(str, parts)))
+            if tokenizer.token_to_id(corpus.END_OF_TEXT) is not None:
+                tokenizer.add_special_tokens([corpus.END_OF_TEXT])
     except Exception as error:  # the library raises nothing more particular
         raise ConfigError(f"{path} is no byte-level BPE: {error}; {remedy}") from error
     if tokenizer.token_to_id(corpus.END_OF_TEXT) is None:
         raise ConfigError(f"{path} lacks the token {corpus.END_OF_TEXT}; {remedy}")
     return BytePair(tokenizer)
-
-
-def _from_parts(vocab: pathlib.Path, merges: pathlib.Path) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if tokenizer.token_to_id(corpus.END_OF_TEXT) is not None:
-        tokenizer.add_special_tokens([corpus.END_OF_TEXT])
-    return tokenizer
-
-
-def _fingerprint(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:12]
-
-
-def _texts(rows: Iterable[Sequence[int]], vocabulary: Vocabulary) -> list[list[int]]:
-    """Returns the ids of each row that stand for text, as ints."""
-    kept = []
-    for row in rows:
-        ids = [int(token) for token in row]
-        if vocabulary.eos in ids:
-            ids = ids[: ids.index(vocabulary.eos)]
-        kept.append([i for i in ids if i != vocabulary.pad and i < vocabulary.size])
-    return kept

@@ -30,13 +30,9 @@ def evaluate(
 
 
 def _decode(config: Config, prepared: Prepared, params: Any, pairs: Any) -> list[str]:
-    vocabulary = prepared.vocabulary
+    vocabulary, layout = prepared.vocabulary, prepared.layout
     is_t5 = isinstance(prepared.model, T5Config)
-    lengths = {"source_length": config.source_length}
-    if is_t5:
-        lengths["target_length"] = config.target_length
-    make = batches.encoder_decoder if is_t5 else batches.prompts
-    inputs = make(pairs, vocabulary, prefix=prepared.dataset.prefix, **lengths)
+    inputs = layout.encoder_decoder(pairs) if is_t5 else layout.prompts(pairs)
     search, limits = decode.greedy, {"length": config.target_length}
     limits |= {"eos": vocabulary.eos, "pad": vocabulary.pad}
     if config.beams > 1:

@@ -1,7 +1,6 @@
 """From the settings to a model, a vocabulary and the pairs to train on."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 
@@ -30,6 +29,7 @@ class Prepared(Data):
     dataset: Dataset
     splits: Splits
     vocabulary: vocabularies.Vocabulary
+    layout: batches.Layout
 
 
 def prepare(config: Config) -> Prepared:
@@ -50,14 +50,10 @@ def prepare(config: Config) -> Prepared:
     else:
         graphdef, _ = jax.eval_shape(lambda: create(model, config.seed))
         params = hugging_face.load(config.checkpoint, model)
+    lengths = (config.source_length, config.target_length)
+    layout = batches.Layout(vocabulary, dataset.prefix, *lengths)
     is_t5 = isinstance(model, T5Config)
-    make = functools.partial(
-        batches.encoder_decoder if is_t5 else batches.decoder_only,
-        vocabulary=vocabulary,
-        prefix=dataset.prefix,
-        source_length=config.source_length,
-        target_length=config.target_length,
-    )
+    make = layout.encoder_decoder if is_t5 else layout.decoder_only
     held_out = batches.spread(splits["validation"], config.eval_examples)
     digest = hashlib.sha256(vocabulary.fingerprint.encode())
     for pairs in (splits["train"], held_out):
@@ -68,20 +64,20 @@ def prepare(config: Config) -> Prepared:
         dataset=dataset,
         splits=splits,
         vocabulary=vocabulary,
+        layout=layout,
         model=model,
         graphdef=graphdef,
         params=jax.device_get(params),
         train=make(splits["train"]),
         validation=make(held_out),
-        tokens=config.source_length + config.target_length,
+        tokens=sum(lengths),
         fingerprint=fingerprint,
     )
 
 
 def _sizes(config: Config) -> ModelConfig:
-    if config.checkpoint is None:
-        model = (PUBLISHED | _TINY)[config.model]
-    else:
+    model = (PUBLISHED | _TINY)[config.model]
+    if config.checkpoint is not None:
         model = hugging_face.read_config(config.checkpoint)
     names = ("dropout", "dtype", "remat", "scan")
     return dataclasses.replace(model, **{name: getattr(config, name) for name in names})

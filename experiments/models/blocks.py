@@ -14,10 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from experiments.models.config import Config
 
-Key = jax.Array | None
+Key = Array | None
+
+Batch = dict[str, Array]
+"""For GPT-2 "tokens" (B, T + 1) and perhaps "weights" (B, T); for T5 "source" (B, S)
+and "target" (B, T), both filled up with token 0. To decode from, "source" for T5; for
+GPT-2 "prompt" (B, S), padded on the left, and "prompt_mask", bool (B, S), False on the
+padding."""
 
 MASKED = float(np.finfo(np.float32).min)
 """Score of a position that must not be read; finite, so that no row becomes NaN."""
@@ -30,10 +37,8 @@ def linear(
     n_in: int, n_out: int, std: float, config: Config, rngs: nnx.Rngs, **options: Any
 ) -> nnx.Linear:
     """Returns a linear map with normal weights, float32 whatever it computes in."""
-    init = nnx.initializers.normal(std)
-    return nnx.Linear(
-        n_in, n_out, kernel_init=init, dtype=config.dtype, rngs=rngs, **options
-    )
+    options |= {"kernel_init": nnx.initializers.normal(std), "dtype": config.dtype}
+    return nnx.Linear(n_in, n_out, rngs=rngs, **options)
 
 
 def embed(
@@ -44,7 +49,7 @@ def embed(
     return nnx.Embed(count, width, embedding_init=init, dtype=config.dtype, rngs=rngs)
 
 
-def logits_of(x: jax.Array, table: nnx.Embed) -> jax.Array:
+def logits_of(x: Array, table: nnx.Embed) -> Array:
     """Maps (B, T, W) to float32 logits (B, T, V) by an embedding table (V, W)."""
     weights = table.embedding[...].astype(x.dtype)
     return jnp.einsum("btw,vw->btv", x, weights, preferred_element_type=jnp.float32)
@@ -55,7 +60,7 @@ def split_key(key: Key, count: int) -> Sequence[Key]:
     return (None,) * count if key is None else jax.random.split(key, count)
 
 
-def dropout(x: jax.Array, rate: float, key: Key) -> jax.Array:
+def dropout(x: Array, rate: float, key: Key) -> Array:
     """Zeroes each element with probability `rate` and scales the others up."""
     if key is None or rate == 0:
         return x
@@ -64,13 +69,8 @@ def dropout(x: jax.Array, rate: float, key: Key) -> jax.Array:
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    bias: jax.Array,
-    rate: float = 0.0,
-    key: Key = None,
-) -> jax.Array:
+    q: Array, k: Array, v: Array, bias: Array, rate: float = 0.0, key: Key = None
+) -> Array:
     """Attention: softmax(q k + bias) v, without a scale.
 
     Scores and softmax are float32 also under bfloat16, whose 8 bits are too few for a
@@ -96,36 +96,41 @@ def attend(
 class KeysValues(NamedTuple):
     """Keys and values (B, S, H, D) of one layer; (layers, B, S, H, D) of a stack."""
 
-    k: jax.Array
-    v: jax.Array
+    k: Array
+    v: Array
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype: str) -> "KeysValues":
         """Returns an empty cache."""
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    def write(self, new: "KeysValues", index: jax.Array) -> "KeysValues":
+    def write(self, new: "KeysValues", index: Array) -> "KeysValues":
         """Returns a copy in which `new` stands from position `index` on."""
-        return jax.tree.map(
-            lambda old, part: jax.lax.dynamic_update_slice_in_dim(
-                old, part.astype(old.dtype), index, axis=1
-            ),
-            self,
-            new,
-        )
+
+        def written(old: Array, part: Array) -> Array:
+            part = part.astype(old.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(old, part, index, axis=1)
+
+        return jax.tree.map(written, self, new)
+
+
+Cache = KeysValues | None
 
 
 class DecodeState(NamedTuple):
-    """What decoding keeps between two tokens."""
+    """What decoding keeps between two tokens; nothing is cached in training.
 
-    cache: KeysValues
-    """Keys and values so far, (layers, B, L, H, D); a beam has its own."""
-    cross: KeysValues | None
-    """Those of the encoded source, (layers, B, S, H, D); None without an encoder."""
-    mask: jax.Array
-    """Which positions may be read: bool, (B, L), or (B, S) where there is a source."""
-    index: jax.Array
-    """The position that is written next: int32, a scalar."""
+    Attributes:
+        cache: keys and values so far, (layers, B, L, H, D); a beam has its own.
+        cross: those of the encoded source, (layers, B, S, H, D); None without encoder.
+        mask: which positions may be read: bool, (B, L), or (B, S) of a source.
+        index: the position that is written next: int32, a scalar; None if `cache` is.
+    """
+
+    cache: Cache
+    cross: Cache
+    mask: Array
+    index: Array | None
 
 
 def build(make: Callable[[], nnx.Module], layers: int, scan: bool) -> nnx.Module:
@@ -143,18 +148,17 @@ def build(make: Callable[[], nnx.Module], layers: int, scan: bool) -> nnx.Module
     if not scan:
         return nnx.List(blocks)
     states = [nnx.state(block) for block in blocks]
-    return nnx.merge(
-        nnx.graphdef(blocks[0]), jax.tree.map(lambda *x: jnp.stack(x), *states)
-    )
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    return nnx.merge(nnx.graphdef(blocks[0]), stacked)
 
 
 def run(
     blocks: nnx.Module,
-    apply: Callable[..., tuple[jax.Array, Any]],
-    x: jax.Array,
+    apply: Callable[..., tuple[Array, Any]],
+    x: Array,
     per_layer: Any = (),
     remat: bool = False,
-) -> tuple[jax.Array, Any]:
+) -> tuple[Array, Any]:
     """Runs a stack that `build` made.
 
     Args:
@@ -168,31 +172,30 @@ def run(
         The output of the last block, and the `out` of all, stacked.
     """
     listed = isinstance(blocks, nnx.List)
-    graphdef = None if listed else nnx.graphdef(blocks)
+    graphdef = nnx.graphdef(blocks[0] if listed else blocks)
 
-    def body(x, layer):
-        graph, state, parts = layer
-        return apply(nnx.merge(graph or graphdef, state), x, *parts)
+    def step(x, layer):
+        state, parts = layer
+        return apply(nnx.merge(graphdef, state), x, *parts)
 
+    if remat:
+        # A loop cannot be merged with its recomputation: it needs no barrier.
+        step = jax.checkpoint(step, prevent_cse=listed)
     if not listed:
-        # A loop cannot be merged with its recomputation: no barrier is needed.
-        step = jax.checkpoint(body, prevent_cse=False) if remat else body
-        return jax.lax.scan(step, x, (None, nnx.state(blocks), per_layer))
-    step = jax.checkpoint(body) if remat else body
+        return jax.lax.scan(step, x, (nnx.state(blocks), per_layer))
     outs = []
     for i, block in enumerate(blocks):
         parts = jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)
-        x, out = step(x, (*nnx.split(block), parts))
+        x, out = step(x, (nnx.state(block), parts))
         outs.append(out)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
 
-def stack(params: dict[str, Any], numpy: Any = jnp) -> dict[str, Any]:
-    """Turns the parameters of numbered blocks into those of stacked ones.
+def stack(params: dict[str, Any]) -> dict[str, Any]:
+    """Turns the parameters of numbered blocks into those of stacked ones, on the host.
 
     Args:
         params: the parameters of a model without `scan`.
-        numpy: `numpy` or `jax.numpy`, whose `stack` is used.
 
     Returns:
         The parameters of the same model with `scan`.
@@ -200,7 +203,7 @@ def stack(params: dict[str, Any], numpy: Any = jnp) -> dict[str, Any]:
 
     def stacked(blocks):
         layers = [blocks[i] for i in range(len(blocks))]
-        return jax.tree.map(lambda *leaves: numpy.stack(leaves), *layers)
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
 
     return _with_stacks(params, stacked)
 

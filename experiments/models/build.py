@@ -4,14 +4,14 @@ A training step is then a plain function too, which dispatches faster than a mod
 and the tree is what optax and Orbax know best.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import Array
 
+from experiments.models.blocks import Batch
 from experiments.models.config import Config, GPT2Config, validate
 from experiments.models.gpt2 import GPT2
 from experiments.models.t5 import T5
@@ -19,15 +19,11 @@ from experiments.models.t5 import T5
 Params = dict[str, Any]
 """Nested dicts of arrays; a path in it reads "h/0/attn/c_attn/kernel"."""
 
-Batch = dict[str, jax.Array]
-"""For GPT-2 "tokens" (B, T + 1) and perhaps "weights" (B, T); for T5 "source" (B, S)
-and "target" (B, T), both filled up with token 0."""
-
 
 def create(config: Config, seed: int) -> tuple[nnx.GraphDef, Params]:
     """Builds a model and takes it apart: its static part, and its parameters.
 
-    Of the largest model, `abstract` gives the shapes without the memory.
+    Of the largest model, `jax.eval_shape` gives the shapes without the memory.
 
     Args:
         config: the sizes; they decide which model it is.
@@ -45,34 +41,9 @@ def create(config: Config, seed: int) -> tuple[nnx.GraphDef, Params]:
     return graphdef, nnx.to_pure_dict(state)
 
 
-def abstract(
-    make: Callable[[], tuple[nnx.GraphDef, Params]],
-) -> tuple[nnx.GraphDef, Params]:
-    """Makes the static part of a model and the shapes of its parameters, no arrays.
-
-    Args:
-        make: builds the model and takes it apart, for example with `create`.
-
-    Returns:
-        What `make` would, with a ShapeDtypeStruct for each array.
-    """
-    static = []
-
-    def params() -> Params:
-        graphdef, params = make()
-        static.append(graphdef)
-        return params
-
-    shapes = jax.eval_shape(params)
-    return static[0], shapes
-
-
 def token_losses(
-    graphdef: nnx.GraphDef,
-    params: Params,
-    batch: Batch,
-    key: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    graphdef: nnx.GraphDef, params: Params, batch: Batch, key: Array | None = None
+) -> tuple[Array, Array]:
     """Cross-entropy of every token that the batch asks for.
 
     Args:
@@ -90,11 +61,8 @@ def token_losses(
 
 
 def mean_loss(
-    graphdef: nnx.GraphDef,
-    params: Params,
-    batch: Batch,
-    key: jax.Array | None = None,
-) -> jax.Array:
+    graphdef: nnx.GraphDef, params: Params, batch: Batch, key: Array | None = None
+) -> Array:
     """Weighted mean of `token_losses`, in nats: a scalar, 0 if all weights are 0."""
     losses, weights = token_losses(graphdef, params, batch, key)
     total = jnp.maximum(weights.sum(), jnp.finfo(jnp.float32).tiny)

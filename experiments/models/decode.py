@@ -5,29 +5,21 @@ vocabulary and `length` the number of tokens to generate at most.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax.nnx import GraphDef, merge
+from jax import Array
 
-from experiments.models.blocks import DecodeState
-
-Batch = dict[str, jax.Array]
-"""For T5 "source" (B, S), filled up with token 0; for GPT-2 "prompt" (B, S), padded on
-the left, and "prompt_mask", bool (B, S), False on the padding."""
+from experiments.models.blocks import Batch, DecodeState
+from experiments.models.build import Params
 
 
 @functools.partial(jax.jit, static_argnames=("length", "eos", "pad"))
 def greedy(
-    graphdef: nnx.GraphDef,
-    params: dict[str, Any],
-    batch: Batch,
-    *,
-    length: int,
-    eos: int,
-    pad: int,
-) -> jax.Array:
+    graphdef: GraphDef, params: Params, batch: Batch, *, length: int, eos: int, pad: int
+) -> Array:
     """Takes the likeliest token, again and again.
 
     Args:
@@ -45,7 +37,7 @@ def greedy(
         ValueError: `length` is not positive, or more than the context has room for.
     """
     _check("length", length)
-    logits, state = nnx.merge(graphdef, params).start(batch, length)
+    logits, state = merge(graphdef, params).start(batch, length)
     first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     tokens = jnp.full((len(first), length), pad, jnp.int32).at[:, 0].set(first)
 
@@ -55,7 +47,7 @@ def greedy(
 
     def body(carry):
         t, tokens, last, done, state = carry
-        logits, state = nnx.merge(graphdef, params).step(state, last)
+        logits, state = merge(graphdef, params).step(state, last)
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         best = jnp.where(done, pad, best)
         return t + 1, tokens.at[:, t].set(best), best, done | (best == eos), state
@@ -67,12 +59,12 @@ def greedy(
 class _Beams(NamedTuple):
     """What beam search carries from one token to the next."""
 
-    t: jax.Array  # tokens generated so far
-    tokens: jax.Array  # of the unfinished, (B, K, length)
-    sums: jax.Array  # their log-probabilities, (B, K), best first
-    done_tokens: jax.Array  # the best finished ones, (B, K, length)
-    done_scores: jax.Array  # their scores, (B, K), best first
-    logits: jax.Array  # of the token to come, (B, K, V)
+    t: Array  # tokens generated so far
+    tokens: Array  # of the unfinished, (B, K, length)
+    sums: Array  # their log-probabilities, (B, K), best first
+    done_tokens: Array  # the best finished ones, (B, K, length)
+    done_scores: Array  # their scores, (B, K), best first
+    logits: Array  # of the token to come, (B, K, V)
     state: DecodeState  # with B * K rows
 
 
@@ -80,8 +72,8 @@ class _Beams(NamedTuple):
     jax.jit, static_argnames=("length", "eos", "pad", "beams", "length_penalty")
 )
 def beam(
-    graphdef: nnx.GraphDef,
-    params: dict[str, Any],
+    graphdef: GraphDef,
+    params: Params,
     batch: Batch,
     *,
     length: int,
@@ -89,7 +81,7 @@ def beam(
     pad: int,
     beams: int,
     length_penalty: float = 1.0,
-) -> jax.Array:
+) -> Array:
     """Keeps the `beams` likeliest beginnings of each row, and returns its best end.
 
     The score of a finished text is the sum of its log-probabilities divided by its
@@ -117,17 +109,29 @@ def beam(
     """
     _check("length", length)
     _check("beams", beams)
-    logits, state = nnx.merge(graphdef, params).start(batch, length)
-    first = _first(logits, _repeat(state, beams), length, beams, pad)
+    logits, state = merge(graphdef, params).start(batch, length)
+    rows = len(logits)
+    empty = jnp.full((rows, beams, length), pad, jnp.int32)
+    # All beginnings are the same one; the others must not be chosen from.
+    sums = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)
+    first = _Beams(
+        t=jnp.int32(0),
+        tokens=empty,
+        sums=jnp.tile(sums, (rows, 1)),
+        done_tokens=empty,
+        done_scores=jnp.full((rows, beams), -jnp.inf),
+        logits=jnp.repeat(logits[:, None], beams, axis=1),
+        state=_repeat(state, beams),
+    )
 
     def advance(carry: _Beams) -> _Beams:
         carry, parents = _select(carry, eos, length_penalty)
         last = jax.lax.dynamic_index_in_dim(carry.tokens, carry.t - 1, 2, False)
         state = _reorder(carry.state, parents)
-        logits, state = nnx.merge(graphdef, params).step(state, last.reshape(-1))
+        logits, state = merge(graphdef, params).step(state, last.reshape(-1))
         return carry._replace(logits=logits.reshape(carry.logits.shape), state=state)
 
-    def open_rows(carry: _Beams) -> jax.Array:
+    def open_rows(carry: _Beams) -> Array:
         # Sums only fall, so that this bounds what the best beginning can reach.
         end = length if length_penalty > 0 else carry.t + 1
         reachable = carry.sums[:, 0] / end**length_penalty
@@ -145,7 +149,7 @@ def beam(
     return _take(texts, jnp.argmax(scores, axis=1)[:, None])[:, 0]
 
 
-def _select(carry: _Beams, eos: int, length_penalty: float) -> tuple[_Beams, jax.Array]:
+def _select(carry: _Beams, eos: int, length_penalty: float) -> tuple[_Beams, Array]:
     """Appends one token: the carry without new logits, and parents (B, K)."""
     rows, beams, vocabulary = carry.logits.shape
     sums = carry.sums[..., None] + jax.nn.log_softmax(carry.logits)
@@ -173,40 +177,19 @@ def _select(carry: _Beams, eos: int, length_penalty: float) -> tuple[_Beams, jax
     return carry, _take(parents, kept)
 
 
-def _first(
-    logits: jax.Array, state: DecodeState, length: int, beams: int, pad: int
-) -> _Beams:
-    rows = len(logits)
-    empty = jnp.full((rows, beams, length), pad, jnp.int32)
-    # All beginnings are the same one; the others must not be chosen from.
-    sums = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)
-    return _Beams(
-        t=jnp.int32(0),
-        tokens=empty,
-        sums=jnp.tile(sums, (rows, 1)),
-        done_tokens=empty,
-        done_scores=jnp.full((rows, beams), -jnp.inf),
-        logits=jnp.repeat(logits[:, None], beams, axis=1),
-        state=state,
-    )
-
-
-def _take(x: jax.Array, indices: jax.Array) -> jax.Array:
+def _take(x: Array, indices: Array) -> Array:
     """Picks along axis 1 of (B, N, ...), for each row its own (B, M)."""
     return jax.vmap(lambda row, index: row[index])(x, indices)
 
 
 def _repeat(state: DecodeState, beams: int) -> DecodeState:
     """Gives each row of the batch `beams` rows, next to each other."""
-    repeat = functools.partial(jnp.repeat, repeats=beams)
-    return state._replace(
-        cache=jax.tree.map(lambda x: repeat(x, axis=1), state.cache),
-        cross=jax.tree.map(lambda x: repeat(x, axis=1), state.cross),
-        mask=repeat(state.mask, axis=0),
-    )
+    caches = (state.cache, state.cross)
+    caches = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=1), caches)
+    return DecodeState(*caches, jnp.repeat(state.mask, beams, axis=0), state.index)
 
 
-def _reorder(state: DecodeState, parents: jax.Array) -> DecodeState:
+def _reorder(state: DecodeState, parents: Array) -> DecodeState:
     # Source and prompt are the same in all beams of a row: only the cache moves.
     rows, beams = parents.shape
     order = (jnp.arange(rows)[:, None] * beams + parents).reshape(-1)

@@ -9,18 +9,19 @@ In the shapes below B is the batch, T the tokens in an example, W the width, H t
 heads, L the length of the cache and V the vocabulary.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from experiments.models import blocks
-from experiments.models.blocks import DecodeState, Key, KeysValues, linear
+from experiments.models.blocks import Batch, Cache, DecodeState, Key, KeysValues
 from experiments.models.config import GPT2Config
 
 _STD = 0.02
-_EPSILON = 1e-5  # of the layer norms
-
-Batch = dict[str, jax.Array]
 
 
 def _residual_std(config: GPT2Config) -> float:
@@ -32,13 +33,8 @@ def _residual_std(config: GPT2Config) -> float:
 def _norm(config: GPT2Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
     # Two passes for the variance: trained GPT-2s have a few channels with large means,
     # where the mean of the squares minus the squared mean cancels.
-    return nnx.LayerNorm(
-        config.width,
-        epsilon=_EPSILON,
-        use_fast_variance=False,
-        dtype=config.dtype,
-        rngs=rngs,
-    )
+    options = {"epsilon": 1e-5, "use_fast_variance": False, "dtype": config.dtype}
+    return nnx.LayerNorm(config.width, rngs=rngs, **options)
 
 
 class Attention(nnx.Module):
@@ -48,24 +44,19 @@ class Attention(nnx.Module):
         """Samples the two kernels."""
         width = config.width
         self.config = config
-        self.c_attn = linear(width, 3 * width, _STD, config, rngs)
-        self.c_proj = linear(width, width, _residual_std(config), config, rngs)
+        self.c_attn = blocks.linear(width, 3 * width, _STD, config, rngs)
+        self.c_proj = blocks.linear(width, width, _residual_std(config), config, rngs)
 
     def __call__(
-        self,
-        x: jax.Array,
-        bias: jax.Array,
-        key: Key = None,
-        cache: KeysValues | None = None,
-        index: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeysValues | None]:
+        self, x: Array, key: Key, cache: Cache, bias: Array, index: Array
+    ) -> tuple[Array, Cache]:
         """Attends to `x` itself, or to the cache after `x` was written into it.
 
         Args:
             x: the input, (B, T, W).
-            bias: `MASKED` where a position must not be read, (B, 1, T, T or L).
             key: dropout key of the attention weights.
-            cache: keys and values of the positions before.
+            cache: keys and values of the positions before, if decoding.
+            bias: `MASKED` where a position must not be read, (B, 1, T, T or L).
             index: where in the cache `x` belongs.
 
         Returns:
@@ -89,11 +80,11 @@ class MLP(nnx.Module):
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
         """Samples the two kernels."""
-        width = config.width
-        self.c_fc = linear(width, 4 * width, _STD, config, rngs)
-        self.c_proj = linear(4 * width, width, _residual_std(config), config, rngs)
+        width, std = config.width, _residual_std(config)
+        self.c_fc = blocks.linear(width, 4 * width, _STD, config, rngs)
+        self.c_proj = blocks.linear(4 * width, width, std, config, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         """Maps (B, T, W) to (B, T, W), each position by itself."""
         # The tanh form is what GPT-2 was trained with ("gelu_new").
         return self.c_proj(jax.nn.gelu(self.c_fc(x), approximate=True))
@@ -111,16 +102,11 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
-        self,
-        x: jax.Array,
-        bias: jax.Array,
-        key: Key = None,
-        cache: KeysValues | None = None,
-        index: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeysValues | None]:
+        self, x: Array, key: Key, cache: Cache, bias: Array, index: Array
+    ) -> tuple[Array, Cache]:
         """Maps (B, T, W) to (B, T, W), and the cache; see `Attention`."""
         keys = blocks.split_key(key, 3)
-        mixed, cache = self.attn(self.ln_1(x), bias, keys[0], cache, index)
+        mixed, cache = self.attn(self.ln_1(x), keys[0], cache, bias, index)
         x = x + blocks.dropout(mixed, self.rate, keys[1])
         return x + blocks.dropout(self.mlp(self.ln_2(x)), self.rate, keys[2]), cache
 
@@ -133,14 +119,13 @@ class GPT2(nnx.Module):
         self.config = config
         self.wte = blocks.embed(config.vocab_size, config.width, _STD, config, rngs)
         self.wpe = blocks.embed(config.context, config.width, _STD, config, rngs)
-        self.h = blocks.build(
-            lambda: Block(config, rngs=rngs), config.layers, config.scan
-        )
+        make = functools.partial(Block, config, rngs=rngs)
+        self.h = blocks.build(make, config.layers, config.scan)
         self.ln_f = _norm(config, rngs)
 
     def __call__(
-        self, tokens: jax.Array, mask: jax.Array | None = None, key: Key = None
-    ) -> jax.Array:
+        self, tokens: Array, mask: Array | None = None, key: Key = None
+    ) -> Array:
         """Predicts the token after each position.
 
         Args:
@@ -152,11 +137,10 @@ class GPT2(nnx.Module):
             float32 logits (B, T, V).
         """
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-        return self._logits(self._run(tokens, mask, jnp.int32(0), None, key)[0])
+        state = DecodeState(None, None, mask, jnp.int32(0))
+        return self._logits(self._run(tokens, state, key)[0])
 
-    def training(
-        self, batch: Batch, key: Key = None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def training(self, batch: Batch, key: Key = None) -> tuple[Array, Array, Array]:
         """Predicts each token of a batch from those before it.
 
         Args:
@@ -172,7 +156,7 @@ class GPT2(nnx.Module):
         weights = batch.get("weights", jnp.ones(labels.shape, jnp.float32))
         return self(tokens[:, :-1], key=key), labels, weights
 
-    def start(self, batch: Batch, length: int) -> tuple[jax.Array, DecodeState]:
+    def start(self, batch: Batch, length: int) -> tuple[Array, DecodeState]:
         """Reads the prompt and makes room for `length` tokens.
 
         Args:
@@ -197,33 +181,24 @@ class GPT2(nnx.Module):
         mask = jnp.concatenate([batch["prompt_mask"], mask], axis=1)
         head_width = config.width // config.heads
         shape = (config.layers, *mask.shape, config.heads, head_width)
-        state = DecodeState(
-            KeysValues.zeros(shape, config.dtype), None, mask, jnp.int32(0)
-        )
+        cache = KeysValues.zeros(shape, config.dtype)
+        state = DecodeState(cache, None, mask, jnp.int32(0))
         return self._extend(state, batch["prompt"])
 
-    def step(
-        self, state: DecodeState, tokens: jax.Array
-    ) -> tuple[jax.Array, DecodeState]:
+    def step(self, state: DecodeState, tokens: Array) -> tuple[Array, DecodeState]:
         """Reads one more token per row, (B,): the logits (B, V) after it, the state."""
         return self._extend(state, tokens[:, None])
 
-    def _extend(
-        self, state: DecodeState, tokens: jax.Array
-    ) -> tuple[jax.Array, DecodeState]:
-        x, cache = self._run(tokens, state.mask, state.index, state.cache)
+    def _extend(self, state: DecodeState, tokens: Array) -> tuple[Array, DecodeState]:
+        x, cache = self._run(tokens, state)
         state = state._replace(cache=cache, index=state.index + tokens.shape[1])
         return self._logits(x[:, -1:])[:, 0], state
 
     def _run(
-        self,
-        tokens: jax.Array,
-        mask: jax.Array,
-        index: jax.Array,
-        cache: KeysValues | None,
-        key: Key = None,
-    ) -> tuple[jax.Array, KeysValues | None]:
-        """Runs the blocks on tokens (B, T) that stand from `index` on in `mask`."""
+        self, tokens: Array, state: DecodeState, key: Key = None
+    ) -> tuple[Array, Cache]:
+        """Runs the blocks on tokens (B, T) that stand from `index` on in the mask."""
+        config, (cache, _, mask, index) = self.config, state
         slots = index + jnp.arange(tokens.shape[1])
         causal = jnp.arange(mask.shape[1]) <= slots[:, None]
         readable = causal & mask[:, None, None, :]  # (B, 1, T, L)
@@ -231,18 +206,14 @@ class GPT2(nnx.Module):
         # Padding on the left does not count as a position; its own are not read.
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)[:, slots]
         keys = blocks.split_key(key, 2)
+        layer_keys = None if key is None else jax.random.split(keys[1], config.layers)
         x = self.wte(tokens) + self.wpe(positions)
-        x = blocks.dropout(x, self.config.dropout, keys[0])
-        layer_keys = (
-            None if key is None else jax.random.split(keys[1], self.config.layers)
-        )
-        return blocks.run(
-            self.h,
-            lambda block, x, key, cache: block(x, bias, key, cache, index),
-            x,
-            (layer_keys, cache),
-            self.config.remat,
-        )
+        x = blocks.dropout(x, config.dropout, keys[0])
 
-    def _logits(self, x: jax.Array) -> jax.Array:
+        def apply(block: Block, x: Array, *layer: Any) -> tuple[Array, Cache]:
+            return block(x, *layer, bias, index)
+
+        return blocks.run(self.h, apply, x, (layer_keys, cache), config.remat)
+
+    def _logits(self, x: Array) -> Array:
         return blocks.logits_of(self.ln_f(x), self.wte)

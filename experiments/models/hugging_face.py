@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from experiments.common.errors import ConfigError
-from experiments.models import blocks, hugging_face_config
+from experiments.models import blocks
 from experiments.models.build import Params, create
-from experiments.models.config import Config, GPT2Config, validate
+from experiments.models.config import Config, GPT2Config, T5Config, validate
 
 Tensors = dict[str, np.ndarray]
 
@@ -44,6 +45,51 @@ _COPIES = {
 # T5's biases of positions belong to the stack here, and to its first block there.
 _POSITIONS = "block.0.layer.0.SelfAttention.relative_attention_bias"
 
+_KINDS = {"gpt2": GPT2Config, "t5": T5Config}
+# Our settings by their names in `config.json`.
+_FIELDS = {
+    "gpt2": {
+        "n_layer": "layers",
+        "n_embd": "width",
+        "n_head": "heads",
+        "n_positions": "context",
+        "vocab_size": "vocab_size",
+        "resid_pdrop": "dropout",
+    },
+    "t5": {
+        "num_layers": "layers",
+        "num_decoder_layers": "decoder_layers",
+        "d_model": "width",
+        "d_kv": "head_width",
+        "d_ff": "hidden",
+        "num_heads": "heads",
+        "vocab_size": "vocab_size",
+        "relative_attention_num_buckets": "buckets",
+        "relative_attention_max_distance": "max_distance",
+        "dropout_rate": "dropout",
+    },
+}
+# Files leave out what their library had as a default when they were written.
+_DEFAULTS = {
+    "resid_pdrop": 0.1,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "dropout_rate": 0.1,
+}
+# What our models cannot do otherwise, and what a file means that does not say.
+_FIXED = {
+    "gpt2": {
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    },
+    "t5": {"layer_norm_epsilon": 1e-6, "pad_token_id": 0},
+}
+_FEED_FORWARD = {"relu": False, "gated-gelu": True}
+
 
 def read_config(path: str | pathlib.Path) -> Config:
     """Returns the settings that the checkpoint in folder `path` describes.
@@ -53,9 +99,69 @@ def read_config(path: str | pathlib.Path) -> Config:
             says.
     """
     data = json.loads(_existing(path, "config.json").read_text(encoding="utf-8"))
-    config = hugging_face_config.from_json(data)
+    kind = data.get("model_type")
+    if kind not in _KINDS:
+        raise ConfigError(
+            f"`model_type` in config.json must be gpt2 or t5, got {kind!r}; "
+            "other models cannot be read"
+        )
+    for name, value in _FIXED[kind].items():
+        if data.get(name, value) != value:
+            raise ConfigError(
+                f"`{name}` in config.json must be {value!r}, got {data[name]!r}; "
+                "the model here has no other form"
+            )
+    data = _DEFAULTS | data
+    if data.get("num_decoder_layers") is None:
+        data["num_decoder_layers"] = data.get("num_layers")
+    options = _gated_and_tied(data) if kind == "t5" else {}
+    for theirs, ours in _FIELDS[kind].items():
+        if data.get(theirs) is None:
+            raise ConfigError(f"`{theirs}` is missing in config.json; add its value")
+        options[ours] = data[theirs]
+    config = _KINDS[kind](**options)
+    inner = data.get("n_inner")
+    if kind == "gpt2" and inner not in (None, 4 * config.width):
+        raise ConfigError(
+            f"`n_inner` in config.json must be null or 4 n_embd ({4 * config.width}), "
+            f"got {inner}; other widths cannot be read"
+        )
     validate(config)
     return config
+
+
+def _gated_and_tied(data: dict[str, Any]) -> dict[str, Any]:
+    word = data.get("feed_forward_proj", "relu")
+    if word not in _FEED_FORWARD:
+        raise ConfigError(
+            f"`feed_forward_proj` in config.json must be one of "
+            f"{', '.join(_FEED_FORWARD)}, got {word!r}; other forms cannot be read"
+        )
+    # Newer files say whether the decoder's output is scaled in an entry of its own,
+    # and call the embeddings tied whatever they are.
+    tied = data.get("tie_word_embeddings", True)
+    tied = tied and data.get("scale_decoder_outputs", True)
+    return {"gated": _FEED_FORWARD[word], "tied": tied}
+
+
+def _json_of(config: Config) -> dict[str, Any]:
+    if isinstance(config, GPT2Config):
+        kind = "gpt2"
+        own = dict.fromkeys(("embd_pdrop", "attn_pdrop"), config.dropout)
+        own["architectures"] = ["GPT2LMHeadModel"]
+    else:
+        kind = "t5"
+        words = {gated: word for word, gated in _FEED_FORWARD.items()}
+        own = {
+            "architectures": ["T5ForConditionalGeneration"],
+            "feed_forward_proj": words[config.gated],
+            "tie_word_embeddings": config.tied,
+            "decoder_start_token_id": 0,
+            "eos_token_id": 1,
+            "is_encoder_decoder": True,
+        }
+    sizes = {theirs: getattr(config, ours) for theirs, ours in _FIELDS[kind].items()}
+    return {"model_type": kind, **sizes, **own, **_FIXED[kind]}
 
 
 def load(path: str | pathlib.Path, config: Config) -> Params:
@@ -85,12 +191,10 @@ def save(params: Params, config: Config, path: str | pathlib.Path) -> None:
     """
     folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(hugging_face_config.to_json(config), indent=2)
+    text = json.dumps(_json_of(config), indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     prefix = _PREFIX if isinstance(config, GPT2Config) else ""
-    tensors = {
-        prefix + name: tensor for name, tensor in to_tensors(params, config).items()
-    }
+    tensors = {prefix + name: x for name, x in to_tensors(params, config).items()}
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
 
 
@@ -98,22 +202,23 @@ def from_tensors(tensors: Tensors, config: Config) -> Params:
     """Turns tensors by their Hugging Face names into parameters; see `load`."""
     tensors = {name.removeprefix(_PREFIX): x for name, x in tensors.items()}
     unrolled = dataclasses.replace(config, scan=False)
-    expected = _by_path(jax.eval_shape(lambda: create(unrolled, 0)[1]))
+    expected = flatten_dict(jax.eval_shape(lambda: create(unrolled, 0)[1]))
     names = {path: _name(path, config) for path in expected}
     _check_names(tensors, {name for name, _ in names.values()})
-    params: Params = {}
+    flat = {}
     for path, leaf in expected.items():
         name, transposed = names[path]
-        tensor = tensors[name].T if transposed else tensors[name]
+        tensor = tensors[name]
         shape = leaf.shape[::-1] if transposed else leaf.shape
-        _check_shape(name, tensors[name], shape)
-        *parents, last = path
-        node = params
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = np.asarray(tensor, np.float32)
+        if tensor.shape != shape:
+            raise ConfigError(
+                f"the checkpoint's {name} has shape {tensor.shape}, but `config` says "
+                f"{shape}; use the one of its config.json"
+            )
+        flat[path] = np.asarray(tensor.T if transposed else tensor, np.float32)
+    params = unflatten_dict(flat)
     if config.scan:
-        params = blocks.stack(params, np)
+        params = blocks.stack(params)
     return jax.tree.map(jnp.asarray, params)
 
 
@@ -121,19 +226,12 @@ def to_tensors(params: Params, config: Config) -> Tensors:
     """Undoes `from_tensors`, with names without a prefix."""
     unrolled = blocks.unstack(params) if config.scan else params
     tensors = {}
-    for path, leaf in _by_path(unrolled).items():
+    for path, leaf in flatten_dict(unrolled).items():
         name, transposed = _name(path, config)
         array = np.asarray(leaf)
         # The file format knows no strides.
         tensors[name] = np.ascontiguousarray(array.T if transposed else array)
     return tensors
-
-
-def _by_path(params: Params) -> dict[tuple[Any, ...], Any]:
-    return {
-        tuple(entry.key for entry in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
 
 
 def _name(path: tuple[Any, ...], config: Config) -> tuple[str, bool]:
@@ -149,23 +247,16 @@ def _name(path: tuple[Any, ...], config: Config) -> tuple[str, bool]:
 
 
 def _check_names(tensors: Tensors, expected: set[str]) -> None:
-    copies = {
-        copy: name
-        for name in _COPIES.keys() & expected
-        for copy in _COPIES[name]
-        if copy not in expected
-    }
-    missing = sorted(expected - tensors.keys())
-    if missing:
+    tied = _COPIES.keys() & expected
+    copies = {copy: name for name in tied for copy in _COPIES[name]}
+    copies = {copy: copies[copy] for copy in copies.keys() - expected}
+    if missing := sorted(expected - tensors.keys()):
         raise ConfigError(
             f"the checkpoint has no {_some(missing)}; `config` must be the one of its "
             "config.json"
         )
-    known = expected | copies.keys()
-    unknown = sorted(
-        name for name in tensors.keys() - known if not _IGNORED.fullmatch(name)
-    )
-    if unknown:
+    others = tensors.keys() - expected - copies.keys()
+    if unknown := sorted(name for name in others if not _IGNORED.fullmatch(name)):
         raise ConfigError(
             f"the checkpoint has {_some(unknown)}, which this model does not; `config` "
             "must be the one of its config.json"
@@ -177,14 +268,6 @@ def _check_names(tensors: Tensors, expected: set[str]) -> None:
                 f"the checkpoint's {copy} differs from {name}, to which the model ties "
                 "it; an untied model needs `tie_word_embeddings` false in config.json"
             )
-
-
-def _check_shape(name: str, tensor: np.ndarray, expected: tuple[int, ...]) -> None:
-    if tensor.shape != expected:
-        raise ConfigError(
-            f"the checkpoint's {name} has shape {tensor.shape}, but `config` says "
-            f"{expected}; use the one of its config.json"
-        )
 
 
 def _some(names: list[str]) -> str:
