@@ -95,6 +95,7 @@ def test_explicit_mesh_without_a_context(name):
     assert_close(ours, updates)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "projection", representative([fj.CountSketch(), fj.Gaussian()]), ids=repr
 )

@@ -152,6 +152,7 @@ def test_rows_of_a_count_sketch_are_orthogonal(projection, rank):
         assert_close(s @ s.T, WIDTH / rank * np.eye(rank), "float32")
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("normalization", ["unbiased", "isometric"])
 @pytest.mark.parametrize("kind", [fj.Orthogonal, fj.SRHT])

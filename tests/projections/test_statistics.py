@@ -103,6 +103,7 @@ def test_estimates_are_unbiased(sampled):
     assert_mean(estimates[:, :WIDTH], np.eye(WIDTH), largest_error(rank))
 
 
+@pytest.mark.sample(5)
 def test_estimates_are_unbiased_along_structured_directions(sampled):
     """Many small errors of one sign would hide in the entries of S'S."""
     rank, _, _, estimates = sampled
@@ -117,6 +118,7 @@ def test_squared_norm_of_the_sketch_is_unbiased(sampled):
     assert_mean((sketches**2).sum(axis=-1), 1.0, largest_error(rank))
 
 
+@pytest.mark.sample(5)
 def test_distortion_of_norms(sampled):
     """Johnson-Lindenstrauss: E(‖Sx‖² − 1)² ≤ 2/r, of unit vectors that are not random.
 
@@ -142,6 +144,7 @@ def test_where_a_count_sketch_is_weaker():
     assert share[fj.Orthogonal] < 0.5 / rank
 
 
+@pytest.mark.sample(5)
 def test_variance_is_that_of_the_formula(sampled):
     """In every direction: neither projection prefers one."""
     _, variance, _, estimates = sampled

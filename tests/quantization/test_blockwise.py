@@ -138,6 +138,7 @@ def test_the_largest_entry_of_a_block_is_exact(code, signed):
     assert np.array_equal(back[largest], x[largest])
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("threshold", [None, 0, 2**32 - 1])
 @every_code
 def test_what_was_decoded_is_a_fixed_point(code, signed, threshold):
@@ -211,6 +212,7 @@ def test_bfloat16_keeps_what_is_not_finite(stochastic):
     assert np.isfinite(back).sum() == back.size - 3
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @every_code
 def test_narrow_numbers_keep_their_dtype(code, signed, dtype):

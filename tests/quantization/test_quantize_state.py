@@ -205,6 +205,7 @@ def test_random_rounding_follows_key_count_and_path():
         assert all(np.any(x != y) for x, y in zip(other, rounded, strict=True))
 
 
+@pytest.mark.full
 def test_random_rounding_keeps_what_the_nearest_loses():
     """A second moment that falls by 0.05% an update beside one that does not."""
     steps, shape = 100, (64, 64)
@@ -290,6 +291,7 @@ def test_states_of_other_settings():
         other.update(params(), state)
 
 
+@pytest.mark.full
 def test_dtypes_may_be_given_as_such():
     assert_identical(
         quantize_state(optax.adam(0.1), jnp.float8_e4m3fn).init(params()),

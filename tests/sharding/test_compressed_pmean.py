@@ -151,6 +151,7 @@ def test_refuses_what_does_not_fit():
         call(projection=fj.TopSVD())
 
 
+@pytest.mark.full
 def test_sketches_are_not_sketched_again():
     def loss(w):
         return jnp.sum(jnp.sin(jnp.ones((4, 16)) @ w))

@@ -91,6 +91,7 @@ def test_every_matrix_but_the_head_has_an_adapter(name, count):
     assert sum(leaf.shape == shape for leaf in flat.values()) >= count // 2
 
 
+@pytest.mark.full
 def test_adapters_are_drawn_apart_from_the_model():
     """Same seed: no kernel or embedding comes from the key of a matrix A."""
     graphdef, params = create(GPT2, 0)
@@ -105,7 +106,7 @@ def test_adapters_are_drawn_apart_from_the_model():
                 assert abs(np.corrcoef(a[:size], b[:size])[0, 1]) < 5 / size**0.5
 
 
-@pytest.mark.sample(1)
+@pytest.mark.full
 @pytest.mark.parametrize("tune_rest", [False, True])
 def test_divide_and_join(tune_rest):
     *_, full = with_adapters(MODELS["t5-gated-scan"])

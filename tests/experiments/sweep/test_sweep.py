@@ -119,6 +119,7 @@ def test_is_resumed_after_a_kill(tmp_path, tiny):
     assert again[5]["validation_loss"] == rows[5]["validation_loss"]
 
 
+@pytest.mark.full
 def test_a_cell_that_always_diverges(tmp_path, tiny, monkeypatch):
     """Its rows say so, its other seeds are not tried, and the rest goes on."""
 
