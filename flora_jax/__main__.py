@@ -11,11 +11,11 @@ def run() -> int:
     try:
         status = main()
         sys.stdout.flush()
+        return status
     except BrokenPipeError:
         # Or Python would fail again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    return status
+        return 1
 
 
 if __name__ == "__main__":

@@ -21,9 +21,7 @@ KeyData: TypeAlias = "UInt32[Array, '2']"
 KeyLike: TypeAlias = int | np.integer | jax.Array | np.ndarray | tuple[int, int]
 # An int, a fraction of the sketched side, a callable of (path, shape), a mapping from
 # path patterns to any of these, or a tree of ints.
-RankSpec: TypeAlias = (
-    int | float | Callable[[str, Shape], int | float] | Mapping | PyTree
-)
+RankSpec: TypeAlias = float | Callable[[str, Shape], float] | Mapping | PyTree
 # A callable of (path, shape), or a tree of bools.
 LeafMask: TypeAlias = Callable[[str, Shape], bool] | PyTree | None
 AxisNames: TypeAlias = str | tuple[str, ...]

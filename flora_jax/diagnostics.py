@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -130,18 +131,14 @@ def diagnostics(
 
     if every == 1:
         return measure()
-    nothing = jax.eval_shape(measure)
-    return jax.lax.cond(
-        jnp.asarray(step) % every == 0,
-        measure,
-        lambda: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), nothing),
-    )
+    shapes = jax.eval_shape(measure)
+    nothing = functools.partial(optax.tree.full_like, shapes, jnp.nan)
+    return jax.lax.cond(jnp.asarray(step) % every == 0, measure, nothing)
 
 
 def _refuse_explicit(trees: Any) -> None:
     # There the sketches are made inside of jax.sharding.auto_axes, out of sight.
-    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(trees))
-    for mesh in meshes:
+    for mesh in (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(trees)):
         if jax.sharding.AxisType.Explicit in mesh.axis_types:
             raise ValueError(
                 "`grads`, `state` and `params` must not lie on a mesh with Explicit"

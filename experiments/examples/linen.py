@@ -12,15 +12,6 @@ from flax.training.train_state import TrainState
 import flora_jax as fj
 
 
-class Network(linen.Module):
-    """One hidden layer."""
-
-    @linen.compact
-    def __call__(self, x):
-        """(examples, 256) to (examples, 256)."""
-        return linen.Dense(256)(linen.relu(linen.Dense(1024)(x)))
-
-
 @jax.jit
 def step(state, x, y):
     """One micro-step; each fourth of them updates the parameters."""
@@ -37,7 +28,7 @@ def main() -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (512, 256))
     y = jnp.sin(x @ jax.random.normal(keys[1], (256, 256)) / 16)
-    model = Network()
+    model = linen.Sequential([linen.Dense(1024), linen.relu, linen.Dense(256)])
     params = model.init(keys[2], x)["params"]
     tx = fj.compressed_accumulation(optax.adafactor(0.1), 4, fj.Sketch(64))
     print(fj.memory_plan(tx, params))

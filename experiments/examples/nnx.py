@@ -10,19 +10,6 @@ from flax import nnx
 import flora_jax as fj
 
 
-class Network(nnx.Module):
-    """One hidden layer."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        """Creates the parameters."""
-        self.up = nnx.Linear(256, 1024, rngs=rngs)
-        self.down = nnx.Linear(1024, 256, rngs=rngs)
-
-    def __call__(self, x):
-        """(examples, 256) to (examples, 256)."""
-        return self.down(nnx.relu(self.up(x)))
-
-
 @nnx.jit
 def step(model, optimizer, x, y):
     """One update; model and optimizer change in place."""
@@ -40,7 +27,9 @@ def main() -> None:
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (512, 256))
     y = jnp.sin(x @ jax.random.normal(keys[1], (256, 256)) / 16)
-    model = Network(nnx.Rngs(0))
+    rngs = nnx.Rngs(0)
+    up, down = nnx.Linear(256, 1024, rngs=rngs), nnx.Linear(1024, 256, rngs=rngs)
+    model = nnx.Sequential(up, nnx.relu, down)
     tx = fj.flora(0.1, fj.Sketch(64, mask=fj.not_embeddings))
     print(fj.memory_plan(tx, nnx.state(model, nnx.Param)))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)

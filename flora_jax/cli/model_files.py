@@ -7,6 +7,7 @@ https://huggingface.co/docs/transformers.
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import re
@@ -20,6 +21,7 @@ from flora_jax._typing import Shape
 
 Shapes: TypeAlias = dict[str, jax.ShapeDtypeStruct]
 _Weights: TypeAlias = dict[str, Shape]
+_Sizes: TypeAlias = Callable[..., int]
 
 _LARGEST_HEADER = 100 * 10**6  # As the format's own readers allow.
 _LARGEST_SIZE = 2**31 - 1  # No model has a longer axis.
@@ -137,12 +139,11 @@ def _is_size(value: Any, most: int = _LARGEST_SIZE) -> TypeGuard[int]:
 
 def _index(path: pathlib.Path, content: dict[str, Any]) -> Shapes:
     files = content["weight_map"]
-    if not isinstance(files, dict) or not all(
-        isinstance(x, str) for x in files.values()
-    ):
+    names: list[Any] = list(files.values()) if isinstance(files, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
         raise ModelFileError(f"{path}: 'weight_map' is not an object of file names")
     shapes: Shapes = {}
-    for name in sorted(set(files.values())):
+    for name in sorted(set(names)):
         if pathlib.PurePath(name).name != name or "\0" in name:
             raise ModelFileError(
                 f"{path}: {name!r} is not the name of a file in its folder"
@@ -154,33 +155,6 @@ def _index(path: pathlib.Path, content: dict[str, Any]) -> Shapes:
     return shapes
 
 
-class _Config:
-    """Fields of a configuration, checked as they are read."""
-
-    def __init__(self, path: pathlib.Path, content: dict[str, Any]) -> None:
-        self._path, self._content = path, content
-
-    def size(self, name: str, default: int | None = None) -> int:
-        """A positive int."""
-        value = self._content.get(name)
-        value = default if value is None else value
-        most = _MOST_LAYERS if "layer" in name else _LARGEST_SIZE
-        if not _is_size(value, most):
-            raise ModelFileError(
-                f"{self._path}: '{name}' must be a positive integer of a sensible size,"
-                f" got {value!r}"
-            )
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        """A bool."""
-        return bool(self._content.get(name, default))
-
-    def text(self, name: str, default: str) -> str:
-        """A string."""
-        return str(self._content.get(name) or default)
-
-
 def _config(path: pathlib.Path, content: dict[str, Any]) -> Shapes:
     kind = str(content["model_type"])
     if kind not in _FAMILIES:
@@ -188,53 +162,61 @@ def _config(path: pathlib.Path, content: dict[str, Any]) -> Shapes:
             f"{path}: model_type {kind!r} is not known, only"
             f" {', '.join(_FAMILIES)}; give the model's safetensors file"
         )
-    config = _Config(path, content)
-    dtype = config.text("dtype", config.text("torch_dtype", "float32"))
+    dtype = str(content.get("dtype") or content.get("torch_dtype") or "float32")
     if dtype not in _DTYPES.values():
         raise ModelFileError(
             f"{path}: dtype {dtype!r} is not known, only {', '.join(_DTYPES.values())}"
         )
     family, tied = _FAMILIES[kind]
-    shapes = family(config)
-    if not config.flag("tie_word_embeddings", tied):
+    shapes = family(functools.partial(_size, path, content), content)
+    if not content.get("tie_word_embeddings", tied):
         shapes["lm_head.weight"] = next(iter(shapes.values()))  # As the embedding.
     return {name: jax.ShapeDtypeStruct(x, dtype) for name, x in shapes.items()}
 
 
-def _gpt2(config: _Config) -> _Weights:
-    d = config.size("n_embd")
-    hidden = config.size("n_inner", 4 * d)
-    parts = {
-        "ln_1": (d,),
-        "attn.c_attn": (d, 3 * d),
-        "attn.c_proj": (d, d),
-        "ln_2": (d,),
-        "mlp.c_fc": (d, hidden),
-        "mlp.c_proj": (hidden, d),
-    }
+def _size(
+    path: pathlib.Path, content: dict[str, Any], name: str, default: int | None = None
+) -> int:
+    """A positive int of a configuration."""
+    value = content.get(name)
+    value = default if value is None else value
+    if not _is_size(value, _MOST_LAYERS if "layer" in name else _LARGEST_SIZE):
+        raise ModelFileError(
+            f"{path}: '{name}' must be a positive integer of a sensible size,"
+            f" got {value!r}"
+        )
+    return value
+
+
+def _gpt2(size: _Sizes, _: dict[str, Any]) -> _Weights:
+    d = size("n_embd")
+    hidden = size("n_inner", 4 * d)
+    norms = {"ln_1": (d,), "ln_2": (d,)}
+    attention = {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d)}
+    mlp = {"mlp.c_fc": (d, hidden), "mlp.c_proj": (hidden, d)}
     block: _Weights = {}
-    for name, shape in parts.items():
+    for name, shape in (norms | attention | mlp).items():
         block |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
     shapes: _Weights = {
-        "wte.weight": (config.size("vocab_size"), d),
-        "wpe.weight": (config.size("n_positions"), d),
+        "wte.weight": (size("vocab_size"), d),
+        "wpe.weight": (size("n_positions"), d),
         "ln_f.weight": (d,),
         "ln_f.bias": (d,),
     }
-    return shapes | _repeated("h.{}", config.size("n_layer"), block)
+    return shapes | _repeated("h.{}", size("n_layer"), block)
 
 
-def _t5(config: _Config) -> _Weights:
-    d, heads = config.size("d_model"), config.size("num_heads")
-    inner, hidden = heads * config.size("d_kv"), config.size("d_ff")
-    layers = config.size("num_layers")
-    depths = {"encoder": layers, "decoder": config.size("num_decoder_layers", layers)}
-    gated = config.text("feed_forward_proj", "relu").startswith("gated")
-    buckets = config.size("relative_attention_num_buckets", 32)
+def _t5(size: _Sizes, content: dict[str, Any]) -> _Weights:
+    d, heads = size("d_model"), size("num_heads")
+    inner, hidden = heads * size("d_kv"), size("d_ff")
+    layers = size("num_layers")
+    depths = {"encoder": layers, "decoder": size("num_decoder_layers", layers)}
+    gated = str(content.get("feed_forward_proj")).startswith("gated")
+    buckets = size("relative_attention_num_buckets", 32)
     attention = {"q": (inner, d), "k": (inner, d), "v": (inner, d), "o": (d, inner)}
     up = ("wi_0", "wi_1") if gated else ("wi",)
     feed_forward = dict.fromkeys(up, (hidden, d)) | {"wo": (d, hidden)}
-    shapes = {"shared.weight": (config.size("vocab_size"), d)}
+    shapes = {"shared.weight": (size("vocab_size"), d)}
     for stack, depth in depths.items():
         parts = {"SelfAttention": attention, "DenseReluDense": feed_forward}
         if stack == "decoder":
@@ -249,30 +231,24 @@ def _t5(config: _Config) -> _Weights:
     return shapes
 
 
-def _llama(config: _Config) -> _Weights:
-    d, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    head = config.size("head_dim", d // heads)
-    keys = head * config.size("num_key_value_heads", heads)
-    hidden = config.size("intermediate_size")
-    biased = config.flag("attention_bias", False), config.flag("mlp_bias", False)
-    products = {
-        "self_attn.q_proj": (head * heads, d),
-        "self_attn.k_proj": (keys, d),
-        "self_attn.v_proj": (keys, d),
-        "self_attn.o_proj": (d, head * heads),
-        "mlp.gate_proj": (hidden, d),
-        "mlp.up_proj": (hidden, d),
-        "mlp.down_proj": (d, hidden),
-    }
-    block: _Weights = {
-        f"{x}_layernorm.weight": (d,) for x in ("input", "post_attention")
-    }
-    for name, shape in products.items():
-        block[f"{name}.weight"] = shape
-        if biased[name.startswith("mlp")]:
-            block[f"{name}.bias"] = shape[:1]
-    shapes = {"model.embed_tokens.weight": (config.size("vocab_size"), d)}
-    shapes |= _repeated("model.layers.{}", config.size("num_hidden_layers"), block)
+def _llama(size: _Sizes, content: dict[str, Any]) -> _Weights:
+    d, heads = size("hidden_size"), size("num_attention_heads")
+    head = size("head_dim", d // heads)
+    keys = head * size("num_key_value_heads", heads)
+    hidden = size("intermediate_size")
+    queries = head * heads
+    attention = {"q": (queries, d), "k": (keys, d), "v": (keys, d), "o": (d, queries)}
+    mlp = {"gate": (hidden, d), "up": (hidden, d), "down": (d, hidden)}
+    norms = ("input_layernorm", "post_attention_layernorm")
+    block: _Weights = {f"{norm}.weight": (d,) for norm in norms}
+    for part, products in {"self_attn": attention, "mlp": mlp}.items():
+        biased = content.get("mlp_bias" if part == "mlp" else "attention_bias")
+        for x, shape in products.items():
+            block[f"{part}.{x}_proj.weight"] = shape
+            if biased:
+                block[f"{part}.{x}_proj.bias"] = shape[:1]
+    shapes = {"model.embed_tokens.weight": (size("vocab_size"), d)}
+    shapes |= _repeated("model.layers.{}", size("num_hidden_layers"), block)
     return shapes | {"model.norm.weight": (d,)}
 
 
@@ -286,7 +262,7 @@ def _repeated(place: str, layers: int, block: _Weights) -> _Weights:
 
 
 # From the fields to the shapes, the embedding first; whether the head is that as well.
-_FAMILIES: dict[str, tuple[Callable[[_Config], _Weights], bool]] = {
+_FAMILIES: dict[str, tuple[Callable[..., _Weights], bool]] = {
     "gpt2": (_gpt2, True),
     "llama": (_llama, False),
     "mistral": (_llama, False),

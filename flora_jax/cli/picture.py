@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import pathlib
 
@@ -42,12 +43,14 @@ def draw(plan: MemoryPlan, name: str, path: str, budget: int | None = None) -> N
     axes = figure.subplots()
     sizes = np.array(list(states.values()))
     parts = {"parameters": own, "gradients": own, "optimizer state": sizes}
-    for i, (part, size) in enumerate(parts.items()):
-        look = {"color": _COLOURS[i], "edgecolor": "white", "label": part}
-        axes.barh(list(states), size / unit, left=i * own / unit, **look)
+    bar = functools.partial(axes.barh, list(states), edgecolor="white")
+    bars = [
+        bar(size / unit, left=i * own / unit, color=_COLOURS[i], label=part)
+        for i, (part, size) in enumerate(parts.items())
+    ]
     totals = [f"{format_bytes(2 * own + x)}, state {format_bytes(x)}" for x in sizes]
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    axes.bar_label(axes.containers[-1], totals, padding=4, fontsize=9, bbox=box)
+    axes.bar_label(bars[-1], totals, padding=4, fontsize=9, bbox=box)
     if budget is not None:
         label = f"budget {format_bytes(budget)}"
         axes.axvline(budget / unit, color="black", linestyle="--", label=label)

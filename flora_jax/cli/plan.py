@@ -29,7 +29,9 @@ _UNITS = {
 }
 
 
-_DESCRIPTION = (
+_PACKAGE = "Optimizer state and gradient accumulation as sketches."
+_PLAN = "the size of an optimizer's state, and which rank fits"
+_ABOUT = (
     "Prints the size of the optimizer state for each parameter and in total, compared"
     " with AdamW and Adafactor. Reads only shapes, and allocates nothing."
 )
@@ -74,8 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--optimizer {given.optimizer} has no sketches of its own; give"
             " --accumulate for compressed accumulation around it"
         )
-    problem = picture.problem(given.picture) if given.picture is not None else None
-    if problem:
+    if given.picture is not None and (problem := picture.problem(given.picture)):
         error(f"--picture {given.picture}: {problem}")
     try:
         shapes = model_files.read_shapes(given.shapes, given.dtype)
@@ -85,17 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m flora_jax",
-        description="Optimizer state and gradient accumulation as sketches.",
-    )
+    parser = _Parser(prog="python -m flora_jax", description=_PACKAGE)
     commands = parser.add_subparsers(required=True, metavar="plan")
-    plan = commands.add_parser(
-        "plan",
-        help="the size of an optimizer's state, and which rank fits",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-    )
+    plan = commands.add_parser("plan", help=_PLAN, description=_ABOUT, epilog=_EPILOG)
     plan.set_defaults(parser=plan)
     names = [*optimizers.__all__, *_PLAIN]
     add = plan.add_argument
@@ -150,9 +143,7 @@ def _plan(given: argparse.Namespace, shapes: model_files.Shapes) -> int:
     return int(left < 0)
 
 
-def _asked(
-    given: argparse.Namespace, rank: int
-) -> tuple[Any, str, Sketch, dict[str, Any]]:
+def _asked(given: argparse.Namespace, rank: int) -> tuple[Any, str, Sketch, dict]:
     """What the command line asks for, at a rank.
 
     Returns:
