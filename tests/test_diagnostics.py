@@ -156,6 +156,7 @@ def test_a_bound_that_is_reached_and_one_that_is_none():
         assert ratios(5, 2) == [0, 0]
 
 
+@pytest.mark.full
 def test_a_regenerated_subspace_past_refreshes():
     """Pythagoras: an isometric estimate is the gradient's part in the subspace."""
     tx = fj.flora_adamw(0.1, SKETCH, refresh_every=2)

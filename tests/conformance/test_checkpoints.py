@@ -58,6 +58,7 @@ def through_equinox(state, template):
     return equinox.tree_deserialise_leaves(file, template)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "through", [through_bytes, through_a_state_dict, through_equinox]
 )

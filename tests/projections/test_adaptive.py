@@ -66,6 +66,7 @@ def test_its_methods_apply_its_matrix(projection, axis):
     assert stored.dtype == projection.dtype
 
 
+@pytest.mark.sample(1)
 @BOTH
 def test_exact_singular_vectors_are_numpys(axis):
     g = falling(2, 12, 9)

@@ -94,7 +94,7 @@ def assert_near(updates, exact):
     assert np.linalg.norm(updates["w"] - exact["w"]) > 0
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", WRAPPED)
 def test_what_it_wraps(name):
     inner, expected = WRAPPED[name]
@@ -121,6 +121,7 @@ def test_what_wraps_it(wrap):
     assert_near(updates, run(wrap(optax.adam(0.1)), 4)[0])
 
 
+@pytest.mark.full
 def test_narrow_moments_come_back_in_their_dtype():
     """Branches of a condition inside would not agree otherwise; scales tell it."""
     tx = small_blocks(optax.apply_if_finite(optax.adam(0.1), 2))

@@ -53,6 +53,7 @@ def test_no_flag_of_jax_changes_them():
         np.testing.assert_array_equal(normals(KEY, (64,), 0), expected)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("sample", [_bits, signs, normals])
 def test_sharded_samples_are_the_same(sample):
     """Each device samples its own part of what one device samples."""

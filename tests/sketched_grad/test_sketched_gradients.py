@@ -137,6 +137,7 @@ def test_the_norm_is_an_unbiased_estimate(projection):
     assert abs(found.mean() - expected) < 5 * error
 
 
+@pytest.mark.full
 def test_clip_by_global_norm_clips_by_the_estimate():
     given = sketches()
     limit = float(0.5 * given.global_norm())

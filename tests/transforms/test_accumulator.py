@@ -78,6 +78,7 @@ def microbatched(params, data, step, size):
     )(params, data)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("step", [0, 7])
 def test_inside_microbatch_with_a_traced_step(step):
     value, gradient = microbatched(PARAMS, DATA, step, 2)
@@ -103,6 +104,7 @@ def test_stops_early_with_the_mean_of_what_it_saw():
     assert_close(gradient(PARAMS, DATA, 3), cycle(parts, 0, True))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("use_mean", [True, False])
 def test_aggregates_inside_micro_vmap(use_mean):
     """Each micro-batch is vmapped, aggregated, and then sketched once."""
@@ -134,6 +136,7 @@ def test_gradients_come_back_in_their_dtype():
     assert_close(gradient, cycle(parts, 0, True))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "key", [3, jax.random.key(3), np.array([0, 3], np.uint32)], ids=type
 )

@@ -26,6 +26,7 @@ def test_equals_adafactor():
         assert_close([folds.fold(name, u[name]) for u in updates], expected, "float32")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("decay_rate", [0.5, 0.8])
 def test_equals_optax_where_both_factor_the_same_axes(decay_rate):
     """And on the folded leaf where optax would not fold."""

@@ -31,6 +31,7 @@ def spoiled(grads, value):
     return {"layer": {**grads["layer"], "kernel": kernel}}
 
 
+@pytest.mark.full
 @every_case
 def test_apply_if_finite_with_several_bad_steps_in_a_row(case):
     """Before each good step: within an interval and a cycle, and at their ends."""
@@ -195,6 +196,7 @@ class TestLossScale:
         )
         return float(difference / way)
 
+    @pytest.mark.full
     def test_ends_where_float32_does(self):
         params, state, _, skipped = self.scaled_run()
         expected, plain = self.plain_run(skipped)

@@ -29,6 +29,7 @@ FACTORS = {
 PROJECTIONS = [fj.CountSketch("unbiased"), fj.Gaussian(), fj.SRHT("unbiased")]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("name", PLANS)
 def test_sketch_of_a_scaled_leaf(name, projection):
@@ -71,6 +72,7 @@ def test_clips_as_optax(size):
     assert_close(clipped.value(), expected)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("size", [0.0, 1e-4, 10.0])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scales_by_parameters_as_optax(size, dtype):

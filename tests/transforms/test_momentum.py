@@ -75,6 +75,7 @@ def check_oracle(gradients, projection, estimator, side, every):
         assert_close(kept, last, "float32")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("projection", "estimator", "side", "names"), CASES, ids=case_id
 )
@@ -83,6 +84,7 @@ def test_equals_algorithm_2(projection, estimator, side, names):
     check_oracle(folds.gradients(8, names), projection, estimator, side, 3)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("every", [None, 1])
 def test_interval_none_keeps_one_projection_and_one_replaces_it_always(every):
     gradients = folds.gradients(4, ("wide",))
@@ -106,6 +108,7 @@ def test_residual_is_the_designs_formula_where_the_rank_divides_the_width():
     assert_close(updates[-1]["tall"], expected, "float32")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("decay", [jnp.float32(0.5), np.float32(0.5)])
 def test_decay_may_be_an_array(decay):
     gradients = folds.gradients(5, ("wide",))
@@ -114,6 +117,7 @@ def test_decay_may_be_an_array(decay):
     assert_close(updates, plain)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.filterwarnings("ignore:.* sketches 0 of . leaves:UserWarning")
 @pytest.mark.parametrize(
     ("estimator", "projection", "uncompressed"),
@@ -162,6 +166,7 @@ def test_leaves_of_a_tree_do_not_share_a_projection():
             assert np.abs(np.asarray(x) - np.asarray(y)).max() > 0.1
 
 
+@pytest.mark.full
 def test_bfloat16_gradients_and_state():
     gradients = folds.gradients(7, ("stack",))
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), gradients)

@@ -30,6 +30,7 @@ FULL = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("plan", FULL.values(), ids=FULL)
 def test_full_rank_equals_the_uncompressed_chain(plan):
     """CountSketch of rank m is a signed permutation, so S'S = I."""
@@ -76,6 +77,7 @@ def cosine(x, y):
     return x @ y / math.sqrt((x @ x) * (y @ y))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("projection", "expected"),
     [
@@ -147,6 +149,7 @@ class TestStabilityWarning:
             self.init(0.9, 13)
         assert caught[0].filename == __file__
 
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize(
         ("decay", "every", "rank"), [(0.9, 14, 8), (0.9, None, 8), (0.0, 1, 8)]
     )

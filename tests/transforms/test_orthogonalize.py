@@ -61,6 +61,7 @@ def with_singular_values(n, m, values, seed=0):
     return jnp.float32((left * values) @ right.T), left, right
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("settings", [{}, {"steps": 1}, {"steps": 3, "rms": 0.7}])
 def test_equals_the_oracle(settings):
     (updates,) = folds.gradients(1)
@@ -170,6 +171,7 @@ def test_nan_is_not_hidden():
     assert np.isnan(orthogonalize(x)).all()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("form", ["callable", "tree"])
 def test_leaves_that_pass(form):
     shapes = {
@@ -207,6 +209,7 @@ def test_a_tree_without_leaves():
     assert orthogonalize({}) == {}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
 def test_equals_muon_without_momentum(shape):
     updates = {"w": normal(shape)}
@@ -293,6 +296,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_on_a_mesh(layout, kind):

@@ -96,6 +96,7 @@ def norm(weights, name, x):
     return scaled * weights[f"{name}/scale"] + weights[f"{name}/bias"]
 
 
+@pytest.mark.full
 def test_norm_survives_a_large_mean(model):
     graphdef, params = model
     norm_of = nnx.merge(graphdef, params).ln_f
