@@ -18,7 +18,7 @@ from flora_jax.quantization.quantize_state import quantize_state
 from flora_jax.sketching.sketch import Sketch, resolve
 from flora_jax.subspace.residuals import Apollo, Fira, Residual
 from flora_jax.subspace.transform import scale_in_subspace
-from flora_jax.subspace.transports import Keep, LDAdam, Reset, Squared
+from flora_jax.subspace.transports import Keep, LDAdam, Reset, Squared, Transport
 from flora_jax.transforms.orthogonalize import orthogonalize
 from flora_jax.transforms.parts import chain_parts
 
@@ -440,7 +440,7 @@ def flora_adamw(
     eps: jax.typing.ArrayLike = 1e-8,
     scale: jax.typing.ArrayLike = 1.0,
     residual: Residual | None = Fira(),  # noqa: B008 (frozen)
-    transport: Keep = Squared(),  # noqa: B008 (frozen)
+    transport: Transport = Squared(),  # noqa: B008 (frozen)
     orthogonal: bool = False,
     weight_decay: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: DecayMask = None,

@@ -19,7 +19,7 @@ from flora_jax.quantization.quantize_state import quantize_state
 from flora_jax.sketching.sketch import Sketch, resolve
 from flora_jax.subspace.residuals import Fira, Residual
 from flora_jax.subspace.transform import scale_in_subspace
-from flora_jax.subspace.transports import Keep, Squared
+from flora_jax.subspace.transports import Squared, Transport
 from flora_jax.transforms.orthogonalize import orthogonalize
 from flora_jax.transforms.parts import chain_parts
 
@@ -32,7 +32,7 @@ def flora_muon(
     refresh_every: int | jax.Array | None = 50,
     momentum: jax.typing.ArrayLike = 0.95,
     residual: Residual | None = Fira(),  # noqa: B008 (frozen)
-    transport: Keep = Squared(),  # noqa: B008 (frozen)
+    transport: Transport = Squared(),  # noqa: B008 (frozen)
     rms: jax.typing.ArrayLike = 0.2,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,

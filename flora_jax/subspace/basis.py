@@ -16,7 +16,7 @@ from flora_jax.leaves.plan import LeafPlan
 from flora_jax.projections.adaptive import AdaptiveProjection
 from flora_jax.random.keys import leaf_keys, renewal
 from flora_jax.sketching.sketcher import ScaledLeaf, Sketcher
-from flora_jax.subspace.transports import BasisChange, Keep, Moments
+from flora_jax.subspace.transports import BasisChange, Moments, Transport
 
 _GROUPS = 16  # Of leaves that change their basis at the same step, if staggered.
 
@@ -30,7 +30,7 @@ class Refresh(NamedTuple):
       count: updates so far.
     """
 
-    transport: Keep
+    transport: Transport
     key: jax.Array
     count: Any
 
@@ -208,7 +208,7 @@ class Basis:
         return place * whole + place * rest // _GROUPS
 
 
-def _moved(transport: Keep, change: BasisChange, moments: Moments) -> Moments:
+def _moved(transport: Transport, change: BasisChange, moments: Moments) -> Moments:
     """One NamedTuple's moments of a leaf in the new basis, in their dtypes."""
     wide = {name: x.astype(jnp.float32) for name, x in moments.items()}
     moved = transport.move(change, wide)

@@ -28,7 +28,7 @@ from flora_jax.sketching.sketcher import (
 )
 from flora_jax.subspace.basis import Basis, Refresh
 from flora_jax.subspace.residuals import LeafStep, Residual
-from flora_jax.subspace.transports import Keep, Moments, check_moments
+from flora_jax.subspace.transports import Keep, Moments, Transport, check_moments
 
 _NAME = "scale_in_subspace"
 # Trees of moments by field, of each NamedTuple of the inner state.
@@ -65,7 +65,7 @@ def scale_in_subspace(
     refresh_every: int | jax.Array | None = 200,
     *,
     residual: Residual | None = None,
-    transport: Keep = Keep(),  # noqa: B008 (frozen)
+    transport: Transport = Keep(),  # noqa: B008 (frozen)
     scale: jax.typing.ArrayLike = 1.0,
     error_feedback: bool = False,
     stagger: bool = False,
@@ -320,7 +320,7 @@ def _check_objects(
             "`residual` must be None, Plain(), Fira(), FiraCode() or Apollo(), got"
             f" {residual!r}; pass an instance"
         )
-    if not isinstance(transport, Keep):
+    if not isinstance(transport, Transport):
         raise TypeError(
             "`transport` must be Keep(), Squared(), LDAdam(), PreserveRMS() or Reset(),"
             f" got {transport!r}; pass an instance"

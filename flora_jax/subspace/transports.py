@@ -40,17 +40,11 @@ class BasisChange(NamedTuple):
         return moved_sketch(self.plan, matrix, x)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Keep:
-    """Moments stay what they were (GaLore, APOLLO).
+class Transport:
+    """Says what becomes of moments when the basis changes.
 
     Transports are frozen objects, and pytrees of their numbers, which may be traced.
     They are not callable: ``optax.inject_hyperparams`` calls what is.
-
-    Example:
-      >>> import flora_jax as fj
-      >>> tx = fj.flora_adamw(1e-3, fj.Sketch(32), transport=fj.Keep())
     """
 
     # Whether moments change at all, and what that takes.
@@ -79,7 +73,18 @@ class Keep:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Squared(Keep):
+class Keep(Transport):
+    """Moments stay what they were (GaLore, APOLLO).
+
+    Example:
+      >>> import flora_jax as fj
+      >>> tx = fj.flora_adamw(1e-3, fj.Sketch(32), transport=fj.Keep())
+    """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Squared(Transport):
     """First moments m become m T, second ones v T∘T.
 
     T = S S′ᵀ leads from the old basis to the new, and T∘T is its elementwise square:
@@ -94,7 +99,7 @@ class Squared(Keep):
     needs_isometry: ClassVar[bool] = True
 
     def move(self, change: BasisChange, moments: Moments) -> Moments:
-        """See :meth:`Keep.move`."""
+        """See :meth:`Transport.move`."""
         first, second = self.matrices(change)
         return {
             name: change.moved(x, second if KINDS[name] == SECOND else first)
@@ -164,7 +169,7 @@ class LDAdam(Squared):
         check_decays(self)
 
     def move(self, change: BasisChange, moments: Moments) -> Moments:
-        """See :meth:`Keep.move`."""
+        """See :meth:`Transport.move`."""
         matrix, (one, two) = change.matrix, _biases(self, change.count)
         firsts = [x for name, x in moments.items() if KINDS[name] == FIRST]
         new = {}
@@ -180,7 +185,7 @@ class LDAdam(Squared):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Reset(Keep):
+class Reset(Transport):
     """Moments start anew: m̂ = R, v̂ = R², as if the step were Adam's first.
 
     Sums (``trace``, ``acc_grads``, ``error``) become zero.
@@ -206,7 +211,7 @@ class Reset(Keep):
         check_decays(self)
 
     def move(self, change: BasisChange, moments: Moments) -> Moments:
-        """See :meth:`Keep.move`."""
+        """See :meth:`Transport.move`."""
         assert change.fresh is not None
         one, two = _biases(self, change.count)
         start = {FIRST: one * change.fresh, SECOND: two * change.fresh**2}
@@ -228,7 +233,7 @@ def _biases(owner: LDAdam | Reset, count: Any) -> tuple[Any, Any]:
     return 1 - owner.b1**steps, 1 - owner.b2**steps
 
 
-def check_moments(transport: Keep, state: Any, sketches: PyTree) -> None:
+def check_moments(transport: Transport, state: Any, sketches: PyTree) -> None:
     """Raises unless a transport finds all moments of an inner state.
 
     Args:
