@@ -23,11 +23,18 @@ from flora_jax.optimizers import (
     flora_muon,
     galore,
 )
-from flora_jax.projections.adaptive import AdaptiveProjection, TopDCT, TopSVD
-from flora_jax.projections.base import ObliviousProjection, Projection
+from flora_jax.projections.base import (
+    AdaptiveProjection,
+    ObliviousProjection,
+    Projection,
+)
 from flora_jax.projections.count_sketch import CountSketch
-from flora_jax.projections.dense import Gaussian, Orthogonal, Rademacher
+from flora_jax.projections.gaussian import Gaussian
+from flora_jax.projections.orthogonal import Orthogonal
+from flora_jax.projections.rademacher import Rademacher
 from flora_jax.projections.srht import SRHT
+from flora_jax.projections.top_dct import TopDCT
+from flora_jax.projections.top_svd import TopSVD
 from flora_jax.quantization.quantize_state import QuantizedState, quantize_state
 from flora_jax.sharding.compressed_pmean import compressed_pmean
 from flora_jax.sharding.state_sharding import state_sharding
@@ -43,12 +50,14 @@ from flora_jax.subspace.transform import SubspaceState, scale_in_subspace
 from flora_jax.subspace.transports import Keep, LDAdam, PreserveRMS, Reset, Squared
 from flora_jax.transforms.accumulation import (
     CompressedAccumulationState,
-    CompressedAccumulatorCarry,
     compressed_accumulation,
-    compressed_accumulator,
     has_updated,
 )
-from flora_jax.transforms.adafactor import FactoredRmsState, scale_by_factored_rms
+from flora_jax.transforms.accumulator import (
+    CompressedAccumulatorCarry,
+    compressed_accumulator,
+)
+from flora_jax.transforms.factored_rms import FactoredRmsState, scale_by_factored_rms
 from flora_jax.transforms.momentum import CompressedMomentumState, compressed_momentum
 from flora_jax.transforms.orthogonalize import NewtonSchulz, orthogonalize
 

@@ -10,10 +10,11 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax.optimizers.common import DecayMask, adam, decay_and_learning_rate, recipe
-from flora_jax.projections.adaptive import TopDCT, TopSVD
 from flora_jax.projections.base import Projection
 from flora_jax.projections.count_sketch import CountSketch
-from flora_jax.projections.dense import Gaussian
+from flora_jax.projections.gaussian import Gaussian
+from flora_jax.projections.top_dct import TopDCT
+from flora_jax.projections.top_svd import TopSVD
 from flora_jax.quantization.quantize_state import quantize_state
 from flora_jax.sketching.sketch import Sketch, resolve
 from flora_jax.subspace.residuals import Apollo, Fira, Residual

@@ -11,7 +11,11 @@ import optax
 from flora_jax import _validation as check
 from flora_jax.optimizers.common import DecayMask, decay_and_learning_rate, recipe
 from flora_jax.sketching.sketch import Sketch, as_sketch
-from flora_jax.transforms import adafactor
+from flora_jax.transforms.factored_rms import (
+    clip_part,
+    factored_rms_part,
+    scale_by_parameter_scale,
+)
 from flora_jax.transforms.momentum import momentum_part
 from flora_jax.transforms.parts import chain_parts
 
@@ -92,12 +96,12 @@ def flora(
     sketch = as_sketch(sketch)
     # A mask leaves leaves out of the sketch alone, and Adafactor has no aspect limit.
     rules = dataclasses.replace(sketch.rules, mask=None, max_aspect_ratio=math.inf)
-    parts = [adafactor.factored_rms_part(decay_rate, epsilon, rules)]
+    parts = [factored_rms_part(decay_rate, epsilon, rules)]
     if clipping_threshold is not None:
         check.check_number(
             "clipping_threshold", clipping_threshold, 1e-30, None, "1.0, or None"
         )
-        parts.append(adafactor.clip_part(clipping_threshold))
+        parts.append(clip_part(clipping_threshold))
     if b1 is not None:
         check.check_number("b1", b1, 0, 1, "0.9 is the paper's")
     # Made in any case, so that it checks its arguments.
@@ -111,6 +115,6 @@ def flora(
         "weight_decay": weight_decay is not None,
     }
     names = ", ".join(name for name, needed in needs.items() if needed)
-    last = [adafactor.scale_by_parameter_scale()] if multiply_by_parameter_scale else []
+    last = [scale_by_parameter_scale()] if multiply_by_parameter_scale else []
     last += decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate)
     return chain_parts(parts, *last, params_for=f"flora({names})" if names else "")

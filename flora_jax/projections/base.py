@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import chex
 import jax
@@ -188,6 +188,86 @@ class ScaledIsometry(ObliviousProjection):
     def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
         """m/r, or ones if isometric."""
         return jnp.full(rank, self.row_norm(rank, width) ** 2, jnp.float32)
+
+
+class DenseProjection(ObliviousProjection):
+    """S is sampled as a matrix, each time that it is used."""
+
+    def sample(self, key: KeyData, rank: int, width: int) -> Any:
+        """Returns the key: S of many leaves at once would be as large as the state."""
+        del rank, width
+        return key
+
+
+@dataclasses.dataclass(frozen=True)
+class IndependentEntries(DenseProjection):
+    """S has independent entries, so that its rows are not orthogonal."""
+
+    normalization: str | None = "unbiased"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a normalization that it cannot have."""
+        super().__post_init__()
+        if self.normalization != "unbiased":
+            raise ValueError(
+                f"`normalization` of {type(self).__name__} must be 'unbiased', got"
+                f" normalization={self.normalization!r}: its rows are not orthogonal;"
+                " use Orthogonal(normalization='isometric')"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveProjection(Projection):
+    """An orthonormal S that is chosen from a gradient, and kept in the state.
+
+    Each matrix of a stacked leaf has its own. What is kept is an array with the folded
+    gradient's axes: one of its sides, or both, have other sizes.
+
+    Attributes:
+      normalization: ``"isometric"``.
+      dtype: of what is kept.
+    """
+
+    dtype: ClassVar[Any] = jnp.float32
+
+    normalization: str | None = "isometric"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for another normalization."""
+        check.check_choice("normalization", self.normalization, ("isometric",))
+
+    @abc.abstractmethod
+    def stored_sizes(self, rank: int) -> tuple[int | None, int]:
+        """Sizes of the sketched and the other side of what is kept; None: as it is."""
+
+    @abc.abstractmethod
+    def directions(self, sketched: int, other: int) -> int:
+        """How many rows S can have for a matrix with sides of these sizes."""
+
+    @abc.abstractmethod
+    def choose(
+        self, key: KeyData, matrix: Float[Array, "*batch n m"], rank: int, axis: int
+    ) -> Array:
+        """What is kept of the basis that suits a matrix.
+
+        Args:
+          key: key data, uint32 of shape (2,), for choices that are random.
+          matrix: shape (batch…, n, m), float32.
+          rank: r.
+          axis: the sketched side, -1 or -2.
+
+        Returns:
+          Shape (batch…, n, m) with the sides that :meth:`stored_sizes` names changed.
+        """
+
+    @abc.abstractmethod
+    def from_stored(self, stored: Array, axis: int) -> Any:
+        """From what :meth:`choose` gave to what :meth:`compress` takes."""
+
+    def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"]:
+        """Ones: the rows of S are orthonormal."""
+        del width
+        return jnp.ones(rank, jnp.float32)
 
 
 def along(vector: Float[Array, "*batch m"], axis: int) -> jax.Array:

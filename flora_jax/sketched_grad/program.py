@@ -14,8 +14,7 @@ from jax.extend.core import Jaxpr, Literal
 
 from flora_jax._typing import Shape
 from flora_jax.leaves.plan import LeafPlan
-from flora_jax.projections.base import ObliviousProjection
-from flora_jax.projections.dense import DenseProjection
+from flora_jax.projections.base import DenseProjection, ObliviousProjection
 from flora_jax.sketched_grad import rules
 from flora_jax.sketched_grad.rules import Operand, SketchRequest, Slot
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from flora_jax._typing import PyTree, Shape
 from flora_jax.leaves.plan import LeafPlan
-from flora_jax.projections.adaptive import AdaptiveProjection
+from flora_jax.projections.base import AdaptiveProjection
 from flora_jax.random.keys import leaf_keys, renewal
 from flora_jax.sketching.sketcher import ScaledLeaf, Sketcher
 from flora_jax.subspace.transports import BasisChange, Moments, Transport

@@ -8,7 +8,7 @@ import pytest
 import flora_jax as fj
 from flora_jax import LeafPlan
 from flora_jax.sketching.sketcher import ScaledLeaf, Sketcher
-from flora_jax.transforms.adafactor import clip_leaf, scale_by_parameter_scale
+from flora_jax.transforms.factored_rms import clip_leaf, scale_by_parameter_scale
 from tests.common import assert_close
 from tests.transforms.draws import jit
 
