@@ -1,11 +1,21 @@
 """Devices of every test, what the quick tier leaves out, tests that share programs."""
 
 import collections
+import importlib.metadata
 import os
 import pathlib
 
+# Programs here run for microseconds and compile for seconds: unoptimized, that takes
+# half as long. The last option is unknown to later versions.
+flags = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+]
+if importlib.metadata.version("jaxlib") < "0.11":
+    flags.append("--xla_cpu_use_fusion_emitters=false")
 # Before jax starts.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 # XLA has a thread per core: with fewer than its devices want, a branch that gathers
 # waits for threads that wait for it, for ever. With 8 for 8 devices it still did.
 os.environ.setdefault("NPROC", "32")

@@ -13,7 +13,6 @@ from flax import nnx
 import flora_jax as fj
 from flora_jax.random.keys import leaf_keys
 from tests.common import representative
-from tests.conformance.cases import jit
 
 RANK, SEED, DECAY, EVERY = 4, 3, 0.5, 3
 SKETCH = fj.Sketch(RANK, key=SEED, min_dim_size=8)
@@ -60,7 +59,7 @@ def numbers(path, s, g, memory):
 def run(tx):
     """Diagnostics at every step of a run of its own."""
 
-    @jit
+    @jax.jit
     def step(grads, state, params):
         found = fj.diagnostics(tx, state, grads, params)
         return found, tx.update(grads, state, params)[1]
@@ -138,7 +137,7 @@ def test_a_bound_that_is_reached_and_one_that_is_none():
         )
         grads = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(256, 64)))}
         state, found = tx.init(grads), []
-        step = jit(
+        step = jax.jit(
             lambda state: (
                 fj.diagnostics(tx, state, grads),
                 tx.update(grads, state)[1],
@@ -194,7 +193,9 @@ def test_cosines_are_what_theory_says():
         return fj.diagnostics(tx, state, g)["compressed_accumulation"]["w"].cosine
 
     keys = jax.random.key_data(jax.random.split(jax.random.key(1), 200))
-    found = np.asarray(jit(functools.partial(jax.lax.map, one))(keys), np.float64) ** 2
+    found = (
+        np.asarray(jax.jit(functools.partial(jax.lax.map, one))(keys), np.float64) ** 2
+    )
     error = found.std(ddof=1) / np.sqrt(len(found))
     assert abs(found.mean() - RANK / 16) < 5 * error
 
@@ -205,12 +206,12 @@ def test_every_so_many_steps():
     state = tx.init(params)
     traced = []
 
-    @jit
+    @jax.jit
     def sampled(grads, i):
         traced.append(1)
         return fj.diagnostics(tx, state, grads, params, every=3, step=i)
 
-    every = jit(functools.partial(fj.diagnostics, tx))(state, gradients(0), params)
+    every = jax.jit(functools.partial(fj.diagnostics, tx))(state, gradients(0), params)
     for i in range(5):
         found = sampled(gradients(0), i)
         assert jax.tree.structure(found) == jax.tree.structure(every)
@@ -231,7 +232,7 @@ def test_two_of_a_kind_and_masks():
         ),
     )
     params = {"wide": gradients(0)["wide"]}
-    found = jit(functools.partial(fj.diagnostics, tx))(tx.init(params), params)
+    found = jax.jit(functools.partial(fj.diagnostics, tx))(tx.init(params), params)
     assert {name: list(leaves) for name, leaves in found.items()} == {
         "compressed_momentum": ["wide"],
         "compressed_momentum_2": ["wide"],
@@ -258,7 +259,7 @@ def test_the_state_of_an_nnx_optimizer(name):
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     grads = nnx.grad(lambda model: jnp.sum(model(jnp.ones((2, 16))) ** 2))(model)
     params = nnx.state(model, nnx.Param)
-    measure = jit(functools.partial(fj.diagnostics, tx))
+    measure = jax.jit(functools.partial(fj.diagnostics, tx))
     found = measure(optimizer.opt_state, grads, params)
     plain, plain_grads = nnx.to_pure_dict(params), nnx.to_pure_dict(grads)
     expected = measure(tx.init(plain), plain_grads, plain)

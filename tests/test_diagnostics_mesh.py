@@ -6,7 +6,6 @@ import optax
 import pytest
 
 import flora_jax as fj
-from tests.conformance.cases import jit
 
 
 def test_they_are_refused_and_the_remedy_works():
@@ -17,13 +16,13 @@ def test_they_are_refused_and_the_remedy_works():
     def measure(state, grads):
         return fj.diagnostics(tx, state, grads)
 
-    expected = jit(measure)(tx.init(plain), plain)
+    expected = jax.jit(measure)(tx.init(plain), plain)
     with jax.set_mesh(mesh):
         sharded = jax.device_put(plain, jax.NamedSharding(mesh, jax.P("x")))
         state = tx.init(sharded)
         with pytest.raises(ValueError, match="Explicit axes, got .'x',.; call diag"):
-            jit(measure)(state, sharded)
+            jax.jit(measure)(state, sharded)
         inside = jax.sharding.auto_axes(measure, out_sharding=jax.P())
-        found = jit(inside)(state, sharded)
+        found = jax.jit(inside)(state, sharded)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5)

@@ -18,7 +18,6 @@ from tests.conformance.cases import (
     assert_identical,
     by_tier,
     every_case,
-    jit,
     run_layer,
 )
 from tests.conformance.states import COUNTERS, INNER, own_states
@@ -46,7 +45,7 @@ def test_no_two_keys_of_a_million_epochs_are_equal():
     root, paths = jnp.array([0, 7], jnp.uint32), ["a", "b/kernel", "h/0/attn"]
     found = []
     for name in ("compressed_momentum", "compressed_accumulation"):
-        keys = jit(jax.vmap(functools.partial(leaf_keys, root, name, paths)))
+        keys = jax.jit(jax.vmap(functools.partial(leaf_keys, root, name, paths)))
         found.append(words(keys(jnp.arange(MILLION))))
     found = np.sort(np.concatenate(found))
     assert found.size == 6 * MILLION
@@ -60,7 +59,7 @@ def test_no_projection_comes_twice(epochs):
     """All 64 signs of one are never those of another, and next ones are independent."""
     root, rank, part = jnp.array([0, 7], jnp.uint32), 8, 10**5
 
-    @jit
+    @jax.jit
     @jax.vmap
     def sampled(epoch):
         (key,) = leaf_keys(root, "compressed_momentum", ["w"], epoch)
@@ -103,7 +102,7 @@ SMALL = {"w": jnp.zeros((2, 4)), "b": jnp.zeros(2)}
 def advance(name):
     """Real updates from one step to another, in one loop; the last update and state."""
 
-    @jit
+    @jax.jit
     def run(state, start, stop):
         def body(i, carry):
             turn = 0.7 * (i % 1000).astype(jnp.float32)
@@ -218,14 +217,14 @@ def test_a_projection_for_every_step_stands_still_too():
     tx = fj.compressed_momentum(decay, sketch, resample_every=1, estimator="paper")
     root, name = jnp.array([0, 11], jnp.uint32), "compressed_momentum"
 
-    @jit
+    @jax.jit
     @jax.vmap
     def matrix(epoch):
         (key,) = leaf_keys(root, name, ["wide"], epoch)
         return fj.CountSketch().matrix(key, rank, 16)
 
     matrices = np.asarray(matrix(LAST - 3 + jnp.arange(3)), np.float64)
-    rng, step = np.random.default_rng(0), jit(tx.update)
+    rng, step = np.random.default_rng(0), jax.jit(tx.update)
     near = jnp.int32(LAST - 3)
     state = tx.init({"wide": jnp.zeros(shape)})._replace(count=near, epoch=near)
     assert state.momentum["wide"].shape == (rank, 24)
@@ -249,7 +248,7 @@ def test_renewals_by_whole_numbers():
     counts = [0, 1, 3, 4, 5, 1000, LAST - 4, LAST - 3, LAST - 2, LAST - 1, LAST]
     offsets = np.arange(4)
     for every in (1, 4, 1000):
-        renewed = jit(lambda count, every=every: renewal(count, every, offsets))
+        renewed = jax.jit(lambda count, every=every: renewal(count, every, offsets))
         for count in counts:
             epochs, new = jax.tree.map(np.asarray, renewed(jnp.int32(count)))
             assert epochs.dtype == jnp.uint32
@@ -310,7 +309,7 @@ class TestMemory:
 
     @pytest.mark.full
     def test_of_a_run_that_keeps_its_states_is_not(self):
-        kept, add = [], jit(lambda x: x + 1)
+        kept, add = [], jax.jit(lambda x: x + 1)
 
         def step(i, state):
             kept.append(state)

@@ -1,7 +1,6 @@
 """One list of all public transformations, and what all conformance tests share."""
 
 import dataclasses
-import functools
 import inspect
 import math
 import zlib
@@ -26,32 +25,6 @@ DECAY, EVERY_K, RESAMPLE_EVERY, STEPS = 0.5, 3, 4, 9
 FOLDS = fj.Sketch(4, min_dim_size=8)
 SMALL = fj.Sketch(1, min_dim_size=2)
 _SKETCH_FIELDS = {field.name for field in dataclasses.fields(fj.Sketch)}
-
-# Programs here run for microseconds and compile for seconds: these options take two
-# thirds of that.
-_QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
-
-
-@functools.cache
-def _known():
-    """Those of the options that this version of XLA has."""
-    known = {}
-    for name, value in _QUICK.items():
-        try:
-            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
-        except jax.errors.JaxRuntimeError:
-            continue
-        known[name] = value
-    return known
-
-
-def jit(function, **kwargs):
-    """jax.jit that compiles quickly."""
-    return jax.jit(function, compiler_options=_known(), **kwargs)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -299,7 +272,7 @@ def run(tx, params, steps=STEPS, donate=False, **extra_args):
         traces.append(None)
         return tx.update(grads, state, params, **extra_args)
 
-    step = jit(step, donate_argnums=(1,) if donate else ())
+    step = jax.jit(step, donate_argnums=(1,) if donate else ())
     grads = [gradients(params, i) for i in range(steps)]
     state, updates, states = tx.init(params), [], []
     for grad in grads:

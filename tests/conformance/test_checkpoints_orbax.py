@@ -20,7 +20,6 @@ from tests.conformance.cases import (
     RESAMPLE_EVERY,
     STEPS,
     assert_identical,
-    jit,
     layer,
     run_layer,
 )
@@ -131,7 +130,7 @@ def test_runs_continue_on_a_mesh(chain, case, devices):
     reference, where = run_layer(case), layout(devices)
     results = (where, state_shardings(case, devices))
     with jax.set_mesh(where["layer"]["bias"].mesh):
-        step = jit(reference.tx.update, out_shardings=results)
+        step = jax.jit(reference.tx.update, out_shardings=results)
         params = jax.device_put(reference.params, where)
         for state, phase in zip(chain[0][devices][case.name], PHASES, strict=True):
             grads = jax.device_put(reference.grads[phase], where)
@@ -148,7 +147,7 @@ RESUME = """
 import sys
 import jax, orbax.checkpoint
 import flora_jax as fj
-from tests.conformance.cases import CASES, STEPS, gradients, jit, layer
+from tests.conformance.cases import CASES, STEPS, gradients, layer
 from tests.conformance.test_checkpoints_orbax import PHASES, abstract
 
 source, target = sys.argv[1:]
@@ -157,7 +156,7 @@ checkpointer = orbax.checkpoint.StandardCheckpointer()
 saved, params, results = checkpointer.restore(source, abstract(1)), layer(), {}
 for case in CASES:
     tx = case()
-    step, runs = jit(tx.update), []
+    step, runs = jax.jit(tx.update), []
     for state, phase in zip(saved[case.name], PHASES):
         fj.verify_state(tx, state)
         # To the end from the first phase, and one update from each other.
@@ -225,7 +224,7 @@ def test_what_is_saved_is_the_state_of_then(tmp_path, devices):
     # Training goes on before anything is written, and donates the state.
     case = next(case for case in CASES if case.name == "flora-momentum")
     reference, shardings = run_layer(case), state_shardings(case, devices)
-    step = jit(
+    step = jax.jit(
         reference.tx.update,
         donate_argnums=1,
         out_shardings=(layout(devices), shardings),

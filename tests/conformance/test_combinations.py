@@ -9,7 +9,6 @@ from flax import nnx
 
 import flora_jax as fj
 from tests.common import assert_close, full, representative
-from tests.conformance.cases import jit
 
 SKETCH = fj.Sketch(4, min_dim_size=8)
 MAKE = {
@@ -89,8 +88,8 @@ def test_explicit_mesh_without_a_context(name):
     tx = MAKE[name]()
     expected, state = tx.init(params), tx.init(sharded)
     for _ in range(2):
-        updates, expected = jit(tx.update)(params, expected, params)
-        ours, state = jit(tx.update)(sharded, state, sharded)
+        updates, expected = jax.jit(tx.update)(params, expected, params)
+        ours, state = jax.jit(tx.update)(sharded, state, sharded)
     assert ours["w"].sharding.is_equivalent_to(spec, 2)
     assert_close(ours, updates)
 
@@ -114,6 +113,6 @@ def test_accumulator_on_an_explicit_mesh(projection):
 
     with jax.set_mesh(mesh):
         sharded = jax.device_put(plain, jax.NamedSharding(mesh, jax.P("x", None)))
-        ours = jit(accumulate)(sharded)
+        ours = jax.jit(accumulate)(sharded)
         assert jax.typeof(ours).sharding.spec == jax.P("x", None)
-    assert_close(ours, jit(accumulate)(plain))
+    assert_close(ours, jax.jit(accumulate)(plain))

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import flora_jax as fj
-from tests.conformance.cases import EVERY_K, SMALL, every_case, jit, named
+from tests.conformance.cases import EVERY_K, SMALL, every_case, named
 
 # As many as optax takes.
 STEPS = 30_000
@@ -61,7 +61,7 @@ def solve(tx):
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    @jit
+    @jax.jit
     def steps(params, state):
         return jax.lax.scan(step, (params, state), length=STEPS)[0][0]
 

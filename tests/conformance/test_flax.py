@@ -18,7 +18,6 @@ from tests.conformance.cases import (
     SKETCHING,
     by_tier,
     every_case,
-    jit,
     layer,
     named,
     run_layer,
@@ -89,7 +88,7 @@ def train_nnx(tx, model, grads, mesh=None):
             state,
         )
 
-    @jit
+    @jax.jit
     def step(state, grads):
         model, optimizer = nnx.merge(graph, state)
         optimizer.update(model, grads)
@@ -176,7 +175,7 @@ def test_nnx_optimizer_with_sharding_metadata(case):
     expected = jax.NamedSharding(mesh, P(*NAMES["kernel"]))
     assert kernel.sharding.is_equivalent_to(expected, 2)
     if case.name == "accumulation-adafactor":
-        params, state = train(tx, jit(tx.update), grads)
+        params, state = train(tx, jax.jit(tx.update), grads)
     else:
         params, state = trained(case)
     assert_close(nnx.state(model, nnx.Param), params)
@@ -209,7 +208,7 @@ def test_linen_train_state(case, boxed):
         params=model.init(jax.random.key(0), jnp.ones((1, 8)))["params"],
         tx=case(),
     )
-    step = jit(lambda state, grads: state.apply_gradients(grads=grads))
+    step = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))
     for grads in run_layer(case).grads[:EVERY_K]:
         state = step(state, like(state.params, grads))
     assert_close(state.params, params)

@@ -16,7 +16,6 @@ from tests.conformance.cases import (
     assert_identical,
     every_case,
     gradients,
-    jit,
     layer,
     named,
     run,
@@ -57,7 +56,7 @@ def test_scan_carries_the_state_of_a_chain(case):
     tx = optax.chain(optax.scale(-0.5), case(), optax.scale(4.0))
     grads = stack([optax.tree.scale(-2.0, grads) for grads in reference.grads])
 
-    @jit
+    @jax.jit
     def scan(state, grads, params):
         def body(state, grads):
             updates, state = tx.update(grads, state, params)
@@ -79,7 +78,7 @@ def test_vmap_over_an_ensemble(case):
     members = [gradients(reference.params, 100 + i) for i in range(3)]
     params = stack(members)
     state = jax.vmap(tx.init)(params)
-    update = jit(jax.vmap(tx.update))
+    update = jax.jit(jax.vmap(tx.update))
     grads = [
         [gradients(m, 10 * t + i) for i, m in enumerate(members)] for t in range(STEPS)
     ]
@@ -139,7 +138,7 @@ def test_the_state_can_be_donated(case):
 @every_case
 def test_init_under_jit_is_init(case):
     reference = run_layer(case)
-    state = jit(reference.tx.init)(reference.params)
+    state = jax.jit(reference.tx.init)(reference.params)
     assert_identical(state, reference.states[0])
     assert not any(jax.typeof(leaf).weak_type for leaf in jax.tree.leaves(state))
 

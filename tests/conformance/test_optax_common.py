@@ -21,7 +21,6 @@ from tests.conformance.cases import (
     SMALL,
     by_tier,
     every_case,
-    jit,
     layer,
     run,
     run_layer,
@@ -212,7 +211,7 @@ def test_state_can_be_a_branch_of_cond(case, dtype):
 def test_multi_steps_around(case):
     reference = run_layer(case)
     tx = optax.MultiSteps(case(), every_k_schedule=2)
-    step = jit(tx.update)
+    step = jax.jit(tx.update)
     params, state = reference.params, tx.init(reference.params)
     for grads, expected in zip(reference.grads, reference.updates, strict=True):
         # The mean of one gradient and itself is that gradient, exactly.

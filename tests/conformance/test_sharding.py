@@ -18,7 +18,6 @@ from tests.conformance.cases import (
     by_tier,
     every_case,
     gradients,
-    jit,
     layer,
     named,
     run_layer,
@@ -53,7 +52,7 @@ def test_sharding_types_of_init_and_update(case):
             (leaf,) = jax.tree.leaves(tree)
             expected = "x" if leaf.shape[1] == 8 else None
             assert jax.typeof(leaf).sharding.spec[1] == expected, name
-        assert types(jit(tx.init)(params)) == types(state)
+        assert types(jax.jit(tx.init)(params)) == types(state)
         updates, new = tx.update(params, state, params)
         assert types(new) == types(state)
         assert types(updates) == types(params)
@@ -88,7 +87,7 @@ def test_sharded_parameters_give_the_same_numbers(case):
         empty,
     )
     on_mesh = jax.device_put(state, shardings)
-    updates, new = jit(reference.tx.update)(shard(grads, specs), on_mesh, params)
+    updates, new = jax.jit(reference.tx.update)(shard(grads, specs), on_mesh, params)
     assert_close(updates, reference.updates[i])
     assert_close(new, reference.states[i + 1], "float32")
 
@@ -149,7 +148,7 @@ def per_device(case, **options):
         functools.partial(jax.tree.map, lambda _: P("batch")),
     )
 
-    @jit
+    @jax.jit
     @functools.partial(
         jax.shard_map,
         mesh=batch,

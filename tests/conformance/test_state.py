@@ -21,7 +21,6 @@ from tests.conformance.cases import (
     assert_identical,
     by_tier,
     every_case,
-    jit,
     layer,
     named,
     run_layer,
@@ -125,7 +124,7 @@ def folds(case):
     # And a leaf whose sketched side is made of two axes.
     params = {**every_fold(), "heads": jnp.ones((32, 4, 8))}
     # Operation by operation, codes of so many shapes would compile for long.
-    return params, jit(case().init)(params)
+    return params, jax.jit(case().init)(params)
 
 
 @pytest.mark.sample(1)
@@ -284,7 +283,7 @@ def test_abstract_parameters(case):
     make = functools.partial(case().init, abstract)
     # Coding zeros operation by operation would compile for long.
     quantized = case.factory is fj.quantize_state
-    concrete, state = state, jit(make)() if quantized else make()
+    concrete, state = state, jax.jit(make)() if quantized else make()
     for name, tree in own_trees(state):
         assert named(tree).keys() == case.holds(params), name
         # A scale of zeros is what the code wants it to be.

@@ -19,7 +19,6 @@ from tests.conformance.cases import (
     FOLDS,
     assert_identical,
     every_case,
-    jit,
     layer,
     named,
     run,
@@ -88,7 +87,7 @@ def test_multi_transform_is_partition():
 def test_apply_if_finite_leaves_the_state_alone(case):
     reference = run_layer(case)
     tx = optax.apply_if_finite(case(), max_consecutive_errors=3)
-    step = jit(tx.update)
+    step = jax.jit(tx.update)
     params, state = reference.params, tx.init(reference.params)
     for i, grads in enumerate(reference.grads):
         # One bad number, in the sketched leaf and in the dense one by turns.

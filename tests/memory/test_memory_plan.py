@@ -16,7 +16,7 @@ import flora_jax as fj
 from experiments.models import build
 from experiments.models.config import GPT2Config, T5Config
 from tests.common import SKETCHED, every_fold, representative
-from tests.conformance.cases import CASES, FEW, FOLDS, by_tier, jit, layer
+from tests.conformance.cases import CASES, FEW, FOLDS, by_tier, layer
 
 SIZES = {"width": 16, "heads": 2, "vocab_size": 300}
 MODELS = {
@@ -53,7 +53,7 @@ def model(name):
 def test_totals_are_the_allocated_bytes(case, name):
     params = model(name)
     plan = fj.memory_plan(case(), params, compare={})
-    assert plan.state_bytes == nbytes(jit(case().init)(params))
+    assert plan.state_bytes == nbytes(jax.jit(case().init)(params))
     assert plan.parameter_bytes == nbytes(params)
     shapes = jax.eval_shape(lambda: params)
     assert fj.memory_plan(case(), shapes, compare={}) == plan
@@ -79,7 +79,7 @@ def test_wrappers(name):
     params = every_fold()
     tx = WRAPPERS[name](fj.flora(1.0, FOLDS))
     plan = fj.memory_plan(tx, params, sketch=FOLDS, compare={})
-    assert plan.state_bytes == nbytes(jit(tx.init)(params))
+    assert plan.state_bytes == nbytes(jax.jit(tx.init)(params))
     sketched = {leaf.path for leaf in plan.leaves if leaf.dense_reason is None}
     assert sketched == ({"wide"} if name == "masked" else SKETCHED)
     (wide,) = [leaf for leaf in plan.leaves if leaf.path == "wide"]

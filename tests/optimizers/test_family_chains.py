@@ -12,7 +12,6 @@ import pytest
 
 import flora_jax as fj
 from tests.common import assert_close
-from tests.conformance.cases import jit
 from tests.optimizers.test_family import (
     ADAM,
     B1,
@@ -379,7 +378,7 @@ def test_defaults_work_under_inject_hyperparams(recipe):
         learning_rate=0.1, sketch=fj.Sketch(8)
     )
     params = {"w": jnp.ones((128, 256))}
-    state = jit(injected.init)(params)
+    state = jax.jit(injected.init)(params)
     types = [jax.tree.map(jax.typeof, state)]
     _, new = jax.eval_shape(injected.update, params, state, params)
     assert jax.tree.map(jax.typeof, new) == types[0]

@@ -14,7 +14,7 @@ import flora_jax as fj
 from tests.common import assert_close
 from tests.reference import folds
 from tests.reference.flora import flora as reference_flora
-from tests.transforms.draws import case_id, draw, jit
+from tests.transforms.draws import case_id, draw
 
 SKETCH = fj.Sketch(4, min_dim_size=8, key=11)
 FACTORED = fj.LeafRules(min_dim_size=8, max_aspect_ratio=math.inf)
@@ -26,7 +26,7 @@ WEIGHTS = {
 
 def train(tx, gradients, params):
     """Updates of all steps, each applied before the next one is asked for."""
-    step, state, outputs = jit(tx.update), tx.init(params), []
+    step, state, outputs = jax.jit(tx.update), tx.init(params), []
     for gradient in gradients:
         updates, state = step(gradient, state, params)
         params = optax.apply_updates(params, updates)
@@ -218,7 +218,7 @@ def test_bfloat16_gradients_of_float32_parameters():
     half = [{"tall": jnp.asarray(g["tall"], jnp.bfloat16)} for g in gradients]
     params = {"tall": WEIGHTS["tall"]}
     tx = fj.flora(0.1, SKETCH, 0.5, resample_every=3, weight_decay=0.1)
-    step, state = jit(tx.update), tx.init(params)
+    step, state = jax.jit(tx.update), tx.init(params)
     expected = train(tx, [jax.tree.map(np.float32, g) for g in half], params)
     for i, gradient in enumerate(half):
         updates, state = step(gradient, state, params)

@@ -9,7 +9,6 @@ import pytest
 
 import flora_jax as fj
 from tests.common import assert_close
-from tests.conformance.cases import jit
 from tests.reference.dct import dct_by_fft, dct_matrix, top_rows
 
 KEY = np.uint32([3, 4])
@@ -30,7 +29,7 @@ def falling(*shape, rate=0.7, seed=0):
     return np.float32((u * rate ** np.arange(s.shape[-1])) @ vt)
 
 
-@functools.partial(jit, static_argnums=(0, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def chosen(projection, matrix, rank, axis):
     """What is stored, S, the sketch and the estimate of a matrix."""
     stored = projection.choose(KEY, matrix, rank, axis)
@@ -106,7 +105,7 @@ def test_randomized_singular_vectors_of_few_columns_are_exact(axis):
 
 def test_randomized_choices_follow_the_key():
     projection, g = fj.TopSVD(method="randomized"), falling(80, 60, rate=0.99)
-    choose = jit(lambda key: projection.choose(key, g, 4, -1))
+    choose = jax.jit(lambda key: projection.choose(key, g, 4, -1))
     one, same, other = (
         np.asarray(choose(np.uint32(k))) for k in ([1, 2], [1, 2], [1, 3])
     )
@@ -142,7 +141,7 @@ def test_the_cosine_transform_is_the_fast_one():
 @pytest.mark.parametrize("width", [4096, 5000])
 def test_cosines_of_large_angles(width):
     rows = np.array([0, 1, width // 3, width - 2, width - 1], np.int32)
-    s = jit(lambda rows: fj.TopDCT().as_matrix(rows, len(rows), width))(rows)
+    s = jax.jit(lambda rows: fj.TopDCT().as_matrix(rows, len(rows), width))(rows)
     expected = dct_matrix(width)[rows]
     # Angles reach half as many turns as the width: float32 would lose digits of them.
     assert_close(s, expected, "float32")
@@ -154,7 +153,7 @@ def test_transfers_between_bases(projection):
     stored, s, _, _ = chosen(projection, old, 4, -1)
     other, t, _, _ = chosen(projection, new, 4, -1)
     read = [projection.from_stored(x, -1) for x in (stored, other)]
-    c = jit(lambda *read: projection.transfer(*read, 4, 9))(*read)
+    c = jax.jit(lambda *read: projection.transfer(*read, 4, 9))(*read)
     s, t = np.asarray(s, np.float64), np.asarray(t, np.float64)
     np.testing.assert_allclose(c, s @ t.T, rtol=0, atol=2e-6)
     if isinstance(projection, fj.TopDCT):

@@ -14,7 +14,7 @@ import pytest
 
 import flora_jax as fj
 from tests.common import full
-from tests.conformance.cases import assert_identical, jit
+from tests.conformance.cases import assert_identical
 from tests.properties.strategies import FACTORIES, cases, plans_of
 from tests.properties.trees import FLOATS, ODD, gradients, parameters
 
@@ -64,12 +64,12 @@ def assert_runs(case, params, rng):
     """STEPS updates under jit: finite, of the same types, compiled once."""
     tx, traces = case.make(), []
 
-    @jit
+    @jax.jit
     def step(grads, state, params):
         traces.append(None)
         return tx.update(grads, state, params)
 
-    state = jit(tx.init)(params)
+    state = jax.jit(tx.init)(params)
     for _ in range(STEPS):
         grads = gradients(case.tree, rng, case.narrow, case.boundless)
         updates, state = step(grads, state, params)
@@ -197,7 +197,7 @@ def test_complex_leaves_split_as_the_refusal_says():
     with pytest.raises(TypeError, match="leaf 'd' .*split_real_and_imaginary"):
         ours.init(params)
     tx = optax.contrib.split_real_and_imaginary(ours)
-    updates, state = jit(tx.update)(params, tx.init(params))
+    updates, state = jax.jit(tx.update)(params, tx.init(params))
     shapes = [x.shape for x in jax.tree.leaves(state.inner_state.momentum)]
     assert shapes == [(3,), (3,), (2, 16), (2, 16)]
     np.testing.assert_array_equal(updates["d"], 0.5 * params["d"])

@@ -12,7 +12,7 @@ import flora_jax as fj
 from flora_jax.quantization.blockwise import decode
 from flora_jax.quantization.quantize_state import quantize_state
 from tests.common import assert_close
-from tests.conformance.cases import assert_identical, jit
+from tests.conformance.cases import assert_identical
 
 DTYPES = ("int8", "float8_e4m3fn", "bfloat16")
 CONFIGURATIONS = [
@@ -35,7 +35,7 @@ def gradients(step, dtype=jnp.float32):
 
 
 def run(tx, steps, dtype=jnp.float32):
-    step, state = jit(tx.update), tx.init(params(dtype))
+    step, state = jax.jit(tx.update), tx.init(params(dtype))
     states = [state]
     for i in range(steps):
         updates, state = step(gradients(i, dtype), state, params(dtype))
@@ -118,7 +118,7 @@ def test_dtypes_and_shapes_never_change(dtype, stochastic):
 def quadratic(tx, curvature, steps):
     """Parameters after each step on sum(h x^2)/2 from ones."""
 
-    @jit
+    @jax.jit
     def descend(x):
         def body(carry, _):
             x, state = carry
@@ -188,7 +188,7 @@ def test_random_rounding_follows_key_count_and_path():
     grads["b"] = grads["a"]
 
     tx = quantize_state(inner, stochastic_rounding=True)
-    state, step = tx.init(zeros), jit(tx.update)
+    state, step = tx.init(zeros), jax.jit(tx.update)
 
     def codes(key, count=0):
         start = state._replace(
@@ -220,7 +220,7 @@ def test_random_rounding_keeps_what_the_nearest_loses():
         def body(state, _):
             return tx.update(grads, state)[1], None
 
-        run = jit(lambda state: jax.lax.scan(body, state, length=steps)[0])
+        run = jax.jit(lambda state: jax.lax.scan(body, state, length=steps)[0])
         state = run(tx.init({"w": jnp.zeros(shape)}))
         back = decode(state.inner.nu["w"], state.scales[0]["w"], "int8", 32, False)
         return np.asarray(back, np.float64)

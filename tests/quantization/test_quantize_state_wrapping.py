@@ -11,7 +11,7 @@ import pytest
 import flora_jax as fj
 from flora_jax.quantization.quantize_state import quantize_state
 from tests.common import assert_close
-from tests.conformance.cases import assert_identical, jit
+from tests.conformance.cases import assert_identical
 from tests.quantization.test_quantize_state import (
     SHAPES,
     adam,
@@ -221,11 +221,11 @@ def test_sharded_parameters(kind):
             # Both sides of the scales are divided by the mesh as well.
             assert tree["w"].shape == (32, 16)
             assert tree["w"].sharding.is_equivalent_to(sharding, 2)
-        updates, new = jit(tx.update)(grads, state)
+        updates, new = jax.jit(tx.update)(grads, state)
         if kind == "Explicit":
             assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
         assert new.inner[0].mu["w"].sharding.is_equivalent_to(sharding, 2)
-    expected = jit(tx.update)(whole, tx.init(whole))
+    expected = jax.jit(tx.update)(whole, tx.init(whole))
     assert_close(updates, expected[0])
     assert_identical(
         [np.asarray(x) for x in jax.tree.leaves(new.inner)],

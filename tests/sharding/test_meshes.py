@@ -17,7 +17,7 @@ import pytest
 
 import flora_jax as fj
 from tests.common import assert_close, cached, representative
-from tests.conformance.cases import CASES, FEW, FOLDS, by_tier, gradients, jit
+from tests.conformance.cases import CASES, FEW, FOLDS, by_tier, gradients
 
 P = jax.P
 LAYOUTS = {
@@ -100,9 +100,9 @@ def run_on_mesh(case):
     states = fj.state_sharding(tx, params, layout)
     with jax.set_mesh(where):
         params = jax.device_put(params, layout)
-        init = jit(tx.init, out_shardings=states).lower(params).compile()
+        init = jax.jit(tx.init, out_shardings=states).lower(params).compile()
         state = init(params)
-        step = jit(tx.update, out_shardings=(layout, states), donate_argnums=1)
+        step = jax.jit(tx.update, out_shardings=(layout, states), donate_argnums=1)
         step = step.lower(params, state, params).compile()
         for i in range(STEPS):
             grads = jax.device_put(gradients_of(case, i), layout)
@@ -115,7 +115,7 @@ def run_on_mesh(case):
 def test_sharded_steps_are_those_of_one_device(case):
     *_, updates, state = run_on_mesh(case)
     tx, params = transformation(case), parameters()
-    expected, step = tx.init(params), jit(tx.update)
+    expected, step = tx.init(params), jax.jit(tx.update)
     for i in range(STEPS):
         wanted, expected = step(gradients_of(case, i), expected, params)
     if case.name == "subspace-ldadam":
@@ -197,10 +197,10 @@ def test_without_set_mesh_the_numbers_are_the_same():
     tx = fj.flora(0.1, FOLDS, b1=0.5, resample_every=None)
     layout, params = shardings(mesh()), parameters()
     states = fj.state_sharding(tx, params, layout)
-    sharded = jit(tx.update, out_shardings=(layout, states))
+    sharded = jax.jit(tx.update, out_shardings=(layout, states))
     placed = jax.device_put(params, layout)
     found = sharded(placed, jax.device_put(tx.init(params), states), placed)
-    assert_close(found, jit(tx.update)(params, tx.init(params), params), "float32")
+    assert_close(found, jax.jit(tx.update)(params, tx.init(params), params), "float32")
 
 
 @pytest.mark.full

@@ -10,7 +10,6 @@ import pytest
 
 import flora_jax as fj
 from tests.common import assert_close
-from tests.conformance.cases import jit
 from tests.sharding.test_compressed_pmean import batch, bytes_reduced, gradients
 
 P = jax.P
@@ -35,7 +34,7 @@ def on_devices(function, in_specs, out_specs):
     mapped = jax.shard_map(
         function, mesh=batch(), in_specs=in_specs, out_specs=out_specs
     )
-    return jit(mapped)
+    return jax.jit(mapped)
 
 
 def accumulating(rank):

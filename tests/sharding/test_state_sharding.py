@@ -14,7 +14,6 @@ from tests.conformance.cases import (
     FOLDS,
     STEPS,
     every_case,
-    jit,
     layer,
     named,
     run_layer,
@@ -73,12 +72,12 @@ def test_init_and_step_stay_on_the_mesh(case):
     tx = reference.tx
     params = jax.tree.map(jax.device_put, reference.params, where)
     shardings = fj.state_sharding(tx, params, where)
-    state = jit(tx.init, out_shardings=shardings)(params)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
 
     def update(grads, state, params):  # Programs of tx.update are shared by all tests.
         return tx.update(grads, state, params)
 
-    step = jit(update, out_shardings=(where, shardings))
+    step = jax.jit(update, out_shardings=(where, shardings))
     for i in range(STEPS):
         grads = jax.tree.map(jax.device_put, reference.grads[i], where)
         updates, state = step(grads, state, params)

@@ -9,7 +9,6 @@ import optax
 import pytest
 
 import flora_jax as fj
-from tests.transforms.draws import jit
 
 SKETCH = fj.Sketch(4, key=5, min_dim_size=8)
 CYCLE = 2
@@ -25,7 +24,7 @@ X = jnp.asarray(numbers(0, 4, 6, 16, scale=1))
 def accumulated(fun, sketched, params, batches, **settings):
     tx = fj.compressed_accumulation(optax.adam(1e-2), 2, SKETCH, **settings)
 
-    @jit
+    @jax.jit
     def step(params, state, x):
         if sketched:
             _, grads = fj.sketched_value_and_grad(fun, SKETCH)(state, params, x)
@@ -69,7 +68,7 @@ def test_the_accumulator_of_microbatches_takes_sketches(use_mean):
 
     def run(value_and_grad):
         accumulator = fj.compressed_accumulator(SKETCH, step=CYCLE, use_mean=use_mean)
-        return jit(
+        return jax.jit(
             optax.microbatching.microbatch(
                 value_and_grad,
                 argnums=1,

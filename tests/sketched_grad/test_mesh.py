@@ -11,7 +11,6 @@ import optax
 import pytest
 
 import flora_jax as fj
-from tests.transforms.draws import jit
 
 # A rank that no shard of a weight has as a side.
 SKETCH = fj.Sketch(3, key=3, min_dim_size=8)
@@ -113,7 +112,7 @@ def test_on_a_mesh_sketches_are_reduced(step, kind, spec):
         names = jax.P(*spec.get(name, ()))
         return jax.device_put(x, jax.NamedSharding(mesh, names))
 
-    expected = jit(sketched_deep)(STACK, BATCH)
+    expected = jax.jit(sketched_deep)(STACK, BATCH)
     with jax.set_mesh(mesh):
         params = {name: place(name, x) for name, x in STACK.items()}
         batch = jax.device_put(BATCH, jax.NamedSharding(mesh, jax.P("d")))
@@ -162,7 +161,7 @@ def test_training_steps_with_donated_and_sharded_state(kind):
     def full(params, state, x):
         return jax.value_and_grad(_deep)(params, x)
 
-    unsharded = jit(lambda *now: step(full, *now))
+    unsharded = jax.jit(lambda *now: step(full, *now))
     for x in batches:
         *expected, _ = unsharded(*expected, x)
 
@@ -170,8 +169,8 @@ def test_training_steps_with_donated_and_sharded_state(kind):
     by_rows = jax.NamedSharding(mesh, jax.P("d"))
     with jax.set_mesh(mesh):
         params = jax.device_put(STACK, layout)
-        state = jit(tx.init, out_shardings=states)(params)
-        compiled = jit(
+        state = jax.jit(tx.init, out_shardings=states)(params)
+        compiled = jax.jit(
             lambda *now: step(sketched, *now),
             donate_argnums=(0, 1),
             out_shardings=(layout, states, None),
@@ -203,12 +202,14 @@ def test_accumulators_of_devices_take_sketches():
         return updates
 
     specs = {"in_specs": (jax.P(), jax.P("d")), "out_specs": jax.P()}
-    found = jit(jax.shard_map(cycle, mesh=mesh, **specs))(STACK, BATCH)
+    found = jax.jit(jax.shard_map(cycle, mesh=mesh, **specs))(STACK, BATCH)
 
     whole = fj.compressed_accumulation(optax.sgd(0.5), 2, SKETCH)
     state = whole.init(STACK)
     for part in (BATCH, 3 * BATCH):
-        expected, state = jit(whole.update)(jit(jax.grad(_deep))(STACK, part), state)
+        expected, state = jax.jit(whole.update)(
+            jax.jit(jax.grad(_deep))(STACK, part), state
+        )
     for name, x in expected.items():
         assert np.linalg.norm(x) > 0
         error = np.linalg.norm(np.asarray(found[name]) - x)

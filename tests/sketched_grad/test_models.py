@@ -13,7 +13,7 @@ import pytest
 import flora_jax as fj
 from experiments.models import build
 from experiments.models.config import GPT2Config, T5Config
-from tests.transforms.draws import case_id, jit
+from tests.transforms.draws import case_id
 
 SKETCH = fj.Sketch(4, key=5, mask=fj.not_embeddings, min_dim_size=8)
 SIZES = {"width": 16, "heads": 2, "vocab_size": 300}
@@ -91,7 +91,7 @@ def assert_same_update(name, variant, projection, tolerance, cycles=2, **changes
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state, value
 
-        now, state, compiled = params, tx.init(params), jit(step)
+        now, state, compiled = params, tx.init(params), jax.jit(step)
         for x in (*tokens, tokens[0])[: 2 * cycles]:
             now, state, value = compiled(now, state, x)
         assert int(state.gradient_step) == cycles

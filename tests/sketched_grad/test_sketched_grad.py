@@ -16,7 +16,7 @@ from flora_jax.sketched_grad.planner import Planner
 from flora_jax.sketching.sketch import resolve
 from flora_jax.sketching.sketcher import ScaledLeaf, Sketcher
 from flora_jax.transforms.accumulation import NAME
-from tests.transforms.draws import case_id, jit
+from tests.transforms.draws import case_id
 
 RANK, CYCLE = 4, 2
 
@@ -42,7 +42,7 @@ def full_sketches(grads, sketch):
     return jax.tree.unflatten(jax.tree.structure(grads), list(found))
 
 
-def compare(fun, params, sketch=None, tolerance=1e-6, compile_with=jit):
+def compare(fun, params, sketch=None, tolerance=1e-6, compile_with=jax.jit):
     """Asserts equality for every leaf; returns the reports by path."""
     sketch = sketch or sketch_of()
 
@@ -409,11 +409,11 @@ def test_arguments_and_results_are_those_of_value_and_grad():
     gradient = fj.sketched_value_and_grad(fun, sketch, **settings)
     ours = functools.partial(gradient, sketch.cycle(CYCLE), scale=0.5)
     theirs = jax.value_and_grad(fun, **settings)
-    (value, aux), grads = jit(ours)(w, x, v)
-    (expected, other), full = jit(functools.partial(theirs, scale=0.5))(w, x, v)
+    (value, aux), grads = jax.jit(ours)(w, x, v)
+    (expected, other), full = jax.jit(functools.partial(theirs, scale=0.5))(w, x, v)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, aux, other)
-    theirs = jit(lambda g: full_sketches(g, sketch))(full)
+    theirs = jax.jit(lambda g: full_sketches(g, sketch))(full)
     for a, b in zip(grads.tree, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(grads.shapes())]
@@ -457,7 +457,7 @@ def test_a_leaf_without_numbers(shape):
     tx = fj.compressed_accumulation(optax.sgd(0.1), 2, sketch)
     w = jnp.zeros(shape)
 
-    @jit
+    @jax.jit
     def step(w):
         state = tx.init(w)
         grads = fj.sketched_value_and_grad(loss, sketch)(state, w)[1]
@@ -491,7 +491,7 @@ def test_a_gradient_that_is_an_argument():
 def test_a_gradient_of_zero():
     fun = functools.partial(lambda p: jnp.sum(X @ p["w"]))
     params = {"w": numbers(1, 16, 24), "unused": numbers(2, 16, 24)}
-    value_and_grad = jit(fj.sketched_value_and_grad(fun, sketch_of()))
+    value_and_grad = jax.jit(fj.sketched_value_and_grad(fun, sketch_of()))
     grads = value_and_grad(sketch_of().cycle(0), params)[1]
     np.testing.assert_array_equal(grads.tree["unused"], 0)
     assert grads.tree["unused"].shape == (4, 24)

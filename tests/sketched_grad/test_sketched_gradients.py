@@ -10,7 +10,7 @@ import pytest
 
 import flora_jax as fj
 from tests.common import assert_close
-from tests.transforms.draws import case_id, jit
+from tests.transforms.draws import case_id
 
 
 def sketch_of(**settings):
@@ -46,7 +46,7 @@ def test_compressed_momentum_takes_sketches(every, projection):
     def full(params, state, x):
         return jax.grad(loss)(params, x)
 
-    @functools.partial(jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def step(gradient, params, state, x):
         updates, state = tx.update(gradient(params, state, x), state, params)
         assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
@@ -65,7 +65,7 @@ def test_compressed_momentum_takes_sketches(every, projection):
 def sketches(projection=None):
     """Those that compressed_accumulation takes, of its first cycle."""
     sketch = sketch_of(projection=projection)
-    gradient = jit(fj.sketched_value_and_grad(loss, sketch))
+    gradient = jax.jit(fj.sketched_value_and_grad(loss, sketch))
     return gradient(sketch.cycle(0), PARAMS, BATCHES[0])[1]
 
 
@@ -122,7 +122,7 @@ def test_the_norm_is_an_unbiased_estimate(projection):
     """Of the square: within five standard errors over 400 cycles."""
     sketch = sketch_of(projection=projection)
 
-    @jit
+    @jax.jit
     def squares(cycles):
         def one(cycle):
             gradient = fj.sketched_value_and_grad(loss, sketch)
@@ -168,7 +168,7 @@ def test_quantized_states_and_hyperparameters_pass_sketches_on():
     given = sketches()
 
     def cycle(tx):
-        update = jit(tx.update)
+        update = jax.jit(tx.update)
         _, state = update(given, tx.init(PARAMS), PARAMS)
         return update(given, state, PARAMS)[0]
 

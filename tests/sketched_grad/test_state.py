@@ -12,7 +12,6 @@ from flax import nnx
 import flora_jax as fj
 from flora_jax.sketched_grad.api import find_source
 from tests.common import assert_close
-from tests.transforms.draws import jit
 
 SKETCH = fj.Sketch(4, key=5, min_dim_size=8)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(6, 16)), jnp.float32)
@@ -35,7 +34,7 @@ def accumulation(sketch=SKETCH, inner=None, **settings):
 
 @functools.cache
 def gradient_of(sketch):
-    return jit(fj.sketched_value_and_grad(loss, sketch))
+    return jax.jit(fj.sketched_value_and_grad(loss, sketch))
 
 
 def sketched(state, sketch=SKETCH):
@@ -90,7 +89,7 @@ def test_the_state_of_an_nnx_optimizer_is_found():
     tx = optax.chain(optax.scale(1.0), accumulation())
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     params = nnx.state(model)
-    gradient = jit(
+    gradient = jax.jit(
         fj.sketched_value_and_grad(
             lambda params, x: loss({n: params[n][...] for n in "wvb"}, x), SKETCH
         )
@@ -185,7 +184,7 @@ def test_a_guard_against_nan_does_not_hide_it(settings):
     """The parameters stay as they were, and each loss says why."""
     tx = accumulation(**settings)
 
-    @jit
+    @jax.jit
     def step(params, state, x):
         value, grads = fj.sketched_value_and_grad(loss, SKETCH)(state, params, x)
         updates, state = tx.update(grads, state, params)

@@ -2,12 +2,12 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 import flora_jax as fj
 from flora_jax.random.keys import leaf_keys
-from tests.conformance.cases import jit
 from tests.reference import dct, folds
 
 NAME = "scale_in_subspace"
@@ -17,7 +17,7 @@ NAME = "scale_in_subspace"
 def _compiled(projection, rank, width):
     """(key data, path, epoch) -> S; operation by operation it would compile more."""
 
-    @functools.partial(jit, static_argnums=1)
+    @functools.partial(jax.jit, static_argnums=1)
     def matrix(root, path, epoch):
         (key,) = leaf_keys(root, NAME, [path], epoch)
         return projection.matrix(key, rank, width)
@@ -60,7 +60,7 @@ def basis_of(projection, seed, name, side, every, offset=0):
     """
     rank, left = folds.RANKS[name], folds.left(name, side)
 
-    @jit
+    @jax.jit
     def own_choice(t, gradient):
         root = jnp.array([0, seed], jnp.uint32)
         (key,) = leaf_keys(root, NAME, [name], t)
@@ -89,7 +89,7 @@ def basis_of(projection, seed, name, side, every, offset=0):
 
 def stepped(tx, gradients, params=None):
     """Updates of all steps, each applied to the parameters, and the last state."""
-    step = jit(tx.update)
+    step = jax.jit(tx.update)
     state, outputs = tx.init(gradients[0] if params is None else params), []
     for gradient in gradients:
         updates, state = step(gradient, state, params)

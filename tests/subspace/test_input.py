@@ -8,7 +8,6 @@ import optax
 import pytest
 
 import flora_jax as fj
-from tests.conformance.cases import jit
 
 GAUSSIAN = fj.Gaussian()
 RECIPES = [
@@ -249,7 +248,7 @@ def test_a_tree_of_one_array(projection, shape):
         transport=fj.Reset(),
     )
     g = jnp.ones(shape)
-    updates, state = jit(tx.update)(g, tx.init(g))
+    updates, state = jax.jit(tx.update)(g, tx.init(g))
     assert updates.shape == g.shape
     assert state.limiter.shape == (1, 1)
 

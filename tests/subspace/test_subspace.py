@@ -10,7 +10,6 @@ import pytest
 
 import flora_jax as fj
 from tests.common import assert_close
-from tests.conformance.cases import jit
 from tests.reference import dct, folds
 from tests.subspace.bases import stepped
 from tests.subspace.settings import (
@@ -176,7 +175,7 @@ def test_what_is_sent_and_what_is_kept_is_the_gradient():
     inner = optax.identity()
     sketch = fj.Sketch(5, min_dim_size=8)
     tx = fj.scale_in_subspace(inner, sketch, 2, error_feedback=True)
-    step, state, kept = jit(tx.update), tx.init(grads[0]), 0.0
+    step, state, kept = jax.jit(tx.update), tx.init(grads[0]), 0.0
     for g in grads:
         update, state = step(g, state)
         assert_close(update["wide"] + state.error["wide"], g["wide"] + kept)
@@ -194,7 +193,7 @@ def test_equals_optax_galore(shape):
     theirs = optax.contrib.galore(1.0, rank=4, update_proj_gap=3)
     params = {"w": jnp.zeros(shape)}
     updates, _ = stepped(ours, grads)
-    step, state = jit(theirs.update), theirs.init(params)
+    step, state = jax.jit(theirs.update), theirs.init(params)
     for ours, g in zip(updates, grads, strict=True):
         expected, state = step(g, state, params)
         np.testing.assert_allclose(ours["w"], -expected["w"], rtol=0, atol=1e-6)
@@ -204,7 +203,7 @@ def test_every_leaf_is_due_at_another_step_when_staggered():
     names = ("wide", "square", "cut")
     setting = Setting(fj.TopDCT(), names, stagger=True)
     tx, grads = setting.make(), folds.gradients(9, names)
-    step, state, changes = jit(tx.update), tx.init(grads[0]), []
+    step, state, changes = jax.jit(tx.update), tx.init(grads[0]), []
     for g in grads:
         _, new = step(g, state)
         changes.append({k for k in names if np.any(new.basis[k] != state.basis[k])})
@@ -224,7 +223,7 @@ def test_a_traced_interval_is_that_interval(stagger):
     inner, sketch = optax.scale_by_adam(), fj.Sketch(4, min_dim_size=8)
     options = {"transport": setting.transport, "stagger": stagger}
 
-    @jit
+    @jax.jit
     def step(gradient, state, every):
         tx = fj.scale_in_subspace(inner, sketch, every, **options)
         return tx.update(gradient, state)
@@ -261,7 +260,7 @@ def test_extra_arguments_reach_the_inner_transformation():
     inner = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
     tx = fj.scale_in_subspace(inner, fj.Sketch(4, min_dim_size=8))
     g = {"w": jnp.ones((16, 24)), "b": jnp.ones(16)}
-    step = jit(tx.update)
+    step = jax.jit(tx.update)
     twice, _ = step(g, tx.init(g), value=2.0)
     once, _ = step(g, tx.init(g), value=1.0)
     assert_close(twice, optax.tree.scale(2.0, once))
@@ -278,7 +277,7 @@ def test_a_residual_of_roundings_does_not_hold_back_what_follows():
         fj.Sketch(4, fj.TopSVD(), min_dim_size=8),
         residual=fj.Fira(b1=0.9, b2=0.999),
     )
-    step, state = jit(tx.update), tx.init(grads[0])
+    step, state = jax.jit(tx.update), tx.init(grads[0])
     for g in grads[:3]:
         _, state = step(g, state)
         assert float(state.limiter["w"].squeeze()) == 0
@@ -330,7 +329,7 @@ def test_a_row_that_cancels_in_its_sketch_stays_bounded():
         residual=fj.Fira(limiter=None),
         refresh_every=None,
     )
-    step, state = jit(tx.update), tx.init({"w": jnp.zeros((2, 2))})
+    step, state = jax.jit(tx.update), tx.init({"w": jnp.zeros((2, 2))})
     largest = []
     for sign in (1.0, -1.0, 1.0):
         for scale in (1.0, 1e-3):

@@ -11,7 +11,6 @@ import pytest
 import flora_jax as fj
 from flora_jax.subspace.transports import BasisChange
 from tests.common import assert_close
-from tests.conformance.cases import jit
 from tests.reference import folds
 from tests.reference.transport import RULES, transported
 from tests.subspace.bases import regenerated, stepped
@@ -235,7 +234,7 @@ def test_moments_of_other_transformations_are_found_by_their_names(name, transpo
 def test_keep_asks_for_no_moments():
     tx = fj.scale_in_subspace(optax.scale(3.0), fj.Sketch(5, min_dim_size=8), 3)
     (g,) = folds.gradients(1, ("wide",))
-    update, state = jit(tx.update)(g, tx.init(g))
+    update, state = jax.jit(tx.update)(g, tx.init(g))
     s = regenerated(COUNTSKETCH, 0, "wide", 5, 16)(0)
     assert_close(update["wide"], 3 * s.T @ s @ g["wide"], "float32")
     assert jax.tree.leaves(state.inner) == []

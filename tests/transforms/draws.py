@@ -11,10 +11,6 @@ import flora_jax as fj
 from flora_jax.random.keys import leaf_keys
 from tests.reference.folds import RANKS, width
 
-# Unoptimized programs: these tests compile much and compute little.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 _SKETCH = {field.name for field in dataclasses.fields(fj.Sketch)}
 
 
@@ -49,7 +45,7 @@ def case_id(value):
 
 def run(tx, gradients, params=None):
     """Updates of all steps, by one jitted update called step by step; last state."""
-    step = jit(tx.update)
+    step = jax.jit(tx.update)
     state = tx.init(gradients[0] if params is None else params)
     outputs = []
     for gradient in gradients:

@@ -13,7 +13,7 @@ from flora_jax.transforms.accumulation import accumulate, estimate
 from tests.common import assert_close
 from tests.reference import folds
 from tests.reference.accumulation import sketched_accumulation
-from tests.transforms.draws import case_id, draw, jit, run, sketch_and_rest
+from tests.transforms.draws import case_id, draw, run, sketch_and_rest
 
 ALL = tuple(folds.SHAPES)
 
@@ -115,7 +115,7 @@ def test_a_stack_equals_its_slices_under_one_projection(projection):
     stacks = np.random.default_rng(2).normal(size=(4, 3, 16, 24)).astype(np.float32)
     tx = accumulation(projection=projection, every_k=2)
     whole, _ = run(tx, list(stacks))
-    step = jit(tx.update)
+    step = jax.jit(tx.update)
     for i in range(3):
         state = tx.init(stacks[0, i])
         for gradient, expected in zip(stacks[:, i], whole, strict=True):
@@ -135,7 +135,7 @@ def test_full_rank_equals_the_plain_accumulator(axis, mean):
     sketcher = Sketcher("identity", sketch)
     gradients = np.random.default_rng(3).normal(size=(4, 3, 8, 12)).astype(np.float32)
 
-    @jit
+    @jax.jit
     def run_cycle(gradients):
         acc = [jnp.zeros(plan.state_shape)]
         sampled = sketcher.sample([plan], jnp.zeros(2, jnp.uint32), 0)
@@ -159,7 +159,7 @@ def test_the_estimate_of_a_mean_is_the_mean_of_estimates():
 
 def test_inner_runs_once_per_cycle():
     gradients = folds.gradients(7, ("tall",))
-    step = jit((tx := accumulation(optax.adam(1e-2))).update)
+    step = jax.jit((tx := accumulation(optax.adam(1e-2))).update)
     state, counts = tx.init(gradients[0]), []
     for gradient in gradients:
         updates, state = step(gradient, state)
@@ -172,7 +172,7 @@ def test_inner_runs_once_per_cycle():
 def test_has_updated_finds_the_state_in_a_chain():
     tx = optax.chain(optax.identity(), accumulation(every_k=2))
     gradients = folds.gradients(4, ("tall",))
-    state, step, seen = tx.init(gradients[0]), jit(tx.update), []
+    state, step, seen = tx.init(gradients[0]), jax.jit(tx.update), []
     assert not fj.has_updated(state)
     for gradient in gradients:
         _, state = step(gradient, state)
@@ -199,7 +199,7 @@ def test_extra_arguments_and_parameters_reach_inner_at_the_end_of_a_cycle():
     state = tx.init(params)
     for i, seen in enumerate([0.0, 2.0, 2.0, 4.0]):
         params = jax.tree.map(lambda x: x + 1, params)
-        _, state = jit(tx.update)(params, state, params, loss=i + 1.0, other=0)
+        _, state = jax.jit(tx.update)(params, state, params, loss=i + 1.0, other=0)
         assert float(state.inner_opt_state["loss"]) == seen
         assert float(state.inner_opt_state["params"]["w"][0, 0]) == 1 + seen
 
@@ -216,7 +216,7 @@ class TestSkip:
     @pytest.mark.parametrize("mean", [True, False])
     def test_leaves_everything_but_skip_state(self, mean):
         tx = self.tx(use_grad_mean=mean)
-        step = jit(tx.update)
+        step = jax.jit(tx.update)
         bad = jax.tree.map(np.copy, self.gradients[0])
         bad["stack"][1, 2, 3] = np.nan
 

@@ -9,7 +9,6 @@ import optax
 import pytest
 
 import flora_jax as fj
-from tests.transforms.draws import jit
 
 OPTIMIZERS = {
     "adabelief": lambda: optax.adabelief(1e-3),
@@ -87,7 +86,7 @@ def train(tx, params, dtype):
     )
     before = params, tx.init(params)
 
-    @jit
+    @jax.jit
     def scan(carry, gradients):
         def step(carry, gradient):
             params, state = carry

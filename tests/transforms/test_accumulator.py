@@ -11,7 +11,6 @@ import pytest
 
 import flora_jax as fj
 from tests.common import assert_close
-from tests.transforms.draws import jit
 
 SKETCH = fj.Sketch(4, key=3, min_dim_size=8)
 MEAN = optax.microbatching.AccumulationType.MEAN
@@ -26,7 +25,7 @@ def loss(params, x):
     return jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
 
 
-gradient_of = jit(jax.grad(loss))
+gradient_of = jax.jit(jax.grad(loss))
 
 
 def cycle(gradients, number, use_mean, sketch=SKETCH):
@@ -35,7 +34,7 @@ def cycle(gradients, number, use_mean, sketch=SKETCH):
         optax.identity(), len(gradients), sketch, use_grad_mean=use_mean
     )
     fresh = tx.init(gradients[0])._replace(gradient_step=jnp.int32(number))
-    state, step = fresh, jit(tx.update)
+    state, step = fresh, jax.jit(tx.update)
     for gradient in gradients:
         update, state = step(gradient, state)
     return update
@@ -52,7 +51,7 @@ def test_equals_compressed_accumulation(projection, use_mean):
         for _ in range(4)
     ]
 
-    @jit
+    @jax.jit
     def accumulate(gradients, step):
         accumulator = fj.compressed_accumulator(sketch, step=step, use_mean=use_mean)
         carry = accumulator.init(jax.eval_shape(lambda: gradients[0]))
@@ -67,7 +66,7 @@ def test_equals_compressed_accumulation(projection, use_mean):
     assert np.abs(sampled[0]["w"] - sampled[1]["w"]).max() > 0.1
 
 
-@functools.partial(jit, static_argnums=3)
+@functools.partial(jax.jit, static_argnums=3)
 def microbatched(params, data, step, size):
     accumulator = fj.compressed_accumulator(SKETCH, step=step)
     return optax.microbatching.microbatch(
@@ -90,7 +89,7 @@ def test_inside_microbatch_with_a_traced_step(step):
 
 
 def test_stops_early_with_the_mean_of_what_it_saw():
-    @jit
+    @jax.jit
     def gradient(params, data, number):
         return optax.microbatching.microbatch(
             jax.grad(loss),
@@ -109,7 +108,7 @@ def test_stops_early_with_the_mean_of_what_it_saw():
 def test_aggregates_inside_micro_vmap(use_mean):
     """Each micro-batch is vmapped, aggregated, and then sketched once."""
 
-    @jit
+    @jax.jit
     def gradient(params, data):
         return optax.microbatching.micro_vmap(
             jax.grad(loss),

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import flora_jax as fj
-from tests.conformance.cases import CASES, assert_identical, jit, run_layer
+from tests.conformance.cases import CASES, assert_identical, run_layer
 from tests.conformance.states import COUNTERS, own_states
 from tests.reference import folds
 
@@ -37,7 +37,7 @@ def test_apply_if_finite_with_several_bad_steps_in_a_row(case):
     """Before each good step: within an interval and a cycle, and at their ends."""
     reference, limit = run_layer(case), 3
     tx, params = optax.apply_if_finite(case(), limit), reference.params
-    step = jit(tx.update)
+    step = jax.jit(tx.update)
 
     def run(bad_before=()):
         state, updates = tx.init(params), None
@@ -80,7 +80,7 @@ def test_skip_large_updates_loses_no_micro_step():
             optax.skip_large_updates, max_squared_norm=limit
         ),
     )
-    step = jit(tx.update)
+    step = jax.jit(tx.update)
 
     def run(bad):
         state, updates = tx.init(gradients[0]), []
@@ -129,7 +129,7 @@ accumulation = fj.compressed_accumulation(
 )
 
 
-@jit
+@jax.jit
 def micro_step(params, state, scale, good, batch):
     """One micro-step; a scale that is too large costs this batch and nothing else."""
     half = optax.tree.cast(params, HALF)
@@ -144,7 +144,7 @@ def micro_step(params, state, scale, good, batch):
     return params, state, jnp.where(skipped, scale / 2, grown), good
 
 
-@jit
+@jax.jit
 def plain_step(params, state, batch):
     """The same in float32."""
     grads = jax.grad(loss_fn)(params, batch)

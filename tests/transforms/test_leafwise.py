@@ -1,5 +1,6 @@
 """Factors that are not multiplied out change no number."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -10,7 +11,6 @@ from flora_jax import LeafPlan
 from flora_jax.sketching.sketcher import ScaledLeaf, Sketcher
 from flora_jax.transforms.factored_rms import clip_leaf, scale_by_parameter_scale
 from tests.common import assert_close
-from tests.transforms.draws import jit
 
 PLANS = {
     "columns": LeafPlan("w", (12, 10), (), (0,), (1,), axis=-1, rank=4),
@@ -39,7 +39,7 @@ def test_sketch_of_a_scaled_leaf(name, projection):
     factors = [rng.uniform(0.5, 2, size=s).astype(np.float32) for s in FACTORS[name]]
     factors.append(np.float32(3.0))
 
-    @jit
+    @jax.jit
     def sketches(leaf, factors):
         (sampled,) = sketcher.sample([plan], jnp.zeros(2, jnp.uint32), 0)
         scaled = ScaledLeaf(leaf).times(*factors)

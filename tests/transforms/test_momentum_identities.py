@@ -14,7 +14,7 @@ from flora_jax import LeafPlan
 from flora_jax.sketching.sketcher import ScaledLeaf, Sketcher
 from flora_jax.transforms import momentum as momentum_module
 from tests.common import assert_close
-from tests.transforms.draws import jit, run
+from tests.transforms.draws import run
 
 UNCOMPRESSED = {
     "paper": optax.ema(0.5, debias=False),
@@ -44,7 +44,7 @@ def test_full_rank_equals_the_uncompressed_chain(plan):
         momentum = {"w": jnp.zeros(plan.state_shape)}
         state = fj.CompressedMomentumState(**fields, momentum=momentum)
 
-        @jit
+        @jax.jit
         def step(gradient, state):
             (update,), state = momentum_module.momentum_step(
                 sketcher,
@@ -98,7 +98,7 @@ def test_the_estimate_survives_a_resample(projection, expected):
     gradients = rng.normal(size=(3, 64, 512)).astype(np.float32)
     gradients[2] = 0
 
-    @jit
+    @jax.jit
     def two_updates(key):
         state = tx.init(jnp.zeros((64, 512)))._replace(key=key)
         outputs = []

@@ -8,7 +8,6 @@ import pytest
 
 import flora_jax as fj
 from tests.common import assert_close
-from tests.conformance.cases import jit
 from tests.reference import folds
 from tests.reference.muon import orthogonalized, polynomial
 from tests.sharding.test_meshes import collectives
@@ -38,7 +37,7 @@ def orthogonalize(updates, **settings):
     tx = make(**settings)
     state = tx.init(updates)
     assert state == optax.EmptyState()
-    new, after = jit(tx.update)(updates, state)
+    new, after = jax.jit(tx.update)(updates, state)
     assert after == state
     return new
 
@@ -200,7 +199,7 @@ def test_leaves_that_pass(form):
 def test_small_matrices_pass_by_default():
     updates = {"w": normal((128, 128)), "small": normal((127, 128))}
     tx = fj.orthogonalize()
-    new, _ = jit(tx.update)(updates, tx.init(updates))
+    new, _ = jax.jit(tx.update)(updates, tx.init(updates))
     np.testing.assert_array_equal(new["small"], updates["small"])
     assert_near(new["w"], orthogonalized(updates["w"]))
 
@@ -214,7 +213,7 @@ def test_a_tree_without_leaves():
 def test_equals_muon_without_momentum(shape):
     updates = {"w": normal(shape)}
     muon = optax.contrib.muon(1.0, beta=0.0, nesterov=False, consistent_rms=0.2)
-    expected, _ = jit(muon.update)(updates, muon.init(updates), updates)
+    expected, _ = jax.jit(muon.update)(updates, muon.init(updates), updates)
     assert_near(-orthogonalize(updates)["w"], expected["w"])
 
 
@@ -224,13 +223,13 @@ def test_inject_hyperparams_traces_rms_alone():
     tx = optax.inject_hyperparams(fj.orthogonalize)(rms=0.3, rules=rules)
     state = tx.init(x)
     assert set(state.hyperparams) == {"rms"}
-    assert_near(jit(tx.update)(x, state)[0], orthogonalized(x, rms=0.3))
+    assert_near(jax.jit(tx.update)(x, state)[0], orthogonalized(x, rms=0.3))
 
 
 def test_extra_arguments_and_missing_leaves():
     x = normal((16, 24))
     tx = make()
-    new, _ = jit(tx.update)({"w": x, "none": None}, tx.init(x), x, another=1)
+    new, _ = jax.jit(tx.update)({"w": x, "none": None}, tx.init(x), x, another=1)
     assert new["none"] is None
     assert_near(new["w"], orthogonalized(x))
 
@@ -238,7 +237,7 @@ def test_extra_arguments_and_missing_leaves():
 def test_rms_may_be_traced():
     x = normal((16, 24))
 
-    @jit
+    @jax.jit
     def step(rms):
         tx = make(rms=rms)
         return tx.update(x, tx.init(x))[0]
@@ -311,7 +310,7 @@ def test_on_a_mesh(layout, kind):
     tx = make()
     with jax.set_mesh(mesh):
         placed = jax.device_put(updates, where)
-        step = jit(lambda u: tx.update(u, tx.init(u))[0], out_shardings=where)
+        step = jax.jit(lambda u: tx.update(u, tx.init(u))[0], out_shardings=where)
         step = step.lower(placed).compile()
         found = step(placed)
     expected = orthogonalize(updates)
