@@ -15,8 +15,14 @@ from experiments.main_job.config import Config
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status of `command.execute`."""
-    names = "experiments.main_job.run", "python -m experiments"
-    return command.main(Config, *names, __doc__, arguments, resumable=True)
+    return command.main(
+        Config,
+        arguments,
+        module="experiments.main_job.run",
+        prog="python -m experiments",
+        description=__doc__,
+        resumable=True,
+    )
 
 
 if __name__ == "__main__":

@@ -5,26 +5,27 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any
 
 from experiments.common import errors
 
 # Top-level packages that the extra `experiments` installs, as they are imported.
-_EXTRA = """
-array_record babel flax grain importlib_resources matplotlib orbax requests rich
-rouge_score sacrebleu safetensors sentencepiece tensorboardX tensorflow_datasets
-tokenizers tyro
-"""
-EXTRA = frozenset(_EXTRA.split())
+EXTRA = frozenset({
+    "array_record", "babel", "equinox", "flax", "grain", "importlib_resources",
+    "matplotlib", "orbax", "requests", "rich", "rouge_score", "sacrebleu",
+    "safetensors", "sentencepiece", "tensorboardX", "tensorflow_datasets", "tokenizers",
+    "tyro",
+})  # fmt: skip
 
 
 def main(
     configs: type | dict[str, tuple[str, Any]],
-    module: str,
-    prog: str,
-    description: str,
     arguments: Sequence[str] | None = None,
     *,
+    module: str,
+    prog: str,
+    description: str | None,
     default: Any = None,
     resumable: bool = False,
 ) -> int:
@@ -36,10 +37,10 @@ def main(
     Args:
         configs: the dataclass of the settings, or by name a description and defaults,
             of which the first word on the command line chooses.
+        arguments: in place of the command line's own.
         module: see `execute`.
         prog: how the command is started.
         description: what `--help` says above the settings.
-        arguments: in place of the command line's own.
         default: settings in place of the defaults of a dataclass.
         resumable: see `execute`.
 
@@ -56,10 +57,9 @@ def main(
         config = parse(configs, **options, config=(tyro.conf.FlagCreatePairsOff,))
         return execute(config, module, resumable=resumable)
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
+        if not _of_the_extra(error):
             raise
-        needs = f"experiments needs {error.name}: pip install -e '.[experiments]'"
-        return _complain(needs, 2)
+        return _complain_missing(error)
 
 
 def question(config: type, description: str | None) -> Callable[..., int]:
@@ -69,9 +69,9 @@ def question(config: type, description: str | None) -> Callable[..., int]:
         config: the dataclass of the settings.
         description: see `main`.
     """
-    name = config.__module__.rpartition(".")[0]
-    names = f"{name}.run", f"python -m {name}"
-    return functools.partial(main, config, *names, description)
+    folder = config.__module__.rpartition(".")[0]
+    names = {"module": f"{folder}.run", "prog": f"python -m {folder}"}
+    return functools.partial(main, config, description=description, **names)
 
 
 def execute(config: Any, module: str, *, resumable: bool = False) -> int:
@@ -105,9 +105,30 @@ def execute(config: Any, module: str, *, resumable: bool = False) -> int:
             raise
         return _complain(f"{error}; make room, then start again", 1)
     except KeyboardInterrupt:
-        more = "; the same command continues from the last checkpoint" * resumable
-        return _complain(f"interrupted{more}", 130)
+        if not resumable:
+            return _complain("interrupted", 130)
+        how = "the same command continues from the last checkpoint"
+        return _complain(f"interrupted; {how}", 130)
     return 0
+
+
+def explain_missing_package(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """A `sys.excepthook`: one line for a package of the extra that is not installed."""
+    if isinstance(error, ModuleNotFoundError) and _of_the_extra(error):
+        sys.exit(_complain_missing(error))
+    sys.__excepthook__(kind, error, trace)
+
+
+def _of_the_extra(error: ModuleNotFoundError) -> bool:
+    # The name may be that of a submodule, such as orbax.checkpoint.
+    return (error.name or "").partition(".")[0] in EXTRA
+
+
+def _complain_missing(error: ModuleNotFoundError) -> int:
+    needs = f"experiments needs {error.name}: pip install -e '.[experiments]'"
+    return _complain(needs, 2)
 
 
 def _complain(error: object, status: int) -> int:

@@ -14,8 +14,14 @@ from experiments.finetune.config import PRESETS
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status of `command.execute`."""
-    names = "experiments.finetune.run", "python -m experiments.finetune"
-    return command.main(PRESETS, *names, __doc__, arguments, resumable=True)
+    return command.main(
+        PRESETS,
+        arguments,
+        module="experiments.finetune.run",
+        prog="python -m experiments.finetune",
+        description=__doc__,
+        resumable=True,
+    )
 
 
 if __name__ == "__main__":

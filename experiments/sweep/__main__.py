@@ -1,4 +1,4 @@
-"""Runs grids of short runs; those that stand in the results are not run again."""
+"""Runs grids of short runs; those already in the results are not repeated."""
 
 import sys
 
@@ -14,9 +14,14 @@ def main(arguments: list[str] | None = None, name: str = "sweep", *grids: str) -
         name: of the question.
         *grids: those of the question, unless others are named.
     """
-    names = "experiments.sweep.run", f"python -m experiments.{name}"
-    default = Config(grids) if grids else None
-    return command.main(Config, *names, __doc__, arguments, default=default)
+    return command.main(
+        Config,
+        arguments,
+        module="experiments.sweep.run",
+        prog=f"python -m experiments.{name}",
+        description=__doc__,
+        default=Config(grids) if grids else None,
+    )
 
 
 if __name__ == "__main__":

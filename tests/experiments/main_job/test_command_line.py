@@ -128,18 +128,20 @@ def test_a_failing_run_has_a_status(monkeypatch, capsys, error, status):
 def test_a_missing_package_is_one_line(monkeypatch, capsys):
     """Of the extra; what else cannot be imported is an error in the code."""
 
-    names = iter(("tensorboardX", "flora_jax", "grain.missing", None))
+    missing = ("tensorboardX", "orbax.checkpoint")
+    names = iter((*missing, "flora_jax", None))
 
     def fail(config):
         name = next(names)
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr("experiments.main_job.run.run", fail)
-    assert main([]) == 2
-    assert capsys.readouterr().err == (
-        "error: experiments needs tensorboardX: pip install -e '.[experiments]'\n"
-    )
-    for _ in range(3):
+    for name in missing:
+        assert main([]) == 2
+        assert capsys.readouterr().err == (
+            f"error: experiments needs {name}: pip install -e '.[experiments]'\n"
+        )
+    for _ in range(2):
         with pytest.raises(ModuleNotFoundError, match="No module named"):
             main([])
 
