@@ -152,9 +152,15 @@ def settings_of(
     sketch = fj.Sketch(
         rank or 1, built(config.projection), key=key, mask=fj.not_embeddings
     )
-    shared = {"refresh_every": config.resample_every, "estimator": config.estimator}
-    base, parts, b1 = config.optimizer, config.micro_batches, config.momentum
-    return Settings(sketch, base, parts, b1, **shared | changes)
+    settings = Settings(
+        sketch=sketch,
+        base=config.optimizer,
+        micro_batches=config.micro_batches,
+        b1=config.momentum,
+        refresh_every=config.resample_every,
+        estimator=config.estimator,
+    )
+    return dataclasses.replace(settings, **changes)
 
 
 def with_options(settings: Settings, options: Mapping[str, Any]) -> Settings:
@@ -162,13 +168,14 @@ def with_options(settings: Settings, options: Mapping[str, Any]) -> Settings:
 
     Objects are written as in JSON: `"SRHT"`, `{"Fira": {"limiter": null}}`.
     """
-    options = {name: built(value) for name, value in options.items()}
-    names = {field.name for field in dataclasses.fields(fj.Sketch)}
-    own = {name: options.pop(name) for name in names & set(options)}
+    fields = {field.name for field in dataclasses.fields(fj.Sketch)}
+    of_sketch, others = {}, {}
+    for name, value in options.items():
+        (of_sketch if name in fields else others)[name] = built(value)
     sketch = settings.sketch
     sketch = fj.Sketch(sketch) if isinstance(sketch, int) else sketch
-    sketch = dataclasses.replace(sketch, **own)
-    return dataclasses.replace(settings, sketch=sketch, options=options)
+    sketch = dataclasses.replace(sketch, **of_sketch)
+    return dataclasses.replace(settings, sketch=sketch, options=others)
 
 
 def built(value: Any) -> Any:
@@ -187,74 +194,80 @@ def matrices(params: Any) -> Any:
     return jax.tree.map(lambda plan: plan.dense_reason is None, plans)
 
 
-def base_optimizer(rate: Any, s: Settings) -> Any:
+def base_optimizer(learning_rate: Any, s: Settings) -> Any:
     """Returns the base optimizer; Adam's own momentum is not what is compared."""
     own = {"b1": s.b1} if s.base == "adam" else {}
-    return getattr(optax, s.base)(rate, **own)
+    return getattr(optax, s.base)(learning_rate, **own)
 
 
-def _ema(rate: Any, s: Settings) -> Any:
+def _ema(learning_rate: Any, s: Settings) -> Any:
     if s.base == "adafactor":
-        return optax.adafactor(rate, momentum=s.b1)
-    return _averaged(optax.ema(s.b1, debias=False), rate, s)
+        return optax.adafactor(learning_rate, momentum=s.b1)
+    return _averaged(optax.ema(s.b1, debias=False), learning_rate, s)
 
 
-def _momentum(rate: Any, s: Settings) -> Any:
+def _momentum(learning_rate: Any, s: Settings) -> Any:
     own = {"resample_every": s.refresh_every, "estimator": s.estimator} | s.options
     if s.base == "adafactor":
-        return fj.flora(rate, s.sketch, **{"b1": s.b1} | own)
-    return _averaged(fj.compressed_momentum(s.b1, s.sketch, **own), rate, s)
+        return fj.flora(learning_rate, s.sketch, **{"b1": s.b1} | own)
+    return _averaged(fj.compressed_momentum(s.b1, s.sketch, **own), learning_rate, s)
 
 
-def _averaged(momentum: Any, rate: Any, s: Settings) -> Any:
+def _averaged(momentum: Any, learning_rate: Any, s: Settings) -> Any:
     if s.base == "adam":
         raise ValueError(
             "`base` must be adafactor or sgd for a method with a momentum, got 'adam', "
             "which has one of its own"
         )
-    return optax.chain(momentum, optax.scale_by_learning_rate(rate))
+    return optax.chain(momentum, optax.scale_by_learning_rate(learning_rate))
 
 
-def _steps(rate: Any, s: Settings) -> Any:
-    steps = optax.MultiSteps(base_optimizer(rate, s), s.micro_batches)
+def _steps(learning_rate: Any, s: Settings) -> Any:
+    steps = optax.MultiSteps(base_optimizer(learning_rate, s), s.micro_batches)
     return steps.gradient_transformation()
 
 
-def _accumulation(rate: Any, s: Settings) -> Any:
-    base = base_optimizer(rate, s)
+def _accumulation(learning_rate: Any, s: Settings) -> Any:
+    base = base_optimizer(learning_rate, s)
     return fj.compressed_accumulation(base, s.micro_batches, s.sketch)
 
 
 def _recipe(recipe: str) -> Callable[[Any, Settings], Any]:
     """A recipe of flora_jax that has Adam's second moment and renews its basis."""
 
-    def make(rate: Any, s: Settings) -> Any:
+    def make(learning_rate: Any, s: Settings) -> Any:
         # DCT-AdamW's bases cost so little that each update has its own.
         every = 1 if recipe == "dct_adamw" else s.refresh_every
         own = {"b2": s.b2, "refresh_every": every} | s.options
-        return getattr(fj, recipe)(rate, s.sketch, **own)
+        return getattr(fj, recipe)(learning_rate, s.sketch, **own)
 
     return make
 
 
-def _flora_muon(rate: Any, s: Settings) -> Any:
+def _apollo_mini(learning_rate: Any, s: Settings) -> Any:
+    sketch = dataclasses.replace(s.sketch, rank=1)  # Its rank is not the run's to set.
+    settings = dataclasses.replace(s, sketch=sketch)
+    return _recipe("apollo_mini")(learning_rate, settings)
+
+
+def _flora_muon(learning_rate: Any, s: Settings) -> Any:
     own = {"refresh_every": s.refresh_every} | s.options
     if own.pop("nesterov", True):
-        return fj.flora_muon(rate, s.sketch, **own)
+        return fj.flora_muon(learning_rate, s.sketch, **own)
     # Its matrices without Nesterov's look-ahead, for an ablation.
     every, residual = own["refresh_every"], fj.Fira()
     momentum = fj.scale_in_subspace(
         optax.trace(0.95), s.sketch, every, residual=residual, transport=fj.Squared()
     )
-    return _orthogonalized(_coded(momentum, s), rate, s)
+    return _orthogonalized(_coded(momentum, s), learning_rate, s)
 
 
-def _adamw(rate: Any, s: Settings) -> Any:
-    return _coded(optax.adamw(rate, b2=s.b2, weight_decay=0.0), s)
+def _adamw(learning_rate: Any, s: Settings) -> Any:
+    return _coded(optax.adamw(learning_rate, b2=s.b2, weight_decay=0.0), s)
 
 
-def _muon(rate: Any, s: Settings) -> Any:
-    """Muon for the matrices that others sketch, Adam for all else, at one rate.
+def _muon(learning_rate: Any, s: Settings) -> Any:
+    """Muon for the matrices that others sketch, Adam for all else.
 
     Its update has the size of Adam's (consistent_rms = 0.2), as its authors advise
     where the two share a learning rate.
@@ -269,7 +282,10 @@ def _muon(rate: Any, s: Settings) -> Any:
         return jax.tree.map(spec, fj.plan_leaves(params, sketch))
 
     tx = optax.contrib.muon(
-        rate, adam_b2=s.b2, consistent_rms=0.2, muon_weight_dimension_numbers=specs
+        learning_rate,
+        adam_b2=s.b2,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=specs,
     )
     return _coded(tx, s)
 
@@ -279,27 +295,27 @@ def _coded(tx: Any, s: Settings) -> Any:
     return tx if dtype is None else fj.quantize_state(tx, dtype)
 
 
-def _orthogonalized(momentum: Any, rate: Any, s: Settings) -> Any:
+def _orthogonalized(momentum: Any, learning_rate: Any, s: Settings) -> Any:
     """Muon's step."""
     rules = fj.LeafRules(mask=s.sketch.mask)
-    step = optax.scale_by_learning_rate(rate)
+    step = optax.scale_by_learning_rate(learning_rate)
     return optax.chain(momentum, fj.orthogonalize(rules=rules), step)
 
 
-def _adamw_orthogonal(rate: Any, s: Settings) -> Any:
-    return _orthogonalized(optax.scale_by_adam(b2=s.b2), rate, s)
+def _adamw_orthogonal(learning_rate: Any, s: Settings) -> Any:
+    return _orthogonalized(optax.scale_by_adam(b2=s.b2), learning_rate, s)
 
 
-def _sketched_muon(rate: Any, s: Settings) -> Any:
+def _sketched_muon(learning_rate: Any, s: Settings) -> Any:
     momentum = fj.compressed_momentum(
         0.95, s.sketch, resample_every=s.refresh_every, estimator="nesterov"
     )
-    return _orthogonalized(momentum, rate, s)
+    return _orthogonalized(momentum, learning_rate, s)
 
 
-def _optax_galore(rate: Any, s: Settings) -> Any:
+def _optax_galore(learning_rate: Any, s: Settings) -> Any:
     rank, every = s.sketch.rank, s.refresh_every
-    return optax.contrib.galore(rate, rank=rank, update_proj_gap=every)
+    return optax.contrib.galore(learning_rate, rank=rank, update_proj_gap=every)
 
 
 _ACC, _MOM = "accumulation", "momentum"
@@ -318,8 +334,8 @@ _OF_A_BASE = (
     Method("flora_momentum", "FLORA momentum", _momentum, _MOM, "sketch"),
     Method("lora_momentum", "LoRA momentum", _ema, _MOM, "adapters"),
 )
-# Whole optimizers, without weight decay.
-_WHOLE = (
+# Complete optimizers, without weight decay.
+_COMPLETE = (
     Method(
         "adam_accumulation", "Adam, full accumulation", _steps, _ACC, "full", "adam"
     ),
@@ -337,13 +353,13 @@ _WHOLE = (
     Method("galore", "GaLore", _recipe("galore"), keeps="sketch"),
     Method("fira", "Fira", _recipe("fira"), keeps="sketch"),
     Method("apollo", "APOLLO", _recipe("apollo"), keeps="sketch"),
-    Method("apollo_mini", "APOLLO-Mini", _recipe("apollo_mini")),
+    Method("apollo_mini", "APOLLO-Mini", _apollo_mini),
     Method("dct_adamw", "DCT-AdamW", _recipe("dct_adamw"), keeps="sketch"),
     Method("flora_adamw", "AdamW on sketches", _recipe("flora_adamw"), keeps="sketch"),
     Method("flora_muon", "FLORA-Muon", _flora_muon, keeps="sketch"),
     Method("sketched_muon", "Muon, sketched", _sketched_muon, keeps="sketch"),
 )
-METHODS = {method.name: method for method in (*_OF_A_BASE, *_WHOLE)}
+METHODS = {method.name: method for method in (*_OF_A_BASE, *_COMPLETE)}
 
 # Methods of the main job: two uncompressed ones, each with its compressed peer.
 MAIN = ("full_momentum", "flora_momentum", "full_accumulation", "flora_accumulation")

@@ -43,15 +43,15 @@ def run(config: Config) -> None:
         NonFiniteLossError: a run diverged.
     """
     config.validate()
-    names = "checkpoint data_dir updates batch_size micro_batches seed"
-    fields = {name: getattr(config, name) for name in names.split()}
+    names = ("checkpoint", "data_dir", "updates", "batch_size", "micro_batches", "seed")
+    fields = {name: getattr(config, name) for name in names}
     # As in the grid that the learning rates come from.
     fields |= {"dataset": "phrases", "source_length": 48, "target_length": 32}
     task = FinetuneConfig(**fields)
     task.validate()
-    prepared, rate = prepare(task), config.adafactor_learning_rate
+    prepared, learning_rate = prepare(task), config.adafactor_learning_rate
     optimizers = {f"SGD, {x:g}": optax.sgd(x) for x in config.sgd_learning_rates}
-    optimizers[f"Adafactor, {rate:g}"] = optax.adafactor(rate)
+    optimizers[f"Adafactor, {learning_rate:g}"] = optax.adafactor(learning_rate)
     trace = functools.partial(_trace, task, prepared, config.rank)
     traces = list(itertools.starmap(trace, optimizers.items()))
     spectra = [_spectrum(task, prepared, run) for run in config.runs]
@@ -122,8 +122,9 @@ def _flat(params: Params) -> dict[str, jax.Array]:
 
 def _spectrum(task: FinetuneConfig, prepared: Prepared, run: Run) -> dict[str, Any]:
     """Trains once, and takes the change of each matrix apart."""
-    rate, method = run.learning_rate, METHODS[run.method]
-    task = dataclasses.replace(task, learning_rate=rate, lora_learning_rate=rate)
+    method = METHODS[run.method]
+    peak = run.learning_rate
+    task = dataclasses.replace(task, learning_rate=peak, lora_learning_rate=peak)
     problem, state, tx = build(task, prepared, run.method, run.rank)
     step = jax.jit(functools.partial(training_step, problem, tx), donate_argnums=0)
     parts, title = method.micro_batches(task), ranked(method.title, run.rank)

@@ -65,20 +65,21 @@ def _train(
     config: Config, way: Way, data: Data, rows: list[records.Row]
 ) -> Iterator[records.Row]:
     """Yields the rows of one way that are still missing."""
-    names, bench = "updates batch_size eval_every eval_examples", None
-    shared = {name: getattr(config, name) for name in names.split()} | {
+    bench = None
+    names = ("updates", "batch_size", "eval_every", "eval_examples")
+    shared = {name: getattr(config, name) for name in names} | {
         "model": dataclasses.asdict(config.model),
         "devices": devices.mesh().size,
         "device": jax.devices()[0].device_kind,
         "corpus": data.fingerprint,
     }
-    for rate, seed in itertools.product(config.learning_rates, config.seeds):
-        settings = {"way": way.name, "rank": way.rank, "learning_rate": rate}
+    for learning_rate, seed in itertools.product(config.learning_rates, config.seeds):
+        settings = {"way": way.name, "rank": way.rank, "learning_rate": learning_rate}
         settings |= {"seed": seed} | shared
         if any(settings.items() <= row.items() for row in rows):
             continue
         bench = bench or Bench(config, way, data)
-        yield settings | bench.train(rate, seed)
+        yield settings | bench.train(learning_rate, seed)
 
 
 class Bench:
@@ -112,7 +113,7 @@ class Bench:
         return problem, tx, (params, opt_state, error)
 
     def _local_step(
-        self, state: Any, batch: Any, step: jax.Array, rate: jax.Array
+        self, state: Any, batch: Any, step: jax.Array, learning_rate: jax.Array
     ) -> tuple[Any, Any, Any]:
         params, opt_state, error = state
         # The gradient of what is the same on all devices would be summed over them.
@@ -129,10 +130,10 @@ class Bench:
                 mean, own = mean
                 error = jax.tree.map(lambda x: x[None], own)
         updates, opt_state = self._tx.update(mean, opt_state, params)
-        updates = optax.tree.scale(rate, updates)
+        updates = optax.tree.scale(learning_rate, updates)
         return optax.apply_updates(params, updates), opt_state, error
 
-    def train(self, rate: float, seed: int) -> records.Row:
+    def train(self, learning_rate: float, seed: int) -> records.Row:
         """Trains once; the losses are None once it has diverged."""
         config = self._config
         problem, _, state = self._start(seed)
@@ -141,7 +142,7 @@ class Bench:
             batch = devices.split(problem.batches[number])
             # The projections of each seed are others, though the step is the same.
             step = seed * config.updates + number
-            state = self._step(state, batch, step, rate)
+            state = self._step(state, batch, step, learning_rate)
             jax.block_until_ready(state)
             done = number + 1
             if done % config.eval_every == 0 or done == config.updates:

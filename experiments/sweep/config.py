@@ -21,7 +21,7 @@ _EXPERIMENTS = pathlib.Path(__file__).parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is run of a grid; runs that stand in the results are not run again."""
+    """Which grids to run; runs that are already in the results are not repeated."""
 
     grids: tuple[str, ...]
     """Grids, by the names of the files experiments/*/results/NAME.json, or paths of

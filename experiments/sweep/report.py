@@ -8,7 +8,7 @@ from experiments.common import report
 
 
 def write(path: pathlib.Path) -> None:
-    """Writes table and picture beside the runs, as the grid beside them says."""
+    """Writes table and picture next to the runs, as the grid there says."""
     grid = json.loads(path.with_suffix(".json").read_text())
     importlib.import_module(f"experiments.{grid['report']}").write(path)
 

@@ -28,7 +28,7 @@ class Result:
         method: what is trained.
         settings: what the grid varies besides: projection, rank, b2, options.
         learning_rate: the best one.
-        rows: the runs of the seeds at that rate.
+        rows: the runs of the seeds at that learning rate.
         step_seconds: median over the runs of the median wall time of an update.
     """
 
@@ -87,11 +87,12 @@ def summarize(rows: Sequence[Row]) -> list[Result]:
     results = []
     for key, group in groups.items():
         settings = json.loads(key)
-        rate = best_rate([row for row in group if row["seed"] == group[0]["seed"]])
-        chosen = tuple(row for row in group if row["learning_rate"] == rate)
+        tuned = [row for row in group if row["seed"] == group[0]["seed"]]
+        best = best_learning_rate(tuned)
+        chosen = tuple(row for row in group if row["learning_rate"] == best)
         seconds = statistics.median(row["step_seconds"] for row in group)
         method = METHODS[settings.pop("method")]
-        results.append(Result(method, settings, rate, chosen, seconds))
+        results.append(Result(method, settings, best, chosen, seconds))
     return results
 
 
@@ -106,7 +107,7 @@ def read(path: pathlib.Path) -> list[Result]:
     return summarize(read_rows(path))
 
 
-def best_rate(rows: Sequence[Row]) -> float:
+def best_learning_rate(rows: Sequence[Row]) -> float:
     """Returns the learning rate of the lowest loss, the lowest of all if none ended."""
     ended = [row for row in rows if row["validation_loss"] is not None]
     if not ended:
@@ -114,10 +115,10 @@ def best_rate(rows: Sequence[Row]) -> float:
     return min(ended, key=lambda row: row["validation_loss"])["learning_rate"]
 
 
-def beyond(rates: Sequence[float], best: float) -> float | None:
-    """Returns the next rate outwards if the best one is the first or the last."""
-    rates = sorted(rates)
-    if len(rates) < 2 or best not in (rates[0], rates[-1]):
+def beyond(learning_rates: Sequence[float], best: float) -> float | None:
+    """Returns the next learning rate outwards if the best is the first or the last."""
+    ordered = sorted(learning_rates)
+    if len(ordered) < 2 or best not in (ordered[0], ordered[-1]):
         return None
-    inner = rates[1] if best == rates[0] else rates[-2]
+    inner = ordered[1] if best == ordered[0] else ordered[-2]
     return float(f"{best * best / inner:.3g}")

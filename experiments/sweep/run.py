@@ -1,7 +1,7 @@
 """Runs grids of short runs: one JSON line each, interrupted at any moment.
 
 For each cell of a grid every learning rate is run at the first seed, and the best of
-them at the other seeds. At the end a table and a picture are written beside the rows.
+them at the other seeds. At the end a table and a picture are written next to the rows.
 """
 
 import concurrent.futures
@@ -20,7 +20,7 @@ from experiments.common import records
 from experiments.common.errors import ConfigError
 from experiments.sweep import report
 from experiments.sweep.config import Cell, Config, cells, parts, run_id, title
-from experiments.sweep.results import best_rate, beyond
+from experiments.sweep.results import best_learning_rate, beyond
 from experiments.sweep.tasks import Bench, Sources
 
 _Job = tuple[Cell, dict[str, Any]]  # And its group of the grid.
@@ -85,33 +85,34 @@ def run_cell(
     """Yields the rows of one cell, those already done included."""
     bench = functools.cache(lambda: Bench(sources.task(cell)))  # If a run is missing.
 
-    def run_one(rate: float, seed: int) -> records.Row:
-        settings = grid["settings"] | cell | {"learning_rate": rate, "seed": seed}
+    def run_one(learning_rate: float, seed: int) -> records.Row:
+        varied = {"learning_rate": learning_rate, "seed": seed}
+        settings = grid["settings"] | cell | varied
         name = run_id(settings | {"corpus": sources.fingerprint})
         if name in done:
             return done[name]
         step = bench()
         started = time.perf_counter()
-        result = step.train(float(rate), seed)
+        result = step.train(float(learning_rate), seed)
         result["seconds"] = time.perf_counter() - started
         return {"id": name} | settings | result | records.versions()
 
     first, *others = grid["seeds"]
-    tuned, rates = [], list(grid["learning_rates"])
-    for rate in rates:
-        tuned.append(run_one(rate, first))
+    tuned, learning_rates = [], list(grid["learning_rates"])
+    for learning_rate in learning_rates:
+        tuned.append(run_one(learning_rate, first))
         yield tuned[-1]
     if all(row["validation_loss"] is None for row in tuned):
         return  # Every learning rate diverged: the rows say so, other cells go on.
     for _ in range(grid.get("extensions", 0)):
-        further = beyond(rates, best_rate(tuned))
+        further = beyond(learning_rates, best_learning_rate(tuned))
         if further is None:
             break
-        rates = sorted([*rates, further])
+        learning_rates = sorted([*learning_rates, further])
         tuned.append(run_one(further, first))
         yield tuned[-1]
     for seed in others:
-        yield run_one(best_rate(tuned), seed)
+        yield run_one(best_learning_rate(tuned), seed)
 
 
 def _each(

@@ -48,8 +48,8 @@ class Task:
         self.method, self._data = METHODS[self._name], data
         self.config, self._settings = split(config, cell)
         self.config.validate()
-        whole = self.method.kind != "accumulation" and not self.method.adapters
-        if dense_rate is not None and not whole:
+        accumulates = self.method.kind == "accumulation"
+        if dense_rate is not None and (accumulates or self.method.adapters):
             raise ConfigError(
                 "`dense_learning_rate` is for optimizers that neither accumulate nor "
                 f"train adapters, got method {self._name!r}; leave it out"
@@ -57,18 +57,19 @@ class Task:
         self._dense_rate = dense_rate
 
     def optimizer(
-        self, rate: jax.typing.ArrayLike, seed: int = 0
+        self, learning_rate: jax.typing.ArrayLike, seed: int = 0
     ) -> optax.GradientTransformation:
         """Returns the optimizer.
 
         Args:
-            rate: its peak learning rate, which may be traced.
+            learning_rate: the peak, which may be traced.
             seed: of the projections.
         """
         # At a peak of 1: updates are linear in the learning rate.
         schedule = problem.learning_rate(self.config, self._name)
         settings = settings_of(self.config, self._rank, seed, **self._settings)
-        tx = optax.chain(self.method.optimizer(schedule, settings), optax.scale(rate))
+        direction = self.method.optimizer(schedule, settings)
+        tx = optax.chain(direction, optax.scale(learning_rate))
         if self._dense_rate is None:
             return tx
         rest = optax.adam(lambda count: self._dense_rate * schedule(count), b2=0.99)
@@ -118,7 +119,7 @@ class Sources:
 
 
 def config_of(settings: dict[str, Any]) -> tuple[JobConfig, float | None]:
-    """Returns the settings that all runs of a grid share, and the dense rate."""
+    """Returns the settings that all runs of a grid share, and `dense_learning_rate`."""
     fields = dict(settings)
     dense_rate = fields.pop("dense_learning_rate", None)
     if "dataset" not in fields:
@@ -137,12 +138,14 @@ def split(config: JobConfig, cell: Cell) -> tuple[JobConfig, dict[str, Any]]:
     An option that the job has a setting of that name for replaces it; the others are
     arguments of the optimizer. Without a projection each method has its own.
     """
-    names = {field.name for field in dataclasses.fields(config)} - {"projection"}
-    options = {"projection": cell.get("projection")} | cell.get("options", {})
-    own = {name: options.pop(name) for name in names & set(options)}
-    own |= {"learning_rate": 1.0, "lora_learning_rate": 1.0}
-    own["ranks"] = (cell.get("rank", 1),)
-    config = dataclasses.replace(config, **own)
+    fields = {field.name for field in dataclasses.fields(config)} - {"projection"}
+    of_job: dict[str, Any] = {}
+    options = {"projection": cell.get("projection")}
+    for name, value in cell.get("options", {}).items():
+        (of_job if name in fields else options)[name] = value
+    of_job |= {"learning_rate": 1.0, "lora_learning_rate": 1.0}
+    of_job["ranks"] = (cell.get("rank", 1),)
+    config = dataclasses.replace(config, **of_job)
     return config, {"options": options, "b2": cell.get("b2", 0.999)}
 
 
@@ -156,8 +159,9 @@ class Bench:
         made, state = task.start(0)
         self._bytes = measure(task.optimizer(1.0, 0), state.params)
 
-        def step(state: State, frozen: Any, batch: Any, rate: float) -> Any:
-            tx, key = task.optimizer(rate, 0), jax.random.key(0)  # There is no dropout.
+        def step(state: State, frozen: Any, batch: Any, learning_rate: float) -> Any:
+            tx = task.optimizer(learning_rate, 0)
+            key = jax.random.key(0)  # There is no dropout.
             return loop.training_step(made, tx, state, frozen, batch, key)
 
         started = time.perf_counter()
@@ -166,7 +170,7 @@ class Bench:
         self._compiled = jitted.lower(state, made.frozen, part, 0.1).compile()
         self._compile_seconds = time.perf_counter() - started
 
-    def train(self, rate: float, seed: int) -> dict[str, Any]:
+    def train(self, learning_rate: float, seed: int) -> dict[str, Any]:
         """Trains once; losses are None if it diverged."""
         made, state = self._task.start(seed)
         losses, seconds = [], []
@@ -175,7 +179,7 @@ class Bench:
             started = time.perf_counter()
             total = 0.0
             for part in parts:
-                state, loss = self._compiled(state, made.frozen, part, rate)
+                state, loss = self._compiled(state, made.frozen, part, learning_rate)
                 total += float(loss)
             losses.append(total / self._parts)
             seconds.append(time.perf_counter() - started)
@@ -215,5 +219,5 @@ def measure(tx: optax.GradientTransformation, params: Params) -> tuple[int, int]
         for (path, leaf), (_, own) in zip(flat, chosen, strict=True)
         if own or path[-1].key in lora.ADAPTERS
     }
-    whole, part = (jax.eval_shape(tx.init, tree) for tree in (params, flat))
-    return tree_bytes(whole), tree_bytes(part)
+    state, of_matrices = (jax.eval_shape(tx.init, tree) for tree in (params, flat))
+    return tree_bytes(state), tree_bytes(of_matrices)

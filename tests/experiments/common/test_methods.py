@@ -27,6 +27,7 @@ PARAMS = {
     "wte": {"embedding": jnp.ones((128, 256))},
 }
 SKETCH = fj.Sketch(16, key=3, mask=fj.not_embeddings)
+MINI = fj.Sketch(1, key=3, mask=fj.not_embeddings)
 
 
 def gradients(seed):
@@ -115,7 +116,7 @@ RECIPES = {
     "galore": lambda: fj.galore(1.0, SKETCH, **INTERVAL),
     "fira": lambda: fj.fira(1.0, SKETCH, **INTERVAL),
     "apollo": lambda: fj.apollo(1.0, SKETCH, **INTERVAL),
-    "apollo_mini": lambda: fj.apollo_mini(1.0, SKETCH, **INTERVAL),
+    "apollo_mini": lambda: fj.apollo_mini(1.0, MINI, **INTERVAL),
     "dct_adamw": lambda: fj.dct_adamw(1.0, SKETCH, b2=0.9, refresh_every=1),
     "flora_adamw": lambda: fj.flora_adamw(1.0, SKETCH, **INTERVAL),
     "flora_muon": lambda: fj.flora_muon(1.0, SKETCH, refresh_every=20),
@@ -154,6 +155,13 @@ def test_decay_and_mask(name):
     nu = (0.1 * 0.9 * first**2 + 0.1 * second**2) / (1 - 0.9**2)
     expected = -mu / np.sqrt(nu)
     np.testing.assert_allclose(updates, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_apollo_mini_has_rank_one():
+    """Whatever the rank of the settings, which is that of the other methods."""
+    state = make("apollo_mini", 1.0, **INTERVAL).init(PARAMS)
+    assert not METHODS["apollo_mini"].ranked
+    fj.verify_state(fj.apollo_mini(1.0, MINI, **INTERVAL), state)
 
 
 def test_matrices():

@@ -9,7 +9,7 @@ from experiments.claims import report as claims_report
 from experiments.claims import resampling
 from experiments.common.methods import METHODS
 from experiments.family import report as family_report
-from experiments.sweep.results import Result, best_rate, finished, summarize
+from experiments.sweep.results import Result, best_learning_rate, finished, summarize
 
 
 def result(
@@ -118,8 +118,8 @@ def test_best_rate_leaves_out_what_diverged():
         {"learning_rate": rate, "validation_loss": loss}
         for rate, loss in ((0.1, 5.0), (0.2, 4.0), (0.4, None))
     ]
-    assert best_rate(rows) == 0.2
-    assert best_rate(rows[2:]) == 0.4
+    assert best_learning_rate(rows) == 0.2
+    assert best_learning_rate(rows[2:]) == 0.4
 
 
 def test_claims(tmp_path):

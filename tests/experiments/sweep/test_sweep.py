@@ -12,7 +12,7 @@ from experiments.common import records
 from experiments.sweep import run as sweep
 from experiments.sweep.__main__ import main
 from experiments.sweep.config import Config
-from experiments.sweep.results import best_rate, beyond, read
+from experiments.sweep.results import best_learning_rate, beyond, read
 from tests.experiments.job import TINY
 
 RANK = 16
@@ -99,7 +99,7 @@ def test_is_resumed_after_a_kill(tmp_path, tiny):
     assert {row["seed"] for row in rows} == {0, 1}
     for method in ("full_momentum", "flora_accumulation"):
         mine = [row for row in rows if row["method"] == method]
-        assert mine[2]["learning_rate"] == best_rate(mine[:2])
+        assert mine[2]["learning_rate"] == best_learning_rate(mine[:2])
         assert mine[0]["validation_loss"] != mine[1]["validation_loss"]
         assert mine[2]["validation_loss"] > 0
 
