@@ -6,7 +6,7 @@ Nothing here imports jax: `--help` and a refused command line answer at once.
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from experiments.common.errors import ConfigError, flag
@@ -19,10 +19,11 @@ Projection = Literal[PROJECTIONS]
 
 # Fields that say where things lie or how much of the job to do now. Every other field
 # changes the numbers of a run, so that a run that continues has to agree on it.
-_NOT_PART_OF_A_RUN = """
-methods ranks output_dir data_dir corpus_dir download checkpoint_every overwrite
-stop_after samples beams decode_examples learning_rate lora_learning_rate
-"""
+_NOT_PART_OF_A_RUN = frozenset({
+    "methods", "ranks", "output_dir", "data_dir", "corpus_dir", "download",
+    "checkpoint_every", "overwrite", "stop_after", "samples", "beams",
+    "decode_examples", "learning_rate", "lora_learning_rate",
+})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,12 +90,13 @@ class JobConfig:
             ConfigError: naming the argument, its value, and what to give instead.
         """
         check_choices(self)
-        check_at_least(self, "ranks updates batch_size micro_batches resample_every")
-        check_at_least(self, "eval_every eval_examples checkpoint_every")
-        check_at_least(self, "seed", least=0)
-        rates = "learning_rate lora_learning_rate lora_alpha"
-        check(self, rates, "positive and finite", lambda x: 0 < x < math.inf)
-        check_fractions(self, "momentum warmup_fraction")
+        check_at_least(self, ("ranks", "updates", "batch_size", "micro_batches"))
+        check_at_least(self, ("resample_every", "eval_every", "eval_examples"))
+        check_at_least(self, ("checkpoint_every",))
+        check_at_least(self, ("seed",), least=0)
+        positive = ("learning_rate", "lora_learning_rate", "lora_alpha")
+        check(self, positive, "positive and finite", lambda x: 0 < x < math.inf)
+        check_fractions(self, ("momentum", "warmup_fraction"))
         for name in ("methods", "ranks"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
@@ -163,23 +165,25 @@ class Run:
         for name, value in dataclasses.asdict(self.config).items():
             if isinstance(value, dict):
                 fields |= {f"{name}.{key}": part for key, part in value.items()}
-            elif name not in _NOT_PART_OF_A_RUN.split():
+            elif name not in _NOT_PART_OF_A_RUN:
                 is_path = isinstance(value, pathlib.Path)
                 fields[name] = str(value) if is_path else value
         flags = {flag(name): value for name, value in fields.items()}
         return flags | {"method": self.name, "rank": self.rank}
 
 
-def check(config: Any, names: str, wanted: str, is_right: Callable[..., bool]) -> None:
+def check(
+    config: Any, names: Iterable[str], wanted: str, is_right: Callable[..., bool]
+) -> None:
     """Refuses values, or members of a tuple of values.
 
     Args:
         config: the settings.
-        names: the fields, separated by spaces; None is left alone.
+        names: the fields; a value of None is not checked.
         wanted: what they must be, in words.
         is_right: whether a value is that.
     """
-    for name in names.split():
+    for name in names:
         value = getattr(config, name)
         for item in value if isinstance(value, tuple) else (value,):
             if item is not None and not is_right(item):
@@ -196,22 +200,38 @@ def check_choices(config: Any) -> None:
         if get_origin(one_of) is Literal:
             choices = get_args(one_of)
             wanted = f"one of {', '.join(choices)}"
-            check(config, name, wanted, choices.__contains__)
+            check(config, (name,), wanted, choices.__contains__)
 
 
-def check_some(config: Any, names: str) -> None:
-    """Refuses tuples, of which the names are separated by spaces, that are empty."""
-    for name in names.split():
+def check_some(config: Any, names: Iterable[str]) -> None:
+    """Refuses tuples that are empty.
+
+    Args:
+        config: the settings.
+        names: the fields.
+    """
+    for name in names:
         if not getattr(config, name):
             raise ConfigError(f"`{flag(name)}` must name at least one, got none")
 
 
-def check_at_least(config: Any, names: str, least: int = 1) -> None:
-    """Refuses numbers that are too small; see `check`."""
+def check_at_least(config: Any, names: Iterable[str], least: int = 1) -> None:
+    """Refuses numbers that are too small.
+
+    Args:
+        config: the settings.
+        names: the fields; a value of None is not checked.
+        least: the smallest number that is accepted.
+    """
     wanted = f"at least {least}" if least else "non-negative"
     check(config, names, wanted, lambda x: x >= least)
 
 
-def check_fractions(config: Any, names: str) -> None:
-    """Refuses numbers outside [0, 1); see `check`."""
+def check_fractions(config: Any, names: Iterable[str]) -> None:
+    """Refuses numbers outside [0, 1).
+
+    Args:
+        config: the settings.
+        names: the fields; a value of None is not checked.
+    """
     check(config, names, "in [0, 1)", lambda x: 0 <= x < 1)

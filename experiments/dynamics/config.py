@@ -58,6 +58,8 @@ class Config:
         Raises:
             ConfigError: naming the argument, its value, and what to give instead.
         """
-        check_at_least(self, "updates rank")
+        check_at_least(self, ("updates", "rank"))
         if not self.sgd_learning_rates:
-            raise ConfigError("`--sgd-learning-rates` names none; 0.01 is one")
+            raise ConfigError(
+                "`--sgd-learning-rates` is empty; give at least one, for example 0.01"
+            )

@@ -76,15 +76,16 @@ class Config(config.JobConfig):
         """Refuses settings that make no sense, see `JobConfig.validate`."""
         super().validate()
         # A token and the end.
-        config.check_at_least(self, "source_length target_length", least=2)
-        config.check_at_least(self, "decode_examples beams")
-        config.check_at_least(self, "samples", least=0)
-        config.check_fractions(self, "dropout")
+        config.check_at_least(self, ("source_length", "target_length"), least=2)
+        config.check_at_least(self, ("decode_examples", "beams"))
+        config.check_at_least(self, ("samples",), least=0)
+        config.check_fractions(self, ("dropout",))
 
 
 _PHRASES = Config(dataset="phrases", source_length=32)
-# The paper's: accumulation of 16, Adafactor's defaults, rates and ranks by size. Its
-# batch sizes and numbers of updates are not known here: those below are a choice.
+# The paper's: accumulation of 16, Adafactor's defaults, learning rates and ranks by
+# size. Its batch sizes and numbers of updates are not known here: those below are a
+# choice.
 _T5_SMALL = Config(
     dataset="xsum",
     model="t5-small",

@@ -41,7 +41,7 @@ class Config:
             ConfigError: naming the argument, its value, and what to give instead.
         """
         config.check_choices(self)
-        config.check_at_least(self, "ranks blocks batch_size length")
-        config.check_at_least(self, "rounds", least=2)  # For a median and quartiles.
-        config.check_some(self, "models ranks projections")
+        config.check_at_least(self, ("ranks", "blocks", "batch_size", "length"))
+        config.check_at_least(self, ("rounds",), least=2)  # For a median and quartiles.
+        config.check_some(self, ("models", "ranks", "projections"))
         check_context(self.models, "`--length`", self.length)

@@ -45,7 +45,7 @@ class Config:
         """
         for name in ("ranks", "learning_rates", "seeds"):
             if not getattr(self, name):
-                raise ConfigError(f"`{flag(name)}` names none; give one")
+                raise ConfigError(f"`{flag(name)}` is empty; give at least one")
         self.job().validate()
 
     def job(self) -> MainConfig:
@@ -53,8 +53,8 @@ class Config:
 
         Updates are linear in the learning rate, which is an argument of the step.
         """
-        names = "ranks updates batch_size eval_every eval_examples model"
-        names += " data_dir corpus_dir"
-        shared = {name: getattr(self, name) for name in names.split()}
+        names = ("ranks", "updates", "batch_size", "eval_every", "eval_examples")
+        names += ("model", "data_dir", "corpus_dir")
+        shared = {name: getattr(self, name) for name in names}
         own = {"learning_rate": 1.0, "micro_batches": 1}
         return MainConfig(methods=("full_momentum",), **own, **shared)

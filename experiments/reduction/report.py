@@ -12,19 +12,20 @@ _TITLES = {
     "sketch": "sketches",
     "feedback": "sketches, error feedback",
 }
-_VARIED = "way rank learning_rate seed validation_loss curve bytes_all_reduced"
+_VARIED = ("way", "rank", "learning_rate", "seed")
+_VARIED += ("validation_loss", "curve", "bytes_all_reduced")
 
 
 def write(path: pathlib.Path) -> None:
-    """Writes the table (.md) and the picture (.png) beside the runs."""
+    """Writes the table (.md) and the picture (.png) next to the runs."""
     best = _best(read_rows(path))
-    whole = _bytes(best[0])
+    uncompressed = _bytes(best[0])
     columns = {
         "averaged": _title,
         "learning rate": lambda rows: f"{rows[0]['learning_rate']:g}",
         "seeds": len,
         "bytes all-reduced per update": lambda rows: f"{_bytes(rows):,}",
-        "fraction": lambda rows: f"{_bytes(rows) / whole:.3f}",
+        "fraction": lambda rows: f"{_bytes(rows) / uncompressed:.3f}",
         "validation loss": lambda rows: report.written(_losses(rows)),
     }
     path.with_suffix(".md").write_text(report.markdown(columns, best))
@@ -48,12 +49,12 @@ def _best(rows: list[Row]) -> list[list[Row]]:
 
     Rows of other settings than those of the last one are left out.
     """
-    shared = {name: x for name, x in rows[-1].items() if name not in _VARIED.split()}
+    shared = {name: x for name, x in rows[-1].items() if name not in _VARIED}
     rows = [row for row in rows if shared.items() <= row.items()]
     best = []
     for mine in report.grouped(rows, "way", "rank").values():
-        rates = report.grouped(mine, "learning_rate").values()
-        best.append(min(rates, key=lambda x: report.mean_and_error(_losses(x))))
+        runs = report.grouped(mine, "learning_rate").values()
+        best.append(min(runs, key=lambda x: report.mean_and_error(_losses(x))))
     return best
 
 

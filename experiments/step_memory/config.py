@@ -55,7 +55,9 @@ class Config:
             ConfigError: naming the argument, its value, and what to give instead.
         """
         config.check_choices(self)
-        config.check_at_least(self, "ranks batch_size source_length target_length")
-        config.check_some(self, "models methods ranks")
+        config.check_at_least(
+            self, ("ranks", "batch_size", "source_length", "target_length")
+        )
+        config.check_some(self, ("models", "methods", "ranks"))
         flags = "`--source-length` and `--target-length` together"
         check_context(self.models, flags, self.source_length + self.target_length)

@@ -39,5 +39,5 @@ class Config:
         Raises:
             ConfigError: naming the argument, its value, and what to give instead.
         """
-        check_at_least(self, "rounds", least=2)  # For a median and quartiles.
-        check_at_least(self, "ranks other_ranks")
+        check_at_least(self, ("rounds",), least=2)  # For a median and quartiles.
+        check_at_least(self, ("ranks", "other_ranks"))
