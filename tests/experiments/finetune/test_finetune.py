@@ -151,17 +151,21 @@ def test_same_command_goes_on(data_dir, tmp_path):
     assert other["validation_loss"] != row["validation_loss"]
 
 
+def test_a_checkpoint_without_its_tokenizer(tmp_path):
+    config = dataclasses.replace(TINY, checkpoint=tmp_path)
+    with pytest.raises(ConfigError, match=r"has no spiece.model; fetch it .* or give"):
+        prepare_module._vocabulary(config, prepare_module._TINY[config.model], {})
+
+
 @pytest.mark.full
 def test_from_a_checkpoint(data_dir, tmp_path):
     """Loads what transformers would, and refuses a vocabulary that does not fit."""
     config = dataclasses.replace(TINY, data_dir=data_dir, output_dir=tmp_path / "out")
     prepared = prepare(config)
     save(prepared.params, prepared.model, tmp_path)
-    missing = dataclasses.replace(config, checkpoint=tmp_path)
-    with pytest.raises(ConfigError, match=r"has no spiece.model; fetch it .* or give"):
-        prepare(missing)
     prepared.vocabulary.save(tmp_path)
-    loaded = prepare(missing)
+    checkpoint = dataclasses.replace(config, checkpoint=tmp_path)
+    loaded = prepare(checkpoint)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, prepared.params)
     assert loaded.model == prepared.model
     tokens = np.arange(1, 11).reshape(2, 5)
@@ -172,7 +176,7 @@ def test_from_a_checkpoint(data_dir, tmp_path):
     small = dataclasses.replace(prepared.model, vocab_size=prepared.vocabulary.size - 1)
     save(create(small, 0)[1], small, tmp_path)
     with pytest.raises(ConfigError, match="tokens and `--checkpoint` .* only "):
-        prepare(missing)
+        prepare(checkpoint)
 
 
 FLAGS = (

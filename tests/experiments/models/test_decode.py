@@ -121,10 +121,3 @@ def test_refused_arguments(case):
         decode.beam(graphdef, params, batch, length=-1, eos=1, pad=0, beams=2)
     with pytest.raises(ValueError, match="`beams` must be at least 1, got 0"):
         decode.beam(graphdef, params, batch, length=2, eos=1, pad=0, beams=0)
-
-
-def test_prompt_and_tokens_must_fit_the_context():
-    config = CONFIGS["gpt2"]
-    model = build.create(config, 0)
-    with pytest.raises(ValueError, match="`length` must leave .* at most 17 fit"):
-        decode.greedy(*model, prompts_of(config), length=18, eos=1, pad=0)

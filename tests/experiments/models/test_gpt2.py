@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.models import build
+from experiments.models import build, decode
 from experiments.models.config import GPT2Config
-from tests.experiments.models.tiny import GPT2, by_path, randomized
+from tests.experiments.models.tiny import GPT2, by_path, prompts_of, randomized
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +120,8 @@ def test_losses_are_cross_entropies(model):
     expected = np.average(log_sums - chosen, weights=weights)
     assert float(build.mean_loss(*model, batch)) == pytest.approx(expected, rel=1e-5)
     assert build.mean_loss(*model, batch | {"weights": 0 * weights}) == 0
+
+
+def test_prompt_and_tokens_must_fit_the_context(model):
+    with pytest.raises(ValueError, match="`length` must leave .* at most 17 fit"):
+        decode.greedy(*model, prompts_of(GPT2), length=18, eos=1, pad=0)
