@@ -17,7 +17,7 @@ _METRICS = {
 
 
 def write(path: pathlib.Path) -> None:
-    """Writes the table (.md) and the picture (.png) beside the runs."""
+    """Writes the table (.md) and the picture (.png) next to the runs."""
     results = read(path)
     path.with_suffix(".md").write_text(table(results))
     draw(results, path.with_suffix(".png"))

@@ -18,7 +18,7 @@ def stability_limit(decay: float, rank: int, width: int) -> float:
 
 
 def write(path: pathlib.Path) -> None:
-    """Writes the table (.md) and the picture (.png) beside the runs.
+    """Writes the table (.md) and the picture (.png) next to the runs.
 
     The picture has "never" at the right, and the stability limit. All runs are of one
     rank, whose limit it is.

@@ -125,9 +125,9 @@ class Checkpoints:
         self._manager.wait_until_finished()
         if processes.is_first():
             path = self.folder / str(update)
-            whole = path / f"{_CHECKSUMS}.tmp"
-            whole.write_text(json.dumps(contents(path), indent=1))
-            whole.replace(path / _CHECKSUMS)
+            temporary = path / f"{_CHECKSUMS}.tmp"
+            temporary.write_text(json.dumps(contents(path), indent=1))
+            temporary.replace(path / _CHECKSUMS)
 
     def _finish(self) -> None:
         """Waits for the save in the background; its error is raised here."""

@@ -78,23 +78,23 @@ def runs_of(config: JobConfig, data: Data) -> list[Run]:
 
 
 def train(runs: Sequence[Run], data: Data, console: Console) -> list["Training"]:
-    """Lets runs take turns, an update each, so that all see the same machine."""
+    """Trains in turns, one update each, so that other load slows all runs equally."""
     with display.bars(console) as bars, contextlib.ExitStack() as stack:
-        trainings = []
+        started = []
         for run in runs:
-            trainings.append(Training(run, data, bars))
-            stack.callback(trainings[-1].close)
+            started.append(Training(run, data, bars))
+            stack.callback(started[-1].close)
         config = runs[0].config
         for number in range(1, (config.stop_after or config.updates) + 1):
-            for training in trainings:
+            for training in started:
                 training.advance(number)
-    return trainings
+    return started
 
 
 class Training:
     """A run that advances by one update when it is told to.
 
-    So several can take turns, and what else the machine does slows all of them alike.
+    So several can take turns, and other load on the machine slows all of them equally.
     """
 
     def __init__(self, run: Run, data: Data, bars: Progress):
@@ -216,7 +216,7 @@ class Training:
 
     def _check_finite(self, row: records.Row, loss: float) -> None:
         if not math.isfinite(loss):
-            lora = "lora-" * self.run.method.adapters
+            lora = "lora-" if self.run.method.adapters else ""
             raise NonFiniteLossError(
                 f"{self.run.title}: the loss is {loss} at update {row['update']}, "
                 f"learning rate {row['learning_rate']:.3g}; lower "

@@ -26,8 +26,8 @@ class LoRALinear(nnx.Module):
         *stack, n, m = base.kernel.shape
         self.base = base
         self.scale = scale
-        draw = jax.random.normal(key, (*stack, n, rank), jnp.float32)
-        self.lora_a = nnx.Param(draw / n**0.5)
+        sample = jax.random.normal(key, (*stack, n, rank), jnp.float32)
+        self.lora_a = nnx.Param(sample / n**0.5)
         self.lora_b = nnx.Param(jnp.zeros((*stack, rank, m), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -40,7 +40,7 @@ class LoRALinear(nnx.Module):
 def add(
     graphdef: nnx.GraphDef, params: Params, rank: int, alpha: float, seed: int
 ) -> tuple[nnx.GraphDef, Params]:
-    """Puts an adapter beside every attention and feed-forward matrix.
+    """Adds an adapter to every attention and feed-forward matrix.
 
     Args:
         graphdef: the model's static part.
@@ -71,7 +71,7 @@ def divide(params: Params, *, tune_rest: bool) -> tuple[Params, Params]:
 
     Args:
         params: of a model with adapters.
-        tune_rest: train biases, norms, embeddings and the head beside the adapters.
+        tune_rest: train biases, norms, embeddings and the head along with the adapters.
     """
     trained, frozen = {}, {}
     for path, leaf in traverse_util.flatten_dict(params).items():

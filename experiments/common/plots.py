@@ -65,7 +65,7 @@ def points(
 ) -> None:
     """Draws means over seeds with their standard errors.
 
-    A single seed has no error bar and is drawn hollow.
+    A single seed has no error bar and has a hollow marker.
 
     Args:
         axes: the panel.

@@ -48,9 +48,9 @@ def _line(row: Row) -> str:
 def write_rows(path: pathlib.Path, rows: list[Row]) -> None:
     """Writes a JSON-lines file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_suffix(".tmp")
-    whole.write_text("".join(map(_line, rows)))
-    whole.replace(path)  # a kill leaves the old rows or the new ones
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(map(_line, rows)))
+    temporary.replace(path)  # a kill leaves the old rows or the new ones
 
 
 def read_rows(path: pathlib.Path) -> list[Row]:

@@ -67,11 +67,11 @@ def measure(
     leaves = map(jax.tree.leaves, (params, buffer))
     parts = zip(leaf_plans(params, sketch), *leaves, strict=True)
     compressible = [
-        (plan, whole.nbytes, kept.nbytes)
-        for plan, whole, kept in parts
+        (plan, full.nbytes, kept.nbytes)
+        for plan, full, kept in parts
         if plan.dense_reason is None
     ]
-    in_full = sum(whole for _, whole, _ in compressible)
+    in_full = sum(full for _, full, _ in compressible)
     in_state = sum(kept for _, _, kept in compressible)
     return sizes | {
         "buffer_bytes": tree_bytes(buffer),
@@ -79,6 +79,6 @@ def measure(
         "matrix_bytes_in_full": in_full,
         "kept": str(fractions.Fraction(in_state, in_full)),
         "rank_over_width": all(
-            kept * plan.width == whole * plan.rank for plan, whole, kept in compressible
+            kept * plan.width == full * plan.rank for plan, full, kept in compressible
         ),
     }

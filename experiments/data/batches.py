@@ -47,6 +47,9 @@ class Layout:
     def encoder_decoder(self, pairs: Sequence[Pair]) -> list[Example]:
         """Returns the examples of a model such as T5.
 
+        Args:
+            pairs: sources and targets as text, one pair for each example.
+
         Returns:
             int32 "source" (S,) and "target" (T,), right-padded; both end in `eos`.
         """
@@ -62,6 +65,9 @@ class Layout:
 
     def decoder_only(self, pairs: Sequence[Pair]) -> list[Example]:
         """Returns the examples of a model such as GPT-2.
+
+        Args:
+            pairs: sources and targets as text, one pair for each example.
 
         Returns:
             int32 "tokens" (L + 1,), right-padded, of which all but the last are inputs
@@ -85,6 +91,9 @@ class Layout:
 
     def prompts(self, pairs: Sequence[Pair]) -> list[Example]:
         """Returns what a decoder-only model continues with the target.
+
+        Args:
+            pairs: of which the sources are read, one for each example.
 
         Returns:
             int32 "prompt" (S,), left-padded so that all prompts end at the same place;

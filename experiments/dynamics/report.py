@@ -11,7 +11,7 @@ from experiments.common.methods import METHODS
 
 
 def write(path: pathlib.Path) -> None:
-    """Writes the tables (.md), cosine.png and spectra.png beside the data."""
+    """Writes the tables (.md), cosine.png and spectra.png next to the data."""
     results = json.loads(path.read_text())
     traces, spectra = results["traces"], results["spectra"]
     tables = report.markdown(_TRACES, traces), report.markdown(_SPECTRA, spectra)

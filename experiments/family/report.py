@@ -9,7 +9,7 @@ from experiments.sweep.results import Result, finished, read
 
 
 def write(path: pathlib.Path) -> None:
-    """Writes the table (.md) and the picture (.png) beside the runs."""
+    """Writes the table (.md) and the picture (.png) next to the runs."""
     results = read(path)
     path.with_suffix(".md").write_text(table(results))
     draw(results, path.with_suffix(".png"))

@@ -66,13 +66,13 @@ def write(rows: Rows, folder: pathlib.Path, console: Console) -> None:
 
 def _markdown(rows: Rows, headline: str, checks: Sequence[str]) -> str:
     lines = "".join(f"- {line}\n" for line in checks)
-    rates = ", ".join(f"{row['title']} {row['learning_rate']:g}" for row in rows)
+    peaks = ", ".join(f"{row['title']} {row['learning_rate']:g}" for row in rows)
     return f"""# {headline}
 
 {markdown(_COLUMNS, rows)}
 {_LEGEND}
 
-{lines}- Peak learning rates: {rates}.
+{lines}- Peak learning rates: {peaks}.
 - The runs took turns, an update each: what else the machine did slowed all alike.
 - Each (micro-)step still forms the full gradient, {rows[0]["trained_bytes"]:,} bytes
   for a moment; what is compressed lives on between the steps.

@@ -55,8 +55,8 @@ def run(config: Config) -> list[records.Row]:
         f"Corpus: {len(data.train):,} packed training examples of {data.tokens} "
         f"tokens, ready in {time.perf_counter() - started:.1f} s",
     )
-    trainings = loop.train(loop.runs_of(config, data), data, console)
-    rows = [each.result() for each in trainings if each.done == config.updates]
+    trained = loop.train(loop.runs_of(config, data), data, console)
+    rows = [each.result() for each in trained if each.done == config.updates]
     if not rows:
         console.print(
             f"Stopped after {config.stop_after} of {config.updates} updates; the same "

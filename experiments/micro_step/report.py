@@ -10,7 +10,7 @@ from experiments.common.records import Row
 
 
 def write(path: pathlib.Path) -> None:
-    """Writes the table (.md) and the picture (.png) beside the data."""
+    """Writes the table (.md) and the picture (.png) next to the data."""
     content = json.loads(path.read_text())
     path.with_suffix(".md").write_text(report.markdown(_COLUMNS, content["rows"]))
     title = f"{timing.machine_title(content['machine'])}; medians"

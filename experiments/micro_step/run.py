@@ -22,7 +22,7 @@ from experiments.micro_step.config import Config
 from experiments.models.build import create, mean_loss
 from experiments.models.config import PUBLISHED, T5Config
 
-_VOCABULARY = 257  # So that embedding and head are next to nothing beside a block.
+_VOCABULARY = 257  # So that embedding and head are small compared with a block.
 _CYCLE = 1000  # Micro-steps; none of those that are timed is the last of one.
 
 

@@ -76,7 +76,7 @@ def measure(config: Config, model: str, name: str, rank: int | None) -> records.
     jitted = jax.jit(accumulate, donate_argnums=2)
     micro = jitted.lower(trained, frozen, acc, batch).compile()
     jitted = jax.jit(apply, donate_argnums=(0, 1, 2))
-    whole = jitted.lower(trained, opt_state, acc).compile()
+    apply_step = jitted.lower(trained, opt_state, acc).compile()
     frozen_bytes, state_bytes = tree_bytes(frozen), tree_bytes(opt_state)
     return {
         "model": model,
@@ -89,8 +89,8 @@ def measure(config: Config, model: str, name: str, rank: int | None) -> records.
         # What a step does not take lies in memory all the same.
         "accumulate_step": step_bytes(micro) + state_bytes,
         "accumulate_temporaries": micro.memory_analysis().temp_size_in_bytes,
-        "apply_step": step_bytes(whole) + frozen_bytes,
-        "apply_temporaries": whole.memory_analysis().temp_size_in_bytes,
+        "apply_step": step_bytes(apply_step) + frozen_bytes,
+        "apply_temporaries": apply_step.memory_analysis().temp_size_in_bytes,
     }
 
 

@@ -1,1 +1,1 @@
-"""How long an optimizer step takes, beside the peers and beside the floor."""
+"""How long an optimizer step takes, compared with peers and with the floor."""

@@ -18,7 +18,7 @@ _TICKS = [x * 10**k for k in range(6) for x in (1, 3)]
 
 
 def write(path: pathlib.Path) -> None:
-    """Writes the table (.md) and the picture (.png) beside the data."""
+    """Writes the table (.md) and the picture (.png) next to the data."""
     result = json.loads(path.read_text())
     path.with_suffix(".md").write_text(table(result["steps"]))
     _draw(result, path.with_suffix(".png"))
