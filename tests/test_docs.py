@@ -20,6 +20,9 @@ DOCUMENTS = [
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "experiments/README.md",
+    *sorted(
+        str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/*/README.md")
+    ),
 ]
 
 
