@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key
 from flora_jax.sketched_grad.planner import Planner
 from flora_jax.sketched_grad.program import Fallback, LeafProjections, Program
-from flora_jax.sketched_grad.rules import SketchRequest
+from flora_jax.sketched_grad.rewrites import SketchRequest
 from flora_jax.sketching.sketch import Sketch, SketchCycle, resolve
 from flora_jax.sketching.sketcher import SketchedGradients, Sketcher
 from flora_jax.transforms import accumulation, momentum
@@ -63,7 +64,7 @@ def find_source(state: PyTree) -> ProjectionSource:
         SketchCycle.
 
     Raises:
-      TypeError: if something cast the state's key.
+      TypeError: if the state's key was cast to another dtype.
       ValueError: if there is none, or more than one.
     """
     if isinstance(state, SketchCycle):
@@ -173,6 +174,14 @@ class _TracedGradient(NamedTuple):
         return reports
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Static:
+    """What a traced function returns beside arrays; compared by identity."""
+
+    value: PyTree
+
+
 def _trace(
     fun: Callable[..., Any],
     sketcher: Sketcher,
@@ -188,30 +197,39 @@ def _trace(
             f" for {len(args)} of them; pass what is differentiated by position"
         )
     gradient = jax.value_and_grad(fun, argnums, has_aux)
-    values = []
 
     def of_params(*params: Any) -> Any:
         full = list(args)
         for i, value in zip(places, params, strict=True):
             full[i] = value
         value, grads = gradient(*full, **kwargs)
+        leaves, treedef = jax.tree.flatten(value)
+        arrays = [x for x in leaves if isinstance(x, jax.Array)]
         # What else a function returns is handed back as it is.
-        values.append(
-            jax.tree.map(lambda x: _ARRAY if isinstance(x, jax.Array) else x, value)
-        )
-        return [x for x in jax.tree.leaves(value) if isinstance(x, jax.Array)], grads
+        others = [_ARRAY if isinstance(x, jax.Array) else x for x in leaves]
+        return arrays, _Static(jax.tree.unflatten(treedef, others)), grads
 
     params = [args[i] for i in places]
-    closed, (arrays, grads) = jax.make_jaxpr(of_params, return_shape=True)(*params)
+    closed, returned = jax.make_jaxpr(of_params, return_shape=True)(*params)
+    arrays, value, grads = returned
     like, grad_tree = jax.tree.flatten(grads)
     plans = sketcher.plan(grads)
     requests = [_request(i, plan) for i, plan in enumerate(plans)]
+    # The value's arrays come first among the outputs, and are wanted as they are.
     program = Planner().plan(closed, list(enumerate([None] * len(arrays) + requests)))
-    traced = program, jax.tree.leaves(params), values[-1], tuple(like)
-    return _TracedGradient(*traced, grad_tree, plans, requests)
+    return _TracedGradient(
+        program=program,
+        params=jax.tree.leaves(params),
+        value=value.value,
+        like=tuple(like),
+        grad_tree=grad_tree,
+        plans=plans,
+        requests=requests,
+    )
 
 
 def _request(leaf: int, plan: LeafPlan) -> SketchRequest | None:
+    # Rules move axes through reshapes, in which axes of size 1 come and go.
     axes = tuple(a for a in plan.sketched_axes if plan.shape[a] != 1)
     return None if plan.dense else SketchRequest(leaf, axes)
 
@@ -220,6 +238,7 @@ def _state_shaped(plan: LeafPlan, request: SketchRequest | None, x: Any) -> Any:
     """The sketch with r where the state has it, on the largest sketched axis."""
     if request is None:
         return x
+    # A sketch has r on its first sketched axis and 1 on the others: a swap moves it.
     largest = max(plan.sketched_axes, key=plan.shape.__getitem__)
     return x.swapaxes(request.axes[0], largest)
 
@@ -244,12 +263,12 @@ def sketched_value_and_grad(
     where it begins: through transposes, casts, sums of several uses, jit, scan, cond
     and rematerialization. Where something else stands in between, the value there is
     computed in full and sketched: the result is the same, to rounding.
-    :func:`explain_sketched_gradients` tells which leaves that are.
+    :func:`explain_sketched_gradients` reports which leaves those are.
 
     Key and cycle are read from the state, which has to be one of the transformation
-    that is given the sketches. A state of another key or another sketch makes the loss
-    and all gradients NaN: that is known only once the state has values. Sketches that
-    are given to a transformation with another sketch raise there.
+    that is given the sketches. A state with a different key or sketch makes the loss
+    and all gradients NaN, as the key is known only at run time. ``update`` raises if it
+    is given gradients that were sketched with a different sketch.
 
     Call it inside of ``jax.jit``: it traces the function each time that it is called.
     ``optax.masked``, ``partition`` and ``apply_if_finite`` map over the gradients' tree

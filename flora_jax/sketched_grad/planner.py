@@ -9,28 +9,26 @@ parameter in the sketch's shape, since the cotangent of a value has that value's
 Backwards differentiation has already followed everything; a rule moves one sketch
 through one linear equation, and what no rule knows is computed as it stands.
 
-The sketches of the outputs of calls, branches and loops are made in their bodies. Each
-is planned as its body is: what the body's program takes of its inputs, sketches or
-values, is what the equation reads.
+Calls, branches and loops are planned in ``control_flow``, which calls the planner again
+for their bodies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-import jax
 from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-from flora_jax.sketched_grad import rules
-from flora_jax.sketched_grad.linear_rules import RULES
-from flora_jax.sketched_grad.program import Fallback, LeafProjections, Program, Step
-from flora_jax.sketched_grad.rules import Operand, SketchRequest, Slot, shape_of
+from flora_jax.sketched_grad import control_flow, rewrites
+from flora_jax.sketched_grad.program import Fallback, Program, Step
+from flora_jax.sketched_grad.rewrites import Operand, SketchRequest, Slot, shape_of
+from flora_jax.sketched_grad.rules import RULES
 
-# What is wanted of each variable, in the order in which it was asked for.
-Requests: TypeAlias = dict[rules.Atom, dict[SketchRequest | None, None]]
-Plan: TypeAlias = Callable[[Any, Sequence[Slot]], Program]  # Planner.plan
+# What is wanted of each variable, in the order in which it was asked for: a dict, since
+# the order of a set could differ between processes, and with it the compiled program.
+Requests: TypeAlias = dict[rewrites.Atom, dict[SketchRequest | None, None]]
 
 
 class Planner:
@@ -45,7 +43,7 @@ class Planner:
 
         Args:
           body: the jaxpr, closed if it has constants.
-          wanted: numbers of outputs, with a sketch or None for the value itself.
+          wanted: indices of outputs, with a sketch or None for the value itself.
 
         Returns:
           The program; its outputs are in the order of ``wanted``.
@@ -55,13 +53,13 @@ class Planner:
         # nested loops would multiply.
         key = body, tuple(wanted)
         if key not in self._programs:
-            self._programs[key] = self._planned(*rules.opened(body), wanted)
+            self._programs[key] = self._planned(*rewrites.opened(body), wanted)
         return self._programs[key]
 
     def _planned(
         self, jaxpr: Jaxpr, consts: Sequence[Any], wanted: Sequence[Slot]
     ) -> Program:
-        flow, steps, fallbacks = rules.DataFlow(jaxpr, RULES), [], []
+        flow, steps, fallbacks = rewrites.DataFlow(jaxpr, RULES), [], []
         requests: Requests = {}
         constants = {*jaxpr.constvars}
 
@@ -70,11 +68,18 @@ class Planner:
                 if not isinstance(atom, Literal) and atom not in constants:
                     requests.setdefault(atom, {})[request] = None
                 elif request is not None:
-                    why = "constant", shape_of(atom), "it is a constant"
-                    fallbacks.append(Fallback(request.leaf, *why))
+                    fallback = Fallback(
+                        leaf=request.leaf,
+                        primitive="constant",
+                        shape=shape_of(atom),
+                        reason="it is a constant",
+                    )
+                    fallbacks.append(fallback)
 
         outputs: list[Operand] = [(jaxpr.outvars[i], request) for i, request in wanted]
         read(outputs)
+        # Backwards: when an equation is reached, all readers of its outputs are
+        # planned, so that the requests for them are complete.
         for eqn in reversed(jaxpr.eqns):
             slots = _slots(eqn.outvars, requests)
             for step in self._equation(eqn, slots, flow):
@@ -85,53 +90,65 @@ class Planner:
         return Program(inputs, steps[::-1], outputs, fallbacks, jaxpr, consts)
 
     def _equation(
-        self, eqn: JaxprEqn, wanted: list[Slot], flow: rules.DataFlow
+        self, eqn: JaxprEqn, wanted: list[Slot], flow: rewrites.DataFlow
     ) -> list[Step]:
         """The steps that compute what is wanted of an equation, the last one first."""
         name, steps = eqn.primitive.name, []
-        in_body = (
-            plan_call if rules.called_body(eqn) is not None else _IN_BODY.get(name)
-        )
+        body_plan = control_flow.BODY_PLANS.get(name)
+        if rewrites.called_body(eqn) is not None:
+            body_plan = control_flow.plan_call
+        # What the equation itself, or its body, has to compute: each request once.
         evaluated: dict[Slot, None] = {}
         for index, request in wanted:
             if request is None:
                 evaluated[index, None] = None
                 continue
-            out, fallbacks = eqn.outvars[index], []
-            found = None  # Where a body sketches its own outputs.
-            if rules.is_explicit(getattr(out.aval, "sharding", None)):
-                found = "it lies on a mesh with Explicit axes"
-            elif in_body is None:
+            out = eqn.outvars[index]
+            rewrite: rewrites.Rewrite | None = None
+            reason: str | None = None  # Why the output is computed in full.
+            if rewrites.is_explicit(getattr(out.aval, "sharding", None)):
+                # There each operation of a rule would have to name an output sharding.
+                reason = "it lies on a mesh with Explicit axes"
+            elif body_plan is control_flow.plan_scan:
+                reason = control_flow.why_not_in_loop(eqn, index, request, self.plan)
+            elif body_plan is None:
                 found = flow.rewrite(eqn, index, request)
-            elif in_body is plan_scan:
-                found = why_not_in_loop(eqn, index, request, self.plan)
-            if isinstance(found, str):
-                fallbacks.append(Fallback(request.leaf, name, shape_of(out), found))
-                found = _sketch_in_full(out, request)
+                if isinstance(found, str):
+                    reason = found
+                else:
+                    rewrite = found
+            fallbacks = []
+            if reason is not None:
+                fallbacks.append(Fallback(request.leaf, name, shape_of(out), reason))
+                rewrite = _sketch_in_full(out, request)
                 evaluated[index, None] = None
-            if found is None:
+            if rewrite is None:
+                # A body that sketches its own output.
                 evaluated[index, request] = None
             else:
                 results = [(out, request)]
-                steps.append(Step(found.operands, results, found.run, fallbacks))
-        if in_body and any(request is not None for _, request in evaluated):
-            steps.append(in_body(eqn, list(evaluated), self.plan))
+                steps.append(Step(rewrite.operands, results, rewrite.run, fallbacks))
+        # Appended last, and so run first: a fallback above reads what this computes.
+        if body_plan and any(request is not None for _, request in evaluated):
+            steps.append(body_plan(eqn, list(evaluated), self.plan))
         elif evaluated or eqn.effects:
             steps.append(_unchanged(eqn, list(evaluated), flow.jaxpr))
         return steps
 
 
-def _slots(variables: Sequence[rules.Atom], requests: Requests) -> list[Slot]:
-    """What is wanted of some variables, by their numbers."""
+def _slots(variables: Sequence[rewrites.Atom], requests: Requests) -> list[Slot]:
+    """What is wanted of some variables, by their indices."""
     return [(i, r) for i, v in enumerate(variables) for r in requests.get(v, ())]
 
 
-def _sketch_in_full(atom: rules.Atom, request: SketchRequest) -> rules.Rewrite:
-    return rules.Rewrite([(atom, None)], lambda s, value: s.sketch(value, request))
+def _sketch_in_full(atom: rewrites.Atom, request: SketchRequest) -> rewrites.Rewrite:
+    return rewrites.Rewrite([(atom, None)], lambda s, value: s.sketch(value, request))
 
 
 def _unchanged(eqn: JaxprEqn, wanted: list[Slot], jaxpr: Jaxpr) -> Step:
     """A step that evaluates an equation as it is."""
+    # As a jaxpr of one equation: eval_jaxpr knows how to bind every primitive, also
+    # those whose parameters hold functions or jaxprs.
     reads = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, Literal)))
     writes = [eqn.outvars[i] for i, _ in wanted]
     alone = jaxpr.replace(
@@ -142,151 +159,3 @@ def _unchanged(eqn: JaxprEqn, wanted: list[Slot], jaxpr: Jaxpr) -> Step:
         [(v, None) for v in writes],
         lambda _, *values: eval_jaxpr(alone, (), *values),
     )
-
-
-def plan_call(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
-    """A call of a body that runs once: the body's program in its place.
-
-    What a rematerialized body reads stays behind the barrier that keeps XLA from
-    sharing its results with the forward pass.
-    """
-    program = plan(rules.called_body(eqn), wanted)
-    barrier: Any = eqn.params.get("differentiated") and eqn.params["prevent_cse"]
-    if not isinstance(barrier, tuple):
-        barrier = (barrier,) * len(eqn.invars)
-    hidden = [k for k, (i, _) in enumerate(program.inputs) if barrier[i]]
-    return Step(
-        [(eqn.invars[i], request) for i, request in program.inputs],
-        _results(eqn, wanted),
-        lambda s, *values: program.run(s, _behind_barrier(values, hidden)),
-        program.fallbacks,
-    )
-
-
-def _results(eqn: JaxprEqn, wanted: Sequence[Slot]) -> list[Operand]:
-    return [(eqn.outvars[i], request) for i, request in wanted]
-
-
-def _behind_barrier(values: Sequence[Any], places: list[int]) -> list[Any]:
-    """The values, those at some places behind one barrier that waits for them all."""
-    groups: dict[Any, list[int]] = {}
-    for k in places:
-        # In a shard_map what has been behind a barrier differs between devices if
-        # anything there does.
-        kind = getattr(jax.typeof(values[k]), "mat", None)
-        groups.setdefault(kind, []).append(k)
-    values = list(values)
-    for members in groups.values():
-        behind = jax.lax.optimization_barrier([values[k] for k in members])
-        for k, value in zip(members, behind, strict=True):
-            values[k] = value
-    return values
-
-
-def plan_cond(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
-    """Each branch gives the same sketches."""
-    programs = [plan(branch, wanted) for branch in eqn.params["branches"]]
-    inputs = list(dict.fromkeys(slot for p in programs for slot in p.inputs))
-
-    def run(projections: LeafProjections, index: Any, *values: Any) -> list[Any]:
-        formed = projections.with_matrices(wanted)
-
-        def branch(program: Program) -> Callable[..., list[Any]]:
-            places = [inputs.index(slot) for slot in program.inputs]
-            return lambda *given: program.run(formed, [given[k] for k in places])
-
-        return jax.lax.switch(index, [branch(p) for p in programs], *values)
-
-    operands: list[Operand] = [(eqn.invars[0], None)]
-    operands += [(eqn.invars[i + 1], request) for i, request in inputs]
-    fallbacks = [fallback for p in programs for fallback in p.fallbacks]
-    return Step(operands, _results(eqn, wanted), run, fallbacks)
-
-
-def why_not_in_loop(
-    eqn: JaxprEqn, index: int, request: SketchRequest, plan: Plan
-) -> str | None:
-    """Why an output of a loop is not sketched inside of it, or None if it is."""
-    consts, carries = _counts(eqn)
-    if index >= carries:
-        stacked = 0 in request.axes
-        return "it sketches the axis that the loop stacks" if stacked else None
-    program, _ = _plan_body(eqn, [(index, request)], plan)
-    if program.fallbacks or (index + consts, None) in program.inputs:
-        return "the loop does more with it than add to it"
-    return None
-
-
-def _counts(eqn: JaxprEqn) -> tuple[int, int]:
-    """How many constants and carries a loop has, before the slices."""
-    p = eqn.params
-    if "ft_in" in p:  # From JAX 0.12 on: a tree of its arguments in three groups.
-        consts, carries, _ = p["ft_in"].unpack()
-        return len(consts), len(carries)
-    return p["num_consts"], p["num_carry"]
-
-
-def _plan_body(
-    eqn: JaxprEqn, wanted: Sequence[Slot], plan: Plan
-) -> tuple[Program, list[Slot]]:
-    """A program that returns of each carry all that it takes of it; and those."""
-    consts, carries = _counts(eqn)
-    carried = [slot for slot in wanted if slot[0] < carries]
-    stacked = [(i, _moved(request, -1)) for i, request in wanted if i >= carries]
-    while True:
-        program = plan(eqn.params["jaxpr"], [*carried, *stacked])
-        taken = [
-            (i - consts, request)
-            for i, request in program.inputs
-            if consts <= i < consts + carries
-        ]
-        more = [slot for slot in taken if slot not in carried]
-        if not more:
-            return program, carried
-        carried += more
-
-
-def _moved(request: SketchRequest | None, by: int) -> SketchRequest | None:
-    """The request for a slice of a stacked array (-1), or for the array (+1)."""
-    if request is None:
-        return None
-    return SketchRequest(request.leaf, tuple(a + by for a in request.axes))
-
-
-def plan_scan(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
-    """A loop; S is the same in each of its iterations.
-
-    A stacked output is sketched slice by slice, and a carry that the body only adds to
-    is carried as its sketch.
-    """
-    p = eqn.params
-    consts, carries = _counts(eqn)
-    program, carried = _plan_body(eqn, wanted, plan)
-    fixed = [slot for slot in program.inputs if slot[0] < consts]
-    starts = [(i + consts, request) for i, request in carried]
-    sliced = [slot for slot in program.inputs if slot[0] >= consts + carries]
-    order = [*fixed, *starts, *sliced]
-    places = [order.index(slot) for slot in program.inputs]
-    stacked = [slot for slot in wanted if slot[0] >= carries]
-
-    def run(projections: LeafProjections, *values: Any) -> list[Any]:
-        formed = projections.with_matrices(wanted)
-        a, b = len(fixed), len(fixed) + len(starts)
-
-        def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-            given = [*values[:a], *carry, *x]
-            out = program.run(formed, [given[k] for k in places])
-            return out[: len(carried)], out[len(carried) :]
-
-        start, slices = list(values[a:b]), list(values[b:])
-        settings = (p["length"], p["reverse"], p["unroll"])
-        last, stack = jax.lax.scan(body, start, slices, *settings)
-        found = dict(zip([*carried, *stacked], [*last, *stack], strict=True))
-        return [found[slot] for slot in wanted]
-
-    operands = [(eqn.invars[i], request) for i, request in [*fixed, *starts]]
-    operands += [(eqn.invars[i], _moved(request, 1)) for i, request in sliced]
-    return Step(operands, _results(eqn, wanted), run, program.fallbacks)
-
-
-_IN_BODY = {"cond": plan_cond, "scan": plan_scan}  # And plan_call.

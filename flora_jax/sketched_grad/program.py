@@ -15,15 +15,15 @@ from jax.extend.core import Jaxpr, Literal
 from flora_jax._typing import Shape
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.projections.base import DenseProjection, ObliviousProjection
-from flora_jax.sketched_grad import rules
-from flora_jax.sketched_grad.rules import Operand, SketchRequest, Slot
+from flora_jax.sketched_grad import rewrites
+from flora_jax.sketched_grad.rewrites import Operand, SketchRequest, Slot
 
 
 class Fallback(NamedTuple):
     """A value that is computed in full and then sketched.
 
     Attributes:
-      leaf: number of the parameter leaf whose gradient it is part of.
+      leaf: index of the parameter leaf whose gradient it is part of.
       primitive: what computes the value.
       shape: the value's shape.
       reason: why the sketch cannot be taken earlier.
@@ -73,7 +73,9 @@ class LeafProjections:
         """The sketch of a value, float32."""
         apply: Any = functools.partial(self._apply, request)
         sharding = jax.typeof(value).sharding
-        if rules.is_explicit(sharding):
+        if rewrites.is_explicit(sharding):
+            # JAX refuses reshapes of sharded values there. Inside auto_axes the
+            # compiler chooses; the result keeps the mesh axes of the other sides.
             names = (*sharding.spec, *[None] * (value.ndim - len(sharding.spec)))
             kept = (None if i in request.axes else x for i, x in enumerate(names))
             out = jax.NamedSharding(sharding.mesh, jax.P(*kept))
@@ -84,7 +86,7 @@ class LeafProjections:
         axes, plan = request.axes, self.plans[request.leaf]
         first, last, compress = axes[0], axes[-1], self.projection.compress
         if axes == tuple(range(first, last + 1)) and last < value.ndim - 1:
-            # Whole rows are sketched where they lie: a transpose would copy the value.
+            # Rows are sketched in place: a transpose would copy the value.
             after = math.prod(value.shape[last + 1 :])
             matrix = value.reshape(*value.shape[:first], plan.width, after)
             small = compress(s, matrix, plan.rank, -2)

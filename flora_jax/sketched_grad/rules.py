@@ -1,224 +1,319 @@
-"""What a rule is: how the sketch of an equation's output follows from its operands.
-
-S acts on a group of axes of a value, the *sketched axes*; the others are batch. An
-equation that is linear and keeps that group together commutes with S, and a product
-takes S on one of its operands:
-
-  S·(xᵀ δ) = (x Sᵀ)ᵀ δ.
-
-The sketch of a value is float32 and lies where the value does: r stands on the first of
-the sketched axes, 1 on the others. An equation that commutes with S is therefore
-applied to sketches as it was to values. A rule names the sketches and values to read
-and how the output's sketch is computed from them, or says in words why it cannot be.
-"""
+"""The rules: what moves a value's entries, sums, and products, where a sketch ends."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from flora_jax._typing import Axes, Shape
+from flora_jax.sketched_grad import rewrites
+from flora_jax.sketched_grad.rewrites import Atom, Rewrite, Rule, Target, shape_of
 
-Atom: TypeAlias = Var | Literal
+RULES: dict[str, Rule] = {}  # By the primitives' names.
+_TAKES_A_PART = "it takes a part of sketched axes"
+# The part is smaller than the value that would be computed in full before it.
+_SOURCE_IN_FULL = "it takes a part of a value that is computed in full"
+_WIDE = tuple(jnp.dtype(x) for x in ("bfloat16", "float16", "float32", "float64"))
 
 
-class SketchRequest(NamedTuple):
-    """Which sketch of a value is wanted.
+def _rule_for(*primitives: str) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(primitives, rule))
+        return rule
 
-    Attributes:
-      leaf: number of the parameter leaf whose projection S is.
-      axes: the sketched axes in the order in which they fold; none has size 1.
+    return register
+
+
+@_rule_for("transpose")
+def _transpose(target: Target) -> Rewrite:
+    order = target.params["permutation"]
+    return target.commutes(target.along(order[a] for a in target.axes))
+
+
+@_rule_for("reshape", "squeeze")
+def _reshape(target: Target) -> Rewrite | str:
+    source, shape, request = target.operands[0], target.shape, target.request
+    axes = axes_before_reshape(shape_of(source), shape, target.axes)
+    permutes = target.eqn.primitive.name == "reshape" and target.params["dimensions"]
+    if axes is None or permutes:
+        return "it splits sketched axes, or joins them with others"
+    return Rewrite(
+        [(source, target.along(axes))],
+        lambda s, x: x.reshape(s.resized(shape, request)),
+    )
+
+
+def axes_before_reshape(old: Shape, new: Shape, axes: Axes) -> Axes | None:
+    """Which axes of a reshape's operand become the sketched axes of its output.
+
+    Args:
+      old: shape of the operand.
+      new: shape of the output.
+      axes: sketched axes of the output.
+
+    Returns:
+      The operand's sketched axes, or None where an axis of the operand would be
+      sketched in part or out of order.
     """
-
-    leaf: int
-    axes: Axes
-
-
-# A variable or literal, or an input or output by its number; and which sketch of it, or
-# None for the value itself.
-Operand: TypeAlias = tuple[Atom, SketchRequest | None]
-Slot: TypeAlias = tuple[int, SketchRequest | None]
-
-
-class Rewrite(NamedTuple):
-    """What computes the sketch of an output in place of the output.
-
-    Attributes:
-      operands: what is read.
-      compute: from (LeafProjections, *operands) to the sketch.
-    """
-
-    operands: Sequence[Operand]
-    compute: Callable[..., jax.Array]
-
-    def run(self, projections: Any, *values: Any) -> list[jax.Array]:
-        """The sketch, as the results of a step."""
-        return [self.compute(projections, *values)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """An output of an equation of which a sketch is wanted.
-
-    Attributes:
-      eqn: the equation.
-      index: number of the output.
-      request: the sketch.
-      flow: the equations around it.
-    """
-
-    eqn: JaxprEqn
-    index: int
-    request: SketchRequest
-    flow: DataFlow
-
-    @property
-    def operands(self) -> Sequence[Atom]:
-        """The equation's operands."""
-        return self.eqn.invars
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """The equation's parameters."""
-        return self.eqn.params
-
-    @property
-    def axes(self) -> Axes:
-        """The sketched axes of the output."""
-        return self.request.axes
-
-    @property
-    def shape(self) -> Shape:
-        """The output's shape."""
-        return shape_of(self.eqn.outvars[self.index])
-
-    def along(self, axes: Iterable[int]) -> SketchRequest:
-        """The sketch of an operand by the same S."""
-        return SketchRequest(self.request.leaf, tuple(axes))
-
-    def commutes(self, *requests: SketchRequest | None) -> Rewrite:
-        """The equation itself, applied to these sketches of its operands."""
-        eqn, index = self.eqn, self.index
-
-        def compute(_: Any, *values: Any) -> Any:
-            results = eqn.primitive.bind(*values, **eqn.params)
-            return results[index] if eqn.primitive.multiple_results else results
-
-        return Rewrite(list(zip(eqn.invars, requests, strict=True)), compute)
-
-    def entrywise(self, function: Callable[[Any], jax.Array]) -> Rewrite:
-        """A function of the same sketch of the operand with the output's number."""
-        source = self.operands[self.index], self.request
-        return Rewrite([source], lambda _, x: function(x))
-
-    def zeros(self) -> Rewrite:
-        """The sketch of zeros."""
-        shape, request = self.shape, self.request
-        return Rewrite([], lambda s: jnp.zeros(s.resized(shape, request), jnp.float32))
-
-
-Rule: TypeAlias = Callable[[Target], Rewrite | str]
-
-
-class DataFlow:
-    """Which equation makes each variable of a jaxpr, for rules that look further."""
-
-    def __init__(self, jaxpr: Jaxpr, rules: Mapping[str, Rule]) -> None:
-        """Indexes a jaxpr; ``rules`` are by the primitives' names."""
-        self.jaxpr = jaxpr
-        self._rules = rules
-        self._producers = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
-        self._reaches: dict[Operand, bool] = {}
-
-    def producer(self, atom: Atom) -> JaxprEqn | None:
-        """The equation that makes it, or None for inputs and literals."""
-        return None if isinstance(atom, Literal) else self._producers.get(atom)
-
-    def rewrite(
-        self, eqn: JaxprEqn, index: int, request: SketchRequest
-    ) -> Rewrite | str:
-        """The sketch of an output of an equation, or why there is none."""
-        rule = self._rules.get(eqn.primitive.name)
-        if rule is None:
-            return "there is no rule for it"
-        return rule(Target(eqn, index, request, self))
-
-    def reaches_product(self, atom: Atom, request: SketchRequest) -> bool:
-        """Whether S goes back on each path to a product, or to zeros."""
-        known, eqn = self._reaches, self.producer(atom)
-        if eqn is None or isinstance(atom, Literal):
-            return False
-        if (atom, request) not in known:
-            known[atom, request] = self._commutes(eqn, eqn.outvars.index(atom), request)
-        return known[atom, request]
-
-    def _commutes(self, eqn: JaxprEqn, index: int, request: SketchRequest) -> bool:
-        body = called_body(eqn)
-        if body is not None:
-            inner, _ = opened(body)
-            out = inner.outvars[index]
-            return DataFlow(inner, self._rules).reaches_product(out, request)
-        found = self.rewrite(eqn, index, request)
-        if isinstance(found, str):
-            return False
-        return all(
-            self.reaches_product(atom, request)
-            for atom, request in found.operands
-            if request is not None
-        )
-
-    def is_zero(self, atom: Atom) -> bool:
-        """Whether a value is known to be zero everywhere."""
-        if isinstance(atom, Literal):
-            return np.ndim(atom.val) == 0 and atom.val == 0
-        eqn = self.producer(atom)
-        return (
-            eqn is not None
-            and eqn.primitive.name in _KEEP_ZERO
-            and self.is_zero(eqn.invars[0])
-        )
-
-
-_KEEP_ZERO = ("broadcast_in_dim", "convert_element_type", "copy", "pvary", "reshape")
-# Calls that run their body once, and the parameters in which it may stand.
-_CALLS = (
-    *("checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"),
-    *("custom_vjp_call_jaxpr", "jit", "pjit", "remat", "remat2"),
-)
-_BODIES = ("call_jaxpr", "fun_jaxpr", "jaxpr")
-
-
-def called_body(eqn: JaxprEqn) -> Any:
-    """The jaxpr, closed or not, of a call that runs it once; None for all others."""
-    if eqn.primitive.name not in _CALLS:
+    # Without entries there is nothing to sketch, and the sizes tell no groups apart.
+    if 0 in old:
         return None
-    return next((eqn.params[name] for name in _BODIES if name in eqn.params), None)
+    groups = _reshaped_groups(old, new)
+    found: list[int] = []
+    left = list(axes)
+    while left:
+        before, after = next(g for g in groups if left[0] in g[1])
+        after = tuple(k for k in after if new[k] != 1)
+        if tuple(left[: len(after)]) != after:
+            return None
+        found += [k for k in before if old[k] != 1]
+        left = left[len(after) :]
+    return tuple(found)
 
 
-def opened(body: Any) -> tuple[Jaxpr, Sequence[Any]]:
-    """Jaxpr and constants of a body; a checkpoint's, before 0.12, is not closed."""
-    return getattr(body, "jaxpr", body), getattr(body, "consts", ())
+def _reshaped_groups(old: Shape, new: Shape) -> list[tuple[Axes, Axes]]:
+    """The smallest groups of consecutive axes that a reshape turns into each other.
+
+    Their borders are where the products of the sizes so far agree.
+    """
+    groups: list[tuple[Axes, Axes]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        a, b = i, j
+        n = m = 1
+        while (i, j) == (a, b) or n != m:
+            if i < len(old) and (n <= m or j == len(new)):
+                n, i = n * old[i], i + 1
+            else:
+                m, j = m * new[j], j + 1
+        groups.append((tuple(range(a, i)), tuple(range(b, j))))
+    return groups
 
 
-def shape_of(atom: Atom) -> Shape:
-    """The shape of a variable or literal."""
-    aval: Any = atom.aval
-    return aval.shape
+@_rule_for("broadcast_in_dim")
+def _broadcast(target: Target) -> Rewrite | str:
+    source, shape, request = target.operands[0], target.shape, target.request
+    if target.flow.is_zero(source):
+        return target.zeros()
+    dims = [int(d) for d in target.params["broadcast_dimensions"]]
+    places = {d: i for i, d in enumerate(dims) if shape_of(source)[i] == shape[d]}
+    if len(target.operands) > 1 or not set(target.axes) <= set(places):
+        return "it broadcasts along sketched axes"
+    return Rewrite(
+        [(source, target.along(places[a] for a in target.axes))],
+        lambda s, x: jax.lax.broadcast_in_dim(x, s.resized(shape, request), dims),
+    )
 
 
-def dtype_of(atom: Atom) -> np.dtype:
-    """The dtype of a variable or literal."""
-    aval: Any = atom.aval
-    return aval.dtype
+@_rule_for("pad")
+def _pad(target: Target) -> Rewrite | str:
+    source, value = target.operands
+    config = target.params["padding_config"]
+    if any(tuple(config[a]) != (0, 0, 0) for a in target.axes):
+        return "it pads sketched axes"
+    if not target.flow.is_zero(value):
+        return "it pads with what may not be zero"
+    return Rewrite(
+        [(source, target.request)], lambda _, x: jax.lax.pad(x, np.float32(0), config)
+    )
 
 
-def is_explicit(sharding: Any) -> bool:
-    """Whether a sharding is part of the type, and not the compiler's to choose."""
-    explicit = jax.sharding.AxisType.Explicit
-    return sharding is not None and explicit in sharding.mesh.axis_types
+@_rule_for("concatenate")
+def _concatenate(target: Target) -> Rewrite | str:
+    if target.params["dimension"] in target.axes:
+        return "it joins values along a sketched axis"
+    return target.commutes(*[target.request] * len(target.operands))
+
+
+@_rule_for("slice")
+def _slice(target: Target) -> Rewrite | str:
+    source, request, p = target.operands[0], target.request, target.params
+    if any(shape_of(source)[a] != target.shape[a] for a in target.axes):
+        return _TAKES_A_PART
+    if not target.flow.reaches_product(source, request):
+        return _SOURCE_IN_FULL
+    start, limit = p["start_indices"], p["limit_indices"]
+    return Rewrite(
+        [(source, request)],
+        lambda s, x: jax.lax.slice(x, start, s.resized(limit, request), p["strides"]),
+    )
+
+
+@_rule_for("split")
+def _split(target: Target) -> Rewrite | str:
+    """The gradient of a concatenation."""
+    if target.params["axis"] in target.axes:
+        return _TAKES_A_PART
+    if not target.flow.reaches_product(target.operands[0], target.request):
+        return _SOURCE_IN_FULL
+    return target.commutes(target.request)
+
+
+@_rule_for("dynamic_update_slice")
+def _dynamic_update_slice(target: Target) -> Rewrite | str:
+    """The gradient of a slice with a traced index, such as one layer of a stack."""
+    _, update, *starts = target.operands
+    if any(shape_of(update)[a] != target.shape[a] for a in target.axes):
+        return "it writes a part of sketched axes"
+    return target.commutes(target.request, target.request, *[None] * len(starts))
+
+
+@_rule_for("convert_element_type", "copy", "copy_p")
+@_rule_for("optimization_barrier", "sharding_constraint")
+def _identity(target: Target) -> Rewrite | str:
+    """Copies, conversions, and what only tells XLA how to compute."""
+    source = target.operands[target.index]
+    if not jnp.issubdtype(rewrites.dtype_of(source), jnp.floating):
+        return "it converts from a dtype that is not a real floating one"
+    return target.entrywise(lambda x: x)
+
+
+@_rule_for("neg")
+def _negate(target: Target) -> Rewrite:
+    return target.commutes(target.request)
+
+
+@_rule_for("add", "add_any", "sub")
+def _add(target: Target) -> Rewrite | str:
+    terms = [x for x in target.operands if not target.flow.is_zero(x)]
+    if not terms:
+        return target.zeros()
+    if any(shape_of(x) != target.shape for x in terms):
+        return "it broadcasts one of its terms"
+    subtracts = target.eqn.primitive.name == "sub"
+    operands = [(x, target.request) for x in terms]
+    if len(terms) == 2:
+        combine = jnp.subtract if subtracts else jnp.add
+        return Rewrite(operands, lambda _, x, y: combine(x, y))
+    negative = subtracts and terms[0] is target.operands[1]
+    return Rewrite(operands, lambda _, x: -x if negative else x)
+
+
+@_rule_for("mul", "div")
+def _scale(target: Target) -> Rewrite | str:
+    """A product or quotient with a value that does not vary along sketched axes."""
+    multiplies = target.eqn.primitive.name == "mul"
+    for here in (0, 1) if multiplies else (0,):
+        linear, factor = target.operands[here], target.operands[1 - here]
+        found = _constant_along(target, factor)
+        if shape_of(linear) == target.shape and found is not None:
+            break
+    else:
+        return "both of its operands may vary along the sketched axes"
+    atom, shape = found
+    operation = jnp.multiply if multiplies else jnp.divide
+    return Rewrite(
+        [(linear, target.request), (atom, None)],
+        lambda _, x, c: operation(x, jnp.reshape(c, shape).astype(jnp.float32)),
+    )
+
+
+def _constant_along(target: Target, atom: Atom) -> tuple[Atom, Shape] | None:
+    """A value to read and the shape in which it scales a sketch, or None."""
+    if not shape_of(atom):
+        return atom, ()
+    eqn = target.flow.producer(atom)
+    if eqn is None:
+        return None
+    source = eqn.invars[0]
+    if eqn.primitive.name == "convert_element_type":
+        wide = jnp.promote_types(rewrites.dtype_of(source), rewrites.dtype_of(atom))
+        # A narrower one may change the value.
+        return (
+            _constant_along(target, source) if wide == rewrites.dtype_of(atom) else None
+        )
+    if eqn.primitive.name != "broadcast_in_dim" or len(eqn.invars) > 1:
+        return None
+    # The operand's axes keep their order in the output, so that this is a reshape.
+    shape = [1] * len(target.shape)
+    for d, n in zip(eqn.params["broadcast_dimensions"], shape_of(source), strict=True):
+        shape[d] = n
+    return None if any(shape[a] != 1 for a in target.axes) else (source, tuple(shape))
+
+
+@_rule_for("reduce_sum")
+def _reduce_sum(target: Target) -> Rewrite | str:
+    source, summed = target.operands[0], target.params["axes"]
+    kept = [i for i in range(len(shape_of(source))) if i not in summed]
+    request = target.along(kept[a] for a in target.axes)
+    if not target.flow.reaches_product(source, request):
+        # What it sums is larger than the sum: better to compute the sum in full.
+        return "it sums up what cannot be sketched"
+    return target.commutes(request)
+
+
+@_rule_for("psum", "psum_invariant")
+def _sum_over_devices(target: Target) -> Rewrite | str:
+    """Sketches are reduced, not gradients."""
+    names = target.params["axes"]
+    groups = target.params.get("axis_index_groups")
+    if groups is not None or any(isinstance(name, int) for name in names):
+        return "it sums over groups of devices or over axes of an array"
+    return target.entrywise(lambda x: jax.lax.psum(x, names))
+
+
+@_rule_for("pvary")
+def _vary(target: Target) -> Rewrite:
+    """A value that is declared to differ between devices."""
+    names = target.params["axes"]
+    return target.entrywise(lambda x: jax.lax.pcast(x, names, to="varying"))
+
+
+@_rule_for("dot_general")
+def _dot_general(target: Target) -> Rewrite | str:
+    """S·(xᵀ δ) = (x Sᵀ)ᵀ δ: S goes to the operand that has the sketched axes."""
+    contract, batch = target.params["dimension_numbers"]
+    # The output's axes: batch axes, then each operand's free ones; as (operand, axis).
+    origins: list[tuple[int | None, int]] = [(None, i) for i in range(len(batch[0]))]
+    for number, x in enumerate(target.operands):
+        used = (*contract[number], *batch[number])
+        origins += [(number, i) for i in range(len(shape_of(x))) if i not in used]
+    sides = {origins[a][0] for a in target.axes}
+    if sides == {None}:
+        return "the sketched axes are batch axes of the product"
+    if len(sides) > 1:
+        return "the sketched axes come from both of its operands"
+    side = 0 if 0 in sides else 1
+    if rewrites.dtype_of(target.operands[side]) not in _WIDE:
+        return "its operand is of a dtype too narrow for a sketch"
+    request = target.along(origins[a][1] for a in target.axes)
+
+    def compute(s: Any, *operands: jax.Array) -> jax.Array:
+        pair = list(operands)
+        # Not in float32 for bfloat16 operands: XLA on CPU fails to run some of those.
+        pair[side] = s.sketch(pair[side], request).astype(pair[side].dtype)
+        product = target.eqn.primitive.bind(*pair, **target.params)
+        return product.astype(jnp.float32)
+
+    return Rewrite([(x, None) for x in target.operands], compute)
+
+
+@_rule_for("scatter-add")
+def _scatter_add(target: Target) -> Rewrite | str:
+    """The gradient of an embedding: rows of it are sketched, then added where they go.
+
+    As in a product, S goes to the operand that has the sketched axes: the updates.
+    """
+    operand, indices, updates = target.operands
+    p, d = target.params, target.params["dimension_numbers"]
+    inserted = (*d.inserted_window_dims, *d.operand_batching_dims)
+    if any(a in inserted or a in d.scatter_dims_to_operand_dims for a in target.axes):
+        return "it scatters along sketched axes"
+    windows = [i for i in range(len(target.shape)) if i not in inserted]
+    window_axis = dict(zip(windows, d.update_window_dims, strict=True))
+    if any(target.shape[a] != shape_of(updates)[window_axis[a]] for a in target.axes):
+        return "it writes a part of sketched axes"
+    request = target.along(window_axis[a] for a in target.axes)
+    settings = ("indices_are_sorted", "unique_indices", "mode")
+
+    def compute(s: Any, total: jax.Array, at: jax.Array, rows: jax.Array) -> jax.Array:
+        # Not the equation itself, whose addition is that of the gradient's dtype.
+        small = s.sketch(rows, request)
+        return jax.lax.scatter_add(total, at, small, d, **{k: p[k] for k in settings})
+
+    operands = [(operand, target.request), (indices, None), (updates, None)]
+    return Rewrite(operands, compute)

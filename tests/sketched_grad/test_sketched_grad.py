@@ -11,12 +11,12 @@ import pytest
 from flax import linen, nnx
 
 import flora_jax as fj
-from flora_jax.sketched_grad.linear_rules import axes_before_reshape
 from flora_jax.sketched_grad.planner import Planner
+from flora_jax.sketched_grad.rules import axes_before_reshape
 from flora_jax.sketching.sketch import resolve
 from flora_jax.sketching.sketcher import ScaledLeaf, Sketcher
 from flora_jax.transforms.accumulation import NAME
-from tests.transforms.draws import case_id
+from tests.transforms.samples import case_id
 
 RANK, CYCLE = 4, 2
 
