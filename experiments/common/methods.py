@@ -171,7 +171,10 @@ def with_options(settings: Settings, options: Mapping[str, Any]) -> Settings:
     fields = {field.name for field in dataclasses.fields(fj.Sketch)}
     of_sketch, others = {}, {}
     for name, value in options.items():
-        (of_sketch if name in fields else others)[name] = built(value)
+        if name in fields:
+            of_sketch[name] = built(value)
+        else:
+            others[name] = built(value)
     sketch = settings.sketch
     sketch = fj.Sketch(sketch) if isinstance(sketch, int) else sketch
     sketch = dataclasses.replace(sketch, **of_sketch)

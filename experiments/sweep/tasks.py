@@ -142,7 +142,10 @@ def split(config: JobConfig, cell: Cell) -> tuple[JobConfig, dict[str, Any]]:
     of_job: dict[str, Any] = {}
     options = {"projection": cell.get("projection")}
     for name, value in cell.get("options", {}).items():
-        (of_job if name in fields else options)[name] = value
+        if name in fields:
+            of_job[name] = value
+        else:
+            options[name] = value
     of_job |= {"learning_rate": 1.0, "lora_learning_rate": 1.0}
     of_job["ranks"] = (cell.get("rank", 1),)
     config = dataclasses.replace(config, **of_job)
