@@ -103,7 +103,7 @@ def flora(
         )
         parts.append(clip_part(clipping_threshold))
     if b1 is not None:
-        check.check_number("b1", b1, 0, 1, "0.9 is the paper's")
+        check.check_number("b1", b1, 0, 1, "the paper uses 0.9")
     # Made in any case, so that it checks its arguments.
     momentum = momentum_part(
         0.0 if b1 is None else b1, sketch, resample_every, estimator, dtype

@@ -1,4 +1,4 @@
-"""Muon whose momentum is kept in a random subspace that is never stored."""
+"""Muon with its momentum in a random subspace that is never stored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flora_jax.leaves.trees import matching_leaves, rebuild, zeros_tree
 from flora_jax.optimizers.common import DecayMask, adam, decay_and_learning_rate, recipe
 from flora_jax.projections.base import Projection
 from flora_jax.projections.count_sketch import CountSketch
-from flora_jax.quantization.quantize_state import quantize_state
+from flora_jax.quantization.quantize_state import check_code, quantize_state
 from flora_jax.sketching.sketch import Sketch, resolve
 from flora_jax.subspace.residuals import Fira, Residual
 from flora_jax.subspace.transform import scale_in_subspace
@@ -42,10 +42,10 @@ def flora_muon(
     state_dtype: str | None = None,
     stagger: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """FLORA-Muon: Muon with sketched Nesterov momentum, AdamW for all but matrices.
+    """FLORA-Muon: Muon of sketched momentum plus Fira's residual; AdamW for the rest.
 
     The gradient of a matrix is sketched by an isometry that a key regenerates, R = G
-    Sᵀ; Nesterov's momentum N of R is expanded, and the part of G outside of the
+    Sᵀ; Nesterov's momentum N of R is expanded, and the component of G outside the
     subspace is scaled to match, row by row, with limited growth (φ is that of
     :class:`flora_jax.Fira`):
 
@@ -70,9 +70,9 @@ def flora_muon(
         it has a projection.
       refresh_every: updates between two bases T; None keeps the first.
       momentum: μ; 0.95 as in Muon.
-      residual: what becomes of the part of G outside of the subspace; see
+      residual: how the component of G outside the subspace is handled; see
         :func:`flora_jax.scale_in_subspace`.
-      transport: what becomes of M when S changes, likewise.
+      transport: how M is carried over when S is replaced, likewise.
       rms: ρ; 0.2 is about what Adam's updates have.
       b1: decay of AdamW's first moment.
       b2: decay of AdamW's second moment.
@@ -104,7 +104,7 @@ def flora_muon(
       al., `FLORA <https://arxiv.org/abs/2402.03293>`_, 2024; Chen et al., `Fira
       <https://arxiv.org/abs/2410.01623>`_, 2024
     """
-    check.check_number("momentum", momentum, 0, 1, "0.95 is Muon's")
+    check.check_number("momentum", momentum, 0, 1, "Muon uses 0.95")
     sketch = resolve(sketch, CountSketch("isometric"), Projection)
     sketched = scale_in_subspace(
         optax.trace(momentum, nesterov=True),
@@ -115,7 +115,8 @@ def flora_muon(
         stagger=stagger,
     )
     if state_dtype is not None:
-        sketched = quantize_state(sketched, state_dtype, fields=("trace",))
+        dtype = check_code("state_dtype", state_dtype)
+        sketched = quantize_state(sketched, dtype, fields=("trace",))
 
     def labels(tree: PyTree) -> PyTree:
         # Also a matrix whose rank is too large to be sketched gets Muon.

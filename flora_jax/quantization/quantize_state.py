@@ -16,6 +16,7 @@ from flora_jax._typing import KeyLike, PyTree, Shape
 from flora_jax.leaves import trees
 from flora_jax.leaves.moments import KINDS, SECOND, find_moments, map_moments
 from flora_jax.leaves.paths import named_leaves
+from flora_jax.leaves.rules import LeafRules
 from flora_jax.leaves.spec import make_spec
 from flora_jax.quantization import blockwise
 from flora_jax.random.bits import bits
@@ -94,8 +95,8 @@ def quantize_state(
       ``inner``; updates have the dtype of the gradients.
 
     Raises:
-      TypeError: for arguments of a wrong type; from init, for moments of integers;
-        from update, if the key was cast.
+      TypeError: for arguments of a wrong type; from init, for leaves that are not
+        arrays and for moments of integers; from update, if the key was cast.
       ValueError: for arguments out of range; from init, if there are no moments; from
         update, if the state was made under other settings.
 
@@ -116,7 +117,7 @@ def quantize_state(
       <https://arxiv.org/abs/2110.02861>`_, 2021
     """
     codec = MomentCodec(
-        _check_code(dtype),
+        check_code("dtype", dtype),
         check.check_positive_int("block", block, "256 elements per scale are usual"),
         check.check_positive_int("min_size", min_size, "use 1 to code every matrix"),
         _check_fields(fields),
@@ -126,6 +127,7 @@ def quantize_state(
     inner = check.check_transformation("inner", inner)
 
     def init_fn(params: PyTree) -> QuantizedState:
+        _check_arrays(params)
         inner_state = inner.init(params)
         names, moments = codec.find(inner_state, params)
         _check_moments(codec, names, moments)
@@ -324,13 +326,19 @@ def _check_coded(
             )
 
 
-def _check_code(value: Any) -> str:
+def check_code(name: str, value: Any) -> str:
+    """The name of a code's dtype; raises ValueError for other dtypes.
+
+    Args:
+      name: the argument's name.
+      value: what was given for it.
+    """
     try:
-        name = jnp.dtype(value).name
+        dtype = jnp.dtype(value).name
     except TypeError:
-        name = value  # Not a dtype; the message shows what was given.
-    check.check_choice("dtype", name, blockwise.CODES)
-    return name
+        dtype = value  # Not a dtype; the message shows what was given.
+    check.check_choice(name, dtype, blockwise.CODES)
+    return dtype
 
 
 def _check_fields(fields: Any) -> tuple[str, ...] | None:
@@ -347,6 +355,19 @@ def _check_fields(fields: Any) -> tuple[str, ...] | None:
             " None for all that the state has"
         )
     return tuple(sorted(fields))
+
+
+def _check_arrays(params: PyTree) -> None:
+    """Raises as other transformations do for leaves that are not arrays.
+
+    Unlike these it accepts integers and complex numbers.
+    """
+
+    def keep_others(leaf: Any) -> Any:
+        numeric = hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
+        return None if numeric else leaf
+
+    LeafRules().plan(jax.tree.map(keep_others, params))
 
 
 def _check_moments(codec: MomentCodec, names: list[str], moments: list[Any]) -> None:

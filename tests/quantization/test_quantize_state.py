@@ -274,6 +274,15 @@ def test_a_state_without_moments():
         quantize_state(optax.adam(0.1), fields=("ema", "mu")).init(params())
 
 
+def test_complex_moments_stay_as_they_are():
+    tree = {"w": jnp.ones((64, 128)), "z": jnp.ones((64, 128), jnp.complex64)}
+    tx = quantize_state(optax.trace(0.9))
+    state = tx.init(tree)
+    assert state.inner.trace["w"].dtype == jnp.int8
+    updates, _ = tx.update(tree, state)
+    assert updates["z"].dtype == jnp.complex64
+
+
 def test_states_of_other_settings():
     tx, _, states = adam()
     state = states[0]

@@ -1,0 +1,91 @@
+"""GaLore: Adam in the leading singular subspace of each gradient."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from flora_jax.optimizers.common import DecayMask, adamw_in_subspace, recipe
+from flora_jax.projections.top_svd import TopSVD
+from flora_jax.sketching.sketch import Sketch
+
+
+@recipe
+def galore(
+    learning_rate: optax.ScalarOrSchedule,
+    sketch: Sketch | int,
+    *,
+    refresh_every: int | jax.Array | None = 200,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    scale: jax.typing.ArrayLike = 0.25,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    weight_decay_mask: DecayMask = None,
+    state_dtype: str | None = None,
+    stagger: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore: Adam on gradients projected to their leading singular vectors.
+
+    Every T steps P becomes the r leading singular vectors of G on its smaller side.
+    With R = PᵀG and Adam's direction N of it,
+
+      W ← W − η (α P N + λ W).
+
+    The moments are kept as they are when P changes. Leaves that are not sketched get
+    AdamW. ``state_dtype="int8"`` is 8-bit GaLore.
+
+    Memory: 2·r·max(n, m) elements for the moments (``side="smaller"``) and r·min(n, m)
+    float32 ones for P, per sketched leaf.
+
+    Args:
+      learning_rate: a float or a schedule; 0.01 in the paper's pretraining.
+      sketch: the sketch, or its rank; ``TopSVD()`` unless it has a projection. Its
+        randomized method is much faster.
+      refresh_every: updates between two bases T, 200 in the paper, 500 for 7B; None
+        keeps the first.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the square root of the second moment; 1e-6 in the published code.
+      scale: α, which multiplies the update of sketched leaves; 0.25 in the paper.
+      weight_decay: decoupled weight decay in the full space, multiplied by the learning
+        rate; None to disable.
+      weight_decay_mask: as ``mask`` of ``optax.add_decayed_weights``.
+      state_dtype: ``"int8"``, ``"float8_e4m3fn"`` or ``"bfloat16"`` for both moments,
+        as by :func:`flora_jax.quantize_state`; None for float32.
+      stagger: replace the bases of different leaves at different steps.
+
+    Returns:
+      The gradient transformation. Updates have the dtype of the gradients.
+
+    Raises:
+      TypeError: for arguments of a wrong type; from update, if the key was cast.
+      ValueError: for arguments out of range; from update, if ``params`` are needed and
+        missing, or gradients and state do not match.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import flora_jax as fj
+      >>> params = {"w": jnp.ones((256, 512))}
+      >>> tx = fj.galore(1e-2, fj.Sketch(32))
+      >>> updates, state = tx.update(params, tx.init(params))
+
+    References:
+      Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
+      Projection <https://arxiv.org/abs/2403.03507>`_, 2024
+    """
+    return adamw_in_subspace(
+        "galore",
+        TopSVD(),
+        learning_rate=learning_rate,
+        sketch=sketch,
+        refresh_every=refresh_every,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        scale=scale,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        state_dtype=state_dtype,
+        stagger=stagger,
+    )
