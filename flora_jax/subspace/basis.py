@@ -204,8 +204,8 @@ class Basis:
         """By how many steps a group is ahead: T·place/16, without overflow."""
         if self.refresh_every is None:
             return 0
-        whole, rest = self.refresh_every // _GROUPS, self.refresh_every % _GROUPS
-        return place * whole + place * rest // _GROUPS
+        full, rest = self.refresh_every // _GROUPS, self.refresh_every % _GROUPS
+        return place * full + place * rest // _GROUPS
 
 
 def _moved(transport: Transport, change: BasisChange, moments: Moments) -> Moments:

@@ -1,4 +1,4 @@
-"""What an update makes of the gradient outside of the subspace."""
+"""How the component of a gradient outside the subspace is handled."""
 
 from __future__ import annotations
 
@@ -59,14 +59,20 @@ class LeafStep(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """No residual: the update is α·N S (GaLore).
+    """Base class of residuals, and the one of None: the update is α·N S (GaLore).
 
     Residuals are frozen objects, and pytrees of their numbers, which may be traced.
-    They are not callable: ``optax.inject_hyperparams`` calls what is.
+    They are deliberately not callable: ``optax.inject_hyperparams`` treats callable
+    arguments as schedules. To write one, subclass it as a frozen dataclass registered
+    by ``jax.tree_util.register_dataclass``, override :meth:`update`, and set
+    ``needs_isometry`` and ``is_partial``.
+
+    Attributes:
+      needs_isometry: whether S has to have orthonormal rows.
+      is_partial: whether the update leaves out what the sketch does not see, so that
+        error feedback has something to add.
     """
 
-    # Whether S has to have orthonormal rows, and whether the update leaves out what
-    # the sketch does not see, so that error feedback has something to add.
     needs_isometry: ClassVar[bool] = False
     is_partial: ClassVar[bool] = True
 
@@ -91,7 +97,7 @@ class Residual:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plain(Residual):
-    """The update is α·N S + (G − R S): outside of the subspace the plain gradient.
+    """The update is α·N S + (G − R S): outside the subspace the plain gradient.
 
     Example:
       >>> import optax
@@ -185,9 +191,9 @@ class Fira(Residual):
         if previous is not None:
             # ‖G − p·R S‖² per row, as S has orthonormal rows where p > 0. A residual of
             # roundings counts as none: it would hold back what follows it.
-            whole = _squares(g, plan.axis)
-            left = whole - share * (2 - share) * _squares(r, plan.axis)
-            left = jnp.where(left > _ROUNDING * whole, left, 0.0)
+            full = _squares(g, plan.axis)
+            left = full - share * (2 - share) * _squares(r, plan.axis)
+            left = jnp.where(left > _ROUNDING * full, left, 0.0)
             norm = jnp.sum(factor**2 * left, (-2, -1), keepdims=True)
             norm, old = jnp.sqrt(norm) / leaf.correction, plan.fold(previous)
             growth = jnp.maximum(norm / (old + _SMALL), self.limiter) / self.limiter
@@ -270,7 +276,7 @@ def check_decays(owner: Any) -> None:
         )
     for name, beta in (("b1", owner.b1), ("b2", owner.b2)):
         if beta is not None:
-            check.check_number(name, beta, 0, 1, "0.9 and 0.999 are Adam's")
+            check.check_number(name, beta, 0, 1, "Adam's defaults are 0.9 and 0.999")
 
 
 def _squares(x: jax.Array, axes: Any) -> jax.Array:

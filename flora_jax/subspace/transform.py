@@ -73,8 +73,8 @@ def scale_in_subspace(
     """Runs a transformation on sketches of the updates, and expands its result.
 
     For a leaf folded to G (n x m) with its columns sketched by S (r x m, orthonormal
-    rows), R = G Sᵀ is given to ``inner``, which answers N. With α = ``scale``, the
-    update is α·N S, to which ``residual`` may add what the sketch does not see:
+    rows), ``inner`` maps R = G Sᵀ to N. With α = ``scale``, the update is α·N S, to
+    which ``residual`` may add what the sketch does not see:
 
     - None: nothing (GaLore);
     - :class:`flora_jax.Plain`: G − R S;
@@ -84,11 +84,11 @@ def scale_in_subspace(
     - :class:`flora_jax.Apollo`: the update is α·φ·G instead, which needs no
       orthonormal S.
 
-    Every T steps S is replaced by S′, and ``transport`` says what becomes of the first
-    moments m of ``inner`` (fields named ``mu``, ``ema``, ``momentum``; also the sums
-    ``trace`` and ``acc_grads``) and of the second ones v (``nu``):
+    Every T steps S is replaced by S′, and ``transport`` says how the first moments m of
+    ``inner`` (fields named ``mu``, ``ema``, ``momentum``; also the sums ``trace`` and
+    ``acc_grads``) and the second ones v (``nu``) are carried over:
 
-    - :class:`flora_jax.Keep`: nothing (GaLore, APOLLO);
+    - :class:`flora_jax.Keep`: unchanged (GaLore, APOLLO);
     - :class:`flora_jax.Squared`: m T and v T∘T, with T = S S′ᵀ and its elementwise
       square T∘T;
     - :class:`flora_jax.LDAdam`: m T, and the variance about the mean is moved;
@@ -108,19 +108,21 @@ def scale_in_subspace(
 
     Args:
       inner: a transformation that needs no parameters, such as
-        ``optax.scale_by_adam()``; one that keeps the direction of the gradient: the
-        learning rate, with its sign, follows in the chain.
+        ``optax.scale_by_adam()``. It must not negate or scale by the learning rate; add
+        ``optax.scale_by_learning_rate`` after it in the chain.
       sketch: the sketch, or its rank; ``CountSketch(normalization="isometric")`` unless
         it has a projection, which may be oblivious, ``TopSVD()`` or ``TopDCT()``.
       refresh_every: T, in updates; it may be traced but must not change. None keeps the
         first basis.
-      residual: what becomes of the part of G outside of the subspace.
-      transport: what becomes of ``inner``'s moments when S is replaced.
+      residual: how the component of G outside the subspace is handled; one of the
+        above, or another :class:`flora_jax.Residual`.
+      transport: how ``inner``'s moments are carried over when S is replaced; one of the
+        above, or another :class:`flora_jax.Transport`.
       scale: α.
       error_feedback: add what the sketch left out to the next gradient; without a
         residual.
       stagger: replace the bases of different leaves at different steps, evenly spread
-        over T, so that no step but the first pays for all.
+        over T, so that after the first step no single step refreshes every leaf.
 
     Returns:
       The gradient transformation. Updates have the dtype of the gradients. An extra
@@ -161,7 +163,7 @@ def scale_in_subspace(
         )
     check.check_bool("stagger", stagger)
     check.check_bool("error_feedback", error_feedback)
-    check.check_number("scale", scale, 0, None, "0.25 is GaLore's")
+    check.check_number("scale", scale, 0, None, "GaLore uses 0.25")
     sketcher = Sketcher(_NAME, sketch)
     basis = Basis(sketcher, refresh_every, stagger)
     rest = Residual() if residual is None else residual
@@ -219,18 +221,23 @@ def scale_in_subspace(
             for name, (own, _) in kept_leaves(plans).items()
         }
         none = [None] * len(plans)
-        stored, limits, error = (kept.get(name, none) for name in _KEPT)
+        stored, limiters, errors = (kept.get(name, none) for name in _KEPT)
         grads = jax.tree.leaves(updates)
         moments = _by_leaf(groups if transport.moves else [], len(plans))
         # Injected numbers have the dtype of the parameters.
-        how, *numbers = jax.tree.map(_AS_FLOAT32, (transport, rest, scale))
+        transport32, residual32, scale32 = jax.tree.map(
+            _AS_FLOAT32, (transport, rest, scale)
+        )
 
         # What is sampled is replicated, as the key is.
         sketches, sampled, stored, moments = trees.run_sharded(
-            functools.partial(_enter, basis, plans, on_sketch),
+            functools.partial(_sketch_in_current_basis, basis, plans, on_sketch),
             (jax.tree.leaves(boxes), state.key, stored, moments),
-            (grads, error, stored, moments),
-            Refresh(how, state.key, state.count),
+            grads,
+            errors,
+            stored,
+            moments,
+            Refresh(transport32, state.key, state.count),
         )
         inner_state = state.inner
         if transport.moves:
@@ -238,17 +245,19 @@ def scale_in_subspace(
         directions, new_inner = inner.update(
             trees.rebuild(boxes, sketches), inner_state, None, **extra_args
         )
-        found = sampled, sketches, jax.tree.leaves(directions)
+        fields = grads, limiters, errors, sampled, sketches, jax.tree.leaves(directions)
+        leaves = [LeafInputs(*leaf) for leaf in zip(*fields, strict=True)]
         results = trees.run_sharded(
-            functools.partial(_leave, sketcher, plans),
-            list(zip(grads, limits, error, strict=True)),
-            list(zip(grads, limits, error, *found, strict=True)),
+            functools.partial(_expand_and_add_residual, sketcher, plans),
+            list(map(LeafResult, grads, limiters, errors)),
+            leaves,
             state.count,
-            *numbers,
+            residual32,
+            scale32,
         )
-        new_updates, limits, error = zip(*results, strict=True) if results else 3 * [[]]
-        new = {"basis": stored, "limiter": limits, "error": error}
-        return trees.rebuild(updates, new_updates), state._replace(
+        limiters, errors = [x.limiter for x in results], [x.error for x in results]
+        new = {"basis": stored, "limiter": limiters, "error": errors}
+        return trees.rebuild(updates, [x.update for x in results]), state._replace(
             count=optax.safe_increment(state.count),
             inner=jax.tree.map(trees.cast_like, new_inner, state.inner),
             **{name: trees.rebuild(getattr(state, name), new[name]) for name in kept},
@@ -257,22 +266,54 @@ def scale_in_subspace(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _enter(
+class LeafInputs(NamedTuple):
+    """What a leaf's update is made of, after ``inner``.
+
+    Attributes:
+      grad: the gradient that was given.
+      limiter: norm of the last residual, one per matrix; None without a limiter.
+      error: what earlier sketches left out; None without error feedback.
+      sampled: what determines S; None for a dense leaf.
+      sketch: R, or a dense leaf's gradient.
+      direction: N.
+    """
+
+    grad: jax.Array
+    limiter: jax.Array | None
+    error: jax.Array | None
+    sampled: Any
+    sketch: jax.Array
+    direction: jax.Array
+
+
+class LeafResult(NamedTuple):
+    """A leaf's update, and its new limiter and error, if the state has them."""
+
+    update: jax.Array
+    limiter: jax.Array | None
+    error: jax.Array | None
+
+
+def _sketch_in_current_basis(
     basis: Basis,
     plans: Sequence[LeafPlan],
     on_sketch: Callable[[SketchEvent], None] | None,
-    leaves: tuple[list[Any], ...],
+    grads: Sequence[jax.Array],
+    errors: Sequence[Any],
+    stored: Sequence[Any],
+    moments: Sequence[list[Moments]],
     refresh: Refresh,
 ) -> tuple[list[jax.Array], list[Any], list[Any], list[list[Moments]]]:
     """Sketches of all leaves in bases that are renewed where that is due."""
-    (grads, error, stored, moments), sketcher = leaves, basis.sketcher
-    full = list(map(_corrected, plans, grads, error))
-    sampled, stored, moments = basis.renew(plans, full, stored, moments, refresh)
+    sketcher = basis.sketcher
+    corrected = list(map(_add_error, plans, grads, errors))
+    sampled, stored, moments = basis.renew(plans, corrected, stored, moments, refresh)
     # Once more, so that how a basis is chosen on a mesh does not decide where
     # the sketches lie; on one device the compiler makes one of both.
-    sketches, full = [], map(_corrected, plans, grads, error)
-    for plan, own, leaf in zip(plans, sampled, full, strict=True):
-        given = ScaledLeaf(leaf)
+    corrected = map(_add_error, plans, grads, errors)
+    sketches = []
+    for plan, own, grad in zip(plans, sampled, corrected, strict=True):
+        given = ScaledLeaf(grad)
         new = sketcher.sketch_leaf(plan, own, given)
         sketches.append(new)
         if on_sketch is not None and not plan.dense:
@@ -280,35 +321,44 @@ def _enter(
     return sketches, sampled, stored, moments
 
 
-def _leave(
+def _expand_and_add_residual(
     sketcher: Sketcher,
     plans: Sequence[LeafPlan],
-    leaves: list[tuple[Any, ...]],
+    leaves: Sequence[LeafInputs],
     count: jax.Array,
     residual: Residual,
     scale: Any,
-) -> list[tuple[jax.Array, Any, Any]]:
-    """For each leaf its update, limiter and error."""
-    numbers, results = (scale, residual.correction(count)), []
+) -> list[LeafResult]:
+    """Updates of all leaves in the full space, with new limiters and errors."""
+    correction, results = residual.correction(count), []
     for plan, leaf in zip(plans, leaves, strict=True):
-        given, limit, left, sampled, sketch, direction = leaf
-        update = direction.astype(jnp.float32)
+        limiter, error = leaf.limiter, leaf.error
+        update = leaf.direction.astype(jnp.float32)
         if not plan.dense:
-            grad = _corrected(plan, given, left)
-            seen = grad, sampled, sketch, update
-            step = LeafStep(sketcher, plan, *seen, *numbers, limit)
-            update, limit = residual.update(step)
-            if left is not None:
-                left = grad - step.expanded(sketch)
-        results.append((update.astype(given.dtype), limit, left))
+            grad = _add_error(plan, leaf.grad, error)
+            step = LeafStep(
+                sketcher=sketcher,
+                plan=plan,
+                grad=grad,
+                sampled=leaf.sampled,
+                sketch=leaf.sketch,
+                direction=update,
+                scale=scale,
+                correction=correction,
+                previous=limiter,
+            )
+            update, limiter = residual.update(step)
+            if error is not None:
+                error = grad - step.expanded(leaf.sketch)
+        results.append(LeafResult(update.astype(leaf.grad.dtype), limiter, error))
     return results
 
 
-def _corrected(plan: LeafPlan, grad: jax.Array, left: Any) -> jax.Array:
+def _add_error(plan: LeafPlan, grad: jax.Array, error: Any) -> jax.Array:
     """The gradient with what earlier sketches have left out."""
-    if plan.dense or left is None:
+    if plan.dense or error is None:
         return grad
-    return grad.astype(jnp.float32) + left
+    return grad.astype(jnp.float32) + error
 
 
 def _check_objects(
@@ -333,21 +383,25 @@ def _check_objects(
         )
     transport.check()
     projection = basis.sketcher.projection
-    needs = {
-        "transport": transport.needs_isometry and transport,
-        "residual": residual.needs_isometry and residual,
-        "error_feedback": error_feedback,
-    }
-    for name, value in needs.items():
-        if value and projection.normalization != "isometric":
-            raise ValueError(
-                f"`{name}` {value} needs a projection with orthonormal rows, got"
-                f" {projection}; use CountSketch(normalization='isometric')"
-            )
+    if transport.needs_isometry:
+        _check_orthonormal(f"`transport` {transport}", projection)
+    if residual.needs_isometry:
+        _check_orthonormal(f"`residual` {residual}", projection)
+    if error_feedback:
+        _check_orthonormal("`error_feedback`", projection)
     if transport.needs_random_basis and basis.is_stored:
         raise ValueError(
             f"`transport` {transport} is for bases that a key regenerates, got"
             f" {projection}, whose moments it would inflate; use Squared() or LDAdam()"
+        )
+
+
+def _check_orthonormal(what: str, projection: Projection) -> None:
+    """Raises unless the projection's rows are orthonormal, for what needs that."""
+    if projection.normalization != "isometric":
+        raise ValueError(
+            f"{what} needs a projection with orthonormal rows, got {projection}; use"
+            " CountSketch(normalization='isometric')"
         )
 
 

@@ -1,4 +1,4 @@
-"""What becomes of an inner optimizer's moments when the basis changes."""
+"""How an inner optimizer's moments are carried over when the basis is replaced."""
 
 from __future__ import annotations
 
@@ -41,13 +41,21 @@ class BasisChange(NamedTuple):
 
 
 class Transport:
-    """Says what becomes of moments when the basis changes.
+    """Base class of transports: how moments are carried over when S is replaced.
 
     Transports are frozen objects, and pytrees of their numbers, which may be traced.
-    They are not callable: ``optax.inject_hyperparams`` calls what is.
+    They are deliberately not callable: ``optax.inject_hyperparams`` treats callable
+    arguments as schedules. To write one, subclass it as a frozen dataclass registered
+    by ``jax.tree_util.register_dataclass``, override :meth:`move`, and set ``moves`` to
+    True.
+
+    Attributes:
+      moves: whether moments change at all.
+      needs_isometry: whether S has to have orthonormal rows.
+      needs_random_basis: whether S has to be regenerated from a key, not stored.
+      needs_sketch: whether :meth:`move` needs the gradient's sketch in the new basis.
     """
 
-    # Whether moments change at all, and what that takes.
     moves: ClassVar[bool] = False
     needs_isometry: ClassVar[bool] = False
     needs_random_basis: ClassVar[bool] = False
@@ -117,7 +125,7 @@ class PreserveRMS(Squared):
     """First moments m become √(m/r)·m T, second ones v T∘T with normalized columns.
 
     The columns of T∘T are divided by their sums: an oblivious basis then changes the
-    size of neither. A stored basis is no random one, whose moments this would inflate.
+    size of neither. Stored bases are not random: this would inflate their moments.
 
     Example:
       >>> import flora_jax as fj
