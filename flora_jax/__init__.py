@@ -45,9 +45,16 @@ from flora_jax.sketched_grad.api import (
 )
 from flora_jax.sketching.sketch import Sketch, SketchCycle, plan_leaves
 from flora_jax.sketching.sketcher import SketchedGradients
-from flora_jax.subspace.residuals import Apollo, Fira, FiraCode, Plain
+from flora_jax.subspace.residuals import Apollo, Fira, FiraCode, Plain, Residual
 from flora_jax.subspace.transform import SubspaceState, scale_in_subspace
-from flora_jax.subspace.transports import Keep, LDAdam, PreserveRMS, Reset, Squared
+from flora_jax.subspace.transports import (
+    Keep,
+    LDAdam,
+    PreserveRMS,
+    Reset,
+    Squared,
+    Transport,
+)
 from flora_jax.transforms.accumulation import (
     CompressedAccumulationState,
     compressed_accumulation,
@@ -90,6 +97,7 @@ __all__ = [
     "QuantizedState",
     "Rademacher",
     "Reset",
+    "Residual",
     "Sketch",
     "SketchCycle",
     "SketchedGradients",
@@ -97,6 +105,7 @@ __all__ = [
     "SubspaceState",
     "TopDCT",
     "TopSVD",
+    "Transport",
     "apollo",
     "apollo_mini",
     "compressed_accumulation",
