@@ -18,11 +18,12 @@ import numpy as np
 import optax
 
 _LIBRARIES = os.path.dirname(os.path.dirname(jax.__file__))
+_CALLERS = ("jax", "optax", "flax", "equinox")
 # Frames that are not the user's: generated code, this package, and its callers.
 _INSIDE = (
     "<string>",
     os.path.dirname(__file__) + os.sep,
-    *(os.path.join(_LIBRARIES, name, "") for name in ("jax", "optax", "flax")),
+    *(os.path.join(_LIBRARIES, name, "") for name in _CALLERS),
 )
 
 

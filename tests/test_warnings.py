@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -26,6 +27,10 @@ def under_jit(tx, params):
 
 def under_scan(tx, params):
     return jax.lax.scan(lambda carry, _: (carry, tx.init(params)), 0, length=1)
+
+
+def under_filter_jit(tx, params):
+    return eqx.filter_jit(tx.init)(params)
 
 
 def in_nnx(tx, params):
@@ -54,7 +59,9 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("call", [directly, under_jit, under_scan, in_nnx])
+@pytest.mark.parametrize(
+    "call", [directly, under_jit, under_filter_jit, under_scan, in_nnx]
+)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_warning_points_at_the_line_that_called(wrapper, call):
     tx = WRAPPERS[wrapper]()
@@ -72,7 +79,7 @@ def test_a_warning_at_construction_points_there_too():
     assert Path(caught[0].filename) == Path(__file__)
     make = optax.inject_hyperparams(fj.flora)
     tx = make(learning_rate=1e-3, sketch=fj.Sketch(8, mask=lambda path, shape: False))
-    with pytest.warns(UserWarning, match="sketches 0 of 1 leaves") as caught:
+    with pytest.warns(UserWarning, match="sketches only 0 of 1 leaves") as caught:
         tx.init(WIDE)
     assert Path(caught[0].filename) == Path(__file__)
 
@@ -90,8 +97,9 @@ MAKE = {
 def test_a_state_that_saves_nothing_says_so(name):
     tx = MAKE[name](SKETCH)
     match = (
-        rf"^{name} sketches 0 of 2 leaves, 0% of 80,040 elements, .* its largest dense"
-        r" leaf 'embedding' of shape \(2000, 40\) is dense because .*plan_leaves"
+        rf"^{name} sketches only 0 of 2 leaves \(0% of 80,040 elements\), .* its"
+        r" largest dense leaf 'embedding' of shape \(2000, 40\) is dense because"
+        " .*plan_leaves"
     )
     with pytest.warns(UserWarning, match=match):
         tx.init(DENSE)
@@ -100,7 +108,7 @@ def test_a_state_that_saves_nothing_says_so(name):
 def test_a_little_is_too_little_and_a_tenth_is_enough():
     tx = fj.compressed_momentum(0.9, SKETCH)
     small = {"w": jnp.ones((128, 128)), "table": jnp.ones((128, 8000))}
-    with pytest.warns(UserWarning, match="sketches 1 of 2 leaves, 2% of"):
+    with pytest.warns(UserWarning, match="sketches only 1 of 2 leaves .2% of"):
         tx.init(small)
     tx.init({"w": jnp.ones((128, 128)), "table": jnp.ones((8000, 18))})
     tx.init({})

@@ -1,4 +1,4 @@
-"""Everything that decides what a sketch means, said once."""
+"""The settings that define a sketch, in one object."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from flora_jax.projections.base import ObliviousProjection, Projection
 from flora_jax.random.keys import raw_key
 
 _SIDES = ("smaller", "larger", "left", "right")
+_LEAST_SKETCHED = 0.1  # Of all elements, or init warns.
 
 
 class SketchCycle(NamedTuple):
-    """Which of a sketch's projections is meant; see :meth:`Sketch.cycle`.
+    """Identifies one of a sketch's projections; see :meth:`Sketch.cycle`.
 
     Attributes:
       key: root key data, uint32 of shape (2,).
@@ -106,7 +107,7 @@ class Sketch(LeafRules):
         """Names the projections of one cycle, for sketches that no state outlives.
 
         Args:
-          step: number of the cycle, an integer, possibly traced.
+          step: index of the cycle, an integer, possibly traced.
 
         Returns:
           What :func:`flora_jax.sketched_value_and_grad` takes as a state, where its
@@ -117,7 +118,7 @@ class Sketch(LeafRules):
         """
         if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
             raise TypeError(
-                f"`step` must be an integer, got step={step}; pass the number of the"
+                f"`step` must be an integer, got step={step}; pass the index of the"
                 " cycle"
             )
         return SketchCycle(jnp.asarray(self.key_data), jnp.asarray(step, jnp.int32))
@@ -135,7 +136,9 @@ class Sketch(LeafRules):
             rank = rank.find("rank", path, shape)
         rank = _check_rank(rank(path, shape) if callable(rank) else rank, path)
         if isinstance(rank, float):
+            # Of the sketched side: leaves of all sizes are compressed equally.
             rank = max(1, round(rank * width))
+        # Such a sketch would be as large as the leaf.
         if rank >= width:
             reason = f"{rank=} is not below the sketched side of its {n}x{m} fold"
             return LeafPlan.of(path, shape, reason)
@@ -202,7 +205,7 @@ def plan_leaves(params: PyTree, sketch: Sketch | int) -> PyTree:
       A tree of :class:`LeafPlan` with the structure of ``params``.
 
     Raises:
-      TypeError: for a leaf that is no array of a real floating dtype.
+      TypeError: for a leaf that is not an array of a real floating dtype.
       ValueError: for a rank, mask or dimension numbers that do not fit a leaf.
 
     Example:
@@ -227,14 +230,12 @@ def warn_if_dense(name: str, plans: tuple[LeafPlan, ...]) -> None:
     largest = max((p for p in plans if p.dense), key=lambda plan: sizes[plan.path])
     count = sum(not plan.dense for plan in plans)
     _validation.warn(
-        f"{name} sketches {count} of {len(plans)} leaves, {sketched / total:.0%} of"
-        f" {total:,} elements, and saves next to nothing; its largest dense leaf"
-        f" {largest.path!r} of shape {largest.shape} is dense because"
-        f" {largest.dense_reason}: see flora_jax.plan_leaves, or leave flora_jax out"
+        f"{name} sketches only {count} of {len(plans)} leaves"
+        f" ({sketched / total:.0%} of {total:,} elements), so it saves almost no"
+        f" memory; its largest dense leaf {largest.path!r} of shape {largest.shape} is"
+        f" dense because {largest.dense_reason}; inspect the leaves with"
+        " flora_jax.plan_leaves, or use the plain optax optimizer"
     )
-
-
-_LEAST_SKETCHED = 0.1  # Of all elements, or init warns.
 
 
 def _check_rank(rank: Any, path: str | None = None) -> int | float:

@@ -64,7 +64,7 @@ def pairs():
 
 # One of the two has the bias alone.
 @pytest.mark.sample(1)
-@pytest.mark.filterwarnings("ignore:.* sketches 0 of 1 leaves:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* sketches only 0 of 1 leaves:UserWarning")
 @pytest.mark.parametrize(("case", "other"), list(pairs()))
 def test_partition_between_two_transformations(case, other):
     labels = {"layer": {"kernel": "a", "bias": "b"}}

@@ -75,7 +75,7 @@ def test_accumulation_reduces_sketches_once_per_cycle():
     assert_close(updates, expected, "float32")
 
 
-@pytest.mark.filterwarnings("ignore:.* sketches 0 of . leaves:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* sketches only 0 of . leaves:UserWarning")
 def test_accumulation_at_full_rank_is_the_plain_mean():
     step, state = accumulating(rank=16)
     for i in range(2):
