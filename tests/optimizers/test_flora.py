@@ -14,7 +14,7 @@ import flora_jax as fj
 from tests.common import assert_close
 from tests.reference import folds
 from tests.reference.flora import flora as reference_flora
-from tests.transforms.draws import case_id, draw
+from tests.transforms.samples import case_id, sampled_matrix
 
 SKETCH = fj.Sketch(4, min_dim_size=8, key=11)
 FACTORED = fj.LeafRules(min_dim_size=8, max_aspect_ratio=math.inf)
@@ -67,7 +67,7 @@ def test_equals_the_paper(projection, estimator, side, names):
         expected = reference_flora(
             folds.fold(name, params[name]),
             [folds.fold(name, g[name]) for g in gradients],
-            draw(projection, 11, "compressed_momentum", name, side),
+            sampled_matrix(projection, 11, "compressed_momentum", name, side),
             rates.__getitem__,
             decay=0.5,
             resample_every=3,

@@ -13,7 +13,7 @@ import pytest
 import flora_jax as fj
 from experiments.models import build
 from experiments.models.config import GPT2Config, T5Config
-from tests.transforms.draws import case_id
+from tests.transforms.samples import case_id
 
 SKETCH = fj.Sketch(4, key=5, mask=fj.not_embeddings, min_dim_size=8)
 SIZES = {"width": 16, "heads": 2, "vocab_size": 300}

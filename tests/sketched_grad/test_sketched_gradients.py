@@ -10,7 +10,7 @@ import pytest
 
 import flora_jax as fj
 from tests.common import assert_close
-from tests.transforms.draws import case_id
+from tests.transforms.samples import case_id
 
 
 def sketch_of(**settings):

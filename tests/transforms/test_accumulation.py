@@ -13,7 +13,7 @@ from flora_jax.transforms.accumulation import accumulate, estimate
 from tests.common import assert_close
 from tests.reference import folds
 from tests.reference.accumulation import sketched_accumulation
-from tests.transforms.draws import case_id, draw, run, sketch_and_rest
+from tests.transforms.samples import case_id, run, sampled_matrix, sketch_and_rest
 
 ALL = tuple(folds.SHAPES)
 
@@ -63,7 +63,7 @@ def test_equals_algorithm_1(projection, side, mean, k, steps, names):
         results = [
             sketched_accumulation(
                 matrices,
-                draw(projection, 11, "compressed_accumulation", name, side),
+                sampled_matrix(projection, 11, "compressed_accumulation", name, side),
                 k if callable(k) else lambda cycle: k,
                 mean,
                 folds.left(name, side),
@@ -84,7 +84,7 @@ def test_equals_algorithm_1(projection, side, mean, k, steps, names):
 
 
 @pytest.mark.sample(1)
-@pytest.mark.filterwarnings("ignore:.* sketches 0 of . leaves:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* sketches only 0 of . leaves:UserWarning")
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("every_k", [3, growing])
 def test_dense_leaves_equal_multisteps(every_k, mean):

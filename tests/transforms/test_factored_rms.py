@@ -11,7 +11,7 @@ import flora_jax as fj
 from tests.common import assert_close
 from tests.reference import folds
 from tests.reference.factored_rms import factored_rms
-from tests.transforms.draws import run
+from tests.transforms.samples import run
 
 RULES = fj.LeafRules(min_dim_size=8, max_aspect_ratio=math.inf)
 

@@ -10,7 +10,7 @@ import flora_jax as fj
 from tests.common import assert_close
 from tests.reference import folds
 from tests.reference.momentum import sketched_momentum
-from tests.transforms.draws import case_id, draw, run, sketch_and_rest
+from tests.transforms.samples import case_id, run, sampled_matrix, sketch_and_rest
 
 ALL = tuple(folds.SHAPES)
 # Every shape, on its columns and on its rows, whether or not the rank divides the side.
@@ -42,7 +42,7 @@ def expected_momentum(gradients, name, projection, estimator, side, every):
     results = [
         sketched_momentum(
             matrices,
-            draw(projection, 11, "compressed_momentum", name, side),
+            sampled_matrix(projection, 11, "compressed_momentum", name, side),
             0.5,
             every,
             estimator,
@@ -100,7 +100,7 @@ def test_residual_is_the_designs_formula_where_the_rank_divides_the_width():
     r, m = folds.RANKS["tall"], 16
     gradients = folds.gradients(5, ("tall",))
     tx = momentum(r, projection=fj.CountSketch(), estimator="residual")
-    s = draw(fj.CountSketch(), 11, "compressed_momentum", "tall", "smaller")
+    s = sampled_matrix(fj.CountSketch(), 11, "compressed_momentum", "tall", "smaller")
     updates, state = run(tx, gradients)
     s, g = s(1), np.asarray(gradients[-1]["tall"], np.float64)
     kept = np.asarray(state.momentum["tall"], np.float64)
@@ -118,7 +118,7 @@ def test_decay_may_be_an_array(decay):
 
 
 @pytest.mark.sample(2)
-@pytest.mark.filterwarnings("ignore:.* sketches 0 of . leaves:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* sketches only 0 of . leaves:UserWarning")
 @pytest.mark.parametrize(
     ("estimator", "projection", "uncompressed"),
     [

@@ -14,7 +14,7 @@ from flora_jax import LeafPlan
 from flora_jax.sketching.sketcher import ScaledLeaf, Sketcher
 from flora_jax.transforms import momentum as momentum_module
 from tests.common import assert_close
-from tests.transforms.draws import run
+from tests.transforms.samples import run
 
 UNCOMPRESSED = {
     "paper": optax.ema(0.5, debias=False),

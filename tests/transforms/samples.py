@@ -27,7 +27,7 @@ def _matrix(projection, seed, name, path, rank, size, epoch):
     return np.asarray(projection.matrix(key, rank, size), np.float64)
 
 
-def draw(projection, seed, name, path, side):
+def sampled_matrix(projection, seed, name, path, side):
     """The function epoch -> S of one leaf of ``folds.SHAPES``."""
     return functools.partial(
         _matrix, projection, seed, name, path, RANKS[path], width(path, side)
