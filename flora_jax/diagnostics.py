@@ -80,7 +80,7 @@ def diagnostics(
       grads: the gradients.
       params: the parameters, if ``tx`` needs them.
       every: measures when ``step`` is a multiple of it; NaN at other steps.
-      step: number of the step, possibly traced; needed with ``every`` above 1.
+      step: index of the step, possibly traced; needed with ``every`` above 1.
       **extra_args: further arguments of ``tx.update``.
 
     Returns:
@@ -89,7 +89,8 @@ def diagnostics(
 
     Raises:
       TypeError: for arguments of a wrong type, and for sketches in place of gradients.
-      ValueError: if ``tx`` sketches nothing, or out of sight; if ``step`` is missing.
+      ValueError: if ``tx`` sketches nothing, or only inside ``lax.cond``; if ``step``
+        is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -106,7 +107,7 @@ def diagnostics(
     every = check.check_positive_int("every", every, "use 1 for all steps")
     if every > 1 and step is None:
         raise ValueError(
-            f"`step` is missing, got every={every}; pass the number of the step"
+            f"`step` is missing, got every={every}; pass the index of the step"
         )
     refuse_sketches("diagnostics", grads, "they are compared with gradients", "grads")
     _refuse_explicit((grads, state, params))

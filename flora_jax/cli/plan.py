@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-      arguments: those after the program's name; None for the process' own.
+      arguments: those after the program's name; None for the process's own.
 
     Returns:
       0, or 1 if a budget is given and does not suffice.

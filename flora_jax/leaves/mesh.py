@@ -36,6 +36,7 @@ def fit_sharding(place: Any, old: Shape, new: Shape, mesh: Any = None) -> Any:
     named = isinstance(place, jax.NamedSharding)
     spec = place.spec if named else place
     mesh = mesh or (place.mesh if named else jax.sharding.get_abstract_mesh())
+    # A PartitionSpec may leave out unsharded axes at its end.
     padded = (*spec, *(None for _ in range(len(old) - len(spec))))
     names = tuple(
         name if a == b or _divides(name, b, mesh.shape) else None
@@ -55,6 +56,7 @@ def _divides(name: Any, size: int, mesh_sizes: Mapping[str, int]) -> bool:
 
 def is_sharded() -> bool:
     """Whether the compiler may shard arrays here, over the axes of a mesh."""
+    # Manual axes do not count: inside of shard_map each device has its own array.
     return math.prod(_axes(jax.sharding.get_abstract_mesh()).values()) > 1
 
 
@@ -87,6 +89,7 @@ def _constrained(x: jax.Array, axes: dict[int, Any]) -> jax.Array:
     # A concrete array stays where it is.
     if not isinstance(x, jax.core.Tracer) or not is_sharded():
         return x
+    # An axis with None would be replicated; these are left to the compiler.
     spec: list[Any] = [jax.P.UNCONSTRAINED] * x.ndim
     for axis, names in axes.items():
         spec[axis] = names
@@ -97,6 +100,7 @@ def varying(tree: PyTree, axis_name: AxisNames | None) -> PyTree:
     """The arrays as ones that differ over axes of ``jax.shard_map``; others pass."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     mesh = jax.sharding.get_abstract_mesh()
+    # jax.vmap has axis names too, without a mesh and without varying types.
     manual = tuple(name for name in names if name in _axes(mesh, _Type.Manual))
     return jax.lax.pcast(tree, manual, to="varying") if manual else tree
 

@@ -65,7 +65,7 @@ class StateLeaf(NamedTuple):
 def abstract_state(init: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
     """Shapes and dtypes of ``init(params)``; allocates nothing.
 
-    Warnings of ``init`` are left to whoever trains with it.
+    Warnings of ``init`` are suppressed here; they are issued when training starts.
     """
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         return jax.eval_shape(init, params)

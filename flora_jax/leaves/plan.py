@@ -26,7 +26,7 @@ class LeafPlan:
       path: normalized path of the leaf, for example ``"h/0/attn/c_attn/kernel"``.
       shape: shape of the leaf.
       batch_axes: axes that are kept and share one projection.
-      row_axes: axes that are folded to the matrix' rows.
+      row_axes: axes that are folded to the matrix's rows.
       column_axes: axes that are folded to its columns.
       axis: the sketched side, -1 for the columns (G Sᵀ), -2 for the rows (S G).
       rank: size r of the sketched side after sketching; 0 for a dense leaf, and where
@@ -162,7 +162,7 @@ def fold_axes(shape: Shape, min_dim_size: int, max_aspect_ratio: float) -> Fold:
     Args:
       shape: the leaf's shape.
       min_dim_size: smallest side of a matrix worth sketching.
-      max_aspect_ratio: largest ratio of the matrix' sides.
+      max_aspect_ratio: largest ratio of the matrix's sides.
 
     Returns:
       Three tuples of axes, or a sentence.
@@ -170,11 +170,13 @@ def fold_axes(shape: Shape, min_dim_size: int, max_aspect_ratio: float) -> Fold:
     if len(shape) < 2:
         return "it has fewer than two axes"
     ndim, reason = len(shape), ""
+    # The shortest suffix first, so that layers and experts stay batch axes.
     for start in range(ndim - 2, -1, -1):
         splits = [
             (math.prod(shape[start:s]), math.prod(shape[s:]), s)
             for s in range(start + 1, ndim)
         ]
+        # `min` returns the first of equals. Empty axes give sides of 0.
         n, m, split = min(splits, key=lambda t: max(t[:2]) / max(min(t[:2]), 1e-9))
         reason = matrix_reason(n, m, min_dim_size, max_aspect_ratio)
         if not reason:

@@ -79,7 +79,7 @@ def _entries(value: Any) -> list[tuple[str, Any]]:
 
 
 def is_scalar(value: Any) -> bool:
-    """Whether a rule is one value or callable: no None, and no values by path."""
+    """Whether a rule is a single value or a callable, not None or per-path values."""
     leaf = _is_dimension_numbers(value) or jax.tree_util.all_leaves([value])
     return leaf and not isinstance(value, ByPath)
 
@@ -149,7 +149,7 @@ class LeafRules:
           One plan per array leaf.
 
         Raises:
-          TypeError: for a leaf that is no array of a real floating dtype.
+          TypeError: for a leaf that is not an array of a real floating dtype.
           ValueError: for a rank, mask or dimension numbers that do not fit a leaf.
         """
         numbers = self.weight_dimension_numbers
@@ -162,6 +162,7 @@ class LeafRules:
             shape, own = _shape(path, leaf), numbers
             if isinstance(numbers, ByPath):
                 own = numbers.find("weight_dimension_numbers", path, shape)
+                # None in the tree keeps a leaf dense; None for the tree is the rule.
                 own = False if own is None else own
             key = (path, shape, own)
             if key not in known:
@@ -266,7 +267,7 @@ def embeddings(path: str, shape: Shape) -> bool:
 
 
 def not_embeddings(path: str, shape: Shape) -> bool:
-    """Whether a leaf is no embedding and no output head: the usual ``mask``.
+    """Whether a leaf is neither an embedding nor an output head: the usual ``mask``.
 
     The gradient of an embedding is sparse by rows, unlike a matrix product's. See
     :func:`embeddings` for the names.

@@ -1,8 +1,8 @@
 """What a state means, written into it: a vector that survives a checkpoint.
 
-A sketch can only be read with the settings that made it. Jitted code cannot raise on
-values, so every state carries ``spec``, its settings as a short text in a uint32
-vector of fixed length, and :func:`verify_state` compares it on the host.
+A sketch can only be decompressed with the settings that it was made with. Jitted code
+cannot raise on values, so every state carries ``spec``, its settings as a short text in
+a uint32 vector of fixed length, and :func:`verify_state` compares it on the host.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def make_spec(name: str, key: Any, identity: int = 0, **settings: Any) -> jax.Ar
     Returns:
       A uint32 vector of 64 words.
     """
+    # So a setting that a later version adds, None by default, changes no old spec.
     given = {k: v for k, v in settings.items() if v is not None}
     interval = next((given[k] for k in _INTERVALS if k in given), 0)
     given |= {k: _IN_A_WORD for k in _INTERVALS if k in given}
@@ -60,6 +61,7 @@ def make_spec(name: str, key: Any, identity: int = 0, **settings: Any) -> jax.Ar
     text = "; ".join(f"{k}: {v}" for k, v in pairs.items()).encode()
     padded = text[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
     words = np.frombuffer(padded, "<u4").astype(np.uint32)
+    # The checksum is of the full text, of which the vector may hold only the start.
     head = np.array([FORMAT, zlib.crc32(text), identity], np.uint32)
     every = jnp.asarray(interval, jnp.uint32)[None]
     return jnp.concatenate([head, key, every, words])
@@ -107,7 +109,7 @@ def _text(value: Any) -> str:
 def verify_state(
     tx: optax.GradientTransformation, state: Any, params: Any = None
 ) -> None:
-    """Raises if ``state`` was made under other settings than those of ``tx``.
+    """Raises if ``state`` was created with different settings from those of ``tx``.
 
     Call it after restoring a checkpoint: a state of the same shapes but of another
     seed, projection or interval would train on noise without an error. It compares
@@ -116,7 +118,7 @@ def verify_state(
 
     Without ``params``, masks, ranks and dimension numbers that are functions are
     compared by their names. With ``params`` they are compared by what they decide for
-    each leaf, and the shapes and dtypes of the whole state are checked as well.
+    each leaf, and the shapes and dtypes of the full state are checked as well.
 
     Args:
       tx: the transformation that will use the state, in any chain or wrapper.
@@ -149,6 +151,7 @@ def verify_state(
     if expected.keys() != found.keys():
         specs = f"specs at {sorted(found)}, expected at {sorted(expected)}"
         raise ValueError(_OTHER_STRUCTURE.format(specs))
+    # Shapes only if all settings agree, or they would report one difference twice.
     differences = [
         f"{path or 'state'}: {line}"
         for path, spec in expected.items()
@@ -160,7 +163,7 @@ def verify_state(
     ]
     if differences:
         raise ValueError(
-            "`state` was made under other settings than `tx` has, got "
+            "`state` was created with different settings from `tx`, got "
             + "; ".join(differences[:_MOST_DIFFERENCES])
             + ". Use the settings of the run that saved it, or start a new state with"
             " tx.init"
@@ -226,11 +229,13 @@ def _differences(found: np.ndarray, expected: np.ndarray, planned: bool) -> list
             f"`state.spec` must have shape {expected.shape}, got {found.shape}; pass"
             " the states of a vmapped ensemble one by one"
         )
+    # Nothing else is compared: the words of another format may mean anything.
     if found[0] != expected[0]:
         return [f"state format {found[0]} in the state, {expected[0]} in tx"]
     ours, theirs = _decode(expected), _decode(found)
     both = {name: (theirs.get(name), ours.get(name)) for name in {**ours, **theirs}}
     unequal = {name: pair for name, pair in both.items() if pair[0] != pair[1]}
+    # Different rules that lead to the same plans are interchangeable.
     same_plans = planned and found[2] == expected[2]
     lines = [
         f"{name} {pair[0] or 'default'} in the state, {pair[1] or 'default'} in tx"
@@ -238,7 +243,10 @@ def _differences(found: np.ndarray, expected: np.ndarray, planned: bool) -> list
         if not (same_plans and name in _PLANNING)
     ]
     if planned and not same_plans and not lines:
-        return ["its mask, ranks or dimension numbers decide otherwise for some leaf"]
+        return [
+            "the mask, ranks or dimension numbers give a different plan for at least"
+            " one leaf"
+        ]
     if found[1] != expected[1] and not unequal:  # Beyond the end of the vector.
         return [f"settings {theirs} in the state, {ours} in tx"]
     return lines

@@ -129,7 +129,7 @@ def run_sharded(fn: Callable[..., Any], like: PyTree, *args: Any) -> PyTree:
     Args:
       fn: a function of arrays; it closes over no array.
       like: a tree of the structure of fn's result, of arrays whose sharding to take.
-      *args: the arrays; also python numbers.
+      *args: the arrays, or Python scalars.
 
     Returns:
       ``fn(*args)``.
@@ -142,7 +142,7 @@ def run_sharded(fn: Callable[..., Any], like: PyTree, *args: Any) -> PyTree:
 
     def sharding(x: Any) -> jax.NamedSharding:
         given = jax.typeof(x).sharding
-        # A number made without the mesh, such as a counter, is on all of it.
+        # A scalar made without the mesh, such as a counter, is replicated on it.
         return given if given.mesh.axis_names else jax.NamedSharding(meshes[0], jax.P())
 
     shardings = jax.tree.map(sharding, like)

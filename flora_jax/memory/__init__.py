@@ -1,1 +1,1 @@
-"""What state costs, and how much of it a budget buys."""
+"""Memory planning: sizes of optimizer states, and ranks that fit a budget."""

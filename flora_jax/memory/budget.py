@@ -157,8 +157,8 @@ def ranks_for_budget(
     A spectrum that falls fast thus gets a small rank, a flat one a large rank. k is the
     lowest that bisection over all s̃ finds whose state fits. The bytes are those of
     ``make(ranks).init``, counted without allocation, so they are right for what
-    surrounds the sketches too: stored bases, dense leaves, other dtypes. Below a k that
-    does not fit nothing is tried, except k = 0, the full rank of every leaf: a state
+    surrounds the sketches too: stored bases, dense leaves, other dtypes. Once a k does
+    not fit, no smaller one is tried except k = 0, the full rank of every leaf: a state
     that first grows and then shrinks with the rank may have room for more.
 
     The slices of a stacked leaf share one rank, and gradients of several steps give one
@@ -168,13 +168,13 @@ def ranks_for_budget(
     to 0: the rank is about 1 − k of the full one.
 
     Cost: one float32 singular value decomposition of each matrix and step,
-    O(n·m·min(n, m)), and one float32 copy of the leaf in hand; about log2 of the number
+    O(n·m·min(n, m)), and one float32 copy of the current leaf; about log2 of the number
     of singular values abstract evaluations of ``init``. Run it once, before training.
 
     Args:
       params_or_grads: a tree of arrays: the parameters, or gradients, with their shapes
         and dtypes; or an iterator of such trees, for example a generator of the
-        gradients of a few steps. It is read to its end, one tree at a time.
+        gradients of a few steps. It is consumed, one tree at a time.
       budget_bytes: largest size of the whole state in bytes, summed over devices.
       make: a callable from a tree of ranks to the transformation, for example
         ``lambda ranks: fj.flora(1e-3, fj.Sketch(ranks, mask=fj.not_embeddings))``.
@@ -256,7 +256,7 @@ def _check_unread(
 ) -> None:
     """Raises if the rank of a leaf that is dense here decides anything in the state.
 
-    Such a leaf would be sketched with the rank 1 that stands for nothing.
+    Such a leaf would be sketched with rank 1, which is only a placeholder.
     """
     dense = [i for i, plan in enumerate(plans) if plan.dense]
 

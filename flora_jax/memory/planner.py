@@ -89,7 +89,7 @@ class MemoryPlan:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the whole state."""
+        """Bytes of the full state."""
         return sum(leaf.state_bytes for leaf in self.leaves) + self.other_bytes
 
     @property

@@ -119,7 +119,7 @@ class Projection(abc.ABC):
 class ObliviousProjection(Projection):
     """A random S, regenerated from a key and never stored.
 
-    It is written as two steps. :meth:`sample` turns a key into the few numbers that
+    It is written as two steps. :meth:`sample` turns a key into the few arrays that
     determine S, for many leaves in one operation; :meth:`Projection.compress` and
     :meth:`Projection.expand` apply S to one matrix.
     """

@@ -67,8 +67,11 @@ class CountSketch(ObliviousProjection):
         full, tail = divmod(width, rank)
         # The remainder prefers small numbers by less than rank / 2**32.
         offsets = bits(key, (full,), 1) % np.uint32(rank)
+        # Without a last, shorter chunk all columns are alike and none is shifted.
         shift = bits(key, (), 2) % np.uint32(width if tail else 1)
         offsets, shift = offsets.astype(jnp.int32), shift.astype(jnp.int32)
+        # Column j has place j − shift (mod m); chunk c starts at bucket offsets[c], the
+        # last, shorter one at bucket 0.
         place = (jnp.arange(width, dtype=jnp.int32) - shift) % width
         buckets = (place + jnp.append(offsets, 0)[place // rank]) % rank
         return signs(key, (width,), 0), buckets, offsets, shift
@@ -82,6 +85,7 @@ class CountSketch(ObliviousProjection):
         weights: Float[Array, "*batch m"] | None = None,
     ) -> Float[Array, "*batch _ _"]:
         """G Sᵀ or S G; see :meth:`Projection.compress`."""
+        # Slices and gathers along a sharded side would move G between the devices.
         if is_sharded():
             return super().compress(sampled, matrix, rank, axis, weights)
         flips, _, offsets, shift = sampled
@@ -91,6 +95,7 @@ class CountSketch(ObliviousProjection):
         turned = shift if tail else None
         sum_chunks = _sum_rows if axis == -2 else _sum_columns
         total = sum_chunks(matrix, flips, offsets, turned, rank)
+        # Its t columns go to buckets 0…t−1: zeros for the others.
         if tail:
             rest = _wrapped(matrix, flips, shift + full * rank, tail, axis)
             pad = [(0, 0)] * rest.ndim
@@ -105,7 +110,8 @@ class CountSketch(ObliviousProjection):
         flips, buckets, *_ = sampled
         scaled = self._scaled(sketch, width, axis)
         # XLA fuses the gather into what reads the estimate, such as the addition to the
-        # parameter; along columns it is a gather of single numbers, about half as fast.
+        # parameter; along columns it is a gather of single elements, about half as
+        # fast.
         return jnp.take(scaled, buckets, axis=axis, mode="clip") * along(flips, axis)
 
     def as_matrix(self, sampled: Any, rank: int, width: int) -> Float[Array, "r m"]:
@@ -139,7 +145,7 @@ def _wrapped(
 def _sum_columns(
     matrix: jax.Array, flips: jax.Array, offsets: jax.Array, shift: Any, rank: int
 ) -> jax.Array:
-    """The sum of all whole chunks, each turned by its offset.
+    """The sum of all full chunks, each rotated by its offset.
 
     With a shift the chunks begin there. One of them may then wrap around the matrix: it
     is gathered, where the others are slices.
@@ -167,6 +173,7 @@ def _sum_columns(
     if shift is not None:
         chunk = _wrapped(matrix, flips, seam * rank + shift, rank, -1)
         buckets = add(seam, buckets, chunk)
+    # Bucket b was filled both at b and at b + r.
     first, second = jnp.split(buckets, 2, -1)
     return first + second
 
@@ -174,14 +181,15 @@ def _sum_columns(
 def _sum_rows(
     matrix: jax.Array, flips: jax.Array, offsets: jax.Array, shift: Any, rank: int
 ) -> jax.Array:
-    """:func:`_sum_columns` of rows: whole rows are gathered from where they lie.
+    """:func:`_sum_columns` of rows: full rows, contiguous in memory, are gathered.
 
-    XLA on CPU compiles a chunk to one kernel, the row's number outside of its
-    inner loop, that gathers, signs and adds; few chunks become one kernel together.
+    XLA on CPU compiles a chunk to one kernel that gathers, signs and adds, with the row
+    index computed outside of its inner loop; few chunks become one kernel together.
     """
     place = jnp.arange(rank, dtype=jnp.int32)
 
     def add(i: Any, total: jax.Array) -> jax.Array:
+        # Which row of chunk i goes to each bucket: a gather in place of a scatter.
         source = i * rank + (place - offsets[i]) % rank
         source = source if shift is None else (source + shift) % matrix.shape[-2]
         rows = jnp.take(matrix, source, axis=-2, mode="clip").astype(jnp.float32)

@@ -20,7 +20,7 @@ class Gaussian(IndependentEntries):
     its estimate is about 1/√(1 + (m+1)/r). S Sᵀ is not a multiple of I.
 
     Costs r·m normals and 2·n·m·r floating-point operations for a sketch, as many for an
-    estimate, and r·m float32 numbers of temporary memory; nothing is stored.
+    estimate, and r·m float32 elements of temporary memory; nothing is stored.
 
     Raises:
       ValueError: for ``normalization="isometric"``, which no Gaussian matrix has.

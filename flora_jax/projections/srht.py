@@ -26,8 +26,8 @@ class SRHT(ScaledIsometry):
     D flips each column at random, R picks r rows without replacement, and H = H_a ⊗ H_b
     is the Kronecker product of two orthonormal discrete cosine transforms, a·b = m as
     near to each other as the divisors of m allow. Its entries are at most 2/√m, so that
-    D spreads every input over all rows, and it exists for any width, not for powers of
-    two alone as Hadamard's. S Sᵀ = (m/r)·I and E[SᵀS] = I, so that
+    D spreads every input over all rows, and it exists for any width, where Hadamard's
+    needs a power of two. S Sᵀ = (m/r)·I and E[SᵀS] = I, so that
     E‖G SᵀS − G‖² = (m/r − 1)·‖G‖², as :class:`Orthogonal`.
 
     Costs 2·m random words and 2·n·m·(a + b) operations for a sketch, whatever the rank,

@@ -27,14 +27,14 @@ class TopDCT(AdaptiveProjection):
 
     Q_ij = √(2/N)·cos(π i (2j+1) / 2N) for the width N, row 0 times √½: orthonormal, the
     same for all leaves of a width and computed where it is needed. S is the r rows of Q
-    for which the transformed gradient has the largest norm; their numbers are kept in
+    for which the transformed gradient has the largest norm; their indices are kept in
     ascending order.
 
     Choosing costs 2·n·m·N operations and 4·N² bytes of temporary memory: a product with
     Q. A fast Fourier transform took as long at N = 768 (47 and 30 ms along rows and
     columns against 25 and 31) and about half as long at 1600 (191 and 156 against 270
     and 304; two CPU cores), but a product leaves a sharded side sharded. Applying S
-    costs as much as any matrix of r rows. Stores r int32 numbers per matrix.
+    costs as much as any matrix of r rows. Stores r int32 indices per matrix.
 
     Attributes:
       normalization: ``"isometric"``: the cosines are orthonormal.
@@ -58,12 +58,12 @@ class TopDCT(AdaptiveProjection):
     norm: str = "l1"
 
     def __post_init__(self) -> None:
-        """Raises on a choice that it does not have."""
+        """Raises for an unknown option."""
         super().__post_init__()
         check.check_choice("norm", self.norm, ("l1", "l2"))
 
     def stored_sizes(self, rank: int) -> tuple[int, int]:
-        """Numbers of rows of Q: r along the sketched side."""
+        """Indices of rows of Q: r along the sketched side."""
         return rank, 1
 
     def directions(self, sketched: int, other: int) -> int:
@@ -74,7 +74,7 @@ class TopDCT(AdaptiveProjection):
     def choose(
         self, key: KeyData, matrix: Float[Array, "*batch n m"], rank: int, axis: int
     ) -> Int32[Array, "*batch _ _"]:
-        """Numbers of rows of Q, (batch…, 1, r) for axis -1 or (batch…, r, 1) for -2."""
+        """Indices of rows of Q, (batch…, 1, r) for axis -1 or (batch…, r, 1) for -2."""
         del key
         width, other = matrix.shape[axis], -3 - axis
         matrix = sharded_along(matrix, other, unsharded=axis)
@@ -88,7 +88,7 @@ class TopDCT(AdaptiveProjection):
     def from_stored(
         self, stored: Int32[Array, "*batch _ _"], axis: int
     ) -> Int32[Array, "*batch rank"]:
-        """The numbers of S's rows in Q."""
+        """The indices of S's rows in Q."""
         return stored.squeeze(-3 - axis)
 
     def as_matrix(self, sampled: Any, rank: int, width: int) -> Float[Array, "... r m"]:
@@ -114,7 +114,7 @@ def _cosines(
             f" {width}; leave the leaf out with `mask`, or sketch its other side"
         )
     odd = 2 * jnp.arange(width, dtype=jnp.uint32) + 1
-    # Of a whole number of quarter turns: float32 would lose large angles.
+    # Reduced as an integer, modulo a full turn: float32 would lose large angles.
     turns = (rows.astype(jnp.uint32)[..., None] * odd) % np.uint32(4 * width)
     values = jnp.cos(turns.astype(jnp.float32) * np.float32(math.pi / (2 * width)))
     lengths = jnp.where(rows == 0, width**-0.5, (2 / width) ** 0.5)

@@ -59,7 +59,7 @@ class TopSVD(AdaptiveProjection):
     iterations: int = 2
 
     def __post_init__(self) -> None:
-        """Raises on a choice that it does not have."""
+        """Raises for an unknown option."""
         super().__post_init__()
         check.check_choice("method", self.method, ("exact", "randomized"))
         check.check_positive_int("iterations", self.iterations, "2 suits gradients")
@@ -99,6 +99,7 @@ class TopSVD(AdaptiveProjection):
         self, key: KeyData, matrix: Float[Array, "*batch n m"], rank: int
     ) -> Float[Array, "*batch n rank"]:
         """About the leading left singular vectors, by a randomized range finder."""
+        # Halko et al.'s p: a few more columns than r make the range accurate.
         columns = min(rank + _OVERSAMPLING, *matrix.shape[-2:])
         across = matrix.swapaxes(-1, -2)
 

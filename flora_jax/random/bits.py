@@ -97,7 +97,7 @@ def normals(key: KeyData, shape: Shape, stream: int) -> Float[Array, "..."]:
     """Standard normals, float32; arguments as :func:`hashes`.
 
     Box and Muller's √(−2 ln u)·sin 2πv, v in (−1/4, 1/4), which is as symmetric as a
-    whole turn. Both words of one hash, and a polynomial in place of the sine (to 1e-7),
+    full turn. Both words of one hash, and a polynomial in place of the sine (to 1e-7),
     so that all of it is one loop for XLA. No value is infinite; the largest is 5.9.
     """
     u, v = hashes(key, shape, stream)

@@ -71,7 +71,7 @@ def raw_key(key: KeyLike) -> np.ndarray | jax.Array:
 def check_state_key(name: str, key: Any) -> None:
     """Raises if the root key in a state is no longer uint32 key data.
 
-    A cast or an average over the whole state destroys the key without an error; every
+    A cast or an average over the full state destroys the key without an error; every
     projection would then be another one.
 
     Args:
@@ -108,6 +108,7 @@ def leaf_keys(
       Key data, uint32 of shape (leaves, 2), to be sampled from, never folded again.
     """
     salts = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
+    # Only folds: see the rules above. Name and path are hashed in one of them.
     leaves = fold(root, np.uint32(zlib.crc32(name.encode())), salts)
     return fold(leaves, jnp.asarray(epoch).astype(jnp.uint32), np.uint32(0))
 
@@ -124,7 +125,7 @@ def renewal(
     Args:
       count: steps so far, an int32 scalar that ``optax.safe_increment`` counts.
       every: T; possibly traced, but the same at every step.
-      offset: by how many steps a leaf is ahead; one number, or one for each leaf.
+      offset: by how many steps a leaf is ahead; a scalar, or one for each leaf.
 
     Returns:
       The epoch, uint32, and whether it begins with this step; the first never does.

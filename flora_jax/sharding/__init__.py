@@ -1,1 +1,1 @@
-"""Many devices: where state lies, and what they send one another."""
+"""Multiple devices: shardings of the state, and compressed collectives."""

@@ -43,7 +43,7 @@ def compressed_pmean(
       axis_name: mesh axes to reduce over.
       sketch: how leaves are sketched, or the rank r; the same on all devices. By
         default with CountSketch, isometric if there is an ``error``, else unbiased.
-      step: number of the step, an int or an int32 scalar; each has an S of its own.
+      step: index of the step, an int or an int32 scalar; each has an S of its own.
       error: None, or the tree of E_d, of the gradients' structure, shapes and float32;
         zeros at first, and a different one on each device.
 
@@ -90,6 +90,7 @@ def compressed_pmean(
         own = sketcher.sketch_leaf(plan, sampled, ScaledLeaf(total))
         mean = sketcher.unsketch_leaf(plan, sampled, jax.lax.pmean(own, axis_name))
         estimates.append(mean.astype(leaf.dtype))
+        # E_d ← A_d − A_d Sᵀ S: what this device's own sketch leaves out.
         if kept is not None:
             errors.append(total - sketcher.unsketch_leaf(plan, sampled, own))
     means = rebuild(grads, estimates)

@@ -1,4 +1,4 @@
-"""Shardings of a whole optimizer state, from those of the parameters."""
+"""Shardings of an optimizer state, from those of the parameters."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def state_sharding(
       A tree of the structure of ``tx.init(params)``, of shardings of the same kind.
 
     Raises:
-      TypeError: for a ``tx`` that is no transformation; for a leaf of ``shardings``
-        that is neither.
-      ValueError: if ``shardings`` has not the structure of ``params``, or lives on
+      TypeError: if ``tx`` is not a transformation, or a leaf of ``shardings`` is
+        neither.
+      ValueError: if ``shardings`` does not have the structure of ``params``, or spans
         several meshes.
     """
     tx = check.check_transformation("tx", tx, params)

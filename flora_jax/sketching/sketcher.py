@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 Plans: TypeAlias = Sequence[LeafPlan]
+# Rules that a spec names only where they are others: a new one changes no old state.
+_DEFAULTS = {x.name: x.default for x in dataclasses.fields(Sketch) if x.kw_only}
 
 
 class ScaledLeaf(NamedTuple):
     """A leaf times factors that are not multiplied out.
 
-    What Adafactor does to a gradient is a product with a column, a row and a number. A
+    What Adafactor does to a gradient is a product with a column, a row and a scalar. A
     sketch can apply them to the projection and to its result, so that the scaled
     gradient is never written to memory.
 
@@ -96,6 +98,7 @@ class SketchedGradients:
         Returns:
           A float32 scalar.
         """
+        # E‖C‖² = ‖G‖² where E[SᵀS] = I; isometric rows are shorter by √(r/m).
         isometric = getattr(self.sketch.projection, "normalization", "") == "isometric"
         total = jnp.float32(0)
         for plan, leaf in zip(self.plans, jax.tree.leaves(self.tree), strict=True):
@@ -117,7 +120,7 @@ class SketchedGradients:
         if name != self.name:
             raise ValueError(
                 f"`updates` of {name} are sketches for {self.name}, whose projections"
-                f" are others; give sketched_value_and_grad the state of {name}"
+                f" differ; give sketched_value_and_grad the state of {name}"
             )
         # What else a sketch says acts through the plans.
         for what in ("projection", "key_data"):
@@ -219,7 +222,7 @@ class Sketcher:
           One plan per leaf.
 
         Raises:
-          TypeError: for a leaf that is no array of a real floating dtype.
+          TypeError: for a leaf that is not an array of a real floating dtype.
           ValueError: if sketches were made in another way than this one's.
         """
         plans = self.sketch.plan(gradient_shapes(gradients))
@@ -230,8 +233,8 @@ class Sketcher:
     def sample(self, plans: Plans, root: jax.Array, epoch: Any) -> list[Any]:
         """The projections of all leaves in one epoch; None for dense leaves.
 
-        Leaves of equal rank and width are sampled together: the random numbers of a
-        tree of hundreds of leaves are a handful of operations.
+        Leaves of equal rank and width are sampled together, so that sampling for
+        hundreds of leaves takes a handful of operations.
 
         Args:
           plans: of the leaves.
@@ -244,7 +247,9 @@ class Sketcher:
         sampled: list[Any] = [None] * len(plans)
         for rank, width, members, keys in self._groups(plans, root, epoch):
             sample = functools.partial(self.projection.sample, rank=rank, width=width)
+            # Written to memory once: every element of G reads a sign or a bucket.
             together = materialized(jax.vmap(sample)(keys))
+            # Leaves of one group may be sharded over different mesh axes.
             if is_sharded():
                 together = jax.tree.map(replicated, together)
             for place, i in enumerate(members):
@@ -276,6 +281,7 @@ class Sketcher:
                 new = self.projection.sample(key, rank, width)
                 return self.projection.transfer(old, new, rank, width)
 
+            # jax.lax.map and not vmap: one S′ in memory at a time.
             own = [sampled[i] for i in members]
             old = jax.tree.map(lambda *arrays: jnp.stack(arrays), *own)
             together = jax.lax.map(matrix, (old, keys))
@@ -302,7 +308,7 @@ class Sketcher:
         """Sketches a leaf: float32, in the state's shape; dense leaves pass.
 
         A factor that is constant along the sketched side multiplies the sketch, one
-        that varies along it alone the columns of S: neither touches the whole leaf.
+        that varies along it alone the columns of S: neither touches the full leaf.
 
         Args:
           plan: the leaf's plan.
@@ -311,6 +317,8 @@ class Sketcher:
         """
         if plan.dense:
             return leaf.value()
+        # Row factors D and column factors W need no scaled copy of G:
+        # (D G W) Sᵀ = D (G (S W)ᵀ) with columns sketched, alike for rows.
         matrix, after, weights = plan.fold(leaf.leaf), [], None
         other = -3 - plan.axis
         for factor in leaf.factors:
@@ -344,6 +352,7 @@ class Sketcher:
         sketch = sketch.astype(jnp.float32)
         if plan.dense:
             return sketch
+        # G̃ = C S. To expand, each device needs the axis of size r in full.
         matrix = replicated_along(plan.fold(sketch), plan.axis)
         estimate = self.projection.expand(sampled, matrix, plan.width, plan.axis)
         return plan.unfold(estimate, plan.shape)
@@ -351,6 +360,7 @@ class Sketcher:
     def identity(self, plans: Plans) -> int:
         """A checksum of what the sketches of these leaves mean, but for the key."""
         fields = ("path", "batch_axes", "row_axes", "column_axes", "axis", "rank")
+        # Sorted, as the order of the leaves does not change any sketch.
         meaning = sorted(operator.attrgetter(*fields)(plan) for plan in plans)
         text = f"{self.name} {describe(self.projection)} {meaning}"
         return zlib.crc32(text.encode())
@@ -378,13 +388,10 @@ class Sketcher:
         )
 
 
-# Rules that a spec names only where they are others: a new one changes no old state.
-_DEFAULTS = {x.name: x.default for x in dataclasses.fields(Sketch) if x.kw_only}
-
-
 def moved_sketch(
     plan: LeafPlan, matrix: Float[Array, "*batch r r"], sketch: Float[Array, "..."]
 ) -> Float[Array, "..."]:
     """C S S′ᵀ for a sketch C in the state's shape; float32."""
+    # On the sketched side: C (S S′ᵀ) for columns, (S S′ᵀ)ᵀ C for rows.
     new = product(plan.fold(sketch.astype(jnp.float32)), matrix, plan.axis)
     return plan.unfold(new, plan.state_shape)

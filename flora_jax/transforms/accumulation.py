@@ -98,7 +98,7 @@ def compressed_accumulation(
 
     Args:
       inner: what receives the accumulated gradient, for example optax.adafactor(4e-4).
-      every_k: micro-steps k per cycle; an int, or a callable of the cycle's number.
+      every_k: micro-steps k per cycle; an int, or a callable of the cycle's index.
       sketch: the sketch, or its rank; CountSketch unless it names a projection
         (``Gaussian()`` is the paper's). Masks and ranks of ``inner`` are its own: give
         both the same sketch.
@@ -170,23 +170,32 @@ def compressed_accumulation(
         old = trees.matching_leaves(NAME, "acc_grads", state.acc_grads, plans, shapes)
         answer, skip_state = should_skip(updates, state.gradient_step, params)
         skip = _check_skip(answer)
+        # All or none, as they are averaged: a mean over as many micro-steps on each.
         if axis_name is not None and should_skip_update_fn is not None:
             skip = jax.lax.pmax(skip.astype(jnp.int32), axis_name) > 0
         sampled = sketcher.sample(plans, state.key, state.gradient_step)
+        # Sketches are added without S, which only the end of a cycle needs.
         made = isinstance(updates, SketchedGradients)
         own = [None] * len(plans) if made else sampled
         add = functools.partial(accumulate, sketcher, plans, use_grad_mean, on_sketch)
         grads = jax.tree.leaves(updates)
         acc = trees.run_sharded(add, old, own, grads, old, state.mini_step)
         if should_skip_update_fn is not None:
+            # Not by a product with 0, which would keep a NaN.
             acc = [jnp.where(skip, *pair) for pair in zip(old, acc, strict=True)]
         k = every_k(state.gradient_step) if callable(every_k) else every_k
         emit = jnp.logical_not(skip) & (state.mini_step >= k - 1)
         like = gradient_shapes(updates)
         mean = functools.partial(estimate, sketcher, plans, axis_name)
 
-        def end_cycle(acc: list[jax.Array], inner_state: PyTree) -> tuple[Any, ...]:
+        # Operands, not captured: an array captured by a branch loses its sharding type.
+        operands = acc, state.inner_opt_state, sampled, params
+
+        def end_cycle(
+            acc: list[jax.Array], inner_state: PyTree, sampled: Any, params: PyTree
+        ) -> tuple[Any, ...]:
             """The inner updates, the new inner state, and an empty accumulator."""
+            # C S by the S that all of the cycle was sketched with.
             leaves = trees.run_sharded(mean, jax.tree.leaves(like), sampled, acc)
             grads = optax.tree.cast_like(trees.rebuild(like, leaves), like)
             updates, new = inner.update(grads, inner_state, params, **extra_args)
@@ -194,13 +203,16 @@ def compressed_accumulation(
             empty = [jnp.zeros_like(x) for x in acc]
             return optax.tree.cast_like(updates, like), new, empty
 
-        def within_cycle(acc: list[jax.Array], inner_state: PyTree) -> tuple[Any, ...]:
+        def within_cycle(
+            acc: list[jax.Array], inner_state: PyTree, *rest: Any
+        ) -> tuple[Any, ...]:
             """Zeros of the type of the updates that the end of the cycle gives."""
-            updates, _, _ = jax.eval_shape(end_cycle, acc, inner_state)
+            updates, _, _ = jax.eval_shape(end_cycle, acc, inner_state, *rest)
             return jax.tree.map(jnp.zeros_like, updates), inner_state, acc
 
+        # A branch, so that the mean gradient is computed once per cycle.
         new_updates, inner_state, acc = jax.lax.cond(
-            emit, end_cycle, within_cycle, acc, state.inner_opt_state
+            emit, end_cycle, within_cycle, *operands
         )
         stepped = jnp.where(emit, 0, optax.safe_increment(state.mini_step))
         cycles = optax.safe_increment(state.gradient_step)
@@ -267,7 +279,7 @@ def accumulate(
         where its gradient is a sketch already.
       grads: gradients of the leaves.
       acc: accumulators of the leaves.
-      i: number of the micro-step in its cycle.
+      i: index of the micro-step in its cycle.
 
     Returns:
       The new accumulators, in their dtypes.
@@ -276,6 +288,8 @@ def accumulate(
     for plan, s, grad, old in zip(plans, sampled, grads, acc, strict=True):
         given = ScaledLeaf(grad)
         fresh = given.value() if s is None else sketcher.sketch_leaf(plan, s, given)
+        # C ← C + (G_i Sᵀ − C)/(i+1): C is the mean of what was added, however long the
+        # cycle turns out to be.
         total = old.astype(jnp.float32)
         total = total + ((fresh - total) / (i + 1) if use_mean else fresh)
         if on_sketch is not None and s is not None:
@@ -296,6 +310,7 @@ def estimate(
     Of each device's own accumulators the mean over mesh axes, if there are any: the
     mean of sketches is the sketch of the mean.
     """
+    # Before it is expanded: r·n elements are all-reduced in place of n·m.
     if axis_name is not None:
         acc = jax.lax.pmean(list(acc), axis_name)
     return [

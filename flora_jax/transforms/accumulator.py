@@ -32,7 +32,7 @@ class CompressedAccumulatorCarry:
     Attributes:
       sketches: tree of sketches, one array per gradient leaf.
       key: root key data, uint32 of shape (2,).
-      step: number of the cycle, int32; the epoch of the projection.
+      step: index of the cycle, int32; the epoch of the projection.
       plans: static plans of the leaves, in flattening order.
       like: static shapes, dtypes and shardings of the gradient leaves.
     """
@@ -55,7 +55,7 @@ def compressed_accumulator(
     """Accumulates gradients of micro-batches as a sketch, for ``optax.microbatch``.
 
     The same arithmetic as :func:`flora_jax.compressed_accumulation` in its cycle number
-    ``step``, in one jitted step that scans over micro-batches: no state outlives it.
+    ``step``, in one jitted step that scans over micro-batches and keeps no state.
     It takes gradients, or what :func:`flora_jax.sketched_value_and_grad` returns in
     their place for the same sketch and ``sketch.cycle(step)``. That both have the same
     ``step`` is not checked.
@@ -64,8 +64,8 @@ def compressed_accumulator(
 
     Args:
       sketch: the sketch, or its rank; CountSketch unless it names a projection.
-      step: number of the cycle, for example the training step; possibly traced. Without
-        it there is one projection for ever.
+      step: index of the cycle, for example the training step; possibly traced. Without
+        it every cycle uses the same projection.
       use_mean: accumulate the mean over micro-batches, or their sum if False.
       axis_name: mesh axes of ``shard_map`` over which the sketches of each device's own
         micro-batches are averaged at the end, in place of gradients. These must be
@@ -130,6 +130,7 @@ def compressed_accumulator(
         return dataclasses.replace(carry, sketches=trees.rebuild(carry.sketches, new))
 
     def finalize(carry: PyTree) -> PyTree:
+        # The S that `update` sketched with: key and step are the same all through.
         sampled = sketcher.sample(carry.plans, carry.key, carry.step)
         mean = functools.partial(estimate, sketcher, carry.plans, axis_name)
         acc, like = jax.tree.leaves(carry.sketches), list(carry.like)

@@ -139,6 +139,7 @@ def _step(
 ) -> tuple[list[ScaledLeaf], FactoredRmsState]:
     """All leaves, scaled, and the new state."""
     del on_sketch
+    # β_t = 1 − (t+1)^−decay_rate is 0 at first: no debiasing is needed.
     decay = 1 - (state.count.astype(jnp.float32) + 1) ** -decay_rate
     trees = (state.v_row, state.v_col, state.v)
     old = zip(plans, leaves, *map(jax.tree.leaves, trees), strict=True)
@@ -181,6 +182,7 @@ def factored_rms_step(
     column_mean_square = jnp.mean(again * again, axis=smaller, keepdims=True)
     row = decay * v_row + (1 - decay) * (row_mean_square + epsilon)
     column = decay * v_col + (1 - decay) * (column_mean_square + epsilon)
+    # V = R C / mean(R); its −½ is applied as two factors, never as a matrix.
     row_mean = jnp.mean(row, axis=smaller, keepdims=True)
     scaled = grad.times(jax.lax.rsqrt(row / row_mean), jax.lax.rsqrt(column))
     return scaled, row.astype(v_row.dtype), column.astype(v_col.dtype), v
@@ -215,7 +217,7 @@ def scale_by_parameter_scale() -> optax.GradientTransformation:
     """Multiplies each leaf's update by the RMS of its parameter, 1e-3 at least.
 
     The values of ``optax.scale_by_param_block_rms``. That one guards the derivative at
-    zero by a ``where`` over the whole parameter, which XLA writes to memory before it
+    zero by a ``where`` over the full parameter, which XLA writes to memory before it
     squares it: half the time of a FLORA step. Here the bound on the square guards it.
 
     Returns:

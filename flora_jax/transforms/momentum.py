@@ -166,6 +166,7 @@ def momentum_part(
     def init(params: PyTree) -> CompressedMomentumState:
         plans = sketcher.plan(params)
         warn_if_dense(NAME, plans)
+        # Isometric transfers shrink: E‖M S S′ᵀ‖² is about r/m times ‖M‖².
         if sketcher.projection.normalization == "unbiased":
             _warn_if_unstable(plans, decay, resample_every)
         return CompressedMomentumState(
@@ -207,6 +208,7 @@ def momentum_step(
     for plan, s, leaf, m in zip(plans, sampled, leaves, old, strict=True):
         known = are_sketches or plan.dense
         fresh = leaf.value() if known else sketcher.sketch_leaf(plan, s, leaf)
+        # M ← β M + (1−β) G Sᵀ, in float32 whatever the dtype of the state.
         new = decay * m.astype(jnp.float32) + (1 - decay) * fresh
         if on_sketch is not None and not plan.dense:
             normalization = sketcher.projection.normalization
@@ -217,18 +219,22 @@ def momentum_step(
             missing = _inverse_gram(sketcher, plan, new - fresh)
             update = leaf.value() + sketcher.unsketch_leaf(plan, s, missing)
         else:
+            # "fresh" takes the old M: G is added below, once and exactly.
             average = m if estimator == "fresh" else new
             update = sketcher.unsketch_leaf(plan, s, average)
+        # β·M S + (1−β)·G; "paper" is M S alone.
         if estimator in ("nesterov", "fresh"):
             update = decay * update + (1 - decay) * leaf.value()
         updates.append(ScaledLeaf(update))
         momentum.append(cast_like(new, m))
     count, epoch = optax.safe_increment(state.count), state.epoch
     if resample_every is not None:
+        # By the count of this update: the first interval has all of its κ updates.
         _, due = renewal(count, resample_every)
         epoch = epoch + due.astype(jnp.int32)
 
         def transferred(momentum: dict[int, jax.Array]) -> dict[int, jax.Array]:
+            # M ← M S S′ᵀ: the old S decompresses, the new one compresses.
             matrices = sketcher.transfers(plans, sampled, state.key, epoch)
             return {
                 i: cast_like(moved_sketch(plans[i], matrices[i], m), m)
@@ -236,6 +242,7 @@ def momentum_step(
             }
 
         sketched = {i: m for i, m in enumerate(momentum) if not plans[i].dense}
+        # A branch: other updates do not pay for S′.
         sketched = jax.lax.cond(due, transferred, lambda same: same, sketched)
         momentum = [sketched.get(i, m) for i, m in enumerate(momentum)]
     return updates, state._replace(
@@ -279,6 +286,7 @@ def _warn_if_unstable(plans: Plans, decay: Any, resample_every: Any) -> None:
     rho = beta ** (2 * int(resample_every)) * ratio
     if rho <= _MAX_NOISE:
         return
+    # ρ = β^{2κ}·m/r solved for the κ at which it is _MAX_NOISE.
     least = math.log(ratio / _MAX_NOISE) / (2 * math.log(1 / beta))
     effect = "diverges" if rho >= 1 else f"has {1 / (1 - rho):.1f} times the noise"
     _validation.warn(
