@@ -22,14 +22,14 @@ class Config(JobConfig):
     methods: tuple[MethodName, ...] = MAIN
     ranks: tuple[int, ...] = (32, 128)
     learning_rate: float = 0.1
-    updates: int = 200
+    updates: int = 100
     batch_size: int = 4
     micro_batches: int = 4
     resample_every: int | None = 50
     estimator: Estimator = "nesterov"
     eval_every: int = 25
-    eval_examples: int = 48
-    checkpoint_every: int = 100
+    eval_examples: int = 32
+    checkpoint_every: int = 50
     output_dir: pathlib.Path = pathlib.Path("runs/default")
     corpus_dir: pathlib.Path | None = None
     """Folder of Python sources to train on, in place of the standard library."""

@@ -62,9 +62,9 @@ def test_help_names_every_setting(capsys):
         ("--learning-rate nan", "`--learning-rate` must be positive and finite, got n"),
         (
             "--stop-after 0",
-            "`--stop-after` must be between 1 and `--updates` (200), go",
+            "`--stop-after` must be between 1 and `--updates` (100), go",
         ),
-        ("--stop-after 201", "`--stop-after` must be between 1 and `--updates` (200)"),
+        ("--stop-after 101", "`--stop-after` must be between 1 and `--updates` (100)"),
         ("--model.layers 0", "`--model.layers` must be at least 1, got 0"),
         (
             "--model.heads 3",
