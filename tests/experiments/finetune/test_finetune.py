@@ -211,7 +211,7 @@ def last_state(folder):
         return step, manager.restore(step, args=args)["state"]
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(data_dir, tmp_path, monkeypatch):
     """SIGKILL twice, at whatever it is doing; one device and eight agree too."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
