@@ -11,12 +11,28 @@ from typing import Any
 from experiments.common import errors
 
 # Top-level packages that the extra `experiments` installs, as they are imported.
-EXTRA = frozenset({
-    "array_record", "babel", "equinox", "flax", "grain", "importlib_resources",
-    "matplotlib", "orbax", "requests", "rich", "rouge_score", "sacrebleu",
-    "safetensors", "sentencepiece", "tensorboardX", "tensorflow_datasets", "tokenizers",
-    "tyro",
-})  # fmt: skip
+EXTRA = frozenset(
+    {
+        "array_record",
+        "babel",
+        "equinox",
+        "flax",
+        "grain",
+        "importlib_resources",
+        "matplotlib",
+        "orbax",
+        "requests",
+        "rich",
+        "rouge_score",
+        "sacrebleu",
+        "safetensors",
+        "sentencepiece",
+        "tensorboardX",
+        "tensorflow_datasets",
+        "tokenizers",
+        "tyro",
+    }
+)
 
 
 def main(

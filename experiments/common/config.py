@@ -19,11 +19,24 @@ Projection = Literal[PROJECTIONS]
 
 # Fields that say where things lie or how much of the job to do now. Every other field
 # changes the numbers of a run, so that a run that continues has to agree on it.
-_NOT_PART_OF_A_RUN = frozenset({
-    "methods", "ranks", "output_dir", "data_dir", "corpus_dir", "download",
-    "checkpoint_every", "overwrite", "stop_after", "samples", "beams",
-    "decode_examples", "learning_rate", "lora_learning_rate",
-})  # fmt: skip
+_NOT_PART_OF_A_RUN = frozenset(
+    {
+        "methods",
+        "ranks",
+        "output_dir",
+        "data_dir",
+        "corpus_dir",
+        "download",
+        "checkpoint_every",
+        "overwrite",
+        "stop_after",
+        "samples",
+        "beams",
+        "decode_examples",
+        "learning_rate",
+        "lora_learning_rate",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ def apollo(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-6,
     scale: jax.typing.ArrayLike = 1.0,
-    residual: Residual = Apollo(),  # noqa: B008 (frozen)
+    residual: Residual = Apollo(),
     weight_decay: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: DecayMask = None,
     state_dtype: str | None = None,
@@ -101,14 +101,14 @@ def apollo(
 @recipe
 def apollo_mini(
     learning_rate: optax.ScalarOrSchedule,
-    sketch: Sketch | int = Sketch(1),  # noqa: B008 (frozen)
+    sketch: Sketch | int = Sketch(1),
     *,
     refresh_every: int | jax.Array | None = 200,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-6,
     scale: jax.typing.ArrayLike = 128.0,
-    residual: Residual = Apollo(norms="tensor"),  # noqa: B008 (frozen)
+    residual: Residual = Apollo(norms="tensor"),
     weight_decay: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: DecayMask = None,
     state_dtype: str | None = None,

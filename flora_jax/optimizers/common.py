@@ -105,7 +105,7 @@ def adamw_in_subspace(
     state_dtype: str | None,
     stagger: bool,
     residual: Residual | None = None,
-    transport: Transport = Keep(),  # noqa: B008 (frozen)
+    transport: Transport = Keep(),
     error_feedback: bool = False,
     orthogonal: bool = False,
 ) -> optax.GradientTransformationExtraArgs:

@@ -21,7 +21,7 @@ def fira(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-6,
     scale: jax.typing.ArrayLike = 0.25,
-    residual: Residual = Fira(),  # noqa: B008 (frozen)
+    residual: Residual = Fira(),
     weight_decay: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: DecayMask = None,
     state_dtype: str | None = None,

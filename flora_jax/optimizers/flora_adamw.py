@@ -22,8 +22,8 @@ def flora_adamw(
     b2: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-8,
     scale: jax.typing.ArrayLike = 1.0,
-    residual: Residual | None = Fira(),  # noqa: B008 (frozen)
-    transport: Transport = Squared(),  # noqa: B008 (frozen)
+    residual: Residual | None = Fira(),
+    transport: Transport = Squared(),
     orthogonal: bool = False,
     weight_decay: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: DecayMask = None,

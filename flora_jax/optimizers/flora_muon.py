@@ -31,8 +31,8 @@ def flora_muon(
     *,
     refresh_every: int | jax.Array | None = 50,
     momentum: jax.typing.ArrayLike = 0.95,
-    residual: Residual | None = Fira(),  # noqa: B008 (frozen)
-    transport: Transport = Squared(),  # noqa: B008 (frozen)
+    residual: Residual | None = Fira(),
+    transport: Transport = Squared(),
     rms: jax.typing.ArrayLike = 0.2,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,

@@ -65,7 +65,7 @@ def scale_in_subspace(
     refresh_every: int | jax.Array | None = 200,
     *,
     residual: Residual | None = None,
-    transport: Transport = Keep(),  # noqa: B008 (frozen)
+    transport: Transport = Keep(),
     scale: jax.typing.ArrayLike = 1.0,
     error_feedback: bool = False,
     stagger: bool = False,

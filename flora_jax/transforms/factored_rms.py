@@ -52,7 +52,7 @@ def scale_by_factored_rms(
     decay_rate: jax.typing.ArrayLike = 0.8,
     *,
     epsilon: jax.typing.ArrayLike = 1e-30,
-    rules: LeafRules = LeafRules(max_aspect_ratio=math.inf),  # noqa: B008 (frozen)
+    rules: LeafRules = LeafRules(max_aspect_ratio=math.inf),
 ) -> optax.GradientTransformationExtraArgs:
     """Divides updates by a factored estimate of their root mean square.
 

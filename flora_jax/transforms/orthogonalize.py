@@ -73,8 +73,8 @@ class NewtonSchulz:
 def orthogonalize(
     *,
     rms: jax.typing.ArrayLike = 0.2,
-    method: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
-    rules: LeafRules = LeafRules(),  # noqa: B008 (frozen)
+    method: NewtonSchulz = NewtonSchulz(),
+    rules: LeafRules = LeafRules(),
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the updates of matrices by nearby matrices of equal singular values.
 

@@ -2,9 +2,6 @@
 
 import dataclasses
 import io
-import pathlib
-import subprocess
-import sys
 
 import pytest
 from rich.console import Console
@@ -15,8 +12,6 @@ from experiments.common.display import Bar, bars
 from experiments.common.errors import ConfigError
 from experiments.common.methods import MAIN
 from experiments.main_job.config import Config
-
-ROOT = pathlib.Path(__file__).parents[3]
 
 
 def test_help_names_every_setting(capsys):
@@ -144,20 +139,6 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys):
     for _ in range(2):
         with pytest.raises(ModuleNotFoundError, match="No module named"):
             main([])
-
-
-def test_without_tyro_the_command_says_so():
-    code = (
-        "import sys; sys.modules['tyro'] = None\n"
-        "from experiments.__main__ import main; raise SystemExit(main([]))"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-    )
-    assert found.returncode == 2
-    assert found.stderr == (
-        "error: experiments needs tyro: pip install -e '.[experiments]'\n"
-    )
 
 
 def test_identity_is_what_decides_the_numbers():
