@@ -1,11 +1,11 @@
 """Tolerances, trees and tiers that several tests share."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 # Relative to the largest entry of what is expected: a few dozen roundings of the dtype.
 _TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "bfloat16": 3e-2, "float16": 4e-3}
@@ -59,16 +59,6 @@ def every_fold(dtype=jnp.float32):
 SKETCHED = {"tall", "wide", "square", "cut", "stack", "conv"}
 
 
-def full(*values, **options):
-    """pytest.param for the full tier: the quick one tests the same by other values."""
-    return pytest.param(*values, marks=pytest.mark.full, **options)
-
-
-def representative(values, quick=1):
-    """Values of one parameter, of which the quick tier takes the first few."""
-    return [*values[:quick], *(full(value) for value in values[quick:])]
-
-
 _CACHED = []
 
 
@@ -84,3 +74,13 @@ def clear_caches():
     for function in _CACHED:
         function.cache_clear()
     jax.clear_caches()
+
+
+def process_environment(**variables):
+    """The environment of a child process: as here, but on one device; and variables."""
+    # For jax its own variable comes before the number of devices in XLA_FLAGS.
+    own = {
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return os.environ | own | variables

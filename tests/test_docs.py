@@ -68,17 +68,8 @@ def test_every_page_is_in_a_table_of_contents():
     assert listed == expected - {"index"}
 
 
-FULL = {"docs/recipes.md"}  # Half a minute.
-
-
 @pytest.mark.sample(1)
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=[pytest.mark.full] if page in FULL else [])
-        for page in PROGRAMS
-    ],
-)
+@pytest.mark.parametrize("page", PROGRAMS)
 def test_programs_run(page, capsys):
     names = {}
     for block in programs(page):

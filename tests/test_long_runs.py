@@ -12,11 +12,11 @@ import pytest
 
 import flora_jax as fj
 from flora_jax.random.keys import leaf_keys, renewal
-from tests.common import assert_close, full
+from tests.common import assert_close
 from tests.conformance.cases import (
     CASES,
     assert_identical,
-    by_tier,
+    each_of,
     every_case,
     run_layer,
 )
@@ -52,8 +52,9 @@ def test_no_two_keys_of_a_million_epochs_are_equal():
     assert (found[1:] != found[:-1]).all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
-    "epochs", [full(10**5), pytest.param(MILLION, marks=pytest.mark.slow)]
+    "epochs", [10**5, pytest.param(MILLION, marks=pytest.mark.slow)]
 )
 def test_no_projection_comes_twice(epochs):
     """All 64 signs of one are never those of another, and next ones are independent."""
@@ -192,13 +193,8 @@ def test_counters_stay_at_the_largest_number(case):
     assert reference.step._cache_size() == programs
 
 
-@pytest.mark.parametrize(
-    "case",
-    by_tier(
-        [c for c in CASES if c.factory is fj.compressed_momentum],
-        ["momentum-nesterov-gaussian"],
-    ),
-)
+@pytest.mark.sample(1)
+@each_of([c for c in CASES if c.factory is fj.compressed_momentum])
 def test_the_projection_stands_still_where_the_counter_does(case):
     """As within one interval, of which the largest number is the fourth step."""
     reference = run_layer(case)

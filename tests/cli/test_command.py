@@ -19,7 +19,6 @@ from flora_jax.cli import picture as _picture
 from flora_jax.cli import plan as _command
 from flora_jax.cli.model_files import ModelFileError, read_shapes
 from flora_jax.memory.planner import format_bytes
-from tests.common import representative
 
 GPT2 = {
     "model_type": "gpt2",
@@ -364,7 +363,7 @@ PREDICTED = {
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", representative(list(PREDICTED)))
+@pytest.mark.parametrize("name", PREDICTED)
 def test_the_guide_says_what_the_command_says(write, capsys, name):
     """Its table of predictions, to the digits that it has."""
     row = next(

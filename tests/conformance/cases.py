@@ -36,14 +36,12 @@ class Case:
       factory: the function of flora_jax.
       options: its arguments, and fields of its sketch, beside those of a setting.
       inner: makes the ``inner`` argument from a setting and a learning rate.
-      full: whether only the full tier runs it; some other case is much like it.
     """
 
     name: str
     factory: Callable[..., Any]
     options: Mapping[str, Any]
     inner: Callable[[fj.Sketch, Any], optax.GradientTransformation] | None = None
-    full: bool = False
 
     def takes(self, name):
         """Whether the factory has an argument of that name."""
@@ -115,13 +113,13 @@ def _flora(name, b1, **options):
     return Case(f"flora-{name}", fj.flora, {"learning_rate": 0.1, "b1": b1, **options})
 
 
-def _adamw(factory, name="", full=False, **options):
+def _adamw(factory, name="", **options):
     # Decays whose powers are far from 1: optax debiases in float32, where 1 - b2**t
     # has few digits otherwise, and other ones where b2 is an array.
     settings = {"learning_rate": 0.1, "b1": DECAY, "b2": 0.9}
     options = {**settings, "refresh_every": RESAMPLE_EVERY, **options}
     name = factory.__name__.replace("_", "-") + name
-    return Case(name, factory, options, full=full)
+    return Case(name, factory, options)
 
 
 def _adam(setting, rate):
@@ -132,7 +130,7 @@ def _fira(setting, rate):
     return _adamw(fj.fira)(setting, learning_rate=rate)
 
 
-def _subspace(name, projection, residual, transport, full):
+def _subspace(name, projection, residual, transport):
     options = {
         "refresh_every": RESAMPLE_EVERY,
         "projection": projection,
@@ -140,14 +138,17 @@ def _subspace(name, projection, residual, transport, full):
         "transport": transport,
     }
     name = f"subspace-{name}"
-    return Case(name, fj.scale_in_subspace, options, _adam, full=full)
+    return Case(name, fj.scale_in_subspace, options, _adam)
 
 
+# One of each kind of state comes first: most tests of the quick tier run no others.
 CASES = (
-    _momentum("paper-gaussian", "paper", fj.Gaussian()),
-    _momentum("paper-countsketch", "paper", fj.CountSketch(), full=True),
     _momentum("nesterov-gaussian", "nesterov", fj.Gaussian()),
-    _momentum("fresh-countsketch", "fresh", fj.CountSketch(), full=True),
+    _accumulation("adam", fj.CountSketch(), lambda setting, rate: optax.adam(rate)),
+    _adamw(fj.fira, weight_decay=0.01),
+    _momentum("paper-gaussian", "paper", fj.Gaussian()),
+    _momentum("paper-countsketch", "paper", fj.CountSketch()),
+    _momentum("fresh-countsketch", "fresh", fj.CountSketch()),
     _momentum("residual-countsketch", "residual", fj.CountSketch()),
     _accumulation(
         "adafactor",
@@ -156,63 +157,44 @@ CASES = (
             rate, min_dim_size_to_factor=setting.min_dim_size
         ),
     ),
-    _accumulation("adam", fj.CountSketch(), lambda setting, rate: optax.adam(rate)),
     _flora("momentum", DECAY, projection=fj.Gaussian()),
     _flora("no-momentum", None),
     _flora("weight-decay", DECAY, weight_decay=0.01, projection=fj.CountSketch()),
     Case("factored-rms", fj.scale_by_factored_rms, {}),
     _adamw(fj.galore),
-    _adamw(fj.fira, weight_decay=0.01),
     _adamw(fj.apollo),
-    _adamw(fj.apollo_mini, full=True),
+    _adamw(fj.apollo_mini),
     _adamw(fj.dct_adamw, error_feedback=True),
     _adamw(fj.flora_adamw, weight_decay=0.01),
-    _adamw(fj.flora_adamw, "-orthogonal", orthogonal=True, stagger=True, full=True),
+    _adamw(fj.flora_adamw, "-orthogonal", orthogonal=True, stagger=True),
     _adamw(fj.flora_muon),
-    _adamw(fj.galore, "-int8", state_dtype="int8", full=True),
-    _adamw(fj.flora_muon, "-int8", state_dtype="int8", full=True),
+    _adamw(fj.galore, "-int8", state_dtype="int8"),
+    _adamw(fj.flora_muon, "-int8", state_dtype="int8"),
     _subspace(
         "ldadam",
         fj.TopSVD(method="randomized"),
         fj.Plain(),
         fj.LDAdam(DECAY, 0.9),
-        full=False,
     ),
     _subspace(
         "reset",
         fj.CountSketch(),
         fj.FiraCode(b1=DECAY, b2=0.9),
         fj.Reset(DECAY, 0.9),
-        full=True,
     ),
-    _subspace("rms", fj.Orthogonal(), None, fj.PreserveRMS(), full=True),
+    _subspace("rms", fj.Orthogonal(), None, fj.PreserveRMS()),
     # Leaves are far below the size from which on moments are coded by default.
     Case("quantized", fj.quantize_state, {"min_size": 1, "block": 4}, _fira),
 )
 SKETCHING = tuple(case for case in CASES if case.sketches)
 
 
-def by_tier(cases, quick=None):
-    """Parameters of a test: most cases are left to the full tier.
-
-    Args:
-      cases: some of CASES.
-      quick: names of those that the quick tier runs; by default all but those that are
-        marked as much like another.
-    """
-
-    def is_full(case):
-        return case.full if quick is None else case.name not in quick
-
-    return [
-        pytest.param(case, id=case.name, marks=[pytest.mark.full] * is_full(case))
-        for case in cases
-    ]
+def each_of(cases):
+    """Runs a test for each of some cases; see the mark ``sample``."""
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
-# Where every case would compile a program of its own: one of each kind of state.
-FEW = ("momentum-nesterov-gaussian", "accumulation-adam", "fira")
-every_case = pytest.mark.parametrize("case", by_tier(CASES, FEW))
+every_case, every_sketching_case = each_of(CASES), each_of(SKETCHING)
 
 
 def named(tree):

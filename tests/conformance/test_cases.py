@@ -11,9 +11,8 @@ from tests.common import SKETCHED, every_fold
 from tests.conformance.cases import (
     CASES,
     FOLDS,
-    SKETCHING,
     SMALL,
-    by_tier,
+    every_sketching_case,
     layer,
     named,
 )
@@ -79,12 +78,13 @@ def test_the_small_setting_sketches_a_2x2_matrix():
     assert reasons == {"vector": "it has fewer than two axes", "matrix": None}
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("make", "sketched"),
     [(every_fold, SKETCHED), (layer, {"layer/kernel"})],
     ids=["folds", "layer"],
 )
-@pytest.mark.parametrize("case", by_tier(SKETCHING))
+@every_sketching_case
 def test_the_planned_leaves_are_sketched(case, make, sketched):
     params = make()
     state = jax.eval_shape(case().init, params)

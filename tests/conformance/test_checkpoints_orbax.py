@@ -1,7 +1,6 @@
 """States survive Orbax: saved in the background on one mesh, restored on another."""
 
 import asyncio
-import os
 import pathlib
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import flora_jax as fj
-from tests.common import assert_close, full
+from tests.common import assert_close, process_environment
 from tests.conformance.cases import (
     CASES,
     EVERY_K,
@@ -182,11 +181,10 @@ def expected_of_resume(case):
 def test_another_process_continues_on_one_device(chain, tmp_path):
     # All cases at once: most of the time goes into starting the process.
     root = pathlib.Path(__file__).parents[2]
-    flags = os.environ["XLA_FLAGS"].replace("count=8", "count=1")
     done = subprocess.run(
         [sys.executable, "-c", RESUME, str(chain[1] / "4"), str(tmp_path / "resumed")],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": flags},
+        env=process_environment(PYTHONPATH=str(root)),
         capture_output=True,
         text=True,
         timeout=300,
@@ -220,7 +218,8 @@ def pointers(state):
     return {part.unsafe_buffer_pointer() for part in parts}
 
 
-@pytest.mark.parametrize("devices", [8, full(1)])
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("devices", [8, 1])
 def test_what_is_saved_is_the_state_of_then(tmp_path, devices):
     # Training goes on before anything is written, and donates the state.
     case = next(case for case in CASES if case.name == "flora-momentum")

@@ -13,11 +13,9 @@ import flora_jax as fj
 from tests.common import assert_close, cached
 from tests.conformance.cases import (
     EVERY_K,
-    FEW,
     FOLDS,
-    SKETCHING,
-    by_tier,
     every_case,
+    every_sketching_case,
     layer,
     named,
     run_layer,
@@ -182,6 +180,7 @@ def test_nnx_optimizer_with_sharding_metadata(case):
     assert_close(arrays(optimizer.opt_state), state, "float32")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @every_case
 def test_nnx_optimizer_made_under_jit_on_a_mesh(case, kind):
@@ -252,8 +251,9 @@ class Recorder:
         return seen
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kind", ["dict", "nnx", "linen", "linen-boxed"])
-@pytest.mark.parametrize("case", by_tier(SKETCHING, FEW))
+@every_sketching_case
 def test_paths_are_the_same_everywhere(case, kind):
     recorder = Recorder(case)
     inputs = jnp.ones((1, 8))
@@ -295,7 +295,8 @@ def test_paths_are_the_same_everywhere(case, kind):
     assert masks <= {kernel, bias}
 
 
-@pytest.mark.parametrize("case", by_tier(SKETCHING, FEW))
+@pytest.mark.sample(1)
+@every_sketching_case
 def test_a_parameter_may_be_called_value(case):
     # As the attribute is that holds the array of an nnx.Variable.
     recorder = Recorder(case)

@@ -135,6 +135,7 @@ def test_the_state_can_be_donated(case):
         assert_identical((updates, new), (ours.updates[0], ours.states[1]))
 
 
+@pytest.mark.sample(3)
 @every_case
 def test_init_under_jit_is_init(case):
     reference = run_layer(case)

@@ -11,15 +11,14 @@ import pytest
 from optax.contrib import _common_test as optax_test
 
 import flora_jax as fj
-from tests.common import assert_close, cached, full, representative
+from tests.common import assert_close, cached
 from tests.conformance.cases import (
     CASES,
     DECAY,
     EVERY_K,
-    FEW,
     FOLDS,
     SMALL,
-    by_tier,
+    each_of,
     every_case,
     layer,
     run,
@@ -50,8 +49,9 @@ TESTS = (
 
 # Its parameters are a vector, which nothing sketches, or matrices of 2 x 3.
 @pytest.mark.filterwarnings("ignore:.* sketches only 0 of 1 leaves:UserWarning")
+@pytest.mark.sample(len(TESTS))
 @pytest.mark.parametrize("test", TESTS)
-@pytest.mark.parametrize("recipe", representative(RECIPES))
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_optax_own_test_as_it_stands(recipe, test, monkeypatch):
     theirs = optax_test.ContribTest(f"{test}0")
     monkeypatch.setattr(optax_test, "_get_opt_factory", lambda name: getattr(fj, name))
@@ -168,14 +168,15 @@ def test_updates_in_other_dtypes_are_those_of_float32(case, kernel, bias):
         assert_close(updates, expected)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("dtype", "gradient_dtype"),
     [
         ("float32", "bfloat16"),
-        full("bfloat16", "float32"),
-        full("float32", "float16"),
-        full("float64", "float32"),
-        full("float32", "float64"),
+        ("bfloat16", "float32"),
+        ("float32", "float16"),
+        ("float64", "float32"),
+        ("float32", "float64"),
     ],
 )
 @every_case
@@ -188,7 +189,8 @@ def test_updates_take_the_gradients_dtype(case, dtype, gradient_dtype):
         assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
 
 
-@pytest.mark.parametrize("dtype", representative(DTYPES))
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("dtype", DTYPES)
 @every_case
 def test_state_can_be_a_branch_of_cond(case, dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -224,9 +226,7 @@ def test_multi_steps_around(case):
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize(
-    "case", by_tier([c for c in CASES if c.takes("learning_rate")], FEW)
-)
+@each_of([c for c in CASES if c.takes("learning_rate")])
 def test_a_learning_rate_schedule(case):
     # Times 1, 2, 3, ...: the reference has a constant rate.
     reference = run_layer(case)

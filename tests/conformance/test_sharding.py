@@ -15,7 +15,7 @@ from tests.conformance.cases import (
     SMALL,
     STEPS,
     assert_identical,
-    by_tier,
+    each_of,
     every_case,
     gradients,
     layer,
@@ -25,9 +25,7 @@ from tests.conformance.cases import (
 from tests.conformance.states import own_states, own_trees
 
 P = jax.P
-accumulations = pytest.mark.parametrize(
-    "case", by_tier([c for c in CASES if c.accumulates], ["accumulation-adam"])
-)
+accumulations = each_of([c for c in CASES if c.accumulates])
 
 
 def mesh(shape, names, kind):
@@ -167,6 +165,7 @@ def per_device(case, **options):
     return step, jax.device_put(change(state, repeat), shardings)
 
 
+@pytest.mark.sample(1)
 @accumulations
 def test_accumulators_of_each_device(case):
     # A sketch is linear: the mean of the devices' is that of the mean gradient.
@@ -183,6 +182,7 @@ def test_accumulators_of_each_device(case):
     step(grads, ours, params)  # The state of an ended cycle is taken back.
 
 
+@pytest.mark.sample(1)
 @accumulations
 def test_a_skip_on_one_device_makes_all_skip(case):
     reference = run_layer(case)

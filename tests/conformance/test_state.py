@@ -11,16 +11,16 @@ import pytest
 
 import flora_jax as fj
 from flora_jax.leaves.paths import is_masked
-from tests.common import cached, every_fold, representative
+from tests.common import cached, every_fold
 from tests.conformance.cases import (
     CASES,
     EVERY_K,
     FOLDS,
-    SKETCHING,
     STEPS,
     assert_identical,
-    by_tier,
+    each_of,
     every_case,
+    every_sketching_case,
     layer,
     named,
     run_layer,
@@ -59,7 +59,8 @@ def shapes_of(tree):
     return [leaf.shape for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("case", by_tier(SKETCHING))
+@pytest.mark.sample(3)
+@every_sketching_case
 def test_the_layout_of_sketches(case):
     params = [jnp.zeros(shape) for shape in [*LAYOUT, *DENSE]]
     trees = sketch_trees(jax.eval_shape(case().init, params))
@@ -70,9 +71,7 @@ def test_the_layout_of_sketches(case):
 
 
 @pytest.mark.sample(2)
-@pytest.mark.parametrize(
-    "case", by_tier([c for c in CASES if c.takes("refresh_every")])
-)
+@each_of([c for c in CASES if c.takes("refresh_every")])
 def test_the_layout_of_a_subspace(case):
     params = [jnp.zeros(shape) for shape in [*LAYOUT, *DENSE]]
     trees = dict(own_trees(jax.eval_shape(case().init, params)))
@@ -103,7 +102,7 @@ def test_the_layout_of_a_subspace(case):
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("case", by_tier([c for c in CASES if c.takes("decay_rate")]))
+@each_of([c for c in CASES if c.takes("decay_rate")])
 def test_the_layout_of_second_moments(case):
     params = [jnp.zeros(shape) for shape in [*LAYOUT, *DENSE]]
     trees = dict(own_trees(jax.eval_shape(case().init, params)))
@@ -226,7 +225,7 @@ def test_map_params_hands_each_array_its_parameters_value(case):
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("dtype", representative(["bfloat16", "float16", "float32"]))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @every_case
 def test_state_dtype_is_the_arguments_and_not_the_parameters(case, dtype):
     def check(tx, params, sketches):

@@ -12,15 +12,12 @@ import pytest
 from flax import nnx
 
 import flora_jax as fj
-from tests.common import full
 from tests.conformance.cases import (
     CASES,
-    FEW,
     FOLDS,
     RESAMPLE_EVERY,
-    SKETCHING,
-    by_tier,
     every_case,
+    every_sketching_case,
     layer,
     run_layer,
 )
@@ -52,13 +49,10 @@ WRAPPERS = {
 }
 # Quickly each wrapper around one case, and each case in one wrapper.
 WRAPPED = [
-    (full if wrap != "inject_hyperparams" and case.name != "fira" else pytest.param)(
-        case, WRAPPERS[wrap], id=f"{case.name}-{wrap}"
-    )
+    pytest.param(case, WRAPPERS[wrap], id=f"{case.name}-{wrap}")
     for case in CASES
     for wrap in WRAPPERS
 ]
-sketching = pytest.mark.parametrize("case", by_tier(SKETCHING))
 
 
 def shapes(tree):
@@ -89,7 +83,7 @@ def test_its_own_state_passes_after_updates(case):
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("case", by_tier(SKETCHING, FEW))
+@every_sketching_case
 def test_the_state_of_an_nnx_optimizer(case, seed):
     model = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, case(key=seed), wrt=nnx.Param)
@@ -139,7 +133,7 @@ def other_settings(case):
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("case", by_tier(SKETCHING, FEW))
+@every_sketching_case
 def test_other_settings_are_refused(case):
     for name, value, message in other_settings(case):
         state = case(**{name: value}).init(layer())
@@ -148,7 +142,7 @@ def test_other_settings_are_refused(case):
 
 
 @pytest.mark.sample(1)
-@sketching
+@every_sketching_case
 def test_settings_that_only_use_a_state_may_differ(case):
     """Learning rates, decays and estimators."""
     others = {"learning_rate": 0.2, "decay": 0.6, "b1": 0.6}
@@ -278,7 +272,7 @@ def test_a_state_of_another_format_and_a_stacked_one():
 
 
 @pytest.mark.sample(1)
-@sketching
+@every_sketching_case
 def test_a_state_without_a_spec_is_refused(case):
     state = optax.tree.set(run_layer(case).states[0], spec=None)
     with pytest.raises(
@@ -297,7 +291,7 @@ def test_the_state_of_another_optimizer_is_refused(case):
 
 
 @pytest.mark.sample(1)
-@sketching
+@every_sketching_case
 def test_a_cast_state_is_refused(case):
     reference = run_layer(case)
     state = optax.tree.cast(reference.states[-1], jnp.bfloat16)

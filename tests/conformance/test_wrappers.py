@@ -10,12 +10,11 @@ import optax
 import pytest
 
 import flora_jax as fj
-from tests.common import assert_close, representative
+from tests.common import assert_close
 from tests.conformance.cases import (
     CASES,
     DECAY,
     EVERY_K,
-    FEW,
     FOLDS,
     assert_identical,
     every_case,
@@ -58,8 +57,7 @@ def test_masked_leaves_do_not_move_the_randomness_of_others(case):
 def pairs():
     """Each case and the next one."""
     for case, other in zip(CASES, CASES[1:] + CASES[:1], strict=True):
-        marks = () if case.name in FEW else pytest.mark.full
-        yield pytest.param(case, other, id=f"{case.name}-{other.name}", marks=marks)
+        yield pytest.param(case, other, id=f"{case.name}-{other.name}")
 
 
 # One of the two has the bias alone.
@@ -113,7 +111,7 @@ def masks():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("nested", representative(masks()))
+@pytest.mark.parametrize("nested", masks())
 def test_masks_outside_and_inside_of_an_accumulation(nested):
     outside, inside = nested
     other = {"kernel": jnp.ones((24, 8)), "bias": jnp.ones(8)}

@@ -22,13 +22,11 @@ if any(importlib.util.find_spec(package) is None for package in PACKAGES):
 
 @pytest.fixture(scope="package", autouse=True)
 def _executables(tmp_path_factory):
-    """Compiles each step once and quickly; many runs of these tests share theirs."""
+    """Compiles each step once; many runs of these tests share theirs."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("executables")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
-        # Programs here run for milliseconds and compile for seconds.
-        "jax_disable_most_optimizations": True,
     }
     before = {name: jax.config.values[name] for name in options}
     for settings in (options, before):

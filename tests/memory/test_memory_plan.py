@@ -15,8 +15,8 @@ from flax import linen, nnx
 import flora_jax as fj
 from experiments.models import build
 from experiments.models.config import GPT2Config, T5Config
-from tests.common import SKETCHED, every_fold, representative
-from tests.conformance.cases import CASES, FEW, FOLDS, by_tier, layer
+from tests.common import SKETCHED, every_fold
+from tests.conformance.cases import CASES, FOLDS, each_of, every_case, layer
 
 SIZES = {"width": 16, "heads": 2, "vocab_size": 300}
 MODELS = {
@@ -48,8 +48,9 @@ def model(name):
     return MODELS[name]()
 
 
-@pytest.mark.parametrize("name", representative(["folds", "gpt2", "t5"]))
-@pytest.mark.parametrize("case", by_tier(CASES, FEW))
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("name", ["folds", "gpt2", "t5"])
+@every_case
 def test_totals_are_the_allocated_bytes(case, name):
     params = model(name)
     plan = fj.memory_plan(case(), params, compare={})
@@ -201,7 +202,8 @@ def test_a_parameter_of_the_name_of_a_setting():
     assert (b1.state_bytes, w1.state_bytes) == (2 * 4 * 24, 2 * 4 * 16 * 24)
 
 
-@pytest.mark.parametrize("case", by_tier(CASES[::4], ("flora-weight-decay",)))
+@pytest.mark.sample(1)
+@each_of(CASES[::4])
 def test_bytes_of_one_device(case):
     auto = jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(auto, auto))

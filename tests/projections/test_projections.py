@@ -44,11 +44,7 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-# Unoptimized programs: these tests compile much and compute little.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@functools.partial(jit, static_argnums=(0, 2, 4))
+@functools.partial(jax.jit, static_argnums=(0, 2, 4))
 def there_and_back(projection, key, rank, matrix, axis):
     sketch = projection.sketch(key, matrix, rank, axis)
     return sketch, projection.unsketch(key, sketch, matrix.shape[axis], axis)
@@ -101,7 +97,7 @@ def test_unsketch_is_the_adjoint_of_sketch(projection):
     """<sketch(x), y> = <x, unsketch(y)>, of rows and of columns."""
     x, y = normal(WIDTH, WIDTH), normal(WIDTH, 5, seed=1)
 
-    @jit
+    @jax.jit
     def both(key):
         columns = projection.sketch(key, x, 5, -1), projection.unsketch(key, y, 12, -1)
         rows = projection.sketch(key, x, 5, -2), projection.unsketch(key, y.T, 12, -2)
@@ -121,7 +117,7 @@ def test_both_are_linear_and_differentiable(projection):
     """The gradient of <sketch(x), y> in x is unsketch(y)."""
     x, y = normal(7, WIDTH), normal(7, 4, seed=1)
 
-    @jit
+    @jax.jit
     def gradients(key):
         of_sketch = jax.grad(lambda x: (projection.sketch(key, x, 4, -1) * y).sum())(x)
         of_estimate = jax.grad(

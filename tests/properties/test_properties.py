@@ -13,7 +13,6 @@ import optax
 import pytest
 
 import flora_jax as fj
-from tests.common import full
 from tests.conformance.cases import assert_identical
 from tests.properties.strategies import FACTORIES, cases, plans_of
 from tests.properties.trees import FLOATS, ODD, gradients, parameters
@@ -140,7 +139,7 @@ names = pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__name__)
 
 
 @pytest.mark.sample(2)
-@pytest.mark.parametrize("examples", [5, full(12)])
+@pytest.mark.parametrize("examples", [5, 12])
 @names
 def test_types_and_refusals(factory, examples):
     assert search(factory, examples, compiled=False)["worked"]

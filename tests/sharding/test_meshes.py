@@ -16,8 +16,8 @@ import optax
 import pytest
 
 import flora_jax as fj
-from tests.common import assert_close, cached, representative
-from tests.conformance.cases import CASES, FEW, FOLDS, by_tier, gradients
+from tests.common import assert_close, cached
+from tests.conformance.cases import FOLDS, every_case, gradients
 
 P = jax.P
 LAYOUTS = {
@@ -31,7 +31,6 @@ LAYOUTS = {
     "bias": ((64,), P("model")),
 }
 STEPS = 4  # With a refresh before the last, and the end of a cycle of accumulation.
-every_case = pytest.mark.parametrize("case", by_tier(CASES, FEW))
 
 
 def mesh(kind=jax.sharding.AxisType.Auto):
@@ -184,9 +183,8 @@ def test_no_gradient_is_gathered(case, request):
     assert exact == (64 * 96 in sent)
 
 
-@pytest.mark.parametrize(
-    "kind", representative([fj.CountSketch, fj.Gaussian, fj.Orthogonal, fj.SRHT])
-)
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("kind", [fj.CountSketch, fj.Gaussian, fj.Orthogonal, fj.SRHT])
 def test_the_same_random_numbers_on_a_mesh(kind):
     sample = functools.partial(kind().matrix, jax.random.key(3), 8, 96)
     alone = jax.jit(sample)()

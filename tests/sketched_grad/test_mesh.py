@@ -1,6 +1,5 @@
 """Sketched gradients on eight devices: what is reduced, and whole training steps."""
 
-import functools
 import itertools
 import re
 
@@ -14,9 +13,6 @@ import flora_jax as fj
 
 # A rank that no shard of a weight has as a side.
 SKETCH = fj.Sketch(3, key=3, min_dim_size=8)
-
-
-full = functools.partial(pytest.param, marks=pytest.mark.full)
 
 
 def numbers(seed, *shape, scale=0.3):
@@ -86,17 +82,18 @@ def reduced_gradients(compiled, params):
     return [line for line in found if full.search(line)]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("step", "kind", "spec"),
     [
         (by_the_compiler, "Auto", {}),
-        full(data_parallel_by_hand, "Auto", {}),
-        full(data_parallel_by_shard_map, "Auto", {}),
-        full(by_the_compiler, "Auto", {"a": (None, "m"), "b": (None, None, "m")}),
-        full(by_the_compiler, "Auto", {"a": ("d",), "b": (None, "d"), "c": ("d",)}),
-        full(by_the_compiler, "Auto", {"a": ("d", "m"), "b": (None, "d", "m")}),
-        full(by_the_compiler, "Explicit", {}),  # Falls back to full gradients.
-        full(by_the_compiler, "Explicit", {"c": (None, "m")}),
+        (data_parallel_by_hand, "Auto", {}),
+        (data_parallel_by_shard_map, "Auto", {}),
+        (by_the_compiler, "Auto", {"a": (None, "m"), "b": (None, None, "m")}),
+        (by_the_compiler, "Auto", {"a": ("d",), "b": (None, "d"), "c": ("d",)}),
+        (by_the_compiler, "Auto", {"a": ("d", "m"), "b": (None, "d", "m")}),
+        (by_the_compiler, "Explicit", {}),  # Falls back to full gradients.
+        (by_the_compiler, "Explicit", {"c": (None, "m")}),
     ],
     ids=[
         *("compiler", "own", "summed", "tensor parallel", "FSDP", "both"),

@@ -9,19 +9,14 @@ import optax
 import pytest
 
 import flora_jax as fj
-from tests.conformance.cases import CASES, assert_identical, run_layer
+from tests.conformance.cases import CASES, assert_identical, each_of, run_layer
 from tests.conformance.states import COUNTERS, own_states
 from tests.reference import folds
 
-# One for each kind of state; tests/conformance/test_wrappers.py has NaN for all cases.
-QUICK = ("accumulation-adam", "momentum-nesterov-gaussian", "subspace")
-every_case = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=[] if case.name in QUICK else [pytest.mark.slow])
-        for case in CASES
-    ],
-    ids=lambda case: case.name,
+# Beyond one of each kind of state in the slow tier: tests/conformance/test_wrappers.py
+# has NaN for all cases.
+kinds_of_state = each_of(
+    [pytest.param(x, marks=[pytest.mark.slow] * (i > 2)) for i, x in enumerate(CASES)]
 )
 
 
@@ -32,7 +27,7 @@ def spoiled(grads, value):
 
 
 @pytest.mark.full
-@every_case
+@kinds_of_state
 def test_apply_if_finite_with_several_bad_steps_in_a_row(case):
     """Before each good step: within an interval and a cycle, and at their ends."""
     reference, limit = run_layer(case), 3

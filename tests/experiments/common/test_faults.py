@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import random
 import re
 import shutil
@@ -21,6 +20,7 @@ from experiments.common import checkpoints, records
 from experiments.common.checkpoints import Checkpoints
 from experiments.common.command import execute
 from experiments.main_job.run import run
+from tests.common import process_environment
 from tests.experiments.common.test_checkpoints import (
     IDENTITY,
     ROOT,
@@ -136,8 +136,6 @@ def test_full_disk_elsewhere(tiny, monkeypatch, capsys):
 
 KILLED_IN_A_WRITE = """
 import dataclasses, os, pathlib, signal, sys
-import jax
-from experiments.common import devices
 from experiments.main_job.run import run
 from tests.experiments.job import TINY
 
@@ -145,8 +143,6 @@ def kill(event, arguments):
     if event == "open" and "/4.orbax-checkpoint-tmp/" in str(arguments[0]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-one = jax.sharding.Mesh(jax.devices()[:1], ("data",))
-devices.mesh = lambda: one  # as in the process that resumes
 output, data, corpus = map(pathlib.Path, sys.argv[1:])
 sys.addaudithook(kill)
 config = dataclasses.replace(TINY, output_dir=output, data_dir=data, corpus_dir=corpus)
@@ -164,12 +160,9 @@ def test_killed_during_a_write(finished, tmp_path):
         [sys.executable, "-c", KILLED_IN_A_WRITE, tmp_path, config.data_dir]
         + [config.corpus_dir],
         cwd=ROOT,
-        env=os.environ
-        | {
-            "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        },
+        env=process_environment(
+            JAX_COMPILATION_CACHE_DIR=jax.config.values["jax_compilation_cache_dir"]
+        ),
         timeout=300,
     )
     assert process.returncode == -signal.SIGKILL
@@ -208,11 +201,7 @@ class Faults:
         self._settings = {
             "cwd": ROOT,
             "stdout": subprocess.DEVNULL,
-            "env": {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-            | {
-                "JAX_COMPILATION_CACHE_DIR": str(programs),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            },
+            "env": process_environment(JAX_COMPILATION_CACHE_DIR=str(programs)),
         }
         self.names = ("flora_accumulation-r16", "flora_momentum-r16")
 
@@ -245,7 +234,7 @@ class Faults:
         return sum(len(list(f.glob("*.orbax-checkpoint-tmp"))) for f in self.folders())
 
     def states(self):
-        """Update, parameters and optimizer state of both trainings, as saved."""
+        """Update, parameters and optimizer state of both runs, as saved."""
         for folder in self.folders():
             update = checkpoints.latest(folder)
             assert checkpoints.defect(folder / str(update)) is None

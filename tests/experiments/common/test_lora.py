@@ -92,15 +92,15 @@ def test_every_matrix_but_the_head_has_an_adapter(name, count):
 
 
 @pytest.mark.full
-def test_adapters_are_drawn_apart_from_the_model():
+def test_adapters_are_sampled_apart_from_the_model():
     """Same seed: no kernel or embedding comes from the key of a matrix A."""
     graphdef, params = create(GPT2, 0)
     _, full = lora.add(graphdef, params, 32, 32.0, 0)  # A has a kernel's shape
     flat = traverse_util.flatten_dict(full)
-    drawn = [np.ravel(x) for path, x in flat.items() if path[-1] == "lora_a"]
+    sampled = [np.ravel(x) for path, x in flat.items() if path[-1] == "lora_a"]
     others = [np.ravel(x) for path, x in flat.items() if path[-1] != "lora_a"]
-    for i, a in enumerate(drawn):
-        for b in (*others, *drawn[:i]):
+    for i, a in enumerate(sampled):
+        for b in (*others, *sampled[:i]):
             size = min(a.size, b.size)
             if b[:size].std() > 0 and size > 500:
                 assert abs(np.corrcoef(a[:size], b[:size])[0, 1]) < 5 / size**0.5

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import pathlib
 import re
 import signal
@@ -23,6 +22,7 @@ from experiments.common.errors import ConfigError
 from experiments.common.methods import Method
 from experiments.common.problem import build
 from experiments.main_job.run import prepare, run
+from tests.common import process_environment
 
 pytestmark = pytest.mark.xdist_group("experiments")
 
@@ -59,19 +59,15 @@ def arguments(config):
 
 
 def environment(**variables):
-    """That of a process with two CPU devices, without what these tests run under."""
-    kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    cache = jax.config.values["jax_compilation_cache_dir"]
-    return kept | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "2",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "PYTHONUNBUFFERED": "1",
+    """That of a process with two CPU devices."""
+    return process_environment(
+        JAX_PLATFORMS="cpu",
+        JAX_NUM_CPU_DEVICES="2",
+        JAX_COMPILATION_CACHE_DIR=jax.config.values["jax_compilation_cache_dir"],
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+        PYTHONUNBUFFERED="1",
         **variables,
-    }
+    )
 
 
 # `python -m`, but tensorboardX does not find torch, which takes two seconds to load.
@@ -151,7 +147,7 @@ def read_state(config):
 
 
 def assert_same_training(pair, one):
-    """Checks losses and last states of two trainings that sum in different orders."""
+    """Checks losses and last states of two runs that sum in different orders."""
     (file,) = pair.output_dir.rglob("metrics.jsonl")
     rows = records.read_rows(file)
     assert [row["update"] for row in rows] == list(range(pair.updates + 1))

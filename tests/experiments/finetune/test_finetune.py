@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from experiments.finetune.run import run
 from experiments.models.build import create, mean_loss
 from experiments.models.config import T5Config
 from experiments.models.hugging_face import load, read_config, save
+from tests.common import process_environment
 
 # One worker runs them all, and makes data and programs once.
 pytestmark = pytest.mark.xdist_group("finetune")
@@ -193,16 +193,6 @@ def command(data_dir, folder):
     return [sys.executable, "-m", "experiments.finetune", *map(str, arguments)]
 
 
-def one_device(programs):
-    """The environment of a process of its own, which finds compiled programs."""
-    settings = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return settings | {
-        "JAX_COMPILATION_CACHE_DIR": str(programs),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-
-
 def last_state(folder):
     path = (folder / "flora_accumulation-r8" / "checkpoints").absolute()
     with ocp.CheckpointManager(path) as manager:
@@ -215,7 +205,9 @@ def last_state(folder):
 def test_a_killed_run_ends_with_the_same_bits(data_dir, tmp_path, monkeypatch):
     """SIGKILL twice, at whatever it is doing; one device and eight agree too."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    settings = {"env": one_device(tmp_path / "programs"), "cwd": ROOT}
+    programs = str(tmp_path / "programs")
+    environment = process_environment(JAX_COMPILATION_CACHE_DIR=programs)
+    settings = {"env": environment, "cwd": ROOT}
     subprocess.run(command(data_dir, whole), **settings, check=True, timeout=300)
     for rows in (3, 6):
         _run_and_kill(command(data_dir, killed), killed, rows, settings)

@@ -69,5 +69,5 @@ def test_refuses_what_makes_no_sense(config):
         reduction.run(dataclasses.replace(config, batch_size=3))
     with pytest.raises(ConfigError, match="`--ranks` must be below `--model.width`"):
         dataclasses.replace(config, ranks=(4096,)).validate()
-    with pytest.raises(ConfigError, match="`--seeds` is empty; give at least one"):
+    with pytest.raises(ConfigError, match="`--seeds` must name at least one, got none"):
         dataclasses.replace(config, seeds=()).validate()

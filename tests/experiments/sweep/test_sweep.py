@@ -13,6 +13,7 @@ from experiments.sweep import run as sweep
 from experiments.sweep.__main__ import main
 from experiments.sweep.config import Config
 from experiments.sweep.results import best_learning_rate, beyond, read
+from tests.common import process_environment
 from tests.experiments.job import TINY
 
 RANK = 16
@@ -193,9 +194,8 @@ def test_questions_that_are_grids():
 def test_two_workers_find_what_one_does(tmp_path, tiny, monkeypatch):
     """Other processes, and rows in any order."""
     settings = config(tmp_path, tiny, learning_rates=[0.1], seeds=[0])
-    # They compile as the process of this test, but for one device.
-    flags = os.environ["XLA_FLAGS"].replace("count=8", "count=1")
-    monkeypatch.setenv("XLA_FLAGS", flags)
+    for name, value in process_environment().items():  # Which workers inherit.
+        monkeypatch.setenv(name, value)
     found = []
     for workers in (1, 2):
         folder = tmp_path / str(workers)
