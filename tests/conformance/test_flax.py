@@ -167,7 +167,7 @@ def test_nnx_optimizer_with_sharding_metadata(case):
     with jax.set_mesh(mesh):
         model = Model(nnx.with_partitioning)
         optimizer = train_nnx(tx, model, grads, mesh)
-    # The compiler may cut the scales that it writes as it cuts their codes.
+    # The compiler may shard the scales that it writes as it shards their codes.
     assert_sharded_as_fits(optimizer, mesh, ("QuantizedState.scales",))
     kernel = model.layer.kernel.get_value()
     expected = jax.NamedSharding(mesh, P(*NAMES["kernel"]))
