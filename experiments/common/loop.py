@@ -252,8 +252,7 @@ class Training:
             "step_peak_bytes": self._step_bytes,
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            # Of the last tenth of the updates: one batch says little.
-            "train_loss": statistics.fmean(losses[-max(1, len(losses) // 10) :]),
+            "train_loss": records.final_loss(losses),
             "validation_loss": rows[-1]["validation_loss"],
             "perplexity": rows[-1]["perplexity"],
             **(scores or {}),

@@ -87,7 +87,7 @@ def join(trained: Params, frozen: Params) -> Params:
 
 
 def merge(params: Params, rank: int, alpha: float) -> Params:
-    """Folds adapters into their kernels: the parameters of the model without them."""
+    """Adds adapters to their kernels: the parameters of the model without them."""
     flat, merged = traverse_util.flatten_dict(params), {}
     for path, leaf in flat.items():
         if path[-1] in ADAPTERS:

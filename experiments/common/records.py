@@ -3,9 +3,11 @@
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
+import statistics
 from typing import Any
 
 import jax
@@ -80,6 +82,16 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, allow_nan=False, default=os.fspath)
     path.write_text(text + "\n")
+
+
+def final_loss(losses: list[float]) -> float:
+    """Returns the mean of the last tenth of the updates: one batch says little."""
+    return statistics.fmean(losses[-max(1, len(losses) // 10) :])
+
+
+def finite(loss: float) -> float | None:
+    """Returns None, which JSON has, for a loss that is not finite."""
+    return loss if math.isfinite(loss) else None
 
 
 def provenance(config: Any) -> Row:

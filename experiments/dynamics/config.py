@@ -3,8 +3,7 @@
 import dataclasses
 import pathlib
 
-from experiments.common.config import MethodName, check_at_least
-from experiments.common.errors import ConfigError
+from experiments.common.config import MethodName, check_at_least, check_some
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,4 @@ class Config:
             ConfigError: naming the argument, its value, and what to give instead.
         """
         check_at_least(self, ("updates", "rank"))
-        if not self.sgd_learning_rates:
-            raise ConfigError(
-                "`--sgd-learning-rates` is empty; give at least one, for example 0.01"
-            )
+        check_some(self, ("sgd_learning_rates",))

@@ -42,7 +42,6 @@ def run(config: Config) -> None:
         ConfigError: the settings make no sense.
         NonFiniteLossError: a run diverged.
     """
-    config.validate()
     names = ("checkpoint", "data_dir", "updates", "batch_size", "micro_batches", "seed")
     fields = {name: getattr(config, name) for name in names}
     # As in the grid that the learning rates come from.

@@ -1,4 +1,4 @@
-"""One training on a screen each, for the usual ways to hold parameters."""
+"""One training run on one screen each, for the usual ways to hold parameters."""
 
 import sys
 

@@ -23,7 +23,7 @@ def run(config: Config, prepared: Prepared | None = None) -> list[Row]:
         One row per run that is finished.
 
     Raises:
-        ConfigError: the settings make no sense, or do not fit what lies on disk.
+        ConfigError: the settings do not fit the data, or what lies on disk.
         NonFiniteLossError: a run diverged.
     """
     console = display.make_console()

@@ -43,10 +43,9 @@ def run(config: Config) -> list[records.Row]:
         One row per run that is finished.
 
     Raises:
-        ConfigError: the settings make no sense, or do not fit what lies on disk.
+        ConfigError: the settings do not fit the corpus, or what lies on disk.
         NonFiniteLossError: a run diverged.
     """
-    config.validate()
     started = time.perf_counter()
     console = display.make_console()
     with console.status("Reading, tokenizing and packing the corpus"):

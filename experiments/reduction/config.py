@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-from experiments.common.errors import ConfigError, flag
+from experiments.common.config import check_some
 from experiments.main_job.config import Config as MainConfig
 from experiments.models.config import GPT2Config
 
@@ -26,9 +26,7 @@ class Config:
     """Updates between two points of a curve."""
     eval_examples: int = 96
     """Packed examples in the fixed validation set."""
-    model: GPT2Config = dataclasses.field(
-        default_factory=lambda: GPT2Config(layers=2, width=256, vocab_size=4096)
-    )
+    model: GPT2Config = GPT2Config(layers=2)
     data_dir: pathlib.Path = pathlib.Path("runs/data")
     """Where the tokenizer and the packed examples are kept."""
     corpus_dir: pathlib.Path | None = None
@@ -43,9 +41,7 @@ class Config:
         Raises:
             ConfigError: naming the argument, its value, and what to give instead.
         """
-        for name in ("ranks", "learning_rates", "seeds"):
-            if not getattr(self, name):
-                raise ConfigError(f"`{flag(name)}` is empty; give at least one")
+        check_some(self, ("ranks", "learning_rates", "seeds"))
         self.job().validate()
 
     def job(self) -> MainConfig:

@@ -41,9 +41,8 @@ def run(config: Config) -> None:
     """Trains all ways; writes rows, table and picture.
 
     Raises:
-        ConfigError: the devices cannot share a batch, or settings make no sense.
+        ConfigError: the devices cannot share a batch, or the corpus is too small.
     """
-    config.validate()
     count = devices.mesh().size
     if config.batch_size % count:
         raise ConfigError(
@@ -147,7 +146,7 @@ class Bench:
             done = number + 1
             if done % config.eval_every == 0 or done == config.updates:
                 loss = problem.evaluate(state[0], {})["validation_loss"]
-                curve.append([done, loss if math.isfinite(loss) else None])
+                curve.append([done, records.finite(loss)])
         row = {"validation_loss": curve[-1][1], "curve": curve}
         return row | {"bytes_all_reduced": bytes_all_reduced(self._step)}
 

@@ -1,7 +1,6 @@
 """What one cell of a grid trains, and its runs, by learning rate and seed."""
 
 import dataclasses
-import math
 import pathlib
 import statistics
 import time
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import optax
 
-from experiments.common import loop, lora, problem
+from experiments.common import loop, lora, problem, records
 from experiments.common.checkpoints import State
 from experiments.common.config import JobConfig
 from experiments.common.errors import ConfigError
@@ -188,10 +187,8 @@ class Bench:
             seconds.append(time.perf_counter() - started)
         scores = self._task.judge(made, state)
         return {
-            "train_loss": _finite(
-                statistics.mean(losses[-max(1, len(losses) // 10) :])
-            ),
-            **{name: _finite(score) for name, score in scores.items()},
+            "train_loss": records.finite(records.final_loss(losses)),
+            **{name: records.finite(score) for name, score in scores.items()},
             "step_seconds": statistics.median(seconds),
             "compile_seconds": self._compile_seconds,
             "trained_bytes": tree_bytes(state.params),
@@ -199,10 +196,6 @@ class Bench:
             "matrix_bytes": self._bytes[1],
             "step_bytes": step_bytes(self._compiled),
         }
-
-
-def _finite(loss: float) -> float | None:
-    return loss if math.isfinite(loss) else None
 
 
 def measure(tx: optax.GradientTransformation, params: Params) -> tuple[int, int]:
