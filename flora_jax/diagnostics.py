@@ -13,6 +13,7 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
+from flora_jax.leaves.mesh import is_explicit
 from flora_jax.leaves.trees import unboxed
 from flora_jax.sketching.sketcher import SketchEvent, refuse_sketches
 
@@ -139,11 +140,11 @@ def diagnostics(
 
 def _refuse_explicit(trees: Any) -> None:
     # There the sketches are made inside of jax.sharding.auto_axes, out of sight.
-    for mesh in (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(trees)):
-        if jax.sharding.AxisType.Explicit in mesh.axis_types:
+    for sharding in (jax.typeof(x).sharding for x in jax.tree.leaves(trees)):
+        if is_explicit(sharding):
             raise ValueError(
                 "`grads`, `state` and `params` must not lie on a mesh with Explicit"
-                f" axes, got {mesh.axis_names}; call diagnostics inside of"
+                f" axes, got {sharding.mesh.axis_names}; call diagnostics inside of"
                 " jax.sharding.auto_axes, with out_sharding=jax.P()"
             )
 

@@ -139,11 +139,10 @@ def _is_size(value: Any, most: int = _LARGEST_SIZE) -> TypeGuard[int]:
 
 def _index(path: pathlib.Path, content: dict[str, Any]) -> Shapes:
     files = content["weight_map"]
-    names: list[Any] = list(files.values()) if isinstance(files, dict) else [None]
-    if not all(isinstance(name, str) for name in names):
+    if not isinstance(files, dict) or set(map(type, files.values())) - {str}:
         raise ModelFileError(f"{path}: 'weight_map' is not an object of file names")
     shapes: Shapes = {}
-    for name in sorted(set(names)):
+    for name in sorted(set(files.values())):
         if pathlib.PurePath(name).name != name or "\0" in name:
             raise ModelFileError(
                 f"{path}: {name!r} is not the name of a file in its folder"
@@ -261,7 +260,8 @@ def _repeated(place: str, layers: int, block: _Weights) -> _Weights:
     }
 
 
-# From the fields to the shapes, the embedding first; whether the head is that as well.
+# A function from a configuration to parameter shapes, with the embedding as its first
+# entry; and whether the output head is tied to the embedding by default.
 _FAMILIES: dict[str, tuple[Callable[..., _Weights], bool]] = {
     "gpt2": (_gpt2, True),
     "llama": (_llama, False),

@@ -30,8 +30,8 @@ _UNITS = {
 
 
 _PACKAGE = "Optimizer state and gradient accumulation as sketches."
-_PLAN = "the size of an optimizer's state, and which rank fits"
-_ABOUT = (
+_PLAN_HELP = "the size of an optimizer's state, and which rank fits"
+_PLAN_DESCRIPTION = (
     "Prints the size of the optimizer state for each parameter and in total, compared"
     " with AdamW and Adafactor. Reads only shapes, and allocates nothing."
 )
@@ -88,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m flora_jax", description=_PACKAGE)
     commands = parser.add_subparsers(required=True, metavar="plan")
-    plan = commands.add_parser("plan", help=_PLAN, description=_ABOUT, epilog=_EPILOG)
+    plan = commands.add_parser(
+        "plan", help=_PLAN_HELP, description=_PLAN_DESCRIPTION, epilog=_EPILOG
+    )
     plan.set_defaults(parser=plan)
     names = [*optimizers.__all__, *_PLAIN]
     add = plan.add_argument
@@ -108,11 +110,11 @@ def _plan(given: argparse.Namespace, shapes: model_files.Shapes) -> int:
     if rank is None:
         room = max(given.budget - 2 * own, 1)
         try:
-            rank = rank_for_budget(lambda r: _asked(given, r)[0], shapes, room)
+            rank = rank_for_budget(lambda r: _make_optimizer(given, r), shapes, room)
         except ValueError:
             rank = 1  # None fits, or nothing is sketched: the plan shows which.
-    tx, script, sketch, peers = _asked(given, rank)
-    plan = memory_plan(tx, shapes, sketch=sketch, compare=peers)
+    tx, peers = _make_optimizer(given, rank), _peers(given, rank)
+    plan = memory_plan(tx, shapes, sketch=_sketch(given, rank), compare=peers)
     plan.print()
     name = f"{given.optimizer}, rank {rank}"
     if given.accumulate is not None:
@@ -126,7 +128,7 @@ def _plan(given: argparse.Namespace, shapes: model_files.Shapes) -> int:
     print("Activations and temporaries are not included.")
     if not any(leaf.sketches for leaf in plan.leaves):
         print(f"At rank {rank} nothing is sketched: this is the uncompressed state.")
-    print(f"In a script:\n{script}")
+    print(f"In a script:\n{_script(given, rank)}")
     if given.picture is not None:
         try:
             picture.draw(plan, name, given.picture, given.budget)
@@ -143,29 +145,42 @@ def _plan(given: argparse.Namespace, shapes: model_files.Shapes) -> int:
     return int(left < 0)
 
 
-def _asked(given: argparse.Namespace, rank: int) -> tuple[Any, str, Sketch, dict]:
-    """What the command line asks for, at a rank.
+def _sketch(given: argparse.Namespace, rank: int) -> Sketch:
+    return Sketch(rank, mask=None if given.sketch_embeddings else not_embeddings)
 
-    Returns:
-      The transformation; the lines that make it in Python; its sketch; its peers: those
-      by default, with accumulation MultiSteps around the same optimizer.
-    """
-    mask = None if given.sketch_embeddings else not_embeddings
-    sketch, peers = Sketch(rank, mask=mask), default_peers()
+
+def _inner_optimizer(given: argparse.Namespace, rank: int) -> Any:
     if given.optimizer in _PLAIN:
-        tx = _PLAIN[given.optimizer](_LEARNING_RATE)
-        made = f"optax.{given.optimizer}(learning_rate)"
-    else:
-        tx = getattr(optimizers, given.optimizer)(_LEARNING_RATE, sketch)
-        made = f"fj.{given.optimizer}(learning_rate, sketch)"
+        return _PLAIN[given.optimizer](_LEARNING_RATE)
+    return getattr(optimizers, given.optimizer)(_LEARNING_RATE, _sketch(given, rank))
+
+
+def _make_optimizer(given: argparse.Namespace, rank: int) -> Any:
+    """The requested optimizer, in compressed accumulation if that is requested too."""
+    inner = _inner_optimizer(given, rank)
+    if given.accumulate is None:
+        return inner
+    return compressed_accumulation(inner, given.accumulate, _sketch(given, rank))
+
+
+def _peers(given: argparse.Namespace, rank: int) -> dict[str, Any]:
+    """The default peers; with accumulation also MultiSteps around the optimizer."""
+    peers = default_peers()
     if given.accumulate is not None:
-        steps = optax.MultiSteps(tx, given.accumulate).gradient_transformation()
-        peers[f"optax.MultiSteps({given.optimizer})"] = steps
-        tx = compressed_accumulation(tx, given.accumulate, sketch)
-        made = f"fj.compressed_accumulation({made}, {given.accumulate}, sketch)"
-    written = "" if mask is None else ", mask=fj.not_embeddings"
-    script = f"  sketch = fj.Sketch({rank}{written})\n  tx = {made}"
-    return tx, script, sketch, peers
+        steps = optax.MultiSteps(_inner_optimizer(given, rank), given.accumulate)
+        peers[f"optax.MultiSteps({given.optimizer})"] = steps.gradient_transformation()
+    return peers
+
+
+def _script(given: argparse.Namespace, rank: int) -> str:
+    """The lines that make the requested optimizer in Python."""
+    mask = "" if given.sketch_embeddings else ", mask=fj.not_embeddings"
+    tx = f"fj.{given.optimizer}(learning_rate, sketch)"
+    if given.optimizer in _PLAIN:
+        tx = f"optax.{given.optimizer}(learning_rate)"
+    if given.accumulate is not None:
+        tx = f"fj.compressed_accumulation({tx}, {given.accumulate}, sketch)"
+    return f"  sketch = fj.Sketch({rank}{mask})\n  tx = {tx}"
 
 
 def _positive(text: str) -> int:

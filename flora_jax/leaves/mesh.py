@@ -60,6 +60,12 @@ def is_sharded() -> bool:
     return math.prod(_axes(jax.sharding.get_abstract_mesh()).values()) > 1
 
 
+def is_explicit(*shardings: Any) -> bool:
+    """Whether one of them is part of the type, and not the compiler's to choose."""
+    meshes = {x.mesh for x in shardings if x is not None}
+    return any(_Type.Explicit in mesh.axis_types for mesh in meshes)
+
+
 def replicated_along(x: jax.Array, axis: int) -> jax.Array:
     """The array with one axis unsharded, the others as they come.
 

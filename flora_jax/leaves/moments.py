@@ -39,28 +39,29 @@ def find_moments(
       For each NamedTuple with such fields, these by name.
     """
     groups: list[dict[str, PyTree]] = []
-
-    def note(group: dict[str, PyTree]) -> dict[str, PyTree]:
-        groups.append(group)
-        return group
-
-    map_moments(note, state, params, fields)
+    _map_moments(groups.append, state, params, fields)
     return groups
 
 
-def replace_moments(state: Any, params: PyTree, groups: list[dict[str, PyTree]]) -> Any:
+def replace_moments(
+    state: Any, params: PyTree, moments: list[PyTree], fields: Collection[str] = KINDS
+) -> Any:
     """The state with other trees in the places that :func:`find_moments` finds."""
-    rest = iter(groups)
-    return map_moments(lambda group: next(rest), state, params)
+    rest = iter(moments)
+
+    def replaced(group: dict[str, PyTree]) -> dict[str, PyTree]:
+        return {name: next(rest) for name in group}
+
+    return _map_moments(replaced, state, params, fields)
 
 
-def map_moments(
-    function: Callable[[dict[str, PyTree]], dict[str, PyTree]],
+def _map_moments(
+    function: Callable[[dict[str, PyTree]], dict[str, PyTree] | None],
     state: Any,
     params: PyTree,
-    fields: Collection[str] = KINDS,
+    fields: Collection[str],
 ) -> Any:
-    """Replaces the moments of each NamedTuple; see :func:`find_moments`."""
+    """Replaces the moments of each NamedTuple; None leaves them as they are."""
     axes = {path: jnp.ndim(leaf) for path, leaf in named_leaves(params)}
 
     def has_fields(node: Any) -> bool:
@@ -76,7 +77,7 @@ def map_moments(
     def replaced(node: Any) -> Any:
         values = node._asdict()
         group = {k: v for k, v in values.items() if k in fields and is_moment(v)}
-        new = dict(function(group)) if group else {}
+        new = dict(function(group) or group) if group else {}
         for name, value in values.items():
             if name not in group and not isinstance(value, jax.Array):
                 new[name] = visit(value)

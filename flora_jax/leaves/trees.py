@@ -14,11 +14,10 @@ import jax.core
 import jax.numpy as jnp
 
 from flora_jax._typing import PyTree, Shape
-from flora_jax.leaves.mesh import fit_sharding
+from flora_jax.leaves.mesh import fit_sharding, is_explicit
 from flora_jax.leaves.paths import is_masked, named_leaves
 from flora_jax.leaves.plan import LeafPlan
 
-_Explicit = jax.sharding.AxisType.Explicit
 # Metadata of a Variable that name a mesh axis for each of its array's axes.
 _SHARDINGS = ("out_sharding", "optimizer_sharding")
 
@@ -53,7 +52,7 @@ def _zeros(leaf: Any, shape: Shape, dtype: Any) -> jax.Array:
         place = fit_sharding(leaf.sharding, leaf.shape, shape)
         return jnp.zeros(shape, dtype, device=place)
     sharding = jax.typeof(leaf).sharding
-    if _Explicit in sharding.mesh.axis_types:
+    if is_explicit(sharding):
         place = fit_sharding(sharding, leaf.shape, shape)
         return jnp.zeros(shape, dtype, out_sharding=place)
     return jnp.zeros(shape, dtype)
@@ -134,16 +133,16 @@ def run_sharded(fn: Callable[..., Any], like: PyTree, *args: Any) -> PyTree:
     Returns:
       ``fn(*args)``.
     """
-    found = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves((like, args))]
-    # Of the arrays: the mesh of the context is empty where none was set.
-    meshes = [mesh for mesh in found if _Explicit in mesh.axis_types]
-    if not meshes:
+    found = [jax.typeof(x).sharding for x in jax.tree.leaves((like, args))]
+    if not is_explicit(*found):
         return fn(*args)
+    # Of the arrays: the mesh of the context is empty where none was set.
+    mesh = next(x.mesh for x in found if is_explicit(x))
 
     def sharding(x: Any) -> jax.NamedSharding:
         given = jax.typeof(x).sharding
         # A scalar made without the mesh, such as a counter, is replicated on it.
-        return given if given.mesh.axis_names else jax.NamedSharding(meshes[0], jax.P())
+        return given if given.mesh.axis_names else jax.NamedSharding(mesh, jax.P())
 
     shardings = jax.tree.map(sharding, like)
     return jax.sharding.auto_axes(fn, out_sharding=shardings)(*args)

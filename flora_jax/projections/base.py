@@ -74,7 +74,8 @@ class Projection(abc.ABC):
           Float32, shape (batch…, n, r) or (batch…, r, m).
         """
         s = self.as_matrix(sampled, rank, matrix.shape[axis])
-        return multiply(s, matrix, axis, weights)
+        s = s if weights is None else s * weights[..., None, :]
+        return product(matrix.astype(jnp.float32), s.swapaxes(-1, -2), axis)
 
     def expand(
         self, sampled: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
@@ -273,14 +274,6 @@ class AdaptiveProjection(Projection):
 def along(vector: Float[Array, "*batch m"], axis: int) -> jax.Array:
     """Reshapes a vector so that it broadcasts along an axis of a matrix."""
     return jnp.expand_dims(vector, -3 - axis)
-
-
-def multiply(
-    s: jax.Array, matrix: jax.Array, axis: int, weights: jax.Array | None
-) -> jax.Array:
-    """G W Sᵀ for axis -1, S W G for axis -2, with weights W on the sketched side."""
-    s = s if weights is None else s * weights[..., None, :]
-    return product(matrix.astype(jnp.float32), s.swapaxes(-1, -2), axis)
 
 
 def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:

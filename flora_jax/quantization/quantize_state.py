@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.core
@@ -14,7 +14,7 @@ import optax
 from flora_jax import _validation as check
 from flora_jax._typing import KeyLike, PyTree, Shape
 from flora_jax.leaves import trees
-from flora_jax.leaves.moments import KINDS, SECOND, find_moments, map_moments
+from flora_jax.leaves.moments import KINDS, SECOND, find_moments, replace_moments
 from flora_jax.leaves.paths import named_leaves
 from flora_jax.leaves.rules import LeafRules
 from flora_jax.leaves.spec import make_spec
@@ -24,6 +24,8 @@ from flora_jax.random.keys import check_state_key, leaf_keys, raw_key
 from flora_jax.sketching.sketcher import gradient_shapes
 
 _NAME = "quantize_state"
+# Path of each leaf of moments, and whether its code is signed.
+Leaves: TypeAlias = list[tuple[str, bool]]
 
 
 class QuantizedState(NamedTuple):
@@ -132,7 +134,8 @@ def quantize_state(
         names, moments = codec.find(inner_state, params)
         _check_moments(codec, names, moments)
         scales = [_empty_scales(codec, tree) for tree in moments]
-        codes, scales = _encode(codec, names, moments, moments, scales)
+        named = _named_leaves(names, moments)
+        codes, scales = _encode(codec, named, moments, moments, scales)
         return QuantizedState(
             count=jnp.zeros([], jnp.int32),
             key=jnp.array(root),
@@ -147,14 +150,15 @@ def quantize_state(
         check_state_key(_NAME, state.key)
         like = gradient_shapes(updates)
         names, codes = codec.find(state.inner, like)
-        scales = list(state.scales)
-        decoded = _decode(codec, names, codes, scales)
+        named = _named_leaves(names, codes)
+        _check_coded(codec, names, named, codes, state.scales)
+        decoded = _decode(codec, named, codes, state.scales)
         new_updates, new_inner = inner.update(
             updates, codec.replace(state.inner, like, decoded), params, **extra_args
         )
         _, moments = codec.find(new_inner, like)
         rounding = (state.key, state.count) if stochastic_rounding else None
-        codes, scales = _encode(codec, names, moments, codes, scales, rounding)
+        codes, scales = _encode(codec, named, moments, codes, state.scales, rounding)
         return optax.tree.cast_like(new_updates, like), QuantizedState(
             count=optax.safe_increment(state.count),
             key=state.key,
@@ -180,14 +184,9 @@ class MomentCodec(NamedTuple):
         pairs = [pair for group in groups for pair in group.items()]
         return [name for name, _ in pairs], [tree for _, tree in pairs]
 
-    def replace(self, state: Any, params: PyTree, moments: Sequence[PyTree]) -> Any:
+    def replace(self, state: Any, params: PyTree, moments: list[PyTree]) -> Any:
         """The state with other trees in the places that :meth:`find` finds."""
-        rest = iter(moments)
-
-        def replaced(group: dict[str, PyTree]) -> dict[str, PyTree]:
-            return {name: next(rest) for name in group}
-
-        return map_moments(replaced, state, params, self.fields or KINDS)
+        return replace_moments(state, params, moments, self.fields or KINDS)
 
     def is_exact(self, shape: Shape, dtype: Any) -> bool:
         """Whether a leaf of moments stays as it is."""
@@ -218,17 +217,17 @@ def _empty_scales(codec: MomentCodec, tree: Any) -> Any:
 
 def _encode(
     codec: MomentCodec,
-    names: Sequence[str],
+    named: Leaves,
     moments: list[Any],
     codes: list[Any],
-    scales: list[Any],
+    scales: Sequence[Any],
     rounding: tuple[jax.Array, jax.Array] | None = None,
-) -> tuple[list[Any], list[Any]]:
+) -> tuple[list[Any], Sequence[Any]]:
     """Codes and scales of trees of moments.
 
     Args:
       codec: the settings.
-      names: the field of each tree.
+      named: path of each leaf, and whether its code is signed.
       moments: the trees.
       codes: trees of codes, or of moments, whose structure and sharding to take.
       scales: trees of scales, for the same; their dtype is the moments'.
@@ -237,16 +236,15 @@ def _encode(
     Returns:
       The trees of codes and those of scales.
     """
-    known = _leaves(names, codes)
 
     def run(moments: Any, scales: Any, rounding: Any) -> list[Any]:
-        keys = [None] * len(known)
+        keys = [None] * len(named)
         if rounding is not None:
             root, count = rounding
-            keys = list(leaf_keys(root, _NAME, [path for path, _ in known], count))
+            keys = list(leaf_keys(root, _NAME, [path for path, _ in named], count))
         coded = [
             _encode_leaf(codec, signed, x.astype(s.dtype), s, key)
-            for (_, signed), x, s, key in zip(known, moments, scales, keys, strict=True)
+            for (_, signed), x, s, key in zip(named, moments, scales, keys, strict=True)
         ]
         return [x for x, _ in coded] + [scale for _, scale in coded]
 
@@ -266,18 +264,16 @@ def _encode_leaf(
 
 
 def _decode(
-    codec: MomentCodec, names: Sequence[str], codes: list[Any], scales: list[Any]
+    codec: MomentCodec, named: Leaves, codes: list[Any], scales: Sequence[Any]
 ) -> list[Any]:
-    """The trees of moments; raises if codes or scales were made otherwise."""
-    _check_coded(codec, names, codes, scales)
-    known = _leaves(names, codes)
+    """The trees of moments."""
 
     def run(codes: Any, scales: Any) -> list[Any]:
         return [
             x
             if codec.is_exact(x.shape, scale.dtype)
             else blockwise.decode(x, scale, codec.dtype, codec.block, signed)
-            for (_, signed), x, scale in zip(known, codes, scales, strict=True)
+            for (_, signed), x, scale in zip(named, codes, scales, strict=True)
         ]
 
     old = jax.tree.leaves(codes)
@@ -285,7 +281,7 @@ def _decode(
     return trees.rebuild(codes, new)
 
 
-def _leaves(names: Sequence[str], moments: Sequence[Any]) -> list[tuple[str, bool]]:
+def _named_leaves(names: Sequence[str], moments: Sequence[Any]) -> Leaves:
     """A path that no other leaf has, and whether the code has signs, of all leaves."""
     return [
         (f"{i}/{name}/{path}", KINDS[name] != SECOND)
@@ -304,7 +300,7 @@ def _place(new: Any, old: Any) -> Any:
 
 
 def _check_coded(
-    codec: MomentCodec, names: Sequence[str], codes: list[Any], scales: list[Any]
+    codec: MomentCodec, names: Sequence[str], named: Leaves, codes: Any, scales: Any
 ) -> None:
     """Raises if codes and scales are not those of the settings; by static facts."""
     counts = [[len(jax.tree.leaves(tree)) for tree in x] for x in (codes, scales)]
@@ -314,8 +310,8 @@ def _check_coded(
             f" {counts[1]} arrays in its trees of scales for {counts[0]}; it was made"
             " with other `fields` or parameters: init again, or restore the settings"
         )
-    leaves = zip(jax.tree.leaves(codes), jax.tree.leaves(scales), strict=True)
-    for (path, signed), (x, scale) in zip(_leaves(names, codes), leaves, strict=True):
+    coded = map(jax.tree.leaves, (codes, scales))
+    for (path, signed), x, scale in zip(named, *coded, strict=True):
         expected = codec.types(signed, x.shape, scale.dtype)
         if (x.dtype, scale.shape) != expected:
             raise ValueError(

@@ -177,7 +177,7 @@ class _TracedGradient(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Static:
-    """What a traced function returns beside arrays; compared by identity."""
+    """What a traced function returns in addition to arrays; compared by identity."""
 
     value: PyTree
 

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
+from flora_jax.leaves.mesh import is_explicit
 from flora_jax.sketched_grad import control_flow, rewrites
 from flora_jax.sketched_grad.program import Fallback, Program, Step
 from flora_jax.sketched_grad.rewrites import Operand, SketchRequest, Slot, shape_of
@@ -106,7 +107,7 @@ class Planner:
             out = eqn.outvars[index]
             rewrite: rewrites.Rewrite | None = None
             reason: str | None = None  # Why the output is computed in full.
-            if rewrites.is_explicit(getattr(out.aval, "sharding", None)):
+            if is_explicit(getattr(out.aval, "sharding", None)):
                 # There each operation of a rule would have to name an output sharding.
                 reason = "it lies on a mesh with Explicit axes"
             elif body_plan is control_flow.plan_scan:

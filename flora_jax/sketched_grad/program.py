@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 
 from flora_jax._typing import Shape
+from flora_jax.leaves.mesh import is_explicit
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.projections.base import DenseProjection, ObliviousProjection
-from flora_jax.sketched_grad import rewrites
 from flora_jax.sketched_grad.rewrites import Operand, SketchRequest, Slot
 
 
@@ -73,7 +73,7 @@ class LeafProjections:
         """The sketch of a value, float32."""
         apply: Any = functools.partial(self._apply, request)
         sharding = jax.typeof(value).sharding
-        if rewrites.is_explicit(sharding):
+        if is_explicit(sharding):
             # JAX refuses reshapes of sharded values there. Inside auto_axes the
             # compiler chooses; the result keeps the mesh axes of the other sides.
             names = (*sharding.spec, *[None] * (value.ndim - len(sharding.spec)))

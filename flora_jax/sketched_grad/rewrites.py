@@ -219,9 +219,3 @@ def dtype_of(atom: Atom) -> np.dtype:
     """The dtype of a variable or literal."""
     aval: Any = atom.aval
     return aval.dtype
-
-
-def is_explicit(sharding: Any) -> bool:
-    """Whether a sharding is part of the type, and not the compiler's to choose."""
-    explicit = jax.sharding.AxisType.Explicit
-    return sharding is not None and explicit in sharding.mesh.axis_types

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import operator
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
@@ -193,6 +193,9 @@ class SketchEvent(NamedTuple):
     sketch: Any
     memory: Any
     largest: Any = None
+
+
+OnSketch: TypeAlias = Callable[[SketchEvent], Any] | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ class LeafStep(NamedTuple):
       direction: N, the inner transformation's update, in the state's shape, float32.
       scale: α.
       correction: what :meth:`Residual.correction` gave.
-      previous: norm of the last residual, one per matrix; None without limiter.
+      residual_norm: norm of the last residual, one per matrix; None without limiter.
     """
 
     sketcher: Sketcher
@@ -49,7 +49,7 @@ class LeafStep(NamedTuple):
     direction: Float[Array, "..."]
     scale: Any
     correction: Any
-    previous: jax.Array | None
+    residual_norm: jax.Array | None
 
     def expanded(self, sketch: Float[Array, "..."]) -> Float[Array, "..."]:
         """C S for a sketch C in the state's shape."""
@@ -61,10 +61,10 @@ class LeafStep(NamedTuple):
 class Residual:
     """Base class of residuals, and the one of None: the update is α·N S (GaLore).
 
-    Residuals are frozen objects, and pytrees of their numbers, which may be traced.
-    They are deliberately not callable: ``optax.inject_hyperparams`` treats callable
-    arguments as schedules. To write one, subclass it as a frozen dataclass registered
-    by ``jax.tree_util.register_dataclass``, override :meth:`update`, and set
+    Residuals are frozen objects, and pytrees of their hyperparameters, which may be
+    traced. They are deliberately not callable: ``optax.inject_hyperparams`` treats
+    callable arguments as schedules. To write one, subclass it as a frozen dataclass
+    registered by ``jax.tree_util.register_dataclass``, override :meth:`update`, and set
     ``needs_isometry`` and ``is_partial``.
 
     Attributes:
@@ -82,7 +82,7 @@ class Residual:
         return False
 
     def check(self) -> None:
-        """Raises on numbers out of range; pytrees are rebuilt from any leaves."""
+        """Raises on bad hyperparameters; pytrees are rebuilt from any leaves."""
 
     def correction(self, count: Any) -> Any:
         """The factor that the inner transformation's debiasing puts into N."""
@@ -90,8 +90,8 @@ class Residual:
         return 1.0
 
     def update(self, leaf: LeafStep) -> Update:
-        """One sketched leaf's update in the full space, and its new ``previous``."""
-        return leaf.expanded(leaf.scale * leaf.direction), leaf.previous
+        """One sketched leaf's update in the full space, and its ``residual_norm``."""
+        return leaf.expanded(leaf.scale * leaf.direction), leaf.residual_norm
 
 
 @jax.tree_util.register_dataclass
@@ -112,7 +112,7 @@ class Plain(Residual):
     def update(self, leaf: LeafStep) -> Update:
         """See :meth:`Residual.update`."""
         inside = leaf.expanded(leaf.scale * leaf.direction - leaf.sketch)
-        return widened(leaf.grad) + inside, leaf.previous
+        return widened(leaf.grad) + inside, leaf.residual_norm
 
 
 @jax.tree_util.register_dataclass
@@ -185,7 +185,7 @@ class Fira(Residual):
         It is computed as φ·G + (α·N − p·φ·R) S, p the share that is left out: nothing
         of the leaf's size is made but the update itself.
         """
-        plan, previous = leaf.plan, leaf.previous
+        plan, previous = leaf.plan, leaf.residual_norm
         g, r, n = map(plan.fold, (widened(leaf.grad), leaf.sketch, leaf.direction))
         factor, share = self._factor(leaf, g, r, n), self.share(leaf.scale)
         if previous is not None:

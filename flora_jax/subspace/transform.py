@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -21,6 +21,7 @@ from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key
 from flora_jax.sketching.sketch import Sketch, resolve, warn_if_dense
 from flora_jax.sketching.sketcher import (
+    OnSketch,
     ScaledLeaf,
     Sketcher,
     SketchEvent,
@@ -33,8 +34,6 @@ from flora_jax.subspace.transports import Keep, Moments, Transport, check_moment
 _NAME = "scale_in_subspace"
 # Trees of moments by field, of each NamedTuple of the inner state.
 Groups: TypeAlias = Sequence[dict[str, PyTree]]
-_KEPT = ("basis", "limiter", "error")
-_AS_FLOAT32 = functools.partial(jnp.asarray, dtype=jnp.float32)
 
 
 class SubspaceState(NamedTuple):
@@ -186,7 +185,7 @@ def scale_in_subspace(
         return SubspaceState(count, key, spec, inner_state, **kept)
 
     def kept_leaves(plans: Sequence[LeafPlan]) -> dict[str, tuple[list[Shape], Any]]:
-        """Shapes and dtype of each tree that the state keeps beside the inner one."""
+        """Shapes and dtype of each tree that is kept in addition to the inner state."""
         kept = {}
         if basis.is_stored:
             shapes = [basis.stored_shape(plan) for plan in plans]
@@ -204,7 +203,7 @@ def scale_in_subspace(
         state: Any,
         params: PyTree = None,
         *,
-        on_sketch: Callable[[SketchEvent], None] | None = None,
+        on_sketch: OnSketch = None,
         **extra_args: Any,
     ) -> tuple[PyTree, SubspaceState]:
         del params
@@ -221,13 +220,10 @@ def scale_in_subspace(
             for name, (own, _) in kept_leaves(plans).items()
         }
         none = [None] * len(plans)
-        stored, limiters, errors = (kept.get(name, none) for name in _KEPT)
+        stored = kept.get("basis", none)
+        norms, errors = kept.get("limiter", none), kept.get("error", none)
         grads = jax.tree.leaves(updates)
         moments = _by_leaf(groups if transport.moves else [], len(plans))
-        # Injected numbers have the dtype of the parameters.
-        transport32, residual32, scale32 = jax.tree.map(
-            _AS_FLOAT32, (transport, rest, scale)
-        )
 
         # What is sampled is replicated, as the key is.
         sketches, sampled, stored, moments = trees.run_sharded(
@@ -237,7 +233,8 @@ def scale_in_subspace(
             errors,
             stored,
             moments,
-            Refresh(transport32, state.key, state.count),
+            # Injected hyperparameters have the dtype of the parameters.
+            Refresh(jax.tree.map(jnp.float32, transport), state.key, state.count),
         )
         inner_state = state.inner
         if transport.moves:
@@ -245,18 +242,17 @@ def scale_in_subspace(
         directions, new_inner = inner.update(
             trees.rebuild(boxes, sketches), inner_state, None, **extra_args
         )
-        fields = grads, limiters, errors, sampled, sketches, jax.tree.leaves(directions)
+        fields = grads, norms, errors, sampled, sketches, jax.tree.leaves(directions)
         leaves = [LeafInputs(*leaf) for leaf in zip(*fields, strict=True)]
         results = trees.run_sharded(
             functools.partial(_expand_and_add_residual, sketcher, plans),
-            list(map(LeafResult, grads, limiters, errors)),
+            list(map(LeafResult, grads, norms, errors)),
             leaves,
             state.count,
-            residual32,
-            scale32,
+            *jax.tree.map(jnp.float32, (rest, scale)),
         )
-        limiters, errors = [x.limiter for x in results], [x.error for x in results]
-        new = {"basis": stored, "limiter": limiters, "error": errors}
+        norms, errors = [x.residual_norm for x in results], [x.error for x in results]
+        new = {"basis": stored, "limiter": norms, "error": errors}
         return trees.rebuild(updates, [x.update for x in results]), state._replace(
             count=optax.safe_increment(state.count),
             inner=jax.tree.map(trees.cast_like, new_inner, state.inner),
@@ -271,7 +267,7 @@ class LeafInputs(NamedTuple):
 
     Attributes:
       grad: the gradient that was given.
-      limiter: norm of the last residual, one per matrix; None without a limiter.
+      residual_norm: norm of the last residual, one per matrix; None without a limiter.
       error: what earlier sketches left out; None without error feedback.
       sampled: what determines S; None for a dense leaf.
       sketch: R, or a dense leaf's gradient.
@@ -279,7 +275,7 @@ class LeafInputs(NamedTuple):
     """
 
     grad: jax.Array
-    limiter: jax.Array | None
+    residual_norm: jax.Array | None
     error: jax.Array | None
     sampled: Any
     sketch: jax.Array
@@ -287,17 +283,17 @@ class LeafInputs(NamedTuple):
 
 
 class LeafResult(NamedTuple):
-    """A leaf's update, and its new limiter and error, if the state has them."""
+    """A leaf's update, and its new residual_norm and error, if the state has them."""
 
     update: jax.Array
-    limiter: jax.Array | None
+    residual_norm: jax.Array | None
     error: jax.Array | None
 
 
 def _sketch_in_current_basis(
     basis: Basis,
     plans: Sequence[LeafPlan],
-    on_sketch: Callable[[SketchEvent], None] | None,
+    on_sketch: OnSketch,
     grads: Sequence[jax.Array],
     errors: Sequence[Any],
     stored: Sequence[Any],
@@ -329,10 +325,10 @@ def _expand_and_add_residual(
     residual: Residual,
     scale: Any,
 ) -> list[LeafResult]:
-    """Updates of all leaves in the full space, with new limiters and errors."""
+    """Updates of all leaves in the full space, with new norms and errors."""
     correction, results = residual.correction(count), []
     for plan, leaf in zip(plans, leaves, strict=True):
-        limiter, error = leaf.limiter, leaf.error
+        norm, error = leaf.residual_norm, leaf.error
         update = leaf.direction.astype(jnp.float32)
         if not plan.dense:
             grad = _add_error(plan, leaf.grad, error)
@@ -345,12 +341,12 @@ def _expand_and_add_residual(
                 direction=update,
                 scale=scale,
                 correction=correction,
-                previous=limiter,
+                residual_norm=norm,
             )
-            update, limiter = residual.update(step)
+            update, norm = residual.update(step)
             if error is not None:
                 error = grad - step.expanded(leaf.sketch)
-        results.append(LeafResult(update.astype(leaf.grad.dtype), limiter, error))
+        results.append(LeafResult(update.astype(leaf.grad.dtype), norm, error))
     return results
 
 
@@ -439,10 +435,8 @@ def _by_leaf(groups: Groups, count: int) -> list[list[Moments]]:
 def _with_moments(inner: Any, boxes: PyTree, groups: Groups, moments: Any) -> Any:
     """The inner state with the moments of all leaves replaced."""
     new = [
-        {
-            k: trees.rebuild(x, [leaf[i][k] for leaf in moments])
-            for k, x in group.items()
-        }
+        trees.rebuild(x, [leaf[i][k] for leaf in moments])
         for i, group in enumerate(groups)
+        for k, x in group.items()
     ]
     return replace_moments(inner, boxes, new)

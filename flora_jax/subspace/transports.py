@@ -43,11 +43,11 @@ class BasisChange(NamedTuple):
 class Transport:
     """Base class of transports: how moments are carried over when S is replaced.
 
-    Transports are frozen objects, and pytrees of their numbers, which may be traced.
-    They are deliberately not callable: ``optax.inject_hyperparams`` treats callable
-    arguments as schedules. To write one, subclass it as a frozen dataclass registered
-    by ``jax.tree_util.register_dataclass``, override :meth:`move`, and set ``moves`` to
-    True.
+    Transports are frozen objects, and pytrees of their hyperparameters, which may be
+    traced. They are deliberately not callable: ``optax.inject_hyperparams`` treats
+    callable arguments as schedules. To write one, subclass it as a frozen dataclass
+    registered by ``jax.tree_util.register_dataclass``, override :meth:`move`, and set
+    ``moves`` to True.
 
     Attributes:
       moves: whether moments change at all.
@@ -62,7 +62,7 @@ class Transport:
     needs_sketch: ClassVar[bool] = False
 
     def check(self) -> None:
-        """Raises on numbers out of range; pytrees are rebuilt from any leaves."""
+        """Raises on bad hyperparameters; pytrees are rebuilt from any leaves."""
 
     def move(self, change: BasisChange, moments: Moments) -> Moments:
         """One leaf's moments in the new basis.

@@ -17,6 +17,7 @@ from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key
 from flora_jax.sketching.sketch import Sketch, resolve, warn_if_dense
 from flora_jax.sketching.sketcher import (
+    OnSketch,
     Plans,
     ScaledLeaf,
     SketchedGradients,
@@ -155,7 +156,7 @@ def compressed_accumulation(
             gradient_step=jnp.zeros([], jnp.int32),
             inner_opt_state=jax.tree.map(_strong, inner.init(params)),
             acc_grads=trees.zeros_tree(params, [p.state_shape for p in plans], dtype),
-            skip_state=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), skip_state),
+            skip_state=optax.tree.zeros_like(skip_state),
             key=jnp.array(sketcher.sketch.key_data),
             spec=sketcher.spec(plans, dtype=dtype.name, use_grad_mean=use_grad_mean),
         )
@@ -175,8 +176,7 @@ def compressed_accumulation(
             skip = jax.lax.pmax(skip.astype(jnp.int32), axis_name) > 0
         sampled = sketcher.sample(plans, state.key, state.gradient_step)
         # Sketches are added without S, which only the end of a cycle needs.
-        made = isinstance(updates, SketchedGradients)
-        own = [None] * len(plans) if made else sampled
+        own = [None] * len(plans) if isinstance(updates, SketchedGradients) else sampled
         add = functools.partial(accumulate, sketcher, plans, use_grad_mean, on_sketch)
         grads = jax.tree.leaves(updates)
         acc = trees.run_sharded(add, old, own, grads, old, state.mini_step)
@@ -262,7 +262,7 @@ def accumulate(
     sketcher: Sketcher,
     plans: Plans,
     use_mean: bool,
-    on_sketch: Callable[[SketchEvent], Any] | None,
+    on_sketch: OnSketch,
     sampled: Sequence[Any],
     grads: Sequence[Float[Array, "..."]],
     acc: Sequence[Float[Array, "..."]],

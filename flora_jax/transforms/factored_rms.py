@@ -19,8 +19,8 @@ from flora_jax._xla import unshared, widened
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.rules import LeafRules
 from flora_jax.leaves.trees import matching_leaves, rebuild, zeros_tree
-from flora_jax.sketching.sketcher import ScaledLeaf, refuse_sketches
-from flora_jax.transforms.parts import OnSketch, Part, leafwise
+from flora_jax.sketching.sketcher import OnSketch, ScaledLeaf, refuse_sketches
+from flora_jax.transforms.parts import Part, leafwise
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

@@ -21,6 +21,7 @@ from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key, renewal
 from flora_jax.sketching.sketch import Sketch, resolve, warn_if_dense
 from flora_jax.sketching.sketcher import (
+    OnSketch,
     Plans,
     ScaledLeaf,
     SketchedGradients,
@@ -29,7 +30,7 @@ from flora_jax.sketching.sketcher import (
     moved_sketch,
     refuse_sketches,
 )
-from flora_jax.transforms.parts import OnSketch, Part, leafwise
+from flora_jax.transforms.parts import Part, leafwise
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

@@ -10,9 +10,7 @@ import optax
 
 from flora_jax._typing import PyTree
 from flora_jax.leaves.trees import rebuild, run_sharded
-from flora_jax.sketching.sketcher import ScaledLeaf, SketchEvent, gradient_shapes
-
-OnSketch = Callable[[SketchEvent], Any] | None
+from flora_jax.sketching.sketcher import OnSketch, ScaledLeaf, gradient_shapes
 
 
 class Part(NamedTuple):
@@ -23,7 +21,7 @@ class Part(NamedTuple):
       plan: from updates and state to static decisions, after all checks.
       step: from those, the ScaledLeafs, a state, ``on_sketch`` and ``settings`` to new
         ones; it closes over no array.
-      settings: numbers that may be traced.
+      settings: hyperparameters that may be traced.
     """
 
     init: optax.TransformInitFn
@@ -60,7 +58,7 @@ def run_parts(
       parts: applied in this order.
       updates: the gradients; SketchedGradients if the first part takes them.
       states: one per part.
-      on_sketch: told of each sketch that is made; see :class:`SketchEvent`.
+      on_sketch: told of each sketch that is made; see ``SketchEvent``.
 
     Returns:
       The updates, in the dtype of the gradients, and the new states.
@@ -75,8 +73,8 @@ def run_parts(
         leaves = [ScaledLeaf(grad) for grad in grads]
         old = jax.tree.unflatten(treedef, arrays)
         new = []
-        for part, plan, state, numbers in zip(parts, plans, old, settings, strict=True):
-            leaves, state = part.step(plan, leaves, state, on_sketch, *numbers)
+        for part, plan, state, scalars in zip(parts, plans, old, settings, strict=True):
+            leaves, state = part.step(plan, leaves, state, on_sketch, *scalars)
             new.append(state)
         values = [
             leaf.value().astype(each.dtype)
