@@ -173,8 +173,8 @@ def test_no_gradient_is_gathered(case, request):
     sent = collectives(step, "all-gather|all-reduce|reduce-scatter")
     if is_orthogonal(case):
         # By its nature X Xᵀ needs every pair of rows: a sum of 64 x 64 elements where
-        # only the longer side is sharded, the full matrix where the shorter one is. Never
-        # more than one matrix of a stack.
+        # only the longer side is sharded, the full matrix where the shorter one is.
+        # Never more than one matrix of a stack.
         assert 64 * 64 <= max(sent) <= 64 * 96
         return
     if not exact:
