@@ -13,8 +13,8 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
+from flora_jax.leaves.boxes import unboxed
 from flora_jax.leaves.mesh import is_explicit
-from flora_jax.leaves.trees import unboxed
 from flora_jax.sketching.sketcher import SketchEvent, refuse_sketches
 
 if TYPE_CHECKING:

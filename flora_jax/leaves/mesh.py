@@ -7,51 +7,133 @@ projections use forms that a sharded side enters as partial sums.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
 
-from flora_jax._typing import AxisNames, PyTree, Shape
+from flora_jax._typing import Axes, AxisNames, PyTree, Shape
 
 _Type = jax.sharding.AxisType
 
 
-def fit_sharding(place: Any, old: Shape, new: Shape, mesh: Any = None) -> Any:
-    """The sharding of an array of state, from that of its parameter: of the same kind.
+class MeshAxes(NamedTuple):
+    """Into how many shards a name divides an axis.
 
-    An axis of the parameter's size keeps its mesh axes. One of another size (the rank
-    of a sketch, the blocks of a code) keeps them if they divide it, and is unsharded
-    otherwise, or where the mesh is not known.
+    Attributes:
+      sizes: of the axes of the mesh.
+      logical: shards by logical name, from the rules that map it to axes of the mesh.
+      unknown: shards of a name that is in neither; 0 if it must not be relied on.
+    """
+
+    sizes: Mapping[str, int]
+    logical: Mapping[str, int] = {}
+    unknown: int = 0
+
+    def shards(self, name: str) -> int:
+        """Number of shards, 0 if it is not known."""
+        return self.sizes.get(name) or self.logical.get(name, self.unknown)
+
+
+def mesh_axes(
+    mesh: Any = None, rules: Iterable[tuple[str, Any]] = (), unknown: int = 0
+) -> MeshAxes:
+    """The axes of a mesh, and the logical names that rules map to them.
 
     Args:
-      place: the parameter's NamedSharding, PartitionSpec or names of mesh axes, None
-        for unsharded ones; axes at the end may be left out.
+      mesh: a mesh, abstract or not; None for that of ``jax.set_mesh``.
+      rules: pairs of a logical name and what it is mapped to: an axis of the mesh,
+        several, or None. Of a name with several rules all have to divide.
+      unknown: as in :class:`MeshAxes`.
+    """
+    sizes = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
+    logical: dict[str, int] = {}
+    for name, given in rules:
+        axes = _names(given)
+        if all(axis in sizes for axis in axes):
+            shards = math.prod(sizes[axis] for axis in axes)
+            logical[name] = math.lcm(logical.get(name, 1), shards)
+    return MeshAxes(dict(sizes), logical, unknown)
+
+
+def fit_sharding(
+    place: Any,
+    old: Shape,
+    new: Shape,
+    groups: Sequence[Axes] = (),
+    axes: MeshAxes | None = None,
+) -> Any:
+    """The sharding of an array of state, from that of its parameter: of the same kind.
+
+    An axis of the parameter's size keeps its mesh axes. Those of a resized axis (the
+    rank of a sketch, the blocks of a code) stay if they divide its new size; those of
+    axes that are folded to one side move to the one that holds the side's new size, and
+    those that do not divide it are left out.
+
+    Args:
+      place: the parameter's NamedSharding, PartitionSpec or names of axes, None for
+        unsharded ones; axes at the end may be left out.
       old: the parameter's shape.
       new: the shape of an array of its state, of as many axes.
-      mesh: what gives the sizes of mesh axes; by default the sharding's, or that of
+      groups: axes that are folded together, as in :attr:`LeafPlan.groups`.
+      axes: the mesh's, and logical names; by default those of the sharding, or of
         ``jax.set_mesh``.
     """
     named = isinstance(place, jax.NamedSharding)
     spec = place.spec if named else place
-    mesh = mesh or (place.mesh if named else jax.sharding.get_abstract_mesh())
+    axes = axes or mesh_axes(place.mesh if named else None)
     # A PartitionSpec may leave out unsharded axes at its end.
-    padded = (*spec, *(None for _ in range(len(old) - len(spec))))
-    names = tuple(
-        name if a == b or _divides(name, b, mesh.shape) else None
-        for name, a, b in zip(padded, old, new, strict=True)
-    )
+    names = [*spec, *(None for _ in range(len(old) - len(spec)))]
+    folded = {i for group in groups for i in group}
+    for group in (*groups, *((i,) for i in range(len(old)) if i not in folded)):
+        if any(old[i] != new[i] for i in group):
+            holder = max(group, key=new.__getitem__)
+            given = [name for i in group for name in _names(names[i])]
+            kept = _dividing(given, _names(names[holder]), new[holder], axes)
+            for i in group:
+                names[i] = kept if i == holder else None
     if named:
         return jax.NamedSharding(place.mesh, jax.P(*names))
-    return jax.P(*names) if isinstance(place, jax.P) else names
+    return jax.P(*names) if isinstance(place, jax.P) else tuple(names)
 
 
-def _divides(name: Any, size: int, mesh_sizes: Mapping[str, int]) -> bool:
-    group = name if isinstance(name, tuple) else (name,)
-    axes = [axis for axis in group if axis is not None]
-    known = all(axis in mesh_sizes for axis in axes)
-    return known and size % math.prod(mesh_sizes[axis] for axis in axes) == 0
+def shards_along(place: Any, along: Axes, axes: MeshAxes | None = None) -> int:
+    """Number of shards of some axes together; names that are not known count as 1.
+
+    Args:
+      place: as in :func:`fit_sharding`.
+      along: the axes.
+      axes: as in :func:`fit_sharding`.
+    """
+    named = isinstance(place, jax.NamedSharding)
+    axes = axes or mesh_axes(place.mesh if named else None)
+    entries = [x for i, x in enumerate(place.spec if named else place) if i in along]
+    return math.prod(axes.shards(name) or 1 for x in entries for name in _names(x))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """What one entry of a PartitionSpec, or of a rule, names."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _dividing(
+    names: Sequence[str], own: Sequence[str], size: int, axes: MeshAxes
+) -> str | tuple[str, ...] | None:
+    """Those of a side's names that divide its new size, as an entry of a spec."""
+    kept: list[str] = []
+    if all(name in axes.sizes for name in names):
+        for name in names:
+            shards = math.prod(axes.sizes[x] for x in (*kept, name))
+            if size % shards == 0:
+                kept.append(name)
+    else:
+        # Rules map one logical name for each axis of an array, and no tuple of them.
+        divide = [x for x in names if axes.shards(x) and size % axes.shards(x) == 0]
+        kept = sorted(divide, key=lambda x: (-axes.shards(x), x not in own))[:1]
+    return tuple(kept) if len(kept) > 1 else next(iter(kept), None)
 
 
 def is_sharded() -> bool:

@@ -32,6 +32,7 @@ class LeafPlan:
       rank: size r of the sketched side after sketching; 0 for a dense leaf, and where
         leaves are folded without being sketched.
       dense_reason: why the leaf is dense, or None if it is folded.
+      keep_logical_axes: as in :class:`flora_jax.LeafRules`.
     """
 
     path: str
@@ -42,6 +43,7 @@ class LeafPlan:
     axis: int = -1
     rank: int = 0
     dense_reason: str | None = None
+    keep_logical_axes: bool = dataclasses.field(default=False, compare=False)
 
     @classmethod
     def of(cls, path: str, shape: Shape, fold: Fold, **settings: Any) -> LeafPlan:
@@ -74,6 +76,11 @@ class LeafPlan:
     def sketched_axes(self) -> Axes:
         """The leaf's axes that make up the sketched side."""
         return self.column_axes if self.axis == -1 else self.row_axes
+
+    @functools.cached_property
+    def groups(self) -> tuple[Axes, ...]:
+        """The axes that are folded together: to rows, and to columns."""
+        return () if self.dense else (self.row_axes, self.column_axes)
 
     @functools.cached_property
     def larger_smaller(self) -> tuple[Axes, Axes]:
@@ -151,7 +158,13 @@ class LeafPlan:
         return matrix.reshape([shape[i] for i in order]).transpose(inverse)
 
 
-def fold_axes(shape: Shape, min_dim_size: int, max_aspect_ratio: float) -> Fold:
+def fold_axes(
+    shape: Shape,
+    min_dim_size: int,
+    max_aspect_ratio: float,
+    stacked: Axes = (),
+    heads: Axes = (),
+) -> Fold:
     """Batch, row and column axes of the fold, or the reason why there is none.
 
     Starting from the last two axes and adding one leading axis at a time, takes the
@@ -159,30 +172,46 @@ def fold_axes(shape: Shape, min_dim_size: int, max_aspect_ratio: float) -> Fold:
     ``min_dim_size`` and an aspect ratio <= ``max_aspect_ratio``. Ties go to the earlier
     split. A stacked leaf is therefore folded in the same way as its slices.
 
+    A batch axis that is longer than both sides of the matrix is no stack of layers or
+    experts but a side itself, as that of an attention kernel with 128 heads: (16384,
+    128, 128) is 16384x16384.
+
     Args:
       shape: the leaf's shape.
       min_dim_size: smallest side of a matrix worth sketching.
       max_aspect_ratio: largest ratio of the matrix's sides.
+      stacked: axes that are known to be stacked: batch axes, wherever they stand.
+      heads: axes that are known to be part of the matrix.
 
     Returns:
       Three tuples of axes, or a sentence.
     """
-    if len(shape) < 2:
-        return "it has fewer than two axes"
-    ndim, reason = len(shape), ""
+    stacked = tuple(i for i in stacked if i < len(shape))
+    axes = tuple(i for i in range(len(shape)) if i not in stacked)
+    sizes = [shape[i] for i in axes]
+    if len(axes) < 2:
+        return "it has fewer than two axes" + (" besides stacked ones" * bool(stacked))
+    ndim, reason, hint = len(axes), "", ""
     # The shortest suffix first, so that layers and experts stay batch axes.
     for start in range(ndim - 2, -1, -1):
         splits = [
-            (math.prod(shape[start:s]), math.prod(shape[s:]), s)
+            (math.prod(sizes[start:s]), math.prod(sizes[s:]), s)
             for s in range(start + 1, ndim)
         ]
         # `min` returns the first of equals. Empty axes give sides of 0.
         n, m, split = min(splits, key=lambda t: max(t[:2]) / max(min(t[:2]), 1e-9))
         reason = matrix_reason(n, m, min_dim_size, max_aspect_ratio)
-        if not reason:
-            axes = tuple(range(ndim))
-            return axes[:start], axes[start:split], axes[split:]
-    return reason
+        if reason:
+            continue
+        before = axes[:start]
+        if not any(i in heads or shape[i] > max(n, m) for i in before):
+            batch = tuple(sorted((*stacked, *before)))
+            return batch, axes[start:split], axes[split:]
+        hint = (
+            f"; if it is a stack of {n}x{m} matrices, say so by"
+            " weight_dimension_numbers"
+        )
+    return reason + hint
 
 
 def matrix_reason(n: int, m: int, min_dim_size: int, max_aspect: float) -> str:

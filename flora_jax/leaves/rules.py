@@ -7,15 +7,17 @@ import fnmatch
 import functools
 import math
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import jax
 import jax.core
 import jax.numpy as jnp
+from optax.contrib import MuonDimensionNumbers
 
 from flora_jax import _validation
 from flora_jax._typing import Axes, LeafMask, PyTree, Shape
+from flora_jax.leaves import boxes
 from flora_jax.leaves.paths import named_leaves, normalize_path
 from flora_jax.leaves.plan import Fold, LeafPlan, fold_axes, matrix_reason
 
@@ -101,6 +103,10 @@ class LeafRules:
         ``MuonDimensionNumbers`` or ``GaLoreDimensionNumbers`` for all leaves, a tree of
         them (None leaves a leaf dense), or a callable from params to such a tree. Axes
         that are not named are batch axes.
+      keep_logical_axes: what an axis of state with another size than the parameter's
+        does with a logical name in flax's metadata that no rule maps to a mesh. By
+        default it drops the name, and is replicated; True keeps it, for rules that come
+        after ``init`` and divide the rank.
 
     Trees are looked up by normalized path: ``jax.tree_util.keystr(path, simple=True,
     separator="/")`` without the ``/value`` that NNX Variables and Linen boxes add. They
@@ -115,6 +121,7 @@ class LeafRules:
     min_dim_size: int = 128
     max_aspect_ratio: float = 16
     weight_dimension_numbers: Any = None
+    keep_logical_axes: bool = False
 
     def __post_init__(self) -> None:
         """Raises on bad arguments, and makes trees hashable."""
@@ -177,7 +184,87 @@ class LeafRules:
 
     def _plan(self, path: str, shape: Shape, fold: Fold) -> LeafPlan:
         """The plan of a leaf with a fold; subclasses add what they do with it."""
-        return LeafPlan.of(path, shape, fold)
+        return LeafPlan.of(path, shape, fold, keep_logical_axes=self.keep_logical_axes)
+
+    def with_metadata(self, params: PyTree) -> Self:
+        """The rules with the folds that flax's metadata of the parameters tell.
+
+        The updates of ``nnx.Optimizer`` have no metadata; what only they tell is read
+        here once and becomes ``weight_dimension_numbers``: axes along which layers or
+        experts are stacked, and axes of attention heads, which are part of a matrix.
+        Known are the logical names of flax's examples and MaxText, partition names, and
+        MaxText's ``param_scan_axis``.
+
+        Args:
+          params: NNX state or Linen variables, with their boxes; shapes suffice.
+
+        Returns:
+          The rules.
+
+        Raises:
+          ValueError: if the rules have ``weight_dimension_numbers`` already.
+
+        Example:
+          >>> import flora_jax as fj
+          >>> from flax import nnx
+          >>> import jax.numpy as jnp
+          >>> kernel = nnx.Param(
+          ...     jnp.zeros((256, 4, 512)), out_sharding=("embed", "layers", "mlp"),
+          ...     eager_sharding=False)
+          >>> params = nnx.State({"up": kernel})
+          >>> sketch = fj.Sketch(64).with_metadata(params)
+          >>> plan, = sketch.plan(params)
+          >>> plan.batch_axes, plan.state_shape
+          ((1,), (64, 4, 512))
+        """
+        if self.weight_dimension_numbers is not None:
+            raise ValueError(
+                "`weight_dimension_numbers` must be None for with_metadata, got"
+                f" {self.weight_dimension_numbers}; leave one of them out"
+            )
+        entries = []
+        for path, box in boxes.named_nodes(params):
+            (leaf,) = jax.tree.leaves(box)
+            names = boxes.axis_roles(box)
+            entries.append((path, self._numbers(_shape(path, leaf), *names)))
+        numbers = ByPath(tuple(entries))
+        return dataclasses.replace(self, weight_dimension_numbers=numbers)
+
+    def check_stacked(
+        self, name: str, plans: Sequence[LeafPlan], params: PyTree
+    ) -> None:
+        """Raises if metadata says that an axis is stacked, and the fold merges it.
+
+        Args:
+          name: the transformation.
+          plans: of all leaves.
+          params: the parameters, in their boxes.
+
+        Raises:
+          ValueError: naming the leaf; not for folds that the user has given.
+        """
+        if self.weight_dimension_numbers is not None:
+            return
+        for plan, (_, node) in zip(plans, boxes.named_nodes(params), strict=True):
+            stacked, _ = boxes.axis_roles(node)
+            if merged := {*stacked} & {*plan.row_axes, *plan.column_axes}:
+                raise ValueError(
+                    f"leaf {plan.path!r} of shape {plan.shape} is stacked along axis"
+                    f" {min(merged)} by its metadata, and {name} would fold it into a"
+                    f" {plan.rows}x{plan.columns} matrix; pass the sketch (or rules)"
+                    " with .with_metadata(params), or `weight_dimension_numbers`"
+                )
+
+    def _numbers(self, shape: Shape, stacked: Axes, heads: Axes) -> Any:
+        """Dimension numbers of the fold by the rule; its best try for a dense leaf."""
+        limits = self.min_dim_size, self.max_aspect_ratio
+        fold = fold_axes(shape, *limits, stacked, heads)
+        if isinstance(fold, str):
+            # What is dense is so for the same reason: a try to fold all of it.
+            fold = fold_axes(shape, 0, math.inf, stacked, tuple(range(len(shape))))
+        if isinstance(fold, str):
+            return None
+        return MuonDimensionNumbers(fold[1], fold[2])
 
     def _fold(self, path: str, shape: Shape, numbers: Any) -> Fold:
         """The fold by the rule, or by the user's dimension numbers."""
@@ -187,11 +274,12 @@ class LeafRules:
         if mask is not None and not mask(path, shape):
             return "the mask leaves it out"
         if numbers is None:
-            return fold_axes(shape, self.min_dim_size, self.max_aspect_ratio)
-        if numbers is False:
-            return "weight_dimension_numbers leave it out"
+            least, largest = self.min_dim_size, self.max_aspect_ratio
+            return fold_axes(shape, least, largest)
         if len(shape) < 2:
             return "it has fewer than two axes"
+        if numbers is False:
+            return "weight_dimension_numbers leave it out"
         rows = _axes(path, shape, numbers.reduction_axis)
         columns = _axes(path, shape, numbers.output_axis)
         if not rows or not columns or len({*rows, *columns}) < len(rows + columns):

@@ -14,15 +14,19 @@ import jax.core
 import jax.numpy as jnp
 
 from flora_jax._typing import PyTree, Shape
+from flora_jax.leaves import boxes
+from flora_jax.leaves.boxes import is_box
 from flora_jax.leaves.mesh import fit_sharding, is_explicit
-from flora_jax.leaves.paths import is_masked, named_leaves
+from flora_jax.leaves.paths import named_leaves
 from flora_jax.leaves.plan import LeafPlan
 
-# Metadata of a Variable that name a mesh axis for each of its array's axes.
-_SHARDINGS = ("out_sharding", "optimizer_sharding")
 
-
-def zeros_tree(params: PyTree, shapes: Sequence[Shape], dtype: Any) -> PyTree:
+def zeros_tree(
+    params: PyTree,
+    plans: Sequence[LeafPlan] | None,
+    shapes: Sequence[Shape],
+    dtype: Any,
+) -> PyTree:
     """Builds a tree of zeros with the structure of the parameters.
 
     NNX Variables and Linen boxes are kept around the arrays, with the sharding metadata
@@ -30,32 +34,48 @@ def zeros_tree(params: PyTree, shapes: Sequence[Shape], dtype: Any) -> PyTree:
 
     Args:
       params: parameters, ShapeDtypeStructs of them, boxed or not.
+      plans: their plans, in flattening order; None where no axes are folded.
       shapes: one shape per leaf, in flattening order.
       dtype: dtype of the arrays.
 
     Returns:
       The tree.
     """
-    boxes, treedef = jax.tree.flatten(params, is_leaf=is_box)
+    nodes, treedef = jax.tree.flatten(params, is_leaf=is_box)
+    known = [None] * len(nodes) if plans is None else plans
     zeros = []
-    for box, shape in zip(boxes, shapes, strict=True):
-        (leaf,) = jax.tree.leaves(box)
-        new = _zeros(leaf, shape, dtype)
-        zeros.append(rebox(box, jnp.shape(leaf), new) if is_box(box) else new)
+    for node, plan, shape in zip(nodes, known, shapes, strict=True):
+        (leaf,) = jax.tree.leaves(node)
+        new = _zeros(leaf, plan, shape, dtype)
+        zeros.append(boxes.rebox(node, plan, new) if is_box(node) else new)
     return jax.tree.unflatten(treedef, zeros)
 
 
-def _zeros(leaf: Any, shape: Shape, dtype: Any) -> jax.Array:
+def only_leaves(tree: PyTree, kept: Sequence[bool]) -> PyTree:
+    """The tree with a single zero, of as many axes, in place of each other leaf."""
+    nodes, treedef = jax.tree.flatten(tree, is_leaf=is_box)
+    leaves = [
+        node if keep else _one_zero(node)
+        for node, keep in zip(nodes, kept, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _one_zero(node: Any) -> Any:
+    (leaf,) = jax.tree.leaves(node)
+    shape = (1,) * jnp.ndim(leaf)
+    return zeros_tree(node, None, [shape], jnp.result_type(leaf))
+
+
+def _zeros(leaf: Any, plan: LeafPlan | None, shape: Shape, dtype: Any) -> jax.Array:
     """Zeros, sharded as the leaf is."""
-    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    if concrete and isinstance(leaf.sharding, jax.NamedSharding):
-        place = fit_sharding(leaf.sharding, leaf.shape, shape)
-        return jnp.zeros(shape, dtype, device=place)
-    sharding = jax.typeof(leaf).sharding
-    if is_explicit(sharding):
-        place = fit_sharding(sharding, leaf.shape, shape)
+    place = boxes.array_sharding(leaf)
+    if place is None:
+        return jnp.zeros(shape, dtype)
+    place = fit_sharding(place, leaf.shape, shape, plan.groups if plan else ())
+    if isinstance(leaf, jax.core.Tracer):
         return jnp.zeros(shape, dtype, out_sharding=place)
-    return jnp.zeros(shape, dtype)
+    return jnp.zeros(shape, dtype, device=place)
 
 
 def matching_leaves(
@@ -146,49 +166,3 @@ def run_sharded(fn: Callable[..., Any], like: PyTree, *args: Any) -> PyTree:
 
     shardings = jax.tree.map(sharding, like)
     return jax.sharding.auto_axes(fn, out_sharding=shardings)(*args)
-
-
-def _is_variable(x: Any) -> bool:
-    return hasattr(x, "get_metadata") and hasattr(x, "get_value")
-
-
-def _is_boxed(x: Any) -> bool:
-    return _is_variable(x) or (hasattr(x, "replace_boxed") and hasattr(x, "names"))
-
-
-def is_box(x: Any) -> bool:
-    """Whether x is an NNX Variable or a Linen box around one array."""
-    # A box that optax.masked has emptied is left to jax as any other node.
-    return _is_boxed(x) and len(jax.tree.leaves(x)) == 1
-
-
-def unboxed(tree: PyTree) -> PyTree:
-    """The tree with what boxes hold in their place: an array, or a MaskedNode."""
-
-    def content(box: Any) -> list[Any]:
-        return jax.tree.leaves(box, is_leaf=is_masked)
-
-    def is_full(x: Any) -> bool:
-        return _is_boxed(x) and len(content(x)) == 1
-
-    return jax.tree.map(
-        lambda x: content(x)[0] if is_full(x) else x, tree, is_leaf=is_full
-    )
-
-
-def rebox(box: Any, old: Shape, value: jax.Array) -> Any:
-    """The same kind of box around an array of state, with shardings that fit it.
-
-    Args:
-      box: the parameter's.
-      old: the parameter's shape.
-      value: the array.
-    """
-
-    def fit(place: Any) -> Any:
-        return fit_sharding(place, old, value.shape)
-
-    if not _is_variable(box):
-        return box.replace(value=value, names=fit(box.names))
-    given = {name: box.get_metadata().get(name) for name in _SHARDINGS}
-    return box.copy(value, **{k: fit(x) for k, x in given.items() if x is not None})

@@ -14,7 +14,7 @@ import numpy as np
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree, Shape
-from flora_jax.leaves import paths
+from flora_jax.leaves import boxes, paths
 from flora_jax.leaves.moments import KINDS
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.trees import run_sharded
@@ -37,7 +37,10 @@ def rank_for_budget(
 
     A state grows with the rank until a leaf becomes dense, where the state of some
     optimizers shrinks (a basis is no longer stored): the search starts at the largest
-    width whose state fits, and bisects up to the next.
+    width whose state fits, and bisects up to the next. Where the parameters say how
+    they are sharded (arrays, ShapeDtypeStructs with a sharding, flax's metadata under
+    ``jax.set_mesh``), the rank is rounded down to a multiple of the shards of all
+    sketched sides, so that every device holds its share of the sketches.
 
     Cost: one abstract evaluation of ``init`` for each width, and about log2 of the
     widest.
@@ -68,10 +71,13 @@ def rank_for_budget(
     state = _state(make, 1, params)
     shapes = {path: leaf.shape for path, leaf in paths.named_leaves(params)}
     # A sketch of rank 1 keeps one of the sketched side's directions.
-    widths = {
-        math.prod(shapes[leaf.param]) // math.prod(leaf.leaf.shape)
+    sketched = {
+        leaf.param: leaf.leaf.shape
         for leaf in paths.state_leaves(state, params)
         if leaf.param is not None and is_sketch(leaf, shapes)
+    }
+    widths = {
+        math.prod(shapes[path]) // math.prod(shape) for path, shape in sketched.items()
     }
     if not widths:
         raise ValueError(
@@ -90,7 +96,20 @@ def rank_for_budget(
 
     start = next(filter(fits, sorted(widths, reverse=True)), 1)
     end = min((width for width in widths if width > start), default=start + 1)
-    return _bisect(start, end, fits)
+    rank = _bisect(start, end, fits)
+    # At the end of its range nothing is sketched any more.
+    shards = math.lcm(*_sketched_shards(params, sketched))
+    divisible = rank - rank % shards
+    return divisible if divisible and rank < max(widths) and fits(divisible) else rank
+
+
+def _sketched_shards(params: PyTree, sketches: dict[str, Shape]) -> Iterator[int]:
+    """Number of shards of each side that a sketch of rank 1 reduces."""
+    for path, node in boxes.named_nodes(params):
+        if path in sketches:
+            sides = zip(jnp.shape(*jax.tree.leaves(node)), sketches[path], strict=True)
+            reduced = tuple(i for i, (old, new) in enumerate(sides) if old != new)
+            yield boxes.axis_shards(node, reduced)
 
 
 def _bisect(good: int, bad: int, fits: Callable[[int], bool]) -> int:

@@ -14,10 +14,10 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree, Shape
-from flora_jax.leaves import paths
+from flora_jax.leaves import boxes, paths
 from flora_jax.memory.budget import is_sketch, tree_bytes
 from flora_jax.sharding.state_sharding import state_sharding
-from flora_jax.sketching.sketch import Sketch, as_sketch
+from flora_jax.sketching.sketch import Sketch, as_sketch, indivisible_rank
 
 # Index of a layer: h.11.attn, layers/3/kernel, Dense_2.
 _INDEX = re.compile(r"(?:(?<=[./_])|^)\d+(?=[./]|$)")
@@ -59,6 +59,7 @@ class LeafMemory(NamedTuple):
       shape: its shape.
       sketches: shapes of the sketches in its state, such as of its momentum.
       dense_reason: why there are none, or None.
+      replicated: why the sketches are sharded less than the parameter, or None.
       parameter_bytes: bytes of the parameter.
       state_bytes: bytes of its part of the state.
     """
@@ -67,6 +68,7 @@ class LeafMemory(NamedTuple):
     shape: Shape
     sketches: tuple[Shape, ...]
     dense_reason: str | None
+    replicated: str | None
     parameter_bytes: int
     state_bytes: int
 
@@ -127,7 +129,8 @@ def memory_plan(
       params: parameters, or ShapeDtypeStructs of them; NNX States and Linen boxes as
         well.
       sketch: the sketch that ``tx`` was made with, so that the plan says why a leaf is
-        dense; None to say only which are.
+        dense, and where a rank does not divide by the shards of a leaf; None to say
+        only which leaves are dense.
       compare: transformations by name, whose totals are listed for comparison; by
         default AdamW, Adafactor without and with momentum, and ``optax.MultiSteps``
         around Adafactor.
@@ -173,6 +176,11 @@ def memory_plan(
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     plans = () if sketch is None else as_sketch(sketch).plan(params)
     reasons = {plan.path: plan.dense_reason for plan in plans}
+    replicated = {
+        plan.path: indivisible_rank(plan, boxes.place(leaves[plan.path], place))
+        for plan in plans
+        if (place := places.get(plan.path)) is not None
+    }
     state: dict[str | None, list[Any]] = collections.defaultdict(list)
     for found, size in _sizes(tx, params, shardings):
         state[found.param].append((found, size))
@@ -182,7 +190,9 @@ def memory_plan(
         sketches = dict.fromkeys(x.leaf.shape for x, _ in own if is_sketch(x, shapes))
         reason = None if sketches else reasons.get(path) or "not sketched"
         size = _device_bytes(leaf, places.get(path)), sum(size for _, size in own)
-        entries.append(LeafMemory(path, leaf.shape, tuple(sketches), reason, *size))
+        lost = replicated.get(path) or None
+        own = (path, leaf.shape, tuple(sketches), reason, lost)
+        entries.append(LeafMemory(*own, *size))
     other = sum(size for _, size in state[None])
     peers = {}
     for name, peer in (default_peers() if compare is None else compare).items():
@@ -231,8 +241,9 @@ def _leaf_table(plan: MemoryPlan) -> Table:
     alike: dict[tuple[str, ...], list[LeafMemory]] = {}
     for leaf in plan.leaves:
         shape = _product(leaf.shape)
-        sketches = "; ".join(f"{shape} -> {_product(x)}" for x in leaf.sketches)
-        row = (_INDEX.sub("*", leaf.path), shape, leaf.dense_reason or sketches)
+        sketches = ", ".join(f"{shape} -> {_product(x)}" for x in leaf.sketches)
+        how = leaf.dense_reason or "; ".join(filter(None, (sketches, leaf.replicated)))
+        row = (_INDEX.sub("*", leaf.path), shape, how)
         alike.setdefault((*row, str(leaf.state_bytes)), []).append(leaf)
     rows = []
     for (path, shape, how, _), leaves in alike.items():

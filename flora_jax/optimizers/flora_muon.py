@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import optax
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
 from flora_jax.leaves.rules import LeafRules
-from flora_jax.leaves.trees import matching_leaves, rebuild, zeros_tree
+from flora_jax.leaves.trees import matching_leaves, only_leaves, rebuild, zeros_tree
 from flora_jax.optimizers.common import DecayMask, adam, decay_and_learning_rate, recipe
 from flora_jax.projections.base import Projection
 from flora_jax.projections.count_sketch import CountSketch
@@ -118,25 +118,74 @@ def flora_muon(
         dtype = check_code("state_dtype", state_dtype)
         sketched = quantize_state(sketched, dtype, fields=("trace",))
 
-    def labels(tree: PyTree) -> PyTree:
-        # Also a matrix whose rank is too large to be sketched gets Muon.
-        kinds = ["adamw" if x.dense else "muon" for x in sketch.rules.plan(tree)]
-        return rebuild(tree, kinds)
-
     matrices = optax.chain(sketched, orthogonalize(rms=rms, rules=sketch.rules))
-    rest = _in_float32(adam(b1, b2, eps))
-    tx = optax.partition({"muon": matrices, "adamw": rest}, labels)
+    tx = _matrices_and_rest(matrices, _in_float32(adam(b1, b2, eps)), sketch.rules)
     last = decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate)
     needs = "" if weight_decay is None else "flora_muon(weight_decay)"
     return chain_parts((), tx, *last, params_for=needs)
+
+
+class MatricesAndRestState(NamedTuple):
+    """State of Muon and of Adam, each with an array of one element at other leaves.
+
+    Attributes:
+      matrices: that of Muon.
+      rest: that of Adam.
+    """
+
+    matrices: Any
+    rest: Any
+
+
+def _matrices_and_rest(
+    matrices: optax.GradientTransformation,
+    rest: optax.GradientTransformation,
+    rules: LeafRules,
+) -> optax.GradientTransformationExtraArgs:
+    """One transformation for leaves that fold to matrices, and one for the others.
+
+    As ``optax.partition``, whose empty nodes NNX cannot put on a mesh.
+    """
+    own = [optax.with_extra_args_support(tx) for tx in (matrices, rest)]
+
+    def split(tree: PyTree) -> tuple[list[bool], list[PyTree]]:
+        # Also a matrix whose rank is too large to be sketched gets Muon.
+        dense = [plan.dense for plan in rules.plan(tree)]
+        folded = [not x for x in dense]
+        return dense, [only_leaves(tree, kept) for kept in (folded, dense)]
+
+    def init_fn(params: PyTree) -> MatricesAndRestState:
+        _, trees = split(params)
+        states = [tx.init(tree) for tx, tree in zip(own, trees, strict=True)]
+        return MatricesAndRestState(*states)
+
+    def update_fn(
+        updates: PyTree,
+        state: Any,
+        params: PyTree = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, MatricesAndRestState]:
+        del params
+        dense, trees = split(updates)
+        results = [
+            tx.update(tree, old, None, **extra_args)
+            for tx, tree, old in zip(own, trees, state, strict=True)
+        ]
+        new = zip(*(jax.tree.leaves(tree) for tree, _ in results), dense, strict=True)
+        leaves = [other if is_dense else matrix for matrix, other, is_dense in new]
+        states = [new_state for _, new_state in results]
+        return rebuild(updates, leaves), MatricesAndRestState(*states)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Adam with float32 state and arithmetic."""
 
     def init_fn(params: PyTree) -> Any:
-        shapes = [plan.shape for plan in LeafRules().plan(params)]
-        return inner.init(zeros_tree(params, shapes, jnp.float32))
+        plans = LeafRules().plan(params)
+        shapes = [plan.shape for plan in plans]
+        return inner.init(zeros_tree(params, plans, shapes, jnp.float32))
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree = None

@@ -210,7 +210,7 @@ def _empty_scales(codec: MomentCodec, tree: Any) -> Any:
     leaves = jax.tree.leaves(tree)
     # The shape does not depend on the sign.
     shapes = [codec.types(True, x.shape, x.dtype)[1] for x in leaves]
-    zeros = trees.zeros_tree(tree, shapes, jnp.float32)
+    zeros = trees.zeros_tree(tree, None, shapes, jnp.float32)
     own = map(trees.cast_like, jax.tree.leaves(zeros), leaves)
     return trees.rebuild(zeros, list(own))
 

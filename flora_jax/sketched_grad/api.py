@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax._typing import PyTree, Shape
+from flora_jax.leaves.boxes import unboxed
 from flora_jax.leaves.paths import normalize_path
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.spec import spec_identity
-from flora_jax.leaves.trees import unboxed
 from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key
 from flora_jax.sketched_grad.planner import Planner

@@ -13,8 +13,14 @@ import numpy as np
 
 from flora_jax import _validation
 from flora_jax._typing import KeyLike, PyTree, RankSpec, Shape
+from flora_jax.leaves import boxes
 from flora_jax.leaves.plan import Fold, LeafPlan
-from flora_jax.leaves.rules import ByPath, LeafRules, by_path, is_scalar
+from flora_jax.leaves.rules import (
+    ByPath,
+    LeafRules,
+    by_path,
+    is_scalar,
+)
 from flora_jax.projections.base import ObliviousProjection, Projection
 from flora_jax.random.keys import raw_key
 
@@ -142,7 +148,7 @@ class Sketch(LeafRules):
         if rank >= width:
             reason = f"{rank=} is not below the sketched side of its {n}x{m} fold"
             return LeafPlan.of(path, shape, reason)
-        return LeafPlan.of(path, shape, fold, axis=axis, rank=rank)
+        return dataclasses.replace(plan, axis=axis, rank=rank)
 
 
 def as_sketch(sketch: Sketch | int) -> Sketch:
@@ -220,7 +226,58 @@ def plan_leaves(params: PyTree, sketch: Sketch | int) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(params), plans)
 
 
-def warn_if_dense(name: str, plans: tuple[LeafPlan, ...]) -> None:
+def check_leaves(
+    name: str, rules: LeafRules, plans: tuple[LeafPlan, ...], params: PyTree
+) -> None:
+    """Checks at init what the leaves will be like.
+
+    Args:
+      name: the transformation.
+      rules: its own.
+      plans: of all leaves.
+      params: the parameters, in their boxes.
+
+    Raises:
+      ValueError: if a stacked axis would be folded into a matrix.
+    """
+    rules.check_stacked(name, plans, params)
+    _warn_if_replicated(name, plans, params)
+    _warn_if_dense(name, plans)
+
+
+def _warn_if_replicated(name: str, plans: tuple[LeafPlan, ...], params: PyTree) -> None:
+    """Warns where the rank does not let a sketch be sharded as its leaf is."""
+    for plan, (_, node) in zip(plans, boxes.named_nodes(params), strict=True):
+        if lost := indivisible_rank(plan, node):
+            _validation.warn(
+                f"{name}: leaf {plan.path!r} of shape {plan.shape}: {lost}"
+            )
+
+
+def indivisible_rank(plan: LeafPlan, node: Any) -> str:
+    """Says that a sketch is sharded less than its leaf; empty if it is not.
+
+    Args:
+      plan: the leaf's.
+      node: the leaf, or the box around it.
+    """
+    if plan.dense:
+        return ""
+    shards, kept = boxes.side_shards(node, plan)
+    if kept >= shards:
+        return ""
+    # The next multiple, or the one before where that is no longer a sketch.
+    better = -(-plan.rank // shards) * shards
+    better = better if better < plan.width else plan.rank // shards * shards
+    remedy = f"; rank {better} is" if better else ""
+    share = "all" if kept == 1 else f"1/{kept}"
+    return (
+        f"rank {plan.rank} is not divisible by the {shards} shards of its sketched"
+        f" side, so each device holds {share} of its sketch{remedy}"
+    )
+
+
+def _warn_if_dense(name: str, plans: tuple[LeafPlan, ...]) -> None:
     """Warns where a state will be about as large as the uncompressed one."""
     sizes = {plan.path: int(np.prod(plan.shape)) for plan in plans}
     total = sum(sizes.values())

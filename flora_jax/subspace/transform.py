@@ -19,7 +19,7 @@ from flora_jax.leaves.plan import LeafPlan
 from flora_jax.projections.base import Projection
 from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key
-from flora_jax.sketching.sketch import Sketch, resolve, warn_if_dense
+from flora_jax.sketching.sketch import Sketch, check_leaves, resolve
 from flora_jax.sketching.sketcher import (
     OnSketch,
     ScaledLeaf,
@@ -171,13 +171,13 @@ def scale_in_subspace(
 
     def init_fn(params: PyTree) -> SubspaceState:
         plans = basis.plan(params)
-        warn_if_dense(_NAME, plans)
+        check_leaves(_NAME, sketch, plans, params)
         sketches = _zero_sketches(params, plans)
         inner_state = inner.init(sketches)
         if transport.moves:
             check_moments(transport, inner_state, sketches)
         kept = {
-            field: trees.zeros_tree(params, shapes, dtype)
+            field: trees.zeros_tree(params, plans, shapes, dtype)
             for field, (shapes, dtype) in kept_leaves(plans).items()
         }
         count, key = jnp.zeros([], jnp.int32), jnp.array(sketch.key_data)
@@ -402,7 +402,7 @@ def _check_orthonormal(what: str, projection: Projection) -> None:
 
 
 def _zero_sketches(like: PyTree, plans: Sequence[LeafPlan]) -> PyTree:
-    return trees.zeros_tree(like, [plan.state_shape for plan in plans], jnp.float32)
+    return trees.zeros_tree(like, plans, [p.state_shape for p in plans], jnp.float32)
 
 
 def _check_inner(plans: Sequence[LeafPlan], groups: Groups, inner: Any) -> None:

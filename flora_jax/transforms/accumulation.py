@@ -13,9 +13,10 @@ import optax
 from flora_jax import _validation
 from flora_jax._typing import AxisNames, PyTree
 from flora_jax.leaves import trees
+from flora_jax.leaves.boxes import unboxed
 from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key
-from flora_jax.sketching.sketch import Sketch, resolve, warn_if_dense
+from flora_jax.sketching.sketch import Sketch, check_leaves, resolve
 from flora_jax.sketching.sketcher import (
     OnSketch,
     Plans,
@@ -148,14 +149,16 @@ def compressed_accumulation(
 
     def init_fn(params: PyTree) -> CompressedAccumulationState:
         plans = sketcher.plan(params)
-        warn_if_dense(NAME, plans)
+        check_leaves(NAME, sketcher.sketch, plans, params)
         # Abstractly: gradients given here would be as large as the parameters.
         _, skip_state = jax.eval_shape(should_skip, params, jnp.int32(0), params)
         return CompressedAccumulationState(
             mini_step=jnp.zeros([], jnp.int32),
             gradient_step=jnp.zeros([], jnp.int32),
             inner_opt_state=jax.tree.map(_strong, inner.init(params)),
-            acc_grads=trees.zeros_tree(params, [p.state_shape for p in plans], dtype),
+            acc_grads=trees.zeros_tree(
+                params, plans, [p.state_shape for p in plans], dtype
+            ),
             skip_state=optax.tree.zeros_like(skip_state),
             key=jnp.array(sketcher.sketch.key_data),
             spec=sketcher.spec(plans, dtype=dtype.name, use_grad_mean=use_grad_mean),
@@ -254,7 +257,7 @@ def has_updated(state: PyTree) -> jax.Array:
             "`state` must hold one CompressedAccumulationState, got"
             f" {len(found)} of them; pass the state of one compressed_accumulation"
         )
-    own = trees.unboxed(found[0])
+    own = unboxed(found[0])
     return (own.mini_step == 0) & (own.gradient_step > 0)
 
 

@@ -112,9 +112,11 @@ def factored_rms_part(
         )
 
     def init(params: PyTree) -> FactoredRmsState:
-        shapes = [_statistics_shapes(plan) for plan in rules.plan(params)]
+        plans = rules.plan(params)
+        rules.check_stacked(_NAME, plans, params)
+        shapes = [_statistics_shapes(plan) for plan in plans]
         own = [[shape[i] for shape in shapes] for i in range(3)]
-        trees = [zeros_tree(params, each, jnp.float32) for each in own]
+        trees = [zeros_tree(params, plans, each, jnp.float32) for each in own]
         return FactoredRmsState(jnp.zeros([], jnp.int32), *trees)
 
     def plan(updates: PyTree, state: Any) -> tuple[LeafPlan, ...]:

@@ -19,7 +19,7 @@ from flora_jax.leaves.trees import cast_like, matching_leaves, rebuild, zeros_tr
 from flora_jax.projections.base import along
 from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key, renewal
-from flora_jax.sketching.sketch import Sketch, resolve, warn_if_dense
+from flora_jax.sketching.sketch import Sketch, check_leaves, resolve
 from flora_jax.sketching.sketcher import (
     OnSketch,
     Plans,
@@ -166,7 +166,7 @@ def momentum_part(
 
     def init(params: PyTree) -> CompressedMomentumState:
         plans = sketcher.plan(params)
-        warn_if_dense(NAME, plans)
+        check_leaves(NAME, sketcher.sketch, plans, params)
         # Isometric transfers shrink: E‖M S S′ᵀ‖² is about r/m times ‖M‖².
         if sketcher.projection.normalization == "unbiased":
             _warn_if_unstable(plans, decay, resample_every)
@@ -175,7 +175,7 @@ def momentum_part(
             epoch=jnp.zeros([], jnp.int32),
             key=jnp.array(sketcher.sketch.key_data),
             spec=sketcher.spec(plans, dtype=dtype.name, resample_every=resample_every),
-            momentum=zeros_tree(params, [p.state_shape for p in plans], dtype),
+            momentum=zeros_tree(params, plans, [p.state_shape for p in plans], dtype),
         )
 
     def plan(updates: PyTree, state: Any) -> tuple[bool, Plans]:

@@ -21,6 +21,7 @@ from flora_jax.sketching.sketcher import refuse_sketches
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+_NAME = "orthogonalize"
 # Of Jordan's quintic: steep at zero, and within 0.68 to 1.21 after five steps.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _SMALL = 1e-30
@@ -128,7 +129,7 @@ def orthogonalize(
 
     def orthogonalized(updates: PyTree, params: PyTree) -> PyTree:
         del params
-        refuse_sketches("orthogonalize", updates, "it needs full matrices")
+        refuse_sketches(_NAME, updates, "it needs full matrices")
         plans, leaves = rules.plan(updates), jax.tree.leaves(updates)
 
         def run(leaves: list[jax.Array], rms: jax.Array) -> list[jax.Array]:
@@ -141,7 +142,12 @@ def orthogonalize(
         new = run_sharded(run, leaves, leaves, jnp.asarray(rms, jnp.float32))
         return rebuild(updates, new)
 
-    return optax.with_extra_args_support(optax.stateless(orthogonalized))
+    def init_fn(params: PyTree) -> optax.EmptyState:
+        rules.check_stacked(_NAME, rules.plan(params), params)
+        return optax.EmptyState()
+
+    tx = optax.stateless(orthogonalized)._replace(init=init_fn)
+    return optax.with_extra_args_support(tx)
 
 
 def _orthogonal(

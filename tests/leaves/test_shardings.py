@@ -1,0 +1,295 @@
+"""The rule by which an array of state is sharded, and where the sizes come from."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import linen, nnx
+
+import flora_jax as fj
+from flora_jax.leaves.boxes import unboxed
+from flora_jax.leaves.mesh import fit_sharding, mesh_axes
+from flora_jax.sketching.sketch import Sketch
+
+P = jax.P
+HEADS = ((1, 2),)  # Of (768, 12, 64), or (768, 8, 128): rows are axis 0 alone.
+
+
+def mesh(**sizes):
+    kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
+
+
+@pytest.mark.parametrize(
+    ("place", "old", "new", "groups", "expected"),
+    [
+        # A rank that the axes divide, one that they do not, one that some do.
+        (("a", None), (64, 96), (8, 96), ((0,), (1,)), ("a", None)),
+        (("a", None), (64, 96), (6, 96), ((0,), (1,)), (None, None)),
+        ((("a", "b"), None), (64, 96), (12, 96), ((0,), (1,)), ("a", None)),
+        ((None, "b"), (64, 96), (6, 96), ((0,), (1,)), (None, "b")),
+        # Heads are folded: what shards them moves to the rank.
+        ((None, "b", None), (768, 12, 64), (768, 1, 16), HEADS, (None, None, "b")),
+        (("a", "b", None), (768, 12, 64), (768, 1, 16), HEADS, ("a", None, "b")),
+        (
+            (None, "b", "a"),
+            (768, 12, 64),
+            (768, 1, 16),
+            HEADS,
+            (None, None, ("b", "a")),
+        ),
+        ((None, "b", "a"), (768, 12, 64), (768, 1, 6), HEADS, (None, None, "b")),
+        # A basis keeps the heads, a factored moment one side, a limiter none.
+        (("a", "b", None), (768, 12, 64), (16, 12, 64), HEADS, ("a", "b", None)),
+        (("a", "b", None), (768, 12, 64), (1, 12, 64), HEADS, (None, "b", None)),
+        (("a", "b", None), (768, 12, 64), (1, 1, 1), HEADS, (None, None, None)),
+        # Blocks of a code; a spec that leaves out its end.
+        (("a", "b"), (64, 96), (64, 2), (), ("a", "b")),
+        (("a", "b"), (64, 96), (64, 3), (), ("a", None)),
+        (("a",), (64, 96), (8, 96), ((0,), (1,)), ("a", None)),
+    ],
+)
+def test_the_rule(place, old, new, groups, expected):
+    sizes = mesh_axes(mesh(a=4, b=2))
+    assert fit_sharding(place, old, new, groups, sizes) == expected
+    spec = fit_sharding(P(*place), old, new, groups, sizes)
+    assert spec == P(*expected)
+    named = jax.NamedSharding(mesh(a=4, b=2), P(*place))
+    assert fit_sharding(named, old, new, groups).spec == P(*expected)
+
+
+@pytest.mark.parametrize(
+    ("place", "new", "expected"),
+    [
+        ((None, "heads", "kv"), (768, 1, 16), (None, None, "heads")),
+        (("embed", "heads", "kv"), (768, 1, 6), ("embed", None, "heads")),
+        (("embed", "heads", "kv"), (768, 1, 5), ("embed", None, "kv")),
+        (("embed", "heads", "kv"), (16, 12, 64), ("embed", "heads", "kv")),
+        (("embed", "heads", "kv"), (6, 12, 64), (None, "heads", "kv")),
+        (("other", "heads", "kv"), (16, 12, 64), (None, "heads", "kv")),
+    ],
+)
+def test_logical_names_are_sized_by_rules(place, new, expected):
+    """One name for an axis: rules map no tuples of them."""
+    rules = [("embed", ("a",)), ("heads", "b"), ("kv", None), ("other", "absent")]
+    sizes = mesh_axes(mesh(a=4, b=2), rules)
+    assert fit_sharding(place, (768, 12, 64), new, HEADS, sizes) == expected
+
+
+def test_of_several_rules_all_divide():
+    rules = [("embed", ("a", "b")), ("embed", ("b", "c"))]
+    sizes = mesh_axes(mesh(a=1, b=2, c=4), rules)
+    assert sizes.shards("embed") == 8
+
+
+def kernel(**metadata):
+    """A Variable as trainers leave it: flax's constructor renames some metadata."""
+    return nnx.Param(jnp.zeros((256, 512))).copy(**metadata)
+
+
+def moved(params, sketch):
+    """The box of the momentum of the one parameter."""
+    state = fj.compressed_momentum(0.9, sketch).init(params)
+    (box,) = jax.tree.leaves(state.momentum, is_leaf=lambda x: hasattr(x, "copy"))
+    return box
+
+
+SKETCH = fj.Sketch(16)
+NAMES = ["out_sharding", "optimizer_sharding", "sharding", "sharding_names"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_of_metadata_follows(name):
+    params = nnx.State({"w": kernel(**{name: ("a", "b")})})
+    for a, expected in ((4, ("a", "b")), (3, (None, "b"))):
+        tx = fj.compressed_momentum(0.9, SKETCH)
+        warns = contextlib.nullcontext() if a == 4 else pytest.warns(match="rank 18")
+        with jax.set_mesh(mesh(a=a, b=2)), warns:
+            state = jax.eval_shape(tx.init, params)
+        assert state.momentum["w"].get_metadata()[name] == expected
+
+
+def test_sizes_come_from_metadata_and_from_arrays():
+    where = mesh(a=4, b=2)
+    named = nnx.State({"w": kernel(out_sharding=("a", "b"), mesh=where)})
+    assert moved(named, SKETCH).get_metadata("out_sharding") == ("a", "b")
+    sharding = jax.NamedSharding(where, P("a", "b"))
+    array = jax.device_put(jnp.zeros((256, 512)), sharding)
+    box = kernel(out_sharding=("a", "b")).copy(array)
+    momentum = moved(nnx.State({"w": box}), SKETCH)
+    assert momentum.get_metadata("out_sharding") == ("a", "b")
+    assert momentum.get_value().sharding.spec == P("a", "b")
+
+
+def test_active_rules_of_flax_count():
+    params = nnx.State({"w": kernel(out_sharding=("embed", "mlp"))})
+    rules = (("embed", "a"), ("mlp", "b"))
+    with jax.set_mesh(mesh(a=4, b=2)):
+        assert moved(params, SKETCH).get_metadata("out_sharding") == (None, "mlp")
+        with linen.logical_axis_rules(rules):
+            assert moved(params, SKETCH).get_metadata("out_sharding") == (
+                "embed",
+                "mlp",
+            )
+        own = nnx.State({"w": params["w"].copy(sharding_rules=rules)})
+        assert moved(own, SKETCH).get_metadata("out_sharding") == ("embed", "mlp")
+
+
+def test_logical_names_without_rules():
+    init = linen.with_logical_partitioning(linen.initializers.zeros, ("embed", "mlp"))
+    model = linen.Dense(512, kernel_init=init, use_bias=False)
+    params = model.init(jax.random.key(0), jnp.ones((1, 256)))
+
+    def names(sketch):
+        state = fj.compressed_momentum(0.9, sketch).init(params)
+        return state.momentum["params"]["kernel"].names
+
+    assert names(SKETCH) == (None, "mlp")
+    assert names(Sketch(16, keep_logical_axes=True)) == ("embed", "mlp")
+
+
+@pytest.mark.parametrize("make", [fj.flora, fj.galore, fj.compressed_momentum])
+def test_a_rank_that_the_shards_do_not_divide(make):
+    where = mesh(fsdp=8)
+    params = {
+        "w": jax.device_put(
+            jnp.zeros((256, 512)), jax.NamedSharding(where, P("fsdp", None))
+        )
+    }
+    with pytest.warns(UserWarning, match="'w'.*rank 20 is not .* 8 shards.*rank 24 is"):
+        make(0.1, fj.Sketch(20)).init(params)
+    make(0.1, fj.Sketch(24)).init(params)
+
+
+def test_the_last_rank_below_the_width():
+    where = mesh(fsdp=8)
+    sharding = jax.NamedSharding(where, P("fsdp", None))
+    params = {"w": jax.ShapeDtypeStruct((256, 512), jnp.float32, sharding=sharding)}
+    with pytest.warns(
+        UserWarning, match="rank 250 is not .* holds all .*; rank 248 is"
+    ):
+        fj.flora(0.1, fj.Sketch(250)).init(params)
+
+
+def test_the_plan_of_memory_names_the_next_rank():
+    where = mesh(fsdp=4, tensor=2)
+    params = {"w": jax.ShapeDtypeStruct((256, 512), jnp.float32)}
+    places = {"w": jax.NamedSharding(where, P(("fsdp", "tensor"), None))}
+
+    def plan(rank):
+        sketch = fj.Sketch(rank)
+        tx = fj.flora(1e-3, sketch)
+        return fj.memory_plan(tx, params, sketch=sketch, shardings=places, compare={})
+
+    text = str(plan(20))
+    assert "256x512 -> 20x512; rank 20 is not divisible by the 8 shards" in text
+    assert "1/4 of its sketch; rank 24 is" in text
+    assert plan(24).leaves[0].replicated is None
+    assert plan(20).leaves[0].state_bytes > 1.4 * plan(24).leaves[0].state_bytes
+
+
+def test_ranks_for_a_budget_divide():
+    where = mesh(fsdp=8)
+    sharding = jax.NamedSharding(where, P("fsdp", None))
+
+    def rank(**options):
+        params = {"w": jax.ShapeDtypeStruct((256, 512), jnp.float32, **options)}
+        return fj.rank_for_budget(lambda r: fj.flora(1e-3, r), params, 100_000)
+
+    assert rank() == 47
+    assert rank(sharding=sharding) == 40
+
+
+def stacked(names, shape, **metadata):
+    box = nnx.Param(jnp.zeros(shape)).copy(out_sharding=names, **metadata)
+    return nnx.State({"w": box})
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "metadata", "expected"),
+    [
+        (("embed", "layers", "mlp"), (128, 4, 512), {}, ((1,), (0,), (2,))),
+        (
+            ("embed", "layers", "q_heads", "kv"),
+            (256, 4, 2, 128),
+            {},
+            ((1,), (0,), (2, 3)),
+        ),
+        (
+            ("q_heads", "layers", "kv", "embed"),
+            (2, 4, 128, 256),
+            {},
+            ((1,), (0, 2), (3,)),
+        ),
+        (("heads", "kv", "embed"), (4, 128, 1024), {}, ((), (0, 1), (2,))),
+        (("exp", "layers", "embed", "mlp"), (8, 4, 128, 512), {}, ((0, 1), (2,), (3,))),
+        (
+            (None, None, None),
+            (128, 4, 512),
+            {"param_scan_axis": 1, "partition_name": "blocks"},
+            ((1,), (0,), (2,)),
+        ),
+        (
+            ("embed", "blocks", "mlp"),
+            (128, 4, 512),
+            {"partition_name": "blocks"},
+            ((1,), (0,), (2,)),
+        ),
+    ],
+)
+def test_folds_that_metadata_tell(names, shape, metadata, expected):
+    params = stacked(names, shape, **metadata)
+    sketch = fj.Sketch(16).with_metadata(params)
+    for tree in (params, {"w": jnp.zeros(shape)}):  # As nnx.Optimizer's updates are.
+        (plan,) = sketch.plan(tree)
+        assert (plan.batch_axes, plan.row_axes, plan.column_axes) == expected
+
+
+def test_dense_leaves_keep_their_reasons():
+    params = nnx.State(
+        {
+            "table": nnx.Param(jnp.zeros((4096, 128))),
+            "small": nnx.Param(jnp.zeros((64, 512))),
+            "norm": nnx.Param(jnp.zeros((512, 4))).copy(
+                out_sharding=("norm", "layers")
+            ),
+            "bias": nnx.Param(jnp.zeros(512)),
+        }
+    )
+    sketch = fj.Sketch(16)
+    before = {plan.path: plan.dense_reason for plan in sketch.plan(params)}
+    after = {p.path: p.dense_reason for p in sketch.with_metadata(params).plan(params)}
+    assert "aspect ratio" in after["table"]
+    assert {k: v for k, v in before.items() if k != "norm"} == {
+        k: v for k, v in after.items() if k != "norm"
+    }
+    assert after["norm"] == "weight_dimension_numbers leave it out"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda sketch: fj.flora(0.1, sketch),
+        lambda sketch: fj.galore(0.1, sketch),
+        lambda sketch: fj.flora_muon(0.1, sketch),
+        lambda sketch: fj.compressed_accumulation(optax.sgd(0.1), 2, sketch),
+        lambda sketch: fj.scale_by_factored_rms(rules=sketch.rules),
+        lambda sketch: fj.orthogonalize(rules=sketch.rules),
+    ],
+)
+def test_a_fold_that_merges_layers_is_refused(make):
+    # Three layers of gate projections: 128 x 1536 would be a matrix too.
+    params = stacked(("embed", "layers", "mlp"), (128, 3, 512))
+    with pytest.raises(ValueError, match="'w'.*stacked along axis 1.*with_metadata"):
+        make(fj.Sketch(16)).init(params)
+    make(fj.Sketch(16).with_metadata(params)).init(params)
+    make(fj.Sketch(16)).init(unboxed(params))
+
+
+def test_metadata_beside_dimension_numbers():
+    params = stacked(("embed", "layers", "mlp"), (128, 3, 512))
+    sketch = fj.Sketch(16, weight_dimension_numbers=lambda tree: None)
+    with pytest.raises(ValueError, match="`weight_dimension_numbers` must be None for"):
+        sketch.with_metadata(params)
