@@ -96,16 +96,18 @@ def axis_roles(node: Any) -> tuple[Axes, Axes]:
     """Axes along which layers or experts are stacked, and axes of attention heads.
 
     They are those with such a name in a box's metadata, and the one that MaxText's
-    variables give as ``param_scan_axis`` where they have a ``partition_name``.
+    variables give as ``param_scan_axis`` where they have a ``partition_name``. An axis
+    of the mesh may have such a name too, and shard anything.
     """
     if not is_box(node):
         return (), ()
     given = node.get_metadata() if _is_variable(node) else {}
+    mesh = box_axes(node, False).sizes
     names = {
         (i, name)
         for place in named_shardings(node).values()
         for i, name in enumerate(getattr(place, "spec", place))
-        if isinstance(name, str)
+        if isinstance(name, str) and name not in mesh
     }
     partition = given.get("partition_name")
     stacked = {i for i, x in names if x == partition or _STACKED.fullmatch(x)}
@@ -166,7 +168,7 @@ def place(node: Any, sharding: Any) -> Any:
     return with_metadata(node, leaf, **dict.fromkeys(names, sharding))
 
 
-def box_axes(box: Any, keep_logical: bool) -> MeshAxes | None:
+def box_axes(box: Any, keep_logical: bool) -> MeshAxes:
     """The mesh that a box's names refer to, and the rules that map them to it.
 
     The mesh is that of the box's sharding or of its array, that of its metadata, or
@@ -174,14 +176,14 @@ def box_axes(box: Any, keep_logical: bool) -> MeshAxes | None:
 
     Args:
       box: the box.
-      keep_logical: what no rule maps is taken to divide every size.
+      keep_logical: whether names that no rule maps are relied on.
     """
     (leaf,) = jax.tree.leaves(box)
     given = box.get_metadata() if _is_variable(box) else vars(box)
     known = [*named_shardings(box).values(), array_sharding(leaf)]
     meshes = [x.mesh for x in known if isinstance(x, jax.NamedSharding)]
     mesh = next(iter(meshes), given.get("mesh"))
-    return mesh_axes(mesh, _rules(given), unknown=int(keep_logical))
+    return mesh_axes(mesh, _rules(given), keep_logical)
 
 
 def _rules(metadata: dict[str, Any]) -> Iterator[tuple[str, Any]]:

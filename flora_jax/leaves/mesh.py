@@ -23,21 +23,28 @@ class MeshAxes(NamedTuple):
 
     Attributes:
       sizes: of the axes of the mesh.
-      logical: shards by logical name, from the rules that map it to axes of the mesh.
-      unknown: shards of a name that is in neither; 0 if it must not be relied on.
+      logical: shards by logical name, from the rules that map it to axes of the mesh; 0
+        if these are not known.
+      keep_logical: whether names that are in neither are relied on as well.
     """
 
     sizes: Mapping[str, int]
     logical: Mapping[str, int] = {}
-    unknown: int = 0
+    keep_logical: bool = False
 
     def shards(self, name: str) -> int:
         """Number of shards, 0 if it is not known."""
-        return self.sizes.get(name) or self.logical.get(name, self.unknown)
+        return self.sizes.get(name) or self.logical.get(name, 0)
+
+    def may_divide(self, name: str, size: int, is_rank: bool) -> bool:
+        """Whether an axis of a size can keep a name; of unknown ones a rank can."""
+        if shards := self.shards(name):
+            return size % shards == 0
+        return is_rank and size > 1 and (name in self.logical or self.keep_logical)
 
 
 def mesh_axes(
-    mesh: Any = None, rules: Iterable[tuple[str, Any]] = (), unknown: int = 0
+    mesh: Any = None, rules: Iterable[tuple[str, Any]] = (), keep_logical: bool = False
 ) -> MeshAxes:
     """The axes of a mesh, and the logical names that rules map to them.
 
@@ -45,16 +52,17 @@ def mesh_axes(
       mesh: a mesh, abstract or not; None for that of ``jax.set_mesh``.
       rules: pairs of a logical name and what it is mapped to: an axis of the mesh,
         several, or None. Of a name with several rules all have to divide.
-      unknown: as in :class:`MeshAxes`.
+      keep_logical: as in :class:`MeshAxes`.
     """
     sizes = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
     logical: dict[str, int] = {}
     for name, given in rules:
         axes = _names(given)
-        if all(axis in sizes for axis in axes):
-            shards = math.prod(sizes[axis] for axis in axes)
-            logical[name] = math.lcm(logical.get(name, 1), shards)
-    return MeshAxes(dict(sizes), logical, unknown)
+        if sizes and not all(axis in sizes for axis in axes):
+            continue
+        shards = math.prod(sizes.get(axis, 0) for axis in axes)
+        logical[name] = math.lcm(logical.get(name, 1), shards)
+    return MeshAxes(dict(sizes), logical, keep_logical)
 
 
 def fit_sharding(
@@ -90,7 +98,7 @@ def fit_sharding(
         if any(old[i] != new[i] for i in group):
             holder = max(group, key=new.__getitem__)
             given = [name for i in group for name in _names(names[i])]
-            kept = _dividing(given, _names(names[holder]), new[holder], axes)
+            kept = _dividing(given, new[holder], axes, holder in folded)
             for i in group:
                 names[i] = kept if i == holder else None
     if named:
@@ -120,7 +128,7 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 
 def _dividing(
-    names: Sequence[str], own: Sequence[str], size: int, axes: MeshAxes
+    names: Sequence[str], size: int, axes: MeshAxes, is_rank: bool
 ) -> str | tuple[str, ...] | None:
     """Those of a side's names that divide its new size, as an entry of a spec."""
     kept: list[str] = []
@@ -131,8 +139,8 @@ def _dividing(
                 kept.append(name)
     else:
         # Rules map one logical name for each axis of an array, and no tuple of them.
-        divide = [x for x in names if axes.shards(x) and size % axes.shards(x) == 0]
-        kept = sorted(divide, key=lambda x: (-axes.shards(x), x not in own))[:1]
+        divide = [x for x in names if axes.may_divide(x, size, is_rank)]
+        kept = sorted(divide, key=lambda x: -(axes.shards(x) or 2))[:1]
     return tuple(kept) if len(kept) > 1 else next(iter(kept), None)
 
 

@@ -103,10 +103,11 @@ class LeafRules:
         ``MuonDimensionNumbers`` or ``GaLoreDimensionNumbers`` for all leaves, a tree of
         them (None leaves a leaf dense), or a callable from params to such a tree. Axes
         that are not named are batch axes.
-      keep_logical_axes: what an axis of state with another size than the parameter's
-        does with a logical name in flax's metadata that no rule maps to a mesh. By
-        default it drops the name, and is replicated; True keeps it, for rules that come
-        after ``init`` and divide the rank.
+      keep_logical_axes: what the rank's axis does with a logical name in flax's
+        metadata that no active rule maps to a mesh. By default it drops the name, and
+        is replicated; True keeps it, for rules that come after ``init``. Where rules
+        are active but no mesh is set, as in MaxText, names are kept. The rank must
+        then be divisible by the shards, or jax refuses the state.
 
     Trees are looked up by normalized path: ``jax.tree_util.keystr(path, simple=True,
     separator="/")`` without the ``/value`` that NNX Variables and Linen boxes add. They

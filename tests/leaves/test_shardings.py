@@ -288,6 +288,45 @@ def test_a_fold_that_merges_layers_is_refused(make):
     make(fj.Sketch(16)).init(unboxed(params))
 
 
+def test_an_axis_of_the_mesh_is_no_stack():
+    params = stacked(("expert", None), (256, 512))
+    with jax.set_mesh(mesh(expert=8)):
+        state = jax.eval_shape(fj.compressed_momentum(0.9, SKETCH).init, params)
+    assert state.momentum["w"].get_metadata("out_sharding") == ("expert", None)
+
+
+def test_rules_without_a_mesh():
+    """As MaxText creates its state: a rank keeps its names, blocks of codes do not."""
+    rules = (
+        ("embed", ("fsdp",)),
+        ("heads", ("tensor",)),
+        ("kv", ()),
+        ("mlp", "tensor"),
+    )
+
+    def names(tx, axes, shape, field):
+        params = stacked(axes, shape)
+        with linen.logical_axis_rules(rules):
+            state = jax.eval_shape(tx.init, params)
+        (box,) = jax.tree.leaves(
+            optax.tree.get(state, field), is_leaf=lambda x: hasattr(x, "get_metadata")
+        )
+        return box.get_metadata("out_sharding")
+
+    momentum = fj.compressed_momentum(0.9, SKETCH)
+    heads = ("embed", "heads", "kv"), (512, 4, 64)
+    assert names(momentum, *heads, "momentum") == ("embed", None, "heads")
+    factored = fj.scale_by_factored_rms()
+    assert names(factored, *heads, "v_row") == (None, "heads", "kv")
+    assert names(factored, *heads, "v_col") == ("embed", None, None)
+    coded = fj.quantize_state(optax.scale_by_adam())
+    matrix = ("embed", "mlp"), (512, 1024)
+    assert names(coded, *matrix, "mu") == ("embed", "mlp")
+    with linen.logical_axis_rules(rules):
+        state = jax.eval_shape(coded.init, stacked(*matrix))
+    assert state.scales[0]["w"].get_metadata("out_sharding") == ("embed", None)
+
+
 def test_metadata_beside_dimension_numbers():
     params = stacked(("embed", "layers", "mlp"), (128, 3, 512))
     sketch = fj.Sketch(16, weight_dimension_numbers=lambda tree: None)

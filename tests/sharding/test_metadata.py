@@ -128,6 +128,7 @@ def total(sizes, names, fields=None):
     )
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("recipe", {**RECIPES, **INT8})
 def test_a_device_holds_its_share_of_the_sketches(recipe, layout):
@@ -149,6 +150,7 @@ def test_a_device_holds_its_share_of_the_sketches(recipe, layout):
         )
 
 
+@pytest.mark.sample(3)
 @every_case
 def test_metadata_says_what_state_sharding_says(case):
     mesh, leaves = on_mesh("stacked")
@@ -166,3 +168,11 @@ def test_metadata_says_what_state_sharding_says(case):
         return
     found = by_parameter(tx, leaves, mesh)
     assert sorted(found) == sorted(expected)
+
+
+def test_adafactor_inside_an_accumulation():
+    mesh, leaves = on_mesh("both")
+    tx = fj.compressed_accumulation(fj.flora(1e-3, SKETCH, b1=None), 2, SKETCH)
+    found, adamw = (by_parameter(x, leaves, mesh) for x in (tx, optax.scale_by_adam()))
+    kernels = LAYOUTS["both"][1]
+    assert total(found, kernels) <= 1.15 * RANK / WIDTH * total(adamw, kernels, {"mu"})
