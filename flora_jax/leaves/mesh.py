@@ -40,7 +40,7 @@ class MeshAxes(NamedTuple):
         """Whether an axis of a size can keep a name; of unknown ones a rank can."""
         if shards := self.shards(name):
             return size % shards == 0
-        return is_rank and size > 1 and (name in self.logical or self.keep_logical)
+        return is_rank and (name in self.logical or self.keep_logical)
 
 
 def mesh_axes(
@@ -132,6 +132,8 @@ def _dividing(
 ) -> str | tuple[str, ...] | None:
     """Those of a side's names that divide its new size, as an entry of a spec."""
     kept: list[str] = []
+    if size == 1:
+        return None
     if all(name in axes.sizes for name in names):
         for name in names:
             shards = math.prod(axes.sizes[x] for x in (*kept, name))
