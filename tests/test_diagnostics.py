@@ -71,7 +71,7 @@ def run(tx):
     return rows
 
 
-@pytest.mark.sample(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     "projection", [fj.CountSketch("unbiased"), fj.Gaussian()], ids=str
 )

@@ -10,7 +10,7 @@ import flora_jax as fj
 
 def test_they_are_refused_and_the_remedy_works():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
-    tx = fj.compressed_accumulation(optax.sgd(0.1), 2, fj.Sketch(4, min_dim_size=8))
+    tx = fj.compressed_accumulation(optax.sgd(0.1), 2, fj.Sketch(8, min_dim_size=8))
     plain = {"w": jax.random.normal(jax.random.key(0), (16, 24))}
 
     def measure(state, grads):

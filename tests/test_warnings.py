@@ -59,6 +59,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     "call", [directly, under_jit, under_filter_jit, under_scan, in_nnx]
 )

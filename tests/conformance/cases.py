@@ -63,12 +63,6 @@ class Case:
         coded = self.options.get("state_dtype") is not None
         return 2 if coded or self.factory is fj.quantize_state else int(self.sketches)
 
-    def holds(self, params):
-        """Paths of the leaves that states of this package hold; Adam has the others."""
-        plans = named(fj.plan_leaves(params, FOLDS))
-        kept = self.factory is not fj.flora_muon
-        return {path for path, plan in plans.items() if kept or not plan.dense_reason}
-
     @property
     def accumulates(self):
         """Whether ``inner`` is given parameters, and only every EVERY_K-th step."""

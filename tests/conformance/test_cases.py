@@ -91,6 +91,9 @@ def test_the_planned_leaves_are_sketched(case, make, sketched):
     trees = (tree for name, tree in own_trees(state) if name.endswith(SKETCHES))
     shapes = {path: leaf.shape for path, leaf in named(params).items()}
     smaller = {
-        path for path, leaf in named(next(trees)).items() if leaf.shape != shapes[path]
+        path
+        for path, leaf in named(next(trees)).items()
+        # Adam has the dense leaves of flora_muon; a single zero stands for each.
+        if leaf.shape not in (shapes[path], (1,) * leaf.ndim)
     }
     assert smaller == sketched

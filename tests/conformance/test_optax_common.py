@@ -49,7 +49,7 @@ TESTS = (
 
 # Its parameters are a vector, which nothing sketches, or matrices of 2 x 3.
 @pytest.mark.filterwarnings("ignore:.* sketches only 0 of 1 leaves:UserWarning")
-@pytest.mark.sample(len(TESTS))
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("test", TESTS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_optax_own_test_as_it_stands(recipe, test, monkeypatch):

@@ -10,7 +10,6 @@ import optax
 import pytest
 
 import flora_jax as fj
-from flora_jax.leaves.paths import is_masked
 from tests.common import cached, every_fold
 from tests.conformance.cases import (
     CASES,
@@ -65,7 +64,9 @@ def test_the_layout_of_sketches(case):
     params = [jnp.zeros(shape) for shape in [*LAYOUT, *DENSE]]
     trees = sketch_trees(jax.eval_shape(case().init, params))
     assert trees
-    dense = [] if case.factory is fj.flora_muon else DENSE
+    ones = [(1,) * len(shape) for shape in DENSE]
+    # Adam has those of flora_muon.
+    dense = ones if case.factory is fj.flora_muon else DENSE
     for tree in trees:
         assert shapes_of(tree) == [row[0] for row in LAYOUT.values()] + dense
 
@@ -75,8 +76,7 @@ def test_the_layout_of_sketches(case):
 def test_the_layout_of_a_subspace(case):
     params = [jnp.zeros(shape) for shape in [*LAYOUT, *DENSE]]
     trees = dict(own_trees(jax.eval_shape(case().init, params)))
-    dense = [] if case.factory is fj.flora_muon else DENSE
-    ones = [(1,) * len(shape) for shape in dense]
+    ones = [(1,) * len(shape) for shape in DENSE]
     vectors, cosines, single = (
         [row[i] for row in BASES.values()] + ones for i in range(3)
     )
@@ -134,7 +134,7 @@ def test_one_array_per_parameter_leaf_with_its_number_of_axes(case):
     assert trees
     for name, tree in trees:
         leaves = named(tree)
-        assert leaves.keys() == case.holds(params), name
+        assert leaves.keys() == params.keys(), name
         for path, leaf in leaves.items():
             assert isinstance(leaf, jax.Array), name
             assert leaf.ndim == params[path].ndim, name
@@ -196,8 +196,6 @@ def test_map_params_hands_each_array_its_parameters_value(case):
     seen = collections.Counter()
 
     def pair(array, spec):
-        if is_masked(array):  # optax.partition leaves it to another transformation.
-            return array
         seen[spec[0]] += 1
         return spec
 
@@ -207,14 +205,12 @@ def test_map_params_hands_each_array_its_parameters_value(case):
         state,
         specs,
         transform_non_params=lambda x: x,
-        is_leaf=is_masked,
     )
-    held = {path: specs[path] for path in case.holds(params)}
     for name, tree in own_trees(mapped):
-        assert named(tree) == held, name
+        assert named(tree) == specs, name
     # As often for one parameter as for any other, optax's own inner trees included.
     assert set(seen) == set(params)
-    assert {seen[path] for path in held} == {seen["wide"]}
+    assert set(seen.values()) == {seen["wide"]}
     assert seen["wide"] >= len(own_trees(state))
     # What is no parameter's stays.
     for ours, theirs in zip(own_states(mapped), own_states(state), strict=True):
@@ -284,7 +280,7 @@ def test_abstract_parameters(case):
     quantized = case.factory is fj.quantize_state
     concrete, state = state, jax.jit(make)() if quantized else make()
     for name, tree in own_trees(state):
-        assert named(tree).keys() == case.holds(params), name
+        assert named(tree).keys() == params.keys(), name
         # A scale of zeros is what the code wants it to be.
         if not name.endswith("scales"):
             assert not any(np.any(leaf) for leaf in named(tree).values()), name

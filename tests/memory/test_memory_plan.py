@@ -48,7 +48,7 @@ def model(name):
     return MODELS[name]()
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["folds", "gpt2", "t5"])
 @every_case
 def test_totals_are_the_allocated_bytes(case, name):

@@ -166,6 +166,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kind", ["dict", "nnx"])
 def test_every_recipe_takes_the_tree(recipe, kind):

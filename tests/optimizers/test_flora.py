@@ -94,6 +94,7 @@ def with_vectors(gradients):
     ]
 
 
+@pytest.mark.full
 def test_equals_the_chain_of_its_parts():
     gradients = with_vectors(folds.gradients(4, ("tall", "wide", "stack")))
     params = {name: PARAMS[name] for name in gradients[0]}

@@ -138,7 +138,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* sketches .* leaves:UserWarnin
 names = pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__name__)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("examples", [5, 12])
 @names
 def test_types_and_refusals(factory, examples):

@@ -110,7 +110,7 @@ def test_the_accumulator_of_microbatches(rank, expected):
     assert_close(step(zeros(), data), accumulator.finalize(alone), "float32")
 
 
-@pytest.mark.sample(1)
+@pytest.mark.full
 @pytest.mark.parametrize("rank", [4, 16])
 def test_flora_of_a_compressed_mean(rank):
     # Flora's second moment is of the whole gradient, so the mean comes first, with an

@@ -201,7 +201,7 @@ INNER = {
 }
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "transport"),
     [(name, fj.Squared()) for name in INNER]

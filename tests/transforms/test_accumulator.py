@@ -88,6 +88,7 @@ def test_inside_microbatch_with_a_traced_step(step):
     assert_close(value, loss(PARAMS, DATA))
 
 
+@pytest.mark.full
 def test_stops_early_with_the_mean_of_what_it_saw():
     @jax.jit
     def gradient(params, data, number):
@@ -135,7 +136,7 @@ def test_gradients_come_back_in_their_dtype():
     assert_close(gradient, cycle(parts, 0, True))
 
 
-@pytest.mark.sample(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     "key", [3, jax.random.key(3), np.array([0, 3], np.uint32)], ids=type
 )

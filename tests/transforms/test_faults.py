@@ -215,6 +215,7 @@ class TestLossScale:
         fits = FIRST_SCALE / 2**start
         assert fits / 2 <= float(scale) <= 4 * fits
 
+    @pytest.mark.full
     def test_without_a_scale_gradients_are_lost(self):
         params, _, _, skipped = self.scaled_run(scale=1.0, growing=False)
         assert not skipped

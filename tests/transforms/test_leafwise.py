@@ -29,7 +29,7 @@ FACTORS = {
 PROJECTIONS = [fj.CountSketch("unbiased"), fj.Gaussian(), fj.SRHT("unbiased")]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("name", PLANS)
 def test_sketch_of_a_scaled_leaf(name, projection):

@@ -75,7 +75,7 @@ def check_oracle(gradients, projection, estimator, side, every):
         assert_close(kept, last, "float32")
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("projection", "estimator", "side", "names"), CASES, ids=case_id
 )

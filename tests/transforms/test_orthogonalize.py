@@ -295,7 +295,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_on_a_mesh(layout, kind):

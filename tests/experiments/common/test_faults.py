@@ -65,6 +65,7 @@ for folder in map(pathlib.Path, sys.argv[1:]):
 """
 
 
+@pytest.mark.full
 def test_write_that_fails_half_way(tmp_path):
     folder, empty = tmp_path / "checkpoints", tmp_path / "empty"
     with contextlib.closing(Checkpoints(folder, IDENTITY)) as kept:

@@ -30,7 +30,7 @@ def case(request):
     return config, build.create(config, 0)[0], params, numbers
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_logits(case):
     config, graphdef, params, numbers = case
     model = nnx.merge(graphdef, params)

@@ -134,6 +134,7 @@ def test_a_cell_that_always_diverges(tmp_path, tiny, monkeypatch):
     assert output.with_suffix(".md").read_text().count("diverged") == 2
 
 
+@pytest.mark.full
 def test_only_what_is_asked_for(tmp_path, tiny, monkeypatch, capsys):
     """A text in no title is one line; another leaves the other cells alone."""
 

@@ -112,6 +112,7 @@ def test_adapters_from_scratch(tiny):
     assert set(lora.ADAPTERS) < {path[-1] for path in trained}
 
 
+@pytest.mark.full
 def test_each_seed_has_a_start_and_projections_of_its_own(tiny):
     task = sources(tiny).task({"method": "flora_momentum", "rank": RANK})
     params, keys = zip(
