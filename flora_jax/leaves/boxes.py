@@ -5,8 +5,6 @@ They are known by what they offer; flax is not imported.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -33,29 +31,8 @@ _HEADS = re.compile(r"(\w+_)?heads")
 
 # Metadata of a Variable that name an axis of the mesh, or a logical one that rules map
 # to the mesh, for each axis of its array: flax's own, and what trainers add.
-_SHARDINGS = ("out_sharding", "optimizer_sharding", "sharding", "sharding_names")
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["names"]
-)
-@dataclasses.dataclass(frozen=True)
-class Placed:
-    """A box around an array that has none: its sharding, as a Linen box names axes.
-
-    Attributes:
-      value: the array.
-      names: its NamedSharding or PartitionSpec.
-    """
-
-    value: Any
-    names: Any
-
-    def replace(self, **changes: Any) -> Placed:
-        """The box with other contents."""
-        return dataclasses.replace(self, **changes)
-
-    replace_boxed = replace
+# ``optimizer_sharding`` is the one that flax gives to the state of an optimizer.
+_SHARDINGS = ("optimizer_sharding", "out_sharding", "sharding", "sharding_names")
 
 
 def _is_variable(x: Any) -> bool:
@@ -95,19 +72,17 @@ def named_nodes(tree: PyTree) -> list[tuple[str, Any]]:
 def axis_roles(node: Any) -> tuple[Axes, Axes]:
     """Axes along which layers or experts are stacked, and axes of attention heads.
 
-    They are those with such a name in a box's metadata, and the one that MaxText's
-    variables give as ``param_scan_axis`` where they have a ``partition_name``. An axis
-    of the mesh may have such a name too, and shard anything.
+    A box's metadata names them, or MaxText's ``param_scan_axis`` counts them where
+    there is a ``partition_name``. Names of mesh axes do not count: they shard anything.
     """
     if not is_box(node):
         return (), ()
-    given = node.get_metadata() if _is_variable(node) else {}
-    mesh = box_axes(node, False).sizes
+    given, axes = _metadata(node), box_axes(node, False)
     names = {
         (i, name)
         for place in named_shardings(node).values()
         for i, name in enumerate(getattr(place, "spec", place))
-        if isinstance(name, str) and name not in mesh
+        if isinstance(name, str) and not axes.are_mesh_axes([name])
     }
     partition = given.get("partition_name")
     stacked = {i for i, x in names if x == partition or _STACKED.fullmatch(x)}
@@ -127,11 +102,18 @@ def array_sharding(x: Any) -> jax.NamedSharding | None:
 
 
 def named_shardings(box: Any) -> dict[str, Any]:
-    """What a box says of its array's sharding, by the name of the metadata."""
-    if not _is_variable(box):
-        return {"names": box.names}
-    given = box.get_metadata()
-    return {k: given[k] for k in _SHARDINGS if given.get(k) is not None}
+    """What a box says of its array's sharding, by the name of the metadata.
+
+    Sharding objects that name no axes, such as those of a single device, are left out.
+    """
+    given = _metadata(box)
+    names = _SHARDINGS if _is_variable(box) else ("names",)
+    kinds = tuple | list | jax.P | jax.NamedSharding
+    return {k: given[k] for k in names if isinstance(given.get(k), kinds)}
+
+
+def _metadata(box: Any) -> dict[str, Any]:
+    return box.get_metadata() if _is_variable(box) else vars(box)
 
 
 def rebox(box: Any, plan: LeafPlan | None, value: jax.Array) -> Any:
@@ -139,33 +121,18 @@ def rebox(box: Any, plan: LeafPlan | None, value: jax.Array) -> Any:
 
     Args:
       box: the parameter's.
-      plan: the parameter's; None where no axes are folded.
+      plan: the parameter's; None where a resized axis holds the blocks of a code.
       value: the array.
     """
     (leaf,) = jax.tree.leaves(box)
     axes = box_axes(box, plan is not None and plan.keep_logical_axes)
-    groups = plan.groups if plan else ()
     fitted = {
-        name: fit_sharding(place, leaf.shape, value.shape, groups, axes)
+        name: fit_sharding(place, leaf.shape, value.shape, axes, plan is not None)
         for name, place in named_shardings(box).items()
     }
-    return with_metadata(box, value, **fitted)
-
-
-def with_metadata(box: Any, value: Any, **metadata: Any) -> Any:
-    """The same kind of box around another value, with other metadata."""
     if _is_variable(box):
-        return box.copy(value, **metadata)
-    return box.replace(value=value, **metadata)
-
-
-def place(node: Any, sharding: Any) -> Any:
-    """A parameter in a box that says its sharding, whatever it said before."""
-    if not is_box(node):
-        return Placed(node, sharding)
-    (leaf,) = jax.tree.leaves(node)
-    names = named_shardings(node) or ["out_sharding"]
-    return with_metadata(node, leaf, **dict.fromkeys(names, sharding))
+        return box.copy(value, **fitted)
+    return box.replace(value=value, **fitted)
 
 
 def box_axes(box: Any, keep_logical: bool) -> MeshAxes:
@@ -179,7 +146,7 @@ def box_axes(box: Any, keep_logical: bool) -> MeshAxes:
       keep_logical: whether names that no rule maps are relied on.
     """
     (leaf,) = jax.tree.leaves(box)
-    given = box.get_metadata() if _is_variable(box) else vars(box)
+    given = _metadata(box)
     known = [*named_shardings(box).values(), array_sharding(leaf)]
     meshes = [x.mesh for x in known if isinstance(x, jax.NamedSharding)]
     mesh = next(iter(meshes), given.get("mesh"))
@@ -201,17 +168,19 @@ def axis_shards(node: Any, along: Axes) -> int:
     return 1
 
 
-def side_shards(node: Any, plan: LeafPlan) -> tuple[int, int]:
+def side_shards(node: Any, plan: LeafPlan, place: Any = None) -> tuple[int, int]:
     """Number of shards of the sketched side: a leaf's, and its sketch's.
 
     Args:
       node: the leaf, or the box around it.
       plan: its plan.
+      place: its sharding; None for what the node says of it.
     """
     side, old, new = plan.sketched_axes, plan.shape, plan.state_shape
-    for place, axes in _places(node, plan.keep_logical_axes):
-        fitted = fit_sharding(place, old, new, plan.groups, axes)
-        return shards_along(place, side, axes), shards_along(fitted, side, axes)
+    given = _places(node, plan.keep_logical_axes)
+    for known, axes in given if place is None else [(place, None)]:
+        fitted = fit_sharding(known, old, new, axes)
+        return shards_along(known, side, axes), shards_along(fitted, side, axes)
     return 1, 1
 
 

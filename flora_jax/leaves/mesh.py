@@ -19,13 +19,13 @@ _Type = jax.sharding.AxisType
 
 
 class MeshAxes(NamedTuple):
-    """Into how many shards a name divides an axis.
+    """The number of shards that a name in a sharding stands for.
 
     Attributes:
       sizes: of the axes of the mesh.
-      logical: shards by logical name, from the rules that map it to axes of the mesh; 0
-        if these are not known.
-      keep_logical: whether names that are in neither are relied on as well.
+      logical: by logical name, from the rules that map it to axes of the mesh; 0 if the
+        sizes of these are not known.
+      keep_logical: whether names that are in neither are trusted as well.
     """
 
     sizes: Mapping[str, int]
@@ -33,11 +33,15 @@ class MeshAxes(NamedTuple):
     keep_logical: bool = False
 
     def shards(self, name: str) -> int:
-        """Number of shards, 0 if it is not known."""
-        return self.sizes.get(name) or self.logical.get(name, 0)
+        """Number of shards, 0 if it is not known; a rule comes before a mesh axis."""
+        return self.logical.get(name, self.sizes.get(name, 0))
+
+    def are_mesh_axes(self, names: Iterable[str]) -> bool:
+        """Whether all names are axes of the mesh, of which one dimension takes many."""
+        return all(name in self.sizes and name not in self.logical for name in names)
 
     def may_divide(self, name: str, size: int, is_rank: bool) -> bool:
-        """Whether an axis of a size can keep a name; of unknown ones a rank can."""
+        """Whether an axis of this size keeps a name; a rank also keeps trusted ones."""
         if shards := self.shards(name):
             return size % shards == 0
         return is_rank and (name in self.logical or self.keep_logical)
@@ -51,7 +55,7 @@ def mesh_axes(
     Args:
       mesh: a mesh, abstract or not; None for that of ``jax.set_mesh``.
       rules: pairs of a logical name and what it is mapped to: an axis of the mesh,
-        several, or None. Of a name with several rules all have to divide.
+        several, or None. If a name has several rules, sizes must be divisible by each.
       keep_logical: as in :class:`MeshAxes`.
     """
     sizes = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
@@ -69,38 +73,41 @@ def fit_sharding(
     place: Any,
     old: Shape,
     new: Shape,
-    groups: Sequence[Axes] = (),
     axes: MeshAxes | None = None,
+    is_rank: bool = True,
 ) -> Any:
     """The sharding of an array of state, from that of its parameter: of the same kind.
 
-    An axis of the parameter's size keeps its mesh axes. Those of a resized axis (the
-    rank of a sketch, the blocks of a code) stay if they divide its new size; those of
-    axes that are folded to one side move to the one that holds the side's new size, and
-    those that do not divide it are left out.
+    An axis of the parameter's size keeps its names. Those of a resized axis (the rank
+    of a sketch, the blocks of a code) stay if they divide its new size. Those of an
+    axis that is reduced to 1 move to the nearest resized one, on its right or else on
+    its left: of (heads, head_dim), folded to one side, to the one that holds the rank.
 
     Args:
       place: the parameter's NamedSharding, PartitionSpec or names of axes, None for
         unsharded ones; axes at the end may be left out.
       old: the parameter's shape.
       new: the shape of an array of its state, of as many axes.
-      groups: axes that are folded together, as in :attr:`LeafPlan.groups`.
       axes: the mesh's, and logical names; by default those of the sharding, or of
         ``jax.set_mesh``.
+      is_rank: whether resized axes hold ranks, for which logical names of unknown size
+        are trusted.
     """
     named = isinstance(place, jax.NamedSharding)
     spec = place.spec if named else place
     axes = axes or mesh_axes(place.mesh if named else None)
     # A PartitionSpec may leave out unsharded axes at its end.
     names = [*spec, *(None for _ in range(len(old) - len(spec)))]
-    folded = {i for group in groups for i in group}
-    for group in (*groups, *((i,) for i in range(len(old)) if i not in folded)):
-        if any(old[i] != new[i] for i in group):
-            holder = max(group, key=new.__getitem__)
-            given = [name for i in group for name in _names(names[i])]
-            kept = _dividing(given, new[holder], axes, holder in folded)
-            for i in group:
-                names[i] = kept if i == holder else None
+    resized = [i for i in range(len(old)) if old[i] != new[i]]
+    holders = [i for i in resized if new[i] > 1]
+    moved: dict[int, list[str]] = {i: [] for i in holders}
+    for i in resized:
+        if holders:
+            holder = min(holders, key=lambda j: (j < i, abs(j - i)))
+            moved[holder] += _names(names[i])
+        names[i] = None
+    for i, given in moved.items():
+        names[i] = _dividing(given, new[i], axes, is_rank)
     if named:
         return jax.NamedSharding(place.mesh, jax.P(*names))
     return jax.P(*names) if isinstance(place, jax.P) else tuple(names)
@@ -117,14 +124,18 @@ def shards_along(place: Any, along: Axes, axes: MeshAxes | None = None) -> int:
     named = isinstance(place, jax.NamedSharding)
     axes = axes or mesh_axes(place.mesh if named else None)
     entries = [x for i, x in enumerate(place.spec if named else place) if i in along]
-    return math.prod(axes.shards(name) or 1 for x in entries for name in _names(x))
+    names = [name for entry in entries for name in _names(entry)]
+    shards = [axes.shards(name) or 1 for name in names]
+    # Of several logical names a side can keep one.
+    return math.prod(shards) if axes.are_mesh_axes(names) else max(shards)
 
 
 def _names(entry: Any) -> tuple[str, ...]:
     """What one entry of a PartitionSpec, or of a rule, names."""
-    if entry is None:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
+    if isinstance(entry, str):
+        return (entry,)
+    # None, or PartitionSpec.UNCONSTRAINED.
+    return tuple(entry) if isinstance(entry, tuple | list) else ()
 
 
 def _dividing(
@@ -132,9 +143,7 @@ def _dividing(
 ) -> str | tuple[str, ...] | None:
     """Those of a side's names that divide its new size, as an entry of a spec."""
     kept: list[str] = []
-    if size == 1:
-        return None
-    if all(name in axes.sizes for name in names):
+    if axes.are_mesh_axes(names):
         for name in names:
             shards = math.prod(axes.sizes[x] for x in (*kept, name))
             if size % shards == 0:

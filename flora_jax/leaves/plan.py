@@ -78,11 +78,6 @@ class LeafPlan:
         return self.column_axes if self.axis == -1 else self.row_axes
 
     @functools.cached_property
-    def groups(self) -> tuple[Axes, ...]:
-        """The axes that are folded together: to rows, and to columns."""
-        return () if self.dense else (self.row_axes, self.column_axes)
-
-    @functools.cached_property
     def larger_smaller(self) -> tuple[Axes, Axes]:
         """Axes of the larger side and of the smaller one; the columns if square."""
         rows, columns = self.row_axes, self.column_axes
@@ -172,9 +167,8 @@ def fold_axes(
     ``min_dim_size`` and an aspect ratio <= ``max_aspect_ratio``. Ties go to the earlier
     split. A stacked leaf is therefore folded in the same way as its slices.
 
-    A batch axis that is longer than both sides of the matrix is no stack of layers or
-    experts but a side itself, as that of an attention kernel with 128 heads: (16384,
-    128, 128) is 16384x16384.
+    A leading axis that is longer than both sides of the matrix is not taken for a stack
+    of layers or experts: the attention kernel (16384, 128, 128) is 16384x16384.
 
     Args:
       shape: the leaf's shape.

@@ -139,6 +139,7 @@ class LeafRules:
         _validation.check_number(
             "max_aspect_ratio", self.max_aspect_ratio, 1, None, "use 16, or math.inf"
         )
+        _validation.check_bool("keep_logical_axes", self.keep_logical_axes)
         numbers = self.weight_dimension_numbers
         if not callable(numbers) or _is_dimension_numbers(numbers):
             if is_scalar(numbers):
@@ -188,16 +189,16 @@ class LeafRules:
         return LeafPlan.of(path, shape, fold, keep_logical_axes=self.keep_logical_axes)
 
     def with_metadata(self, params: PyTree) -> Self:
-        """The rules with the folds that flax's metadata of the parameters tell.
+        """These rules, with ``weight_dimension_numbers`` read from flax's metadata.
 
-        The updates of ``nnx.Optimizer`` have no metadata; what only they tell is read
-        here once and becomes ``weight_dimension_numbers``: axes along which layers or
-        experts are stacked, and axes of attention heads, which are part of a matrix.
-        Known are the logical names of flax's examples and MaxText, partition names, and
-        MaxText's ``param_scan_axis``.
+        The metadata names axes along which layers or experts are stacked, and axes of
+        attention heads, which are part of a matrix: by the logical names of flax's
+        examples and MaxText, by partition name, or by MaxText's ``param_scan_axis``.
+        It is read here, once, as the updates of ``nnx.Optimizer`` do not have it.
 
         Args:
-          params: NNX state or Linen variables, with their boxes; shapes suffice.
+          params: what ``init`` will be given, an NNX state or Linen variables in their
+            boxes; shapes suffice.
 
         Returns:
           The rules.
@@ -247,7 +248,8 @@ class LeafRules:
         if self.weight_dimension_numbers is not None:
             return
         for plan, (_, node) in zip(plans, boxes.named_nodes(params), strict=True):
-            stacked, _ = boxes.axis_roles(node)
+            # What has two axes is no stack of matrices.
+            stacked, _ = boxes.axis_roles(node) if len(plan.shape) > 2 else ((), ())
             if merged := {*stacked} & {*plan.row_axes, *plan.column_axes}:
                 raise ValueError(
                     f"leaf {plan.path!r} of shape {plan.shape} is stacked along axis"
@@ -257,11 +259,11 @@ class LeafRules:
                 )
 
     def _numbers(self, shape: Shape, stacked: Axes, heads: Axes) -> Any:
-        """Dimension numbers of the fold by the rule; its best try for a dense leaf."""
+        """Dimension numbers of the leaf's fold; of all its axes if it stays dense."""
         limits = self.min_dim_size, self.max_aspect_ratio
         fold = fold_axes(shape, *limits, stacked, heads)
         if isinstance(fold, str):
-            # What is dense is so for the same reason: a try to fold all of it.
+            # The rule refuses these axes again, and so gives its reason.
             fold = fold_axes(shape, 0, math.inf, stacked, tuple(range(len(shape))))
         if isinstance(fold, str):
             return None
@@ -269,6 +271,8 @@ class LeafRules:
 
     def _fold(self, path: str, shape: Shape, numbers: Any) -> Fold:
         """The fold by the rule, or by the user's dimension numbers."""
+        if len(shape) > 1 and math.prod(shape) == 1:
+            return "it has a single element"
         mask = self.mask
         if isinstance(mask, ByPath):
             mask = functools.partial(mask.find, "mask")

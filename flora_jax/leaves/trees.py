@@ -34,7 +34,8 @@ def zeros_tree(
 
     Args:
       params: parameters, ShapeDtypeStructs of them, boxed or not.
-      plans: their plans, in flattening order; None where no axes are folded.
+      plans: their plans, in flattening order; None where a resized axis holds the
+        blocks of a code.
       shapes: one shape per leaf, in flattening order.
       dtype: dtype of the arrays.
 
@@ -46,13 +47,13 @@ def zeros_tree(
     zeros = []
     for node, plan, shape in zip(nodes, known, shapes, strict=True):
         (leaf,) = jax.tree.leaves(node)
-        new = _zeros(leaf, plan, shape, dtype)
+        new = _zeros(leaf, shape, dtype)
         zeros.append(boxes.rebox(node, plan, new) if is_box(node) else new)
     return jax.tree.unflatten(treedef, zeros)
 
 
 def only_leaves(tree: PyTree, kept: Sequence[bool]) -> PyTree:
-    """The tree with a single zero, of as many axes, in place of each other leaf."""
+    """The tree with a single zero, of as many axes, in place of the leaves not kept."""
     nodes, treedef = jax.tree.flatten(tree, is_leaf=is_box)
     leaves = [
         node if keep else _one_zero(node)
@@ -67,15 +68,17 @@ def _one_zero(node: Any) -> Any:
     return zeros_tree(node, None, [shape], jnp.result_type(leaf))
 
 
-def _zeros(leaf: Any, plan: LeafPlan | None, shape: Shape, dtype: Any) -> jax.Array:
+def _zeros(leaf: Any, shape: Shape, dtype: Any) -> jax.Array:
     """Zeros, sharded as the leaf is."""
     place = boxes.array_sharding(leaf)
     if place is None:
         return jnp.zeros(shape, dtype)
-    place = fit_sharding(place, leaf.shape, shape, plan.groups if plan else ())
-    if isinstance(leaf, jax.core.Tracer):
+    place = fit_sharding(place, leaf.shape, shape)
+    if is_explicit(place) and isinstance(leaf, jax.core.Tracer):
         return jnp.zeros(shape, dtype, out_sharding=place)
-    return jnp.zeros(shape, dtype, device=place)
+    # A ShapeDtypeStruct may lie on an abstract mesh, which has no devices.
+    concrete = isinstance(place.mesh, jax.sharding.Mesh)
+    return jnp.zeros(shape, dtype, device=place if concrete else None)
 
 
 def matching_leaves(

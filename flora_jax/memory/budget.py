@@ -53,7 +53,7 @@ def rank_for_budget(
 
     Returns:
       The rank. The widest side's size means that the budget holds the uncompressed
-      state.
+      state. A rank below the number of shards is not a multiple of it.
 
     Raises:
       TypeError: for arguments of a wrong type.
@@ -143,7 +143,9 @@ def is_sketch(leaf: paths.StateLeaf, shapes: dict[str, Shape]) -> bool:
     if leaf.param is None or leaf.field not in KINDS or paths.is_masked(leaf.leaf):
         return False
     shape, own = shapes[leaf.param], leaf.leaf.shape
-    return len(own) == len(shape) and math.prod(own) != math.prod(shape)
+    # A single element stands where a tree of state does not use a leaf.
+    size = math.prod(own)
+    return len(own) == len(shape) and size != math.prod(shape) and size > 1
 
 
 def _state(make: Callable[[Any], Any], rank: Any, params: PyTree) -> PyTree:

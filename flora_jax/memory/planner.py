@@ -171,15 +171,15 @@ def memory_plan(
             "`shardings` of PartitionSpecs need the mesh of jax.set_mesh, got none;"
             " call memory_plan under it, or give NamedShardings"
         )
+    nodes = dict(boxes.named_nodes(params))
     params = jax.eval_shape(lambda tree: tree, params)
     leaves = dict(paths.named_leaves(params))
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     plans = () if sketch is None else as_sketch(sketch).plan(params)
     reasons = {plan.path: plan.dense_reason for plan in plans}
     replicated = {
-        plan.path: indivisible_rank(plan, boxes.place(leaves[plan.path], place))
+        plan.path: indivisible_rank(plan, nodes[plan.path], places.get(plan.path))
         for plan in plans
-        if (place := places.get(plan.path)) is not None
     }
     state: dict[str | None, list[Any]] = collections.defaultdict(list)
     for found, size in _sizes(tx, params, shardings):

@@ -183,9 +183,8 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     """Adam with float32 state and arithmetic."""
 
     def init_fn(params: PyTree) -> Any:
-        plans = LeafRules().plan(params)
-        shapes = [plan.shape for plan in plans]
-        return inner.init(zeros_tree(params, plans, shapes, jnp.float32))
+        shapes = [plan.shape for plan in LeafRules().plan(params)]
+        return inner.init(zeros_tree(params, None, shapes, jnp.float32))
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree = None

@@ -9,7 +9,6 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
-from flora_jax.leaves import boxes
 from flora_jax.leaves.mesh import fit_sharding, mesh_axes
 from flora_jax.leaves.paths import abstract_state, is_masked, named_leaves, state_leaves
 
@@ -62,24 +61,15 @@ def state_sharding(
     named = isinstance(next(iter(given.values()), None), jax.NamedSharding)
     replicated = jax.NamedSharding(mesh, jax.P()) if named else jax.P()
     state = abstract_state(tx.init, params)
-    nodes, treedef = jax.tree.flatten(params, is_leaf=boxes.is_box)
-    placed = map(boxes.place, nodes, given.values())
-    # Init puts into each box the sharding that fits its array.
-    filled = abstract_state(tx.init, jax.tree.unflatten(treedef, placed))
-    filled = jax.tree.leaves(filled, is_leaf=lambda x: boxes.is_box(x) or is_masked(x))
-    places = []
-    for (leaf, path, _), node in zip(state_leaves(state, params), filled, strict=True):
+    axes, places = mesh_axes(mesh), []
+    for leaf, path, _ in state_leaves(state, params):
         if is_masked(leaf):  # Its parameter is another transformation's.
             places.append(leaf)
         # Arrays with other axes are not of this package: optax's factored moments.
         elif path is None or len(leaf.shape) != len(shapes[path]):
             places.append(replicated)
         else:
-            place = given[path]
-            if boxes.is_box(node):
-                place = next(iter(boxes.named_shardings(node).values()))
-            axes = mesh_axes(mesh)
-            places.append(fit_sharding(place, shapes[path], leaf.shape, axes=axes))
+            places.append(fit_sharding(given[path], shapes[path], leaf.shape, axes))
     return jax.tree.unflatten(jax.tree.structure(state, is_leaf=is_masked), places)
 
 

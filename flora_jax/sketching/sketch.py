@@ -231,7 +231,7 @@ def plan_leaves(params: PyTree, sketch: Sketch | int) -> PyTree:
 def check_leaves(
     name: str, rules: LeafRules, plans: tuple[LeafPlan, ...], params: PyTree
 ) -> None:
-    """Checks at init what the leaves will be like.
+    """Checks, at init, how the leaves fold, are sharded, and are sketched.
 
     Args:
       name: the transformation.
@@ -249,23 +249,28 @@ def check_leaves(
 
 def _warn_if_replicated(name: str, plans: tuple[LeafPlan, ...], params: PyTree) -> None:
     """Warns where the rank does not let a sketch be sharded as its leaf is."""
+    said: set[tuple[Shape, str]] = set()
     for plan, (_, node) in zip(plans, boxes.named_nodes(params), strict=True):
-        if lost := indivisible_rank(plan, node):
+        lost = indivisible_rank(plan, node)
+        # Equal layers have equal leaves.
+        if lost and (plan.shape, lost) not in said:
+            said.add((plan.shape, lost))
             _validation.warn(
                 f"{name}: leaf {plan.path!r} of shape {plan.shape}: {lost}"
             )
 
 
-def indivisible_rank(plan: LeafPlan, node: Any) -> str:
-    """Says that a sketch is sharded less than its leaf; empty if it is not.
+def indivisible_rank(plan: LeafPlan, node: Any, place: Any = None) -> str:
+    """How a sketch is sharded less than its leaf; an empty string if it is not.
 
     Args:
       plan: the leaf's.
       node: the leaf, or the box around it.
+      place: the leaf's sharding; None for what ``node`` says of it.
     """
     if plan.dense:
         return ""
-    shards, kept = boxes.side_shards(node, plan)
+    shards, kept = boxes.side_shards(node, plan, place)
     if kept >= shards:
         return ""
     # The next multiple, or the one before where that is no longer a sketch.
@@ -282,7 +287,9 @@ def indivisible_rank(plan: LeafPlan, node: Any) -> str:
 def _warn_if_dense(name: str, plans: tuple[LeafPlan, ...]) -> None:
     """Warns where a state will be about as large as the uncompressed one."""
     sizes = {plan.path: int(np.prod(plan.shape)) for plan in plans}
-    total = sum(sizes.values())
+    # A recipe puts a single zero where another of its parts has a leaf.
+    plans = tuple(plan for plan in plans if sizes[plan.path] > 1)
+    total = sum(sizes[plan.path] for plan in plans)
     sketched = sum(sizes[plan.path] for plan in plans if not plan.dense)
     if not plans or sketched >= _LEAST_SKETCHED * total:
         return

@@ -32,7 +32,12 @@ if TYPE_CHECKING:
 
 Plans: TypeAlias = Sequence[LeafPlan]
 # Rules that a spec names only where they are others: a new one changes no old state.
-_DEFAULTS = {x.name: x.default for x in dataclasses.fields(Sketch) if x.kw_only}
+# How a state is sharded does not change what it means.
+_DEFAULTS = {
+    x.name: x.default
+    for x in dataclasses.fields(Sketch)
+    if x.kw_only and x.name != "keep_logical_axes"
+}
 
 
 class ScaledLeaf(NamedTuple):

@@ -52,7 +52,7 @@ def test_metadata_folds_as_maxtext_says(name):
     assert ours["losses"] == theirs["losses"]
 
 
-def test_layers_are_not_merged_unsaid():
+def test_a_fold_that_would_merge_layers_is_refused():
     command = ["flora", "--folds", "none"]
     command = [sys.executable, "-m", "tests.clients.maxtext_run", *command]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

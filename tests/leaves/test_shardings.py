@@ -14,7 +14,6 @@ from flora_jax.leaves.mesh import fit_sharding, mesh_axes
 from flora_jax.sketching.sketch import Sketch
 
 P = jax.P
-HEADS = ((1, 2),)  # Of (768, 12, 64), or (768, 8, 128): rows are axis 0 alone.
 
 
 def mesh(**sizes):
@@ -23,41 +22,51 @@ def mesh(**sizes):
 
 
 @pytest.mark.parametrize(
-    ("place", "old", "new", "groups", "expected"),
+    ("place", "old", "new", "expected"),
     [
         # A rank that the axes divide, one that they do not, one that some do.
-        (("a", None), (64, 96), (8, 96), ((0,), (1,)), ("a", None)),
-        (("a", None), (64, 96), (6, 96), ((0,), (1,)), (None, None)),
-        ((("a", "b"), None), (64, 96), (12, 96), ((0,), (1,)), ("a", None)),
-        ((None, "b"), (64, 96), (6, 96), ((0,), (1,)), (None, "b")),
-        # Heads are folded: what shards them moves to the rank.
-        ((None, "b", None), (768, 12, 64), (768, 1, 16), HEADS, (None, None, "b")),
-        (("a", "b", None), (768, 12, 64), (768, 1, 16), HEADS, ("a", None, "b")),
+        (("a", None), (64, 96), (8, 96), ("a", None)),
+        (("a", None), (64, 96), (6, 96), (None, None)),
+        ((("a", "b"), None), (64, 96), (12, 96), ("a", None)),
+        ((None, "b"), (64, 96), (6, 96), (None, "b")),
+        # Heads are folded: what shards them moves to the rank, wherever it stands.
+        ((None, "b", None), (768, 12, 64), (768, 1, 16), (None, None, "b")),
+        (("a", "b", None), (768, 12, 64), (768, 1, 16), ("a", None, "b")),
+        ((None, "b", "a"), (768, 12, 64), (768, 1, 16), (None, None, ("b", "a"))),
+        ((None, "b", "a"), (768, 12, 64), (768, 1, 6), (None, None, "b")),
+        ((None, "b", "a"), (768, 64, 12), (768, 16, 1), (None, ("b", "a"), None)),
+        (("b", None, "a"), (12, 64, 768), (1, 16, 768), (None, "b", "a")),
         (
-            (None, "b", "a"),
-            (768, 12, 64),
-            (768, 1, 16),
-            HEADS,
-            (None, None, ("b", "a")),
+            ("b", None, None, "a"),
+            (12, 3, 64, 768),
+            (1, 3, 16, 768),
+            (None, None, "b", "a"),
         ),
-        ((None, "b", "a"), (768, 12, 64), (768, 1, 6), HEADS, (None, None, "b")),
         # A basis keeps the heads, a factored moment one side, a limiter none.
-        (("a", "b", None), (768, 12, 64), (16, 12, 64), HEADS, ("a", "b", None)),
-        (("a", "b", None), (768, 12, 64), (1, 12, 64), HEADS, (None, "b", None)),
-        (("a", "b", None), (768, 12, 64), (1, 1, 1), HEADS, (None, None, None)),
-        # Blocks of a code; a spec that leaves out its end.
-        (("a", "b"), (64, 96), (64, 2), (), ("a", "b")),
-        (("a", "b"), (64, 96), (64, 3), (), ("a", None)),
-        (("a",), (64, 96), (8, 96), ((0,), (1,)), ("a", None)),
+        (("a", "b", None), (768, 12, 64), (16, 12, 64), ("a", "b", None)),
+        (("a", "b", None), (768, 12, 64), (1, 12, 64), (None, "b", None)),
+        (("a", "b", None), (768, 12, 64), (1, 1, 1), (None, None, None)),
+        # Blocks of a code, alone and of a sketch; a spec that leaves out its end.
+        (("a", "b"), (64, 96), (64, 2), ("a", "b")),
+        (("a", "b"), (64, 96), (64, 3), ("a", None)),
+        (("a", "b", None), (768, 12, 64), (4, 1, 16), ("a", None, "b")),
+        (("a",), (64, 96), (8, 96), ("a", None)),
     ],
 )
-def test_the_rule(place, old, new, groups, expected):
+def test_the_rule(place, old, new, expected):
     sizes = mesh_axes(mesh(a=4, b=2))
-    assert fit_sharding(place, old, new, groups, sizes) == expected
-    spec = fit_sharding(P(*place), old, new, groups, sizes)
+    assert fit_sharding(place, old, new, sizes) == expected
+    spec = fit_sharding(P(*place), old, new, sizes)
     assert spec == P(*expected)
     named = jax.NamedSharding(mesh(a=4, b=2), P(*place))
-    assert fit_sharding(named, old, new, groups).spec == P(*expected)
+    assert fit_sharding(named, old, new).spec == P(*expected)
+
+
+def test_an_unconstrained_axis_is_unsharded_where_it_is_resized():
+    free = P.UNCONSTRAINED
+    where = jax.NamedSharding(mesh(a=4, b=2), P(free, "b"))
+    assert fit_sharding(where, (64, 96), (8, 96)).spec == P(None, "b")
+    assert fit_sharding(where, (64, 96), (64, 96)).spec == P(free, "b")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +84,13 @@ def test_logical_names_are_sized_by_rules(place, new, expected):
     """One name for an axis: rules map no tuples of them."""
     rules = [("embed", ("a",)), ("heads", "b"), ("kv", None), ("other", "absent")]
     sizes = mesh_axes(mesh(a=4, b=2), rules)
-    assert fit_sharding(place, (768, 12, 64), new, HEADS, sizes) == expected
+    assert fit_sharding(place, (768, 12, 64), new, sizes) == expected
+
+
+def test_a_rule_comes_before_a_mesh_axis_of_its_name():
+    sizes = mesh_axes(mesh(a=4, b=2), [("a", ("a", "b"))])
+    assert fit_sharding(("a", None), (64, 96), (20, 96), sizes) == (None, None)
+    assert fit_sharding(("a", None), (64, 96), (24, 96), sizes) == ("a", None)
 
 
 def test_of_several_rules_all_divide():
@@ -286,6 +301,96 @@ def test_a_fold_that_merges_layers_is_refused(make):
         make(fj.Sketch(16)).init(params)
     make(fj.Sketch(16).with_metadata(params)).init(params)
     make(fj.Sketch(16)).init(unboxed(params))
+
+
+@pytest.mark.parametrize("names", [P("expert", None), ("expert", None)])
+def test_a_matrix_is_no_stack(names):
+    """Its axis may be named after a mesh that is not known yet."""
+    params = stacked(names, (256, 512))
+    jax.eval_shape(fj.compressed_momentum(0.9, SKETCH).init, params)
+
+
+def test_metadata_that_names_no_axes():
+    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = nnx.State({"w": kernel(sharding=single)})
+    assert moved(params, SKETCH).get_metadata("sharding") == single
+    box = linen.LogicallyPartitioned(jnp.zeros((256, 512)), names=None)
+    state = fj.compressed_momentum(0.9, SKETCH).init({"w": box})
+    assert state.momentum["w"].names is None
+
+
+def test_optimizer_sharding_decides():
+    """ZeRO-1: flax gives it to the state, whose parameters are replicated."""
+    where = {"out_sharding": (None, None), "optimizer_sharding": ("a", "b")}
+    params = nnx.State({"w": kernel(**where)})
+    with (
+        jax.set_mesh(mesh(a=4, b=2)),
+        pytest.warns(UserWarning, match="rank 18 is not .*rank 20 is"),
+    ):
+        jax.eval_shape(fj.compressed_momentum(0.9, fj.Sketch(18)).init, params)
+
+
+def test_two_sharded_logical_names_on_one_side():
+    """A rank's axis can have one of them: the warning asks for no more."""
+    rules = (("embed", None), ("heads", "b"), ("kv", "a"))
+    params = stacked(("embed", "heads", "kv"), (1024, 8, 64))
+    with jax.set_mesh(mesh(a=4, b=2)), linen.logical_axis_rules(rules):
+        state = jax.eval_shape(fj.compressed_momentum(0.9, fj.Sketch(24)).init, params)
+    momentum = state.momentum["w"].get_metadata("out_sharding")
+    assert momentum == ("embed", None, "kv")
+
+
+def test_equal_layers_warn_once():
+    sharding = jax.NamedSharding(mesh(fsdp=8), P("fsdp", None))
+    leaf = jax.ShapeDtypeStruct((256, 512), jnp.float32, sharding=sharding)
+    with pytest.warns(UserWarning, match="rank 20 is not") as caught:
+        fj.compressed_momentum(0.9, fj.Sketch(20)).init([leaf] * 4)
+    assert len(caught) == 1
+
+
+def test_shapes_on_an_abstract_mesh():
+    """As ``nnx.as_abstract`` gives them; there is no device to put zeros on."""
+    where = jax.NamedSharding(mesh(a=4, b=2).abstract_mesh, P("a", "b"))
+    params = {"w": jax.ShapeDtypeStruct((256, 512), jnp.float32, sharding=where)}
+    state = fj.compressed_momentum(0.9, SKETCH).init(params)
+    assert state.momentum["w"].shape == (16, 512)
+
+
+def test_the_layout_is_no_part_of_what_a_state_means():
+    params = {"w": jnp.zeros((256, 512))}
+    state = fj.compressed_momentum(0.9, SKETCH).init(params)
+    kept = fj.compressed_momentum(0.9, fj.Sketch(16, keep_logical_axes=True))
+    fj.verify_state(kept, state)
+    with pytest.raises(TypeError, match="`keep_logical_axes` must be"):
+        fj.Sketch(16, keep_logical_axes="embed")
+
+
+def test_plans_of_a_recipe_in_two_parts():
+    """The single zeros that stand for Adam's leaves in Muon's state are no sketches."""
+    shapes = {"w": (512, 1024), "wte": (5000, 512), "b": (1024,)}
+    params = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+    sketch = fj.Sketch(64, mask=fj.not_embeddings)
+    plan = fj.memory_plan(fj.flora_muon(1e-3, sketch), params, sketch=sketch)
+    sketches = {leaf.path: leaf.sketches for leaf in plan.leaves}
+    assert sketches == {"b": (), "w": ((64, 1024),), "wte": ()}
+    assert plan.leaves[2].dense_reason == "the mask leaves it out"
+
+    def make(rank):
+        return fj.flora_muon(1e-3, fj.Sketch(rank, mask=fj.not_embeddings))
+
+    assert fj.rank_for_budget(make, params, 10**9) == 512
+
+
+def test_rules_are_asked_about_leaves_alone():
+    """Not about the zeros, of which a rank by shape would be 0."""
+    params = {"w": jnp.zeros((256, 512)), "wte": jnp.zeros((2048, 256))}
+    sketch = fj.Sketch(
+        lambda path, shape: shape[-1] // 4,
+        min_dim_size=1,
+        mask=lambda path, shape: shape[0] < 2000,
+    )
+    state = fj.flora_muon(0.1, sketch).init(params)
+    assert state[0].matrices[0].inner.trace["wte"].shape == (1, 1)
 
 
 def test_an_axis_of_the_mesh_is_no_stack():

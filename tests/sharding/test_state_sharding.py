@@ -1,5 +1,7 @@
 """Shardings of whole states, on a mesh of eight devices."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -217,6 +219,29 @@ def test_parameters_may_have_the_names_of_settings(name):
     )
     assert single[0].momentum.spec == P("model")
     assert single[0].key.spec == single[0].spec.spec == P()
+
+
+def test_shardings_belong_to_paths():
+    params = collections.OrderedDict(
+        w=jax.ShapeDtypeStruct((256, 512), jnp.float32),
+        b=jax.ShapeDtypeStruct((512,), jnp.float32),
+    )
+    where = on(mesh(), {"w": P("data", None), "b": P("model")})
+    found = fj.state_sharding(optax.sgd(0.1, momentum=0.9), params, where)
+    assert found[0].trace["w"].spec == P("data", None)
+    assert found[0].trace["b"].spec == P("model")
+
+
+def test_masks_see_the_parameters_themselves():
+    def matrices(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: path[-1].key == "kernel" and x.ndim == 2, params
+        )
+
+    tx, params = optax.masked(fj.galore(0.1, FOLDS), matrices), jax.eval_shape(layer)
+    found = fj.state_sharding(tx, params, on(mesh()))
+    kernel = found.inner_state[0].inner.mu["layer"]["kernel"]
+    assert kernel.spec == P("data", "model")
 
 
 def test_refuses_what_does_not_fit():
