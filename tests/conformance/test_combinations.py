@@ -82,7 +82,13 @@ def test_masked_in_linen_boxes(name):
 @pytest.mark.full
 @pytest.mark.parametrize("name", MAKE)
 def test_explicit_mesh_without_a_context(name):
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    # Four devices, as the rank is 4.
+    mesh = jax.make_mesh(
+        (4,),
+        ("x",),
+        axis_types=(jax.sharding.AxisType.Explicit,),
+        devices=jax.devices()[:4],
+    )
     params = {"w": jax.random.normal(jax.random.key(0), (16, 32))}
     spec = jax.NamedSharding(mesh, jax.P("x", None))
     sharded = jax.device_put(params, spec)
