@@ -126,6 +126,7 @@ def test_momentum_after_another_transformation(normalization):
             np.testing.assert_allclose(found, expected, rtol=2e-5)
 
 
+@pytest.mark.full
 def test_a_bound_that_is_reached_and_one_that_is_none():
     """One gradient for ever: the ratio stays below 1; past the limit it is 0."""
 
@@ -199,6 +200,7 @@ def test_cosines_are_what_theory_says():
     assert abs(found.mean() - RANK / 16) < 5 * error
 
 
+@pytest.mark.full
 def test_every_so_many_steps():
     tx = fj.flora(0.1, PLAIN)
     params = gradients(9)

@@ -206,6 +206,7 @@ def test_the_projection_stands_still_where_the_counter_does(case):
         assert_identical((ours, still.momentum), (theirs, moving.momentum))
 
 
+@pytest.mark.full
 def test_a_projection_for_every_step_stands_still_too():
     """Without transfers to where the momentum is already."""
     shape, rank, decay = (16, 24), 4, 0.3

@@ -80,7 +80,7 @@ def largest(candidates, budget):
     return {**max(fitting, key=momentum_bytes), **dict.fromkeys(DENSE, 1)}
 
 
-@pytest.mark.sample(1)
+@pytest.mark.full
 @pytest.mark.parametrize("steps", [1, 3])
 def test_equals_the_largest_of_all_thresholds_that_fits(steps):
     trees = [tree(seed) for seed in range(steps)]

@@ -289,6 +289,7 @@ def test_coded_moments_train_nearly_alike(factory):
     assert error > 0
 
 
+@pytest.mark.full
 def test_flora_muon_is_the_chain_of_the_readme():
     shapes = {"w": (16, 24), "full": (4, 8), "wte": (16, 24), "b": (16,)}
     rng = np.random.default_rng(0)

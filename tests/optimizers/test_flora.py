@@ -156,7 +156,7 @@ def test_parts_can_be_left_out():
     tx.update(gradients[0], tx.init(params))
 
 
-@pytest.mark.sample(1)
+@pytest.mark.full
 @pytest.mark.parametrize("momentum", [None, 0.5])
 def test_without_sketches_equals_adafactor_as_far_as_it_goes(momentum):
     """Without momentum it is optax's; with it, parameter scale and rate come later."""
@@ -228,7 +228,7 @@ def test_bfloat16_gradients_of_float32_parameters():
         params = optax.apply_updates(params, expected[i])
 
 
-@pytest.mark.sample(1)
+@pytest.mark.full
 @pytest.mark.parametrize("estimator", ["paper", "nesterov", "fresh", "residual"])
 def test_a_step_writes_no_second_copy_of_a_gradient(estimator):
     """In a whole step, where the update can lie in the parameters' place."""

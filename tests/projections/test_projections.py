@@ -68,7 +68,7 @@ def test_sketches_columns_with_its_matrix(projection, rank):
     assert_close(estimate, g @ s.T @ s, "float32")
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("projection", "rank"), CASES)
 def test_sketches_rows_with_the_same_matrix(projection, rank):
     """S G and S' S G."""
@@ -78,7 +78,7 @@ def test_sketches_rows_with_the_same_matrix(projection, rank):
     assert_close(estimate, s.T @ s @ g, "float32")
 
 
-@pytest.mark.sample(1)
+@pytest.mark.full
 @pytest.mark.parametrize("width", [13, 30, 64, 97])
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_any_width(width, axis):

@@ -96,7 +96,7 @@ def largest_error(rank):
     return 1.2 * math.sqrt(2 / (rank * KEYS))
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_estimates_are_unbiased(sampled):
     """E[S'S] = I, entry by entry."""
     rank, _, _, estimates = sampled
@@ -118,7 +118,7 @@ def test_squared_norm_of_the_sketch_is_unbiased(sampled):
     assert_mean((sketches**2).sum(axis=-1), 1.0, largest_error(rank))
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 def test_distortion_of_norms(sampled):
     """Johnson-Lindenstrauss: E(‖Sx‖² − 1)² ≤ 2/r, of unit vectors that are not random.
 
@@ -160,7 +160,7 @@ def test_isometric_estimates_shrink_to_the_seen_part(kind):
     assert_mean(estimates[:, :WIDTH], 7 / WIDTH * np.eye(WIDTH), 0.01)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("projection", "rank", "expected"),
     [

@@ -159,7 +159,7 @@ def test_adam_tracks_float32_on_an_ill_scaled_quadratic(dtype, stochastic):
     assert loss[2] <= 1e-8 * loss[0]
 
 
-@pytest.mark.sample(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("dtype", "stochastic"), [("int8", True), ("float8_e4m3fn", False)]
 )

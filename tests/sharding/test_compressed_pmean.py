@@ -128,6 +128,7 @@ def test_error_feedback_loses_nothing():
     assert not np.any(kept["bias"])
 
 
+@pytest.mark.full
 def test_updates_have_the_gradients_dtype():
     mean = over_devices(
         lambda grads, step: fj.compressed_pmean(grads, "batch", SKETCH, step=step)

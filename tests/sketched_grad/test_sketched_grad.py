@@ -218,7 +218,7 @@ def functions(names):
     return exact | compare(lambda p: loss({**params, **p}), rounded, tolerance=2**-7)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", in_quick_tier(FUNCTIONS, COMMON))
 def test_a_weight_is_sketched_during_backpropagation(name):
     tier = tuple(x for x in FUNCTIONS if (x in COMMON) == (name in COMMON))

@@ -171,7 +171,7 @@ def test_the_cycle_of_another_sketch_gives_nan():
     assert_nan(*sketched(OTHERS["key"].cycle(0)))
 
 
-@pytest.mark.sample(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     "settings",
     [

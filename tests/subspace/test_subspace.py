@@ -131,6 +131,7 @@ def test_the_limiter_matters_in_these_runs():
     assert (ratio > 0.01).sum() >= 3
 
 
+@pytest.mark.full
 def test_a_leaf_that_begins_with_zero_gradients_is_not_limited_then():
     setting = Setting(COUNTSKETCH, ("wide",), residual=fj.Fira(**DECAYS))
     grads = gradients_of(setting.names, 7)
@@ -213,7 +214,7 @@ def test_every_leaf_is_due_at_another_step_when_staggered():
     assert changes == [set(names), *due, *due]
 
 
-@pytest.mark.sample(1)
+@pytest.mark.full
 @pytest.mark.parametrize("stagger", [False, True])
 def test_a_traced_interval_is_that_interval(stagger):
     names = ("wide", "cut")
@@ -290,7 +291,7 @@ def test_a_residual_of_roundings_does_not_hold_back_what_follows():
     assert np.linalg.norm(limited["w"]) > np.linalg.norm(outside) / 10
 
 
-@pytest.mark.sample(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     "factory", [fj.galore, fj.fira, fj.apollo, fj.dct_adamw, fj.flora_adamw]
 )

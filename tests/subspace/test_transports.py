@@ -107,6 +107,7 @@ def test_a_direction_without_history_starts_at_zero_by_preserve_rms():
     np.testing.assert_array_equal(moved["nu"], v.at[4].set(0.0))
 
 
+@pytest.mark.full
 def test_moments_keep_their_dtype():
     tx = fj.scale_in_subspace(
         optax.trace(0.5, accumulator_dtype=jnp.bfloat16),

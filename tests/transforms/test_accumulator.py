@@ -127,6 +127,7 @@ def test_aggregates_inside_micro_vmap(use_mean):
     assert_close(gradient(PARAMS, DATA), cycle(parts, 0, use_mean))
 
 
+@pytest.mark.full
 def test_gradients_come_back_in_their_dtype():
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
     data = jnp.asarray(DATA, jnp.bfloat16)

@@ -77,7 +77,7 @@ def cosine(x, y):
     return x @ y / math.sqrt((x @ x) * (y @ y))
 
 
-@pytest.mark.sample(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("projection", "expected"),
     [

@@ -64,6 +64,7 @@ SAME = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("name", "base"), SAME)
 def test_uncompressed_ones_are_optaxs(name, base):
     expected = two_updates(SAME[name, base]())
