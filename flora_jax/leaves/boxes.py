@@ -126,8 +126,9 @@ def rebox(box: Any, plan: LeafPlan | None, value: jax.Array) -> Any:
     """
     (leaf,) = jax.tree.leaves(box)
     axes = box_axes(box, plan is not None and plan.keep_logical_axes)
+    rank = (False, ()) if plan is None else (True, plan.groups)
     fitted = {
-        name: fit_sharding(place, leaf.shape, value.shape, axes, plan is not None)
+        name: fit_sharding(place, leaf.shape, value.shape, axes, *rank)
         for name, place in named_shardings(box).items()
     }
     if _is_variable(box):
@@ -179,7 +180,7 @@ def side_shards(node: Any, plan: LeafPlan, place: Any = None) -> tuple[int, int]
     side, old, new = plan.sketched_axes, plan.shape, plan.state_shape
     given = _places(node, plan.keep_logical_axes)
     for known, axes in given if place is None else [(place, None)]:
-        fitted = fit_sharding(known, old, new, axes)
+        fitted = fit_sharding(known, old, new, axes, True, plan.groups)
         return shards_along(known, side, axes), shards_along(fitted, side, axes)
     return 1, 1
 

@@ -75,6 +75,7 @@ def fit_sharding(
     new: Shape,
     axes: MeshAxes | None = None,
     is_rank: bool = True,
+    groups: Sequence[Axes] = (),
 ) -> Any:
     """The sharding of an array of state, from that of its parameter: of the same kind.
 
@@ -92,13 +93,16 @@ def fit_sharding(
         ``jax.set_mesh``.
       is_rank: whether resized axes hold ranks, for which logical names of unknown size
         are trusted.
+      groups: axes that are folded together. A rank may be as long as the axis that it
+        stands on, which shapes alone do not show.
     """
     named = isinstance(place, jax.NamedSharding)
     spec = place.spec if named else place
     axes = axes or mesh_axes(place.mesh if named else None)
     # A PartitionSpec may leave out unsharded axes at its end.
     names = [*spec, *(None for _ in range(len(old) - len(spec)))]
-    resized = [i for i in range(len(old)) if old[i] != new[i]]
+    changed = {i for i in range(len(old)) if old[i] != new[i]}
+    resized = sorted(changed.union(*(x for x in groups if not changed.isdisjoint(x))))
     holders = [i for i in resized if new[i] > 1]
     moved: dict[int, list[str]] = {i: [] for i in holders}
     for i in resized:

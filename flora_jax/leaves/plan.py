@@ -78,6 +78,11 @@ class LeafPlan:
         return self.column_axes if self.axis == -1 else self.row_axes
 
     @functools.cached_property
+    def groups(self) -> tuple[Axes, ...]:
+        """The axes that are folded together: to rows, and to columns."""
+        return () if self.dense else (self.row_axes, self.column_axes)
+
+    @functools.cached_property
     def larger_smaller(self) -> tuple[Axes, Axes]:
         """Axes of the larger side and of the smaller one; the columns if square."""
         rows, columns = self.row_axes, self.column_axes

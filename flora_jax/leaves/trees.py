@@ -47,7 +47,7 @@ def zeros_tree(
     zeros = []
     for node, plan, shape in zip(nodes, known, shapes, strict=True):
         (leaf,) = jax.tree.leaves(node)
-        new = _zeros(leaf, shape, dtype)
+        new = _zeros(leaf, plan, shape, dtype)
         zeros.append(boxes.rebox(node, plan, new) if is_box(node) else new)
     return jax.tree.unflatten(treedef, zeros)
 
@@ -68,12 +68,13 @@ def _one_zero(node: Any) -> Any:
     return zeros_tree(node, None, [shape], jnp.result_type(leaf))
 
 
-def _zeros(leaf: Any, shape: Shape, dtype: Any) -> jax.Array:
+def _zeros(leaf: Any, plan: LeafPlan | None, shape: Shape, dtype: Any) -> jax.Array:
     """Zeros, sharded as the leaf is."""
     place = boxes.array_sharding(leaf)
     if place is None:
         return jnp.zeros(shape, dtype)
-    place = fit_sharding(place, leaf.shape, shape)
+    groups = () if plan is None else plan.groups
+    place = fit_sharding(place, leaf.shape, shape, groups=groups)
     if is_explicit(place) and isinstance(leaf, jax.core.Tracer):
         return jnp.zeros(shape, dtype, out_sharding=place)
     # A ShapeDtypeStruct may lie on an abstract mesh, which has no devices.

@@ -62,6 +62,21 @@ def test_the_rule(place, old, new, expected):
     assert fit_sharding(named, old, new).spec == P(*expected)
 
 
+def test_a_rank_as_long_as_a_head():
+    """Only the fold tells that the last axis of (768, 1, 64) is a rank."""
+    sizes = mesh_axes(mesh(a=4, b=2))
+    groups = (0,), (1, 2)
+    spec = fit_sharding(
+        ("a", "b", None), (768, 12, 64), (768, 1, 64), sizes, True, groups
+    )
+    assert spec == ("a", None, "b")
+    params = stacked(("a", "b", None), (768, 12, 64))
+    with jax.set_mesh(mesh(a=4, b=2)):
+        state = jax.eval_shape(fj.compressed_momentum(0.9, fj.Sketch(64)).init, params)
+    momentum = state.momentum["w"].get_metadata("out_sharding")
+    assert momentum == ("a", None, "b")
+
+
 def test_an_unconstrained_axis_is_unsharded_where_it_is_resized():
     free = P.UNCONSTRAINED
     where = jax.NamedSharding(mesh(a=4, b=2), P(free, "b"))
