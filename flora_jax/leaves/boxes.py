@@ -1,6 +1,6 @@
 """Boxes around arrays: NNX Variables, Linen boxes, and the shardings that they name.
 
-They are known by what they offer; flax is not imported.
+Boxes are recognized by their attributes; flax is not imported.
 """
 
 from __future__ import annotations
@@ -72,16 +72,16 @@ def named_nodes(tree: PyTree) -> list[tuple[str, Any]]:
 def axis_roles(node: Any) -> tuple[Axes, Axes]:
     """Axes along which layers or experts are stacked, and axes of attention heads.
 
-    A box's metadata names them, or MaxText's ``param_scan_axis`` counts them where
-    there is a ``partition_name``. Names of mesh axes do not count: they shard anything.
+    Both are read from the names in a box's metadata; a stacked axis also from MaxText's
+    ``partition_name`` and ``param_scan_axis``. Names of mesh axes are ignored.
     """
     if not is_box(node):
         return (), ()
     given, axes = _metadata(node), box_axes(node, False)
     names = {
         (i, name)
-        for place in named_shardings(node).values()
-        for i, name in enumerate(getattr(place, "spec", place))
+        for sharding in named_shardings(node).values()
+        for i, name in enumerate(getattr(sharding, "spec", sharding))
         if isinstance(name, str) and not axes.are_mesh_axes([name])
     }
     partition = given.get("partition_name")
@@ -102,9 +102,9 @@ def array_sharding(x: Any) -> jax.NamedSharding | None:
 
 
 def named_shardings(box: Any) -> dict[str, Any]:
-    """What a box says of its array's sharding, by the name of the metadata.
+    """The shardings in a box's metadata, by the name of the metadata.
 
-    Sharding objects that name no axes, such as those of a single device, are left out.
+    Those that name no axes, such as a SingleDeviceSharding, are left out.
     """
     given = _metadata(box)
     names = _SHARDINGS if _is_variable(box) else ("names",)
@@ -126,10 +126,10 @@ def rebox(box: Any, plan: LeafPlan | None, value: jax.Array) -> Any:
     """
     (leaf,) = jax.tree.leaves(box)
     axes = box_axes(box, plan is not None and plan.keep_logical_axes)
-    rank = (False, ()) if plan is None else (True, plan.groups)
+    groups = None if plan is None else plan.groups
     fitted = {
-        name: fit_sharding(place, leaf.shape, value.shape, axes, *rank)
-        for name, place in named_shardings(box).items()
+        name: fit_sharding(sharding, leaf.shape, value.shape, axes, groups)
+        for name, sharding in named_shardings(box).items()
     }
     if _is_variable(box):
         return box.copy(value, **fitted)
@@ -144,7 +144,7 @@ def box_axes(box: Any, keep_logical: bool) -> MeshAxes:
 
     Args:
       box: the box.
-      keep_logical: whether names that no rule maps are relied on.
+      keep_logical: whether names that no rule maps are trusted.
     """
     (leaf,) = jax.tree.leaves(box)
     given = _metadata(box)
@@ -164,31 +164,31 @@ def _rules(metadata: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def axis_shards(node: Any, along: Axes) -> int:
     """Number of shards of some axes of a leaf, or of the leaf in a box."""
-    for place, axes in _places(node):
-        return shards_along(place, along, axes)
-    return 1
+    sharding, axes = _known_sharding(node, False)
+    return 1 if sharding is None else shards_along(sharding, along, axes)
 
 
-def side_shards(node: Any, plan: LeafPlan, place: Any = None) -> tuple[int, int]:
+def side_shards(node: Any, plan: LeafPlan, sharding: Any = None) -> tuple[int, int]:
     """Number of shards of the sketched side: a leaf's, and its sketch's.
 
     Args:
       node: the leaf, or the box around it.
       plan: its plan.
-      place: its sharding; None for what the node says of it.
+      sharding: the leaf's; None to take it from the node.
     """
-    side, old, new = plan.sketched_axes, plan.shape, plan.state_shape
-    given = _places(node, plan.keep_logical_axes)
-    for known, axes in given if place is None else [(place, None)]:
-        fitted = fit_sharding(known, old, new, axes, True, plan.groups)
-        return shards_along(known, side, axes), shards_along(fitted, side, axes)
-    return 1, 1
+    axes = None
+    if sharding is None:
+        sharding, axes = _known_sharding(node, plan.keep_logical_axes)
+    if sharding is None:
+        return 1, 1
+    fitted = fit_sharding(sharding, plan.shape, plan.state_shape, axes, plan.groups)
+    side = plan.sketched_axes
+    return shards_along(sharding, side, axes), shards_along(fitted, side, axes)
 
 
-def _places(node: Any, keep_logical: bool = False) -> Iterator[tuple[Any, Any]]:
-    """What a box or an array says of its sharding, and the axes that it refers to."""
-    if is_box(node):
-        axes = box_axes(node, keep_logical)
-        yield from ((place, axes) for place in named_shardings(node).values())
-    elif (place := array_sharding(node)) is not None:
-        yield place, None
+def _known_sharding(node: Any, keep_logical: bool) -> tuple[Any, MeshAxes | None]:
+    """The sharding of a leaf as far as it is known, and the axes that it refers to."""
+    if not is_box(node):
+        return array_sharding(node), None
+    sharding = next(iter(named_shardings(node).values()), None)
+    return sharding, box_axes(node, keep_logical)

@@ -33,15 +33,15 @@ class MeshAxes(NamedTuple):
     keep_logical: bool = False
 
     def shards(self, name: str) -> int:
-        """Number of shards, 0 if it is not known; a rule comes before a mesh axis."""
+        """Number of shards, 0 if unknown; rules take precedence over mesh axes."""
         return self.logical.get(name, self.sizes.get(name, 0))
 
     def are_mesh_axes(self, names: Iterable[str]) -> bool:
-        """Whether all names are axes of the mesh, of which one dimension takes many."""
+        """Whether all are axes of the mesh; one dimension can have several of these."""
         return all(name in self.sizes and name not in self.logical for name in names)
 
     def may_divide(self, name: str, size: int, is_rank: bool) -> bool:
-        """Whether an axis of this size keeps a name; a rank also keeps trusted ones."""
+        """Whether an axis of this size keeps a name; a rank keeps trusted ones too."""
         if shards := self.shards(name):
             return size % shards == 0
         return is_rank and (name in self.logical or self.keep_logical)
@@ -70,12 +70,11 @@ def mesh_axes(
 
 
 def fit_sharding(
-    place: Any,
+    sharding: Any,
     old: Shape,
     new: Shape,
     axes: MeshAxes | None = None,
-    is_rank: bool = True,
-    groups: Sequence[Axes] = (),
+    groups: Sequence[Axes] | None = None,
 ) -> Any:
     """The sharding of an array of state, from that of its parameter: of the same kind.
 
@@ -85,24 +84,24 @@ def fit_sharding(
     its left: of (heads, head_dim), folded to one side, to the one that holds the rank.
 
     Args:
-      place: the parameter's NamedSharding, PartitionSpec or names of axes, None for
+      sharding: the parameter's NamedSharding, PartitionSpec or names of axes, None for
         unsharded ones; axes at the end may be left out.
       old: the parameter's shape.
       new: the shape of an array of its state, of as many axes.
       axes: the mesh's, and logical names; by default those of the sharding, or of
         ``jax.set_mesh``.
-      is_rank: whether resized axes hold ranks, for which logical names of unknown size
-        are trusted.
-      groups: axes that are folded together. A rank may be as long as the axis that it
-        stands on, which shapes alone do not show.
+      groups: axes that are folded together, where resized axes hold ranks: for these
+        logical names of unknown size are trusted, and a rank may equal the size of the
+        axis that holds it, which shapes alone do not show. None if unknown.
     """
-    named = isinstance(place, jax.NamedSharding)
-    spec = place.spec if named else place
-    axes = axes or mesh_axes(place.mesh if named else None)
+    named = isinstance(sharding, jax.NamedSharding)
+    spec = sharding.spec if named else sharding
+    axes = axes or mesh_axes(sharding.mesh if named else None)
     # A PartitionSpec may leave out unsharded axes at its end.
     names = [*spec, *(None for _ in range(len(old) - len(spec)))]
     changed = {i for i in range(len(old)) if old[i] != new[i]}
-    resized = sorted(changed.union(*(x for x in groups if not changed.isdisjoint(x))))
+    folded = (group for group in groups or () if not changed.isdisjoint(group))
+    resized = sorted(changed.union(*folded))
     holders = [i for i in resized if new[i] > 1]
     moved: dict[int, list[str]] = {i: [] for i in holders}
     for i in resized:
@@ -111,31 +110,31 @@ def fit_sharding(
             moved[holder] += _names(names[i])
         names[i] = None
     for i, given in moved.items():
-        names[i] = _dividing(given, new[i], axes, is_rank)
+        names[i] = _dividing(given, new[i], axes, groups is not None)
     if named:
-        return jax.NamedSharding(place.mesh, jax.P(*names))
-    return jax.P(*names) if isinstance(place, jax.P) else tuple(names)
+        return jax.NamedSharding(sharding.mesh, jax.P(*names))
+    return jax.P(*names) if isinstance(sharding, jax.P) else tuple(names)
 
 
-def shards_along(place: Any, along: Axes, axes: MeshAxes | None = None) -> int:
+def shards_along(sharding: Any, along: Axes, axes: MeshAxes | None = None) -> int:
     """Number of shards of some axes together; names that are not known count as 1.
 
     Args:
-      place: as in :func:`fit_sharding`.
+      sharding: as in :func:`fit_sharding`.
       along: the axes.
       axes: as in :func:`fit_sharding`.
     """
-    named = isinstance(place, jax.NamedSharding)
-    axes = axes or mesh_axes(place.mesh if named else None)
-    entries = [x for i, x in enumerate(place.spec if named else place) if i in along]
-    names = [name for entry in entries for name in _names(entry)]
+    named = isinstance(sharding, jax.NamedSharding)
+    axes = axes or mesh_axes(sharding.mesh if named else None)
+    spec = sharding.spec if named else sharding
+    names = [name for i, x in enumerate(spec) if i in along for name in _names(x)]
     shards = [axes.shards(name) or 1 for name in names]
     # Of several logical names a side can keep one.
     return math.prod(shards) if axes.are_mesh_axes(names) else max(shards)
 
 
 def _names(entry: Any) -> tuple[str, ...]:
-    """What one entry of a PartitionSpec, or of a rule, names."""
+    """The names in one entry of a PartitionSpec, or of a rule."""
     if isinstance(entry, str):
         return (entry,)
     # None, or PartitionSpec.UNCONSTRAINED.
@@ -145,7 +144,7 @@ def _names(entry: Any) -> tuple[str, ...]:
 def _dividing(
     names: Sequence[str], size: int, axes: MeshAxes, is_rank: bool
 ) -> str | tuple[str, ...] | None:
-    """Those of a side's names that divide its new size, as an entry of a spec."""
+    """The names whose shards divide the new size, as an entry of a PartitionSpec."""
     kept: list[str] = []
     if axes.are_mesh_axes(names):
         for name in names:

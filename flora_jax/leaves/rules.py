@@ -253,9 +253,9 @@ class LeafRules:
             if merged := {*stacked} & {*plan.row_axes, *plan.column_axes}:
                 raise ValueError(
                     f"leaf {plan.path!r} of shape {plan.shape} is stacked along axis"
-                    f" {min(merged)} by its metadata, and {name} would fold it into a"
-                    f" {plan.rows}x{plan.columns} matrix; pass the sketch (or rules)"
-                    " with .with_metadata(params), or `weight_dimension_numbers`"
+                    f" {min(merged)} by its metadata, but {name} would fold it into a"
+                    f" {plan.rows}x{plan.columns} matrix; pass"
+                    " sketch.with_metadata(params), or `weight_dimension_numbers`"
                 )
 
     def _numbers(self, shape: Shape, stacked: Axes, heads: Axes) -> Any:

@@ -52,6 +52,11 @@ def zeros_tree(
     return jax.tree.unflatten(treedef, zeros)
 
 
+def zero_sketches(params: PyTree, plans: Sequence[LeafPlan], dtype: Any) -> PyTree:
+    """:func:`zeros_tree` of the sketches of all leaves, and of the dense leaves."""
+    return zeros_tree(params, plans, [plan.state_shape for plan in plans], dtype)
+
+
 def only_leaves(tree: PyTree, kept: Sequence[bool]) -> PyTree:
     """The tree with a single zero, of as many axes, in place of the leaves not kept."""
     nodes, treedef = jax.tree.flatten(tree, is_leaf=is_box)
@@ -70,16 +75,16 @@ def _one_zero(node: Any) -> Any:
 
 def _zeros(leaf: Any, plan: LeafPlan | None, shape: Shape, dtype: Any) -> jax.Array:
     """Zeros, sharded as the leaf is."""
-    place = boxes.array_sharding(leaf)
-    if place is None:
+    sharding = boxes.array_sharding(leaf)
+    if sharding is None:
         return jnp.zeros(shape, dtype)
-    groups = () if plan is None else plan.groups
-    place = fit_sharding(place, leaf.shape, shape, groups=groups)
-    if is_explicit(place) and isinstance(leaf, jax.core.Tracer):
-        return jnp.zeros(shape, dtype, out_sharding=place)
+    groups = None if plan is None else plan.groups
+    sharding = fit_sharding(sharding, leaf.shape, shape, groups=groups)
+    if is_explicit(sharding) and isinstance(leaf, jax.core.Tracer):
+        return jnp.zeros(shape, dtype, out_sharding=sharding)
     # A ShapeDtypeStruct may lie on an abstract mesh, which has no devices.
-    concrete = isinstance(place.mesh, jax.sharding.Mesh)
-    return jnp.zeros(shape, dtype, device=place if concrete else None)
+    concrete = isinstance(sharding.mesh, jax.sharding.Mesh)
+    return jnp.zeros(shape, dtype, device=sharding if concrete else None)
 
 
 def matching_leaves(

@@ -126,7 +126,7 @@ def flora_muon(
 
 
 class MatricesAndRestState(NamedTuple):
-    """State of Muon and of Adam, each with an array of one element at other leaves.
+    """States of Muon and of Adam, each with a single zero for leaves of the other.
 
     Attributes:
       matrices: that of Muon.

@@ -15,12 +15,7 @@ from flora_jax import _validation
 from flora_jax._typing import KeyLike, PyTree, RankSpec, Shape
 from flora_jax.leaves import boxes
 from flora_jax.leaves.plan import Fold, LeafPlan
-from flora_jax.leaves.rules import (
-    ByPath,
-    LeafRules,
-    by_path,
-    is_scalar,
-)
+from flora_jax.leaves.rules import ByPath, LeafRules, by_path, is_scalar
 from flora_jax.projections.base import ObliviousProjection, Projection
 from flora_jax.random.keys import raw_key
 
@@ -260,17 +255,17 @@ def _warn_if_replicated(name: str, plans: tuple[LeafPlan, ...], params: PyTree) 
             )
 
 
-def indivisible_rank(plan: LeafPlan, node: Any, place: Any = None) -> str:
+def indivisible_rank(plan: LeafPlan, node: Any, sharding: Any = None) -> str:
     """How a sketch is sharded less than its leaf; an empty string if it is not.
 
     Args:
       plan: the leaf's.
       node: the leaf, or the box around it.
-      place: the leaf's sharding; None for what ``node`` says of it.
+      sharding: the leaf's; None to take it from ``node``.
     """
     if plan.dense:
         return ""
-    shards, kept = boxes.side_shards(node, plan, place)
+    shards, kept = boxes.side_shards(node, plan, sharding)
     if kept >= shards:
         return ""
     # The next multiple, or the one before where that is no longer a sketch.
@@ -287,7 +282,7 @@ def indivisible_rank(plan: LeafPlan, node: Any, place: Any = None) -> str:
 def _warn_if_dense(name: str, plans: tuple[LeafPlan, ...]) -> None:
     """Warns where a state will be about as large as the uncompressed one."""
     sizes = {plan.path: int(np.prod(plan.shape)) for plan in plans}
-    # A recipe puts a single zero where another of its parts has a leaf.
+    # Leaves of another part of a recipe are replaced by single zeros.
     plans = tuple(plan for plan in plans if sizes[plan.path] > 1)
     total = sum(sizes[plan.path] for plan in plans)
     sketched = sum(sizes[plan.path] for plan in plans if not plan.dense)

@@ -172,7 +172,7 @@ def scale_in_subspace(
     def init_fn(params: PyTree) -> SubspaceState:
         plans = basis.plan(params)
         check_leaves(_NAME, sketch, plans, params)
-        sketches = _zero_sketches(params, plans)
+        sketches = trees.zero_sketches(params, plans, jnp.float32)
         inner_state = inner.init(sketches)
         if transport.moves:
             check_moments(transport, inner_state, sketches)
@@ -212,7 +212,7 @@ def scale_in_subspace(
         plans = basis.plan(updates)
         # In the boxes that init gave to inner: a sketch has other axis names than its
         # leaf.
-        boxes = _zero_sketches(updates, plans)
+        boxes = trees.zero_sketches(updates, plans, jnp.float32)
         groups = find_moments(state.inner, boxes)
         _check_inner(plans, groups, state.inner)
         kept = {
@@ -399,10 +399,6 @@ def _check_orthonormal(what: str, projection: Projection) -> None:
             f"{what} needs a projection with orthonormal rows, got {projection}; use"
             " CountSketch(normalization='isometric')"
         )
-
-
-def _zero_sketches(like: PyTree, plans: Sequence[LeafPlan]) -> PyTree:
-    return trees.zeros_tree(like, plans, [p.state_shape for p in plans], jnp.float32)
 
 
 def _check_inner(plans: Sequence[LeafPlan], groups: Groups, inner: Any) -> None:

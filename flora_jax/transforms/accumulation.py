@@ -156,9 +156,7 @@ def compressed_accumulation(
             mini_step=jnp.zeros([], jnp.int32),
             gradient_step=jnp.zeros([], jnp.int32),
             inner_opt_state=jax.tree.map(_strong, inner.init(params)),
-            acc_grads=trees.zeros_tree(
-                params, plans, [p.state_shape for p in plans], dtype
-            ),
+            acc_grads=trees.zero_sketches(params, plans, dtype),
             skip_state=optax.tree.zeros_like(skip_state),
             key=jnp.array(sketcher.sketch.key_data),
             spec=sketcher.spec(plans, dtype=dtype.name, use_grad_mean=use_grad_mean),

@@ -103,9 +103,7 @@ def compressed_accumulator(
     def init(gradients: PyTree) -> PyTree:
         plans = sketcher.plan(gradients)
         gradients = gradient_shapes(gradients)
-        sketches = trees.zeros_tree(
-            gradients, plans, [p.state_shape for p in plans], dtype
-        )
+        sketches = trees.zero_sketches(gradients, plans, dtype)
         return CompressedAccumulatorCarry(
             # They will differ from device to device.
             sketches=mesh.varying(sketches, axis_name),

@@ -15,7 +15,7 @@ import optax
 from flora_jax import _validation
 from flora_jax._typing import PyTree
 from flora_jax.leaves.plan import LeafPlan
-from flora_jax.leaves.trees import cast_like, matching_leaves, rebuild, zeros_tree
+from flora_jax.leaves.trees import cast_like, matching_leaves, rebuild, zero_sketches
 from flora_jax.projections.base import along
 from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key, renewal
@@ -175,7 +175,7 @@ def momentum_part(
             epoch=jnp.zeros([], jnp.int32),
             key=jnp.array(sketcher.sketch.key_data),
             spec=sketcher.spec(plans, dtype=dtype.name, resample_every=resample_every),
-            momentum=zeros_tree(params, plans, [p.state_shape for p in plans], dtype),
+            momentum=zero_sketches(params, plans, dtype),
         )
 
     def plan(updates: PyTree, state: Any) -> tuple[bool, Plans]:

@@ -11,8 +11,6 @@ RANK = 64
 SKETCH = fj.Sketch(RANK, mask=fj.not_embeddings)
 RATE = 3e-3
 
-# Each transformation, and its moments of the sketched leaves where AdamW has two of
-# the leaves' sizes. What is not listed is exempt: its state is not only sketches.
 TRANSFORMATIONS = {
     "adamw": lambda sketch: optax.adamw(RATE),
     "flora": lambda sketch: fj.flora(RATE, sketch),
@@ -22,6 +20,7 @@ TRANSFORMATIONS = {
     "apollo": lambda sketch: fj.apollo(RATE, sketch),
     "fira_int8": lambda sketch: fj.fira(RATE, sketch, state_dtype="int8"),
 }
+# How many float32 moments each keeps of a sketched leaf; AdamW keeps two.
 MOMENTS = {
     "flora": 1,
     "flora_adamw": 2,

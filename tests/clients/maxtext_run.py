@@ -1,11 +1,4 @@
-"""Trains a small MaxText model with one of the transformations; prints what it took.
-
-The three lines of docs/trainers that bring an optimizer into MaxText are these::
-
-    from maxtext.optimizers import optimizers
-    optimizers.get_optimizer = get_optimizer   # (config, schedule, model, mesh)
-    train.main(argv)
-"""
+"""Trains a small MaxText model with one of the transformations; prints what it took."""
 
 import argparse
 import hashlib

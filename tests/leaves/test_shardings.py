@@ -66,9 +66,7 @@ def test_a_rank_as_long_as_a_head():
     """Only the fold tells that the last axis of (768, 1, 64) is a rank."""
     sizes = mesh_axes(mesh(a=4, b=2))
     groups = (0,), (1, 2)
-    spec = fit_sharding(
-        ("a", "b", None), (768, 12, 64), (768, 1, 64), sizes, True, groups
-    )
+    spec = fit_sharding(("a", "b", None), (768, 12, 64), (768, 1, 64), sizes, groups)
     assert spec == ("a", None, "b")
     params = stacked(("a", "b", None), (768, 12, 64))
     with jax.set_mesh(mesh(a=4, b=2)):
