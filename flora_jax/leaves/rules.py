@@ -103,11 +103,11 @@ class LeafRules:
         ``MuonDimensionNumbers`` or ``GaLoreDimensionNumbers`` for all leaves, a tree of
         them (None leaves a leaf dense), or a callable from params to such a tree. Axes
         that are not named are batch axes.
-      keep_logical_axes: what the rank's axis does with a logical name in flax's
-        metadata that no active rule maps to a mesh. By default it drops the name, and
-        is replicated; True keeps it, for rules that come after ``init``. Where rules
-        are active but no mesh is set, as in MaxText, names are kept. The rank must
-        then be divisible by the shards, or jax refuses the state.
+      keep_logical_axes: whether the axis that holds the rank keeps a logical name of
+        flax's metadata that no active rule maps to the mesh. False drops the name,
+        which leaves that axis unsharded; True keeps it, for rules that are applied
+        after ``init``. Names that active rules map are kept even without a mesh. The
+        rank must be divisible by the shards of a name that is kept.
 
     Trees are looked up by normalized path: ``jax.tree_util.keystr(path, simple=True,
     separator="/")`` without the ``/value`` that NNX Variables and Linen boxes add. They
@@ -201,7 +201,7 @@ class LeafRules:
             boxes; shapes suffice.
 
         Returns:
-          The rules.
+          A copy with these dimension numbers.
 
         Raises:
           ValueError: if the rules have ``weight_dimension_numbers`` already.
@@ -235,7 +235,7 @@ class LeafRules:
     def check_stacked(
         self, name: str, plans: Sequence[LeafPlan], params: PyTree
     ) -> None:
-        """Raises if metadata says that an axis is stacked, and the fold merges it.
+        """Raises if a fold merges an axis that is stacked according to its metadata.
 
         Args:
           name: the transformation.

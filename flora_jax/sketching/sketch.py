@@ -59,8 +59,8 @@ class Sketch(LeafRules):
       max_aspect_ratio: largest ratio of its sides; 16 as in the paper's accumulation.
       weight_dimension_numbers: which axes form the matrix, in optax's convention; see
         :class:`flora_jax.LeafRules`, also for how trees are looked up.
-      keep_logical_axes: whether the rank's axis keeps a logical name that no rule maps
-        to a mesh; see :class:`flora_jax.LeafRules`.
+      keep_logical_axes: whether the axis that holds the rank keeps a logical name that
+        no active rule maps to the mesh; see :class:`flora_jax.LeafRules`.
 
     Raises:
       TypeError: for arguments of a wrong type, and a traced key.
