@@ -14,6 +14,7 @@ from flora_jax.leaves.spec import verify_state
 from flora_jax.memory.budget import rank_for_budget, ranks_for_budget
 from flora_jax.memory.planner import LeafMemory, MemoryPlan, memory_plan
 from flora_jax.optimizers import (
+    adafactor,
     apollo,
     apollo_mini,
     dct_adamw,
@@ -106,6 +107,7 @@ __all__ = [
     "TopDCT",
     "TopSVD",
     "Transport",
+    "adafactor",
     "apollo",
     "apollo_mini",
     "compressed_accumulation",

@@ -235,13 +235,13 @@ def _accumulation(learning_rate: Any, s: Settings) -> Any:
     return fj.compressed_accumulation(base, s.micro_batches, s.sketch)
 
 
-def _recipe(recipe: str) -> Callable[[Any, Settings], Any]:
+def _recipe(recipe: str, **fixed: Any) -> Callable[[Any, Settings], Any]:
     """A recipe of flora_jax that has Adam's second moment and renews its basis."""
 
     def make(learning_rate: Any, s: Settings) -> Any:
         # DCT-AdamW's bases cost so little that each update has its own.
         every = 1 if recipe == "dct_adamw" else s.refresh_every
-        own = {"b2": s.b2, "refresh_every": every} | s.options
+        own = {"b2": s.b2, "refresh_every": every} | fixed | s.options
         return getattr(fj, recipe)(learning_rate, s.sketch, **own)
 
     return make
@@ -359,6 +359,12 @@ _COMPLETE = (
     Method("apollo_mini", "APOLLO-Mini", _apollo_mini),
     Method("dct_adamw", "DCT-AdamW", _recipe("dct_adamw"), keeps="sketch"),
     Method("flora_adamw", "AdamW on sketches", _recipe("flora_adamw"), keeps="sketch"),
+    Method(
+        "flora_adamw_int8",
+        "AdamW on sketches, int8",
+        _recipe("flora_adamw", state_dtype="int8"),
+        keeps="sketch",
+    ),
     Method("flora_muon", "FLORA-Muon", _flora_muon, keeps="sketch"),
     Method("sketched_muon", "Muon, sketched", _sketched_muon, keeps="sketch"),
 )

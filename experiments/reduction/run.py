@@ -8,8 +8,6 @@ On a machine without accelerators JAX_NUM_CPU_DEVICES=8 makes eight devices.
 import dataclasses
 import functools
 import itertools
-import math
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ from rich.progress import track
 
 import flora_jax as fj
 from experiments.common import devices, records
+from experiments.common.collectives import collectives, total
 from experiments.common.errors import ConfigError
 from experiments.common.problem import Data, Problem, build
 from experiments.main_job.run import prepare
@@ -148,14 +147,4 @@ class Bench:
                 loss = problem.evaluate(state[0], {})["validation_loss"]
                 curve.append([done, records.finite(loss)])
         row = {"validation_loss": curve[-1][1], "curve": curve}
-        return row | {"bytes_all_reduced": bytes_all_reduced(self._step)}
-
-
-def bytes_all_reduced(compiled: Any) -> int:
-    """Bytes of the results of all all-reduces of floats in a compiled program."""
-    total = 0
-    pattern = r"= (.*) all-reduce(?:-start)?\("
-    for result in re.findall(pattern, compiled.as_text()):
-        for bits, dims in re.findall(r"\bb?f(16|32)\[([\d,]*)\]", result):
-            total += int(bits) // 8 * math.prod(int(n) for n in dims.split(",") if n)
-    return total
+        return row | {"bytes_all_reduced": total(collectives(self._step.as_text()))}

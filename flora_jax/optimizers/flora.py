@@ -1,4 +1,4 @@
-"""The paper's optimizer."""
+"""The paper's optimizer, and Adafactor, of which it keeps the momentum as a sketch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax
 import optax
 
 from flora_jax import _validation as check
+from flora_jax.leaves.rules import LeafRules
 from flora_jax.optimizers.common import DecayMask, decay_and_learning_rate, recipe
 from flora_jax.sketching.sketch import Sketch, as_sketch
 from flora_jax.transforms.factored_rms import (
@@ -17,14 +18,14 @@ from flora_jax.transforms.factored_rms import (
     scale_by_parameter_scale,
 )
 from flora_jax.transforms.momentum import momentum_part
-from flora_jax.transforms.parts import chain_parts
+from flora_jax.transforms.parts import Part, chain_parts
 
 
 @recipe
 def flora(
     learning_rate: optax.ScalarOrSchedule,
     sketch: Sketch | int,
-    b1: jax.typing.ArrayLike | None = 0.9,
+    b1: jax.typing.ArrayLike = 0.9,
     *,
     resample_every: int | jax.Array | None = 1000,
     estimator: str = "nesterov",
@@ -57,7 +58,7 @@ def flora(
       sketch: the sketch, or its rank; CountSketch unless it has a projection
         (``Gaussian()`` is the paper's). The second moment is factored by the same
         ``min_dim_size`` and ``weight_dimension_numbers``, at any aspect ratio.
-      b1: momentum's decay β; None keeps no momentum.
+      b1: momentum's decay β.
       resample_every: updates between two projections; 1000 as in the paper.
       estimator: how the momentum becomes an update; see
         :func:`flora_jax.compressed_momentum`. ``"paper"`` is the paper's; in this
@@ -96,25 +97,106 @@ def flora(
     sketch = as_sketch(sketch)
     # A mask leaves leaves out of the sketch alone, and Adafactor has no aspect limit.
     rules = dataclasses.replace(sketch.rules, mask=None, max_aspect_ratio=math.inf)
+    check.check_number("b1", b1, 0, 1, "the paper uses 0.9")
+    momentum = momentum_part(b1, sketch, resample_every, estimator, dtype)
+    return _chain(
+        "flora",
+        [*_normalized(decay_rate, epsilon, clipping_threshold, rules), momentum],
+        multiply_by_parameter_scale,
+        decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate),
+    )
+
+
+@recipe
+def adafactor(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    decay_rate: jax.typing.ArrayLike = 0.8,
+    epsilon: jax.typing.ArrayLike = 1e-30,
+    clipping_threshold: jax.typing.ArrayLike | None = 1.0,
+    multiply_by_parameter_scale: bool = True,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    weight_decay_mask: DecayMask = None,
+    rules: LeafRules = LeafRules(max_aspect_ratio=math.inf),
+) -> optax.GradientTransformationExtraArgs:
+    """Adafactor without momentum, whose state can be sharded on any mesh.
+
+    The chain: :func:`flora_jax.scale_by_factored_rms`, clipping by each leaf's RMS,
+    multiplication by the parameter's RMS, weight decay, learning rate.
+
+    The same as ``optax.adafactor`` without weight decay, where both factor the same
+    axes, which :func:`flora_jax.scale_by_factored_rms` tells; optax does not multiply
+    its ``weight_decay_rate`` by the learning rate. The state of ``optax.adafactor``
+    has arrays with one axis, which cannot be created under the sharding metadata of a
+    parameter with more. :func:`flora_jax.flora` is this with sketched momentum.
+
+    Memory of one (n, m) matrix: n + m float32 elements.
+
+    Args:
+      learning_rate: a float or a schedule, relative to the parameters' RMS.
+      decay_rate: exponent of the second moment's decay schedule; 0.8 as published.
+      epsilon: added to the squared gradient; 1e-30 as published.
+      clipping_threshold: largest RMS of a leaf's normalized update; None to disable.
+      multiply_by_parameter_scale: multiply updates by the RMS of their parameter.
+      weight_decay: decoupled weight decay, multiplied by the learning rate; None to
+        disable.
+      weight_decay_mask: as ``mask`` of ``optax.add_decayed_weights``.
+      rules: which leaves are factored, and by which axes; sides of 128 or more.
+
+    Returns:
+      The gradient transformation. Updates have the dtype of the gradients.
+
+    Raises:
+      TypeError: for arguments of a wrong type.
+      ValueError: for arguments out of range; from update, if ``params`` is missing or
+        gradients and state do not match.
+
+    Example:
+      >>> import flora_jax as fj
+      >>> tx = fj.compressed_accumulation(fj.adafactor(1e-2), 16, fj.Sketch(32))
+
+    References:
+      Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
+      <https://arxiv.org/abs/1804.04235>`_, 2018
+    """
+    return _chain(
+        "adafactor",
+        _normalized(decay_rate, epsilon, clipping_threshold, rules),
+        multiply_by_parameter_scale,
+        decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate),
+    )
+
+
+def _normalized(
+    decay_rate: jax.typing.ArrayLike,
+    epsilon: jax.typing.ArrayLike,
+    clipping_threshold: jax.typing.ArrayLike | None,
+    rules: LeafRules,
+) -> list[Part]:
+    """Division by the factored RMS, and clipping."""
     parts = [factored_rms_part(decay_rate, epsilon, rules)]
     if clipping_threshold is not None:
+        remedy = "1.0, or None"
         check.check_number(
-            "clipping_threshold", clipping_threshold, 1e-30, None, "1.0, or None"
+            "clipping_threshold", clipping_threshold, 1e-30, None, remedy
         )
         parts.append(clip_part(clipping_threshold))
-    if b1 is not None:
-        check.check_number("b1", b1, 0, 1, "the paper uses 0.9")
-    # Made in any case, so that it checks its arguments.
-    momentum = momentum_part(
-        0.0 if b1 is None else b1, sketch, resample_every, estimator, dtype
-    )
-    if b1 is not None:
-        parts.append(momentum)
+    return parts
+
+
+def _chain(
+    name: str,
+    parts: list[Part],
+    multiply_by_parameter_scale: bool,
+    last: list[optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
+    """Parts, the parameter scale, weight decay if there is one, learning rate."""
     needs = {
         "multiply_by_parameter_scale": multiply_by_parameter_scale,
-        "weight_decay": weight_decay is not None,
+        "weight_decay": len(last) > 1,
     }
-    names = ", ".join(name for name, needed in needs.items() if needed)
-    last = [scale_by_parameter_scale()] if multiply_by_parameter_scale else []
-    last += decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate)
-    return chain_parts(parts, *last, params_for=f"flora({names})" if names else "")
+    names = ", ".join(key for key, needed in needs.items() if needed)
+    scale = [scale_by_parameter_scale()] if multiply_by_parameter_scale else []
+    return chain_parts(
+        parts, *scale, *last, params_for=f"{name}({names})" if names else ""
+    )

@@ -55,7 +55,7 @@ class Case:
     @property
     def sketches(self):
         """Whether some of the state is a sketch, by the factory's own arguments."""
-        return self.takes("sketch") and self.options.get("b1", DECAY) is not None
+        return self.takes("sketch")
 
     @property
     def keys(self):
@@ -102,9 +102,9 @@ def _accumulation(name, projection, inner):
     return Case(f"accumulation-{name}", fj.compressed_accumulation, options, inner)
 
 
-def _flora(name, b1, **options):
-    options = {"resample_every": RESAMPLE_EVERY, **options}
-    return Case(f"flora-{name}", fj.flora, {"learning_rate": 0.1, "b1": b1, **options})
+def _flora(name, **options):
+    settings = {"learning_rate": 0.1, "b1": DECAY, "resample_every": RESAMPLE_EVERY}
+    return Case(f"flora-{name}", fj.flora, settings | options)
 
 
 def _adamw(factory, name="", **options):
@@ -151,9 +151,9 @@ CASES = (
             rate, min_dim_size_to_factor=setting.min_dim_size
         ),
     ),
-    _flora("momentum", DECAY, projection=fj.Gaussian()),
-    _flora("no-momentum", None),
-    _flora("weight-decay", DECAY, weight_decay=0.01, projection=fj.CountSketch()),
+    _flora("momentum", projection=fj.Gaussian()),
+    Case("adafactor", fj.adafactor, {"learning_rate": 0.1}),
+    _flora("weight-decay", weight_decay=0.01, projection=fj.CountSketch()),
     Case("factored-rms", fj.scale_by_factored_rms, {}),
     _adamw(fj.galore),
     _adamw(fj.apollo),

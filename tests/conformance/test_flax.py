@@ -125,7 +125,7 @@ def on_a_mesh(case):
     """
     if case.name != "accumulation-adafactor":
         return case()
-    return case(inner=fj.flora(0.1, FOLDS, None))
+    return case(inner=fj.adafactor(0.1, rules=FOLDS.rules))
 
 
 def make_mesh(kind):

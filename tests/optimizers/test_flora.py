@@ -156,23 +156,22 @@ def test_parts_can_be_left_out():
     tx.update(gradients[0], tx.init(params))
 
 
+def last_axes_folded(gradients):
+    return [{**g, "cut": g["cut"].reshape(16, 32)} for g in gradients]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("momentum", [None, 0.5])
-def test_without_sketches_equals_adafactor_as_far_as_it_goes(momentum):
+def test_equals_optax_adafactor_as_far_as_it_goes(momentum):
     """Without momentum it is optax's; with it, parameter scale and rate come later."""
     gradients = with_vectors(folds.gradients(4, ("tall", "cut", "stack")))
-    flat = [{**g, "cut": g["cut"].reshape(16, 32)} for g in gradients]
     params = {name: PARAMS[name] for name in gradients[0]}
-    flat_params = {**params, "cut": PARAMS["cut"].reshape(16, 32)}
-    sketch = dataclasses.replace(SKETCH, mask=lambda path, shape: False)
-    with (
-        pytest.warns(UserWarning, match="0 of 4 leaves") if momentum else nullcontext()
-    ):
-        tx = fj.flora(0.1, sketch, momentum, estimator="paper")
-        updates = train(tx, gradients, params)
     if momentum is None:
+        tx = fj.adafactor(0.1, rules=FACTORED)
         reference = optax.adafactor(0.1, min_dim_size_to_factor=8)
     else:
+        sketch = dataclasses.replace(SKETCH, mask=lambda path, shape: False)
+        tx = fj.flora(0.1, sketch, momentum, estimator="paper")
         reference = optax.chain(
             optax.scale_by_factored_rms(min_dim_size_to_factor=8),
             optax.clip_by_block_rms(1.0),
@@ -180,9 +179,43 @@ def test_without_sketches_equals_adafactor_as_far_as_it_goes(momentum):
             optax.scale_by_param_block_rms(),
             optax.scale_by_learning_rate(0.1),
         )
-    expected = train(reference, flat, flat_params)
-    flat_updates = [{**u, "cut": u["cut"].reshape(16, 32)} for u in updates]
-    assert_close(flat_updates, expected)
+    with (
+        pytest.warns(UserWarning, match="0 of 4 leaves") if momentum else nullcontext()
+    ):
+        updates = last_axes_folded(train(tx, gradients, params))
+    (flat_params,) = last_axes_folded([params])
+    assert_close(updates, train(reference, last_axes_folded(gradients), flat_params))
+
+
+@pytest.mark.full
+def test_adafactor_equals_the_chain_of_its_parts():
+    gradients = with_vectors(folds.gradients(3, ("tall", "cut")))
+    params = {name: PARAMS[name] for name in gradients[0]}
+    mask = {name: name != "bias" for name in params}
+    tx = fj.adafactor(
+        0.1,
+        decay_rate=0.7,
+        epsilon=1e-20,
+        clipping_threshold=0.8,
+        weight_decay=0.2,
+        weight_decay_mask=mask,
+        rules=FACTORED,
+    )
+    chain = optax.chain(
+        fj.scale_by_factored_rms(0.7, epsilon=1e-20, rules=FACTORED),
+        optax.clip_by_block_rms(0.8),
+        optax.scale_by_param_block_rms(),
+        optax.add_decayed_weights(0.2, mask),
+        optax.scale_by_learning_rate(0.1),
+    )
+    assert_close(train(tx, gradients, params), train(chain, gradients, params))
+    plain = fj.adafactor(
+        0.1, clipping_threshold=None, multiply_by_parameter_scale=False, rules=FACTORED
+    )
+    # Without a parameter scale and weight decay it does not ask for parameters.
+    plain.update(gradients[0], plain.init(params))
+    with pytest.raises(ValueError, match="adafactor\\(multiply_by_parameter_scale, w"):
+        tx.update(gradients[0], tx.init(params))
 
 
 @pytest.mark.full

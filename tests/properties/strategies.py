@@ -69,7 +69,7 @@ class Case:
         """
         settings = {"clipping_threshold": None, "residual": None}
         settings |= {**FIXED.get(self.factory, {}), **self.arguments}
-        if self.factory in (fj.scale_by_factored_rms, fj.flora):
+        if self.factory in (fj.scale_by_factored_rms, fj.adafactor, fj.flora):
             return settings["clipping_threshold"] is None
         residual, projection = (
             settings["residual"],
@@ -161,14 +161,17 @@ def _momentum(draw, flora):
 
 def _flora(draw):
     arguments, sketch, reasons = _momentum(draw, flora=True)
-    options = choose(
+    return {**arguments, **_adafactor(draw)}, sketch, reasons
+
+
+def _adafactor(draw):
+    return choose(
         draw,
         learning_rate=(0.1, optax.linear_schedule(0.1, 0.0, 3)),
         clipping_threshold=(1.0, None),
         multiply_by_parameter_scale=(True, False),
         weight_decay=(None, 0.01),
     )
-    return {**arguments, **options}, sketch, reasons
 
 
 def _inner(draw, tree):
@@ -223,8 +226,10 @@ def cases(draw, factory):
     tree, seed = draw(trees.trees()), draw(st.integers(0, 2**32 - 1))
     refused = [x for x in jax.tree.leaves(tree) if x.refused]
     dtypes = ["leaf .* must have a real floating dtype"] if refused else []
-    if factory is fj.scale_by_factored_rms:
+    if factory in (fj.adafactor, fj.scale_by_factored_rms):
         arguments = choose(draw, decay_rate=(0.8, 0.5), rules=RULES)
+        if factory is fj.adafactor:
+            arguments |= _adafactor(draw)
         return Case(factory, arguments, None, tree, seed, tuple(dtypes))
     if factory is fj.quantize_state:
         return _quantized(draw, tree, seed)
@@ -272,6 +277,7 @@ FACTORIES = (
     fj.compressed_accumulation,
     fj.compressed_accumulator,
     fj.flora,
+    fj.adafactor,
     fj.scale_by_factored_rms,
     fj.scale_in_subspace,
     fj.quantize_state,

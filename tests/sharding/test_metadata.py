@@ -179,7 +179,7 @@ def test_metadata_says_what_state_sharding_says(case):
 
 def test_adafactor_inside_an_accumulation():
     mesh, leaves = on_mesh("both")
-    tx = fj.compressed_accumulation(fj.flora(1e-3, SKETCH, b1=None), 2, SKETCH)
+    tx = fj.compressed_accumulation(fj.adafactor(1e-3), 2, SKETCH)
     found, adamw = (by_parameter(x, leaves, mesh) for x in (tx, optax.scale_by_adam()))
     kernels = LAYOUTS["both"][1]
     assert total(found, kernels) <= 1.15 * RANK / WIDTH * total(adamw, kernels, {"mu"})

@@ -1,0 +1,161 @@
+"""The TPU compiler's account of an optimizer step on a pod."""
+
+import itertools
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+from rich.progress import track
+
+import flora_jax as fj
+from experiments.common import records
+from experiments.common.collectives import Collective, collectives, total
+from experiments.common.methods import METHODS, Settings
+from experiments.pods import report
+from experiments.pods.config import LAYOUTS, MODELS, Config, Model
+
+P = jax.P
+
+# An exact SVD of one leaf had not compiled for a TPU after five minutes.
+_OPTIONS = {"galore": {"projection": {"TopSVD": {"method": "randomized"}}}}
+
+
+def run(config: Config) -> None:
+    """Compiles the step of every optimizer on every pod, and writes the table."""
+    # Where no TPU is attached: its compiler looks for one, and for its neighbors.
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v5litepod-4",
+        TPU_WORKER_HOSTNAMES="localhost",
+    )
+    path = config.output_dir / "pods.jsonl"
+    rows = records.resume_rows(path)
+    wanted = itertools.product(
+        config.models, config.dtypes, config.pods, config.layouts, config.methods
+    )
+    names = ("model", "dtype", "pod", "layout", "method")
+    cases = [dict(zip(names, each, strict=True)) for each in wanted]
+    cases = [case | {"rank": config.rank} for case in cases]
+    done = [{name: row[name] for name in cases[0]} for row in rows]
+    for case in track([x for x in cases if x not in done], "compiling"):
+        chips = topologies.get_topology_desc(case["pod"], "tpu")
+        shape = LAYOUTS[case["pod"]][case["layout"]]
+        mesh = topologies.make_mesh(chips, shape, ("fsdp", "tensor"))
+        measured = measure(MODELS[case["model"]], mesh, case)
+        records.append_row(path, case | measured | records.versions())
+    report.write(path)
+
+
+def measure(model: Model, mesh: jax.sharding.Mesh, case: records.Row) -> records.Row:
+    """Compiles update and apply, with parameters and state donated.
+
+    Args:
+        model: the sizes.
+        mesh: with axes "fsdp" and "tensor".
+        case: `dtype`, `method` and `rank`.
+
+    Returns:
+        Bytes on one chip: of the `arguments` (parameters, state and gradients), of
+        `temporaries`, of the collectives of each `step` and of a `refresh` besides, by
+        kind; of the largest array that is gathered (`gathered`); of all sketches
+        (`sketches`) and gradients (`gradients`), which are sharded over "tensor" alone,
+        and of the `largest_sketch`. Processor seconds of `compilation`. If the
+        compiler refuses, what it says (`refused`).
+    """
+    # Kinds of axes other than Auto would ask for shardings inside of the optimizers.
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+    shapes, specs = parameters(model, case["dtype"])
+    shardings = {name: jax.NamedSharding(mesh, spec) for name, spec in specs.items()}
+    sketch = fj.Sketch(case["rank"], mask=fj.not_embeddings)
+    options = _OPTIONS.get(case["method"], {})
+    settings = Settings(sketch, estimator="nesterov", options=options)
+    tx = METHODS[case["method"]].optimizer(1e-3, settings)
+
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.set_mesh(mesh):
+        layout = fj.state_sharding(tx, shapes, shardings)
+        state = _sharded(jax.eval_shape(tx.init, shapes), layout)
+        params = _sharded(shapes, shardings)
+        jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(shardings, layout))
+        started = time.process_time()
+        lowered = jitted.lower(params, state, params)
+        found = _sketches(sketch, shapes, mesh.shape["tensor"])
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return found | {"refused": str(error).splitlines()[0]}
+    memory = compiled.memory_analysis()
+    sent = collectives(compiled.as_text())
+    gathered = [x.largest for x in sent if x.kind == "all-gather"]
+    return found | {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "step": _by_kind([x for x in sent if not x.optional]),
+        "refresh": _by_kind([x for x in sent if x.optional]),
+        "gathered": max(gathered, default=0),
+        "compilation": round(time.process_time() - started, 1),
+    }
+
+
+def parameters(model: Model, dtype: str) -> tuple[dict[str, Any], dict[str, P]]:
+    """Returns shapes and mesh axes of a Llama's parameters, as trainers shard them."""
+    d, f, stack = model.width, model.mlp, model.layers
+    columns, rows = ("fsdp", "tensor"), ("tensor", "fsdp")
+    sizes = {
+        "q": ((d, model.queries), columns),
+        "k": ((d, model.keys), columns),
+        "v": ((d, model.keys), columns),
+        "o": ((model.queries, d), rows),
+        "gate": ((d, f), columns),
+        "up": ((d, f), columns),
+        "down": ((f, d), rows),
+        "attention_norm": ((d,), (None,)),
+        "mlp_norm": ((d,), (None,)),
+    }
+    stacked = {k: ((stack, *s), (None, *axes)) for k, (s, axes) in sizes.items()}
+    every = stacked | {
+        "embed": ((model.vocabulary, d), rows),
+        "lm_head": ((d, model.vocabulary), columns),
+        "norm": ((d,), (None,)),
+    }
+    shapes = {
+        k: jax.ShapeDtypeStruct(s, jnp.dtype(dtype)) for k, (s, _) in every.items()
+    }
+    return shapes, {name: P(*axes) for name, (_, axes) in every.items()}
+
+
+def _sharded(tree: Any, shardings: Any) -> Any:
+    def struct(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(struct, tree, shardings)
+
+
+def _sketches(sketch: fj.Sketch, shapes: Any, tensor: int) -> records.Row:
+    """Bytes of float32 sketches, and of the gradients that they are taken of."""
+    plans = [plan for plan in sketch.plan(shapes) if not plan.dense]
+    itemsize = shapes["q"].dtype.itemsize
+    sketches = [4 * math.prod(plan.state_shape) // tensor for plan in plans]
+    gradients = [itemsize * math.prod(plan.shape) // tensor for plan in plans]
+    return {
+        "gradients": sum(gradients),
+        "sketches": sum(sketches),
+        "largest_sketch": max(sketches),
+    }
+
+
+def _by_kind(sent: list[Collective]) -> dict[str, int]:
+    kinds = sorted({each.kind for each in sent})
+    return {kind: total([x for x in sent if x.kind == kind]) for kind in kinds}

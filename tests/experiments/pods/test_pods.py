@@ -1,0 +1,61 @@
+"""The account of a pod, on CPU devices in place of chips, and the committed one."""
+
+import pathlib
+
+import jax
+import pytest
+
+from experiments.common import records
+from experiments.pods import report
+from experiments.pods.config import Model
+from experiments.pods.run import measure, parameters
+
+MODEL = Model(layers=2, width=256, mlp=512, queries=256, keys=128, vocabulary=1024)
+RESULTS = pathlib.Path(report.__file__).parent / "results" / "pods.jsonl"
+
+
+def test_a_llama_has_as_many_parameters_as_published():
+    from experiments.pods.config import MODELS
+
+    sizes = {
+        name: sum(x.size for x in parameters(model, "float32")[0].values())
+        for name, model in MODELS.items()
+    }
+    assert sizes == {"llama-2-7b": 6_738_415_616, "llama-3-70b": 70_553_706_496}
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("method", ["flora_adamw", "adamw"])
+def test_a_step_is_measured(method):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+    row = measure(MODEL, mesh, {"dtype": "float32", "method": method, "rank": 16})
+    shapes, _ = parameters(MODEL, "float32")
+    # Halved by "tensor": q, k, v, o, gate, up, down of two layers.
+    kernels = {k: x.size for k, x in shapes.items() if x.ndim == 3}
+    assert row["gradients"] == 4 * sum(kernels.values()) // 2
+    assert row["compilation"] > 0
+    params = sum(x.size for x in shapes.values())
+    if method == "adamw":
+        assert row["step"] == row["refresh"] == {}
+        # Four times the parameters, and what is not sharded: norms.
+        assert row["arguments"] == pytest.approx(4 * 4 * params / 8, rel=0.03)
+    else:
+        assert row["arguments"] < 4 * 3 * params / 8
+        assert 0 < row["gathered"] <= row["largest_sketch"]
+        assert 0 < sum(row["step"].values()) <= 2 * row["sketches"]
+
+
+def test_the_committed_table_holds_its_bounds(tmp_path):
+    """No all-gather beyond a sketch; no more sent than twice the sketches."""
+    rows = [row for row in records.read_rows(RESULTS) if "refused" not in row]
+    sketched = [row for row in rows if row["method"].startswith(("flora", "galore"))]
+    assert sketched
+    for row in sketched:
+        if row["method"] != "flora_muon":
+            assert row["gathered"] <= row["largest_sketch"]
+            assert sum(row["step"].values()) <= 2 * row["sketches"]
+    path = tmp_path / "pods.jsonl"
+    path.write_text(RESULTS.read_text())
+    report.write(path)
+    written = RESULTS.with_suffix(".md").read_text()
+    assert path.with_suffix(".md").read_text() == written
