@@ -20,7 +20,7 @@ import numpy as np
 
 from flora_jax._typing import PyTree
 from flora_jax._xla import materialized, widened
-from flora_jax.leaves.mesh import is_sharded, replicated, replicated_along
+from flora_jax.leaves.mesh import replicated, replicated_along
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.spec import describe, make_spec
 from flora_jax.projections.base import product
@@ -257,11 +257,10 @@ class Sketcher:
             sample = functools.partial(self.projection.sample, rank=rank, width=width)
             # Written to memory once: every element of G reads a sign or a bucket.
             together = materialized(jax.vmap(sample)(keys))
-            # Leaves of one group may be sharded over different mesh axes.
-            if is_sharded():
-                together = jax.tree.map(replicated, together)
             for place, i in enumerate(members):
-                sampled[i] = jax.tree.map(operator.itemgetter(place), together)
+                alone = jax.tree.map(operator.itemgetter(place), together)
+                # Leaves of one group may be sharded over different mesh axes.
+                sampled[i] = jax.tree.map(replicated, alone)
         return sampled
 
     def transfers(

@@ -85,12 +85,12 @@ class Run:
         batch |= {"inputs_segmentation": np.ones((8, 16), np.int32)}
         batch = jax.device_put(batch, sharding)
         parts = self.model, self.optimizer, self.rngs
-        for _ in range(steps):
-            self.metrics.reset()
-            with jax.set_mesh(self.where):
+        with jax.set_mesh(self.where):
+            for _ in range(steps):
+                self.metrics.reset()
                 state, _ = self.step(*parts, batch, self.metrics)
-            nnx.update((*parts, self.metrics), state)
-            self.losses.append(float(self.metrics.compute()["loss"]))
+                nnx.update((*parts, self.metrics), state)
+                self.losses.append(float(self.metrics.compute()["loss"]))
 
     def state(self):
         """What the example saves."""

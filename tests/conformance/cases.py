@@ -181,11 +181,30 @@ CASES = (
     Case("quantized", fj.quantize_state, {"min_size": 1, "block": 4}, _fira),
 )
 SKETCHING = tuple(case for case in CASES if case.sketches)
+# Other options of a transformation that a case before or after them has: the slow tier.
+VARIANTS = frozenset(
+    {
+        "accumulation-adafactor",
+        "flora-adamw-orthogonal",
+        "flora-muon-int8",
+        "flora-weight-decay",
+        "galore",
+        "momentum-fresh-countsketch",
+        "momentum-paper-countsketch",
+        "momentum-paper-gaussian",
+    }
+)
+DISTINCT = tuple(case for case in CASES if case.name not in VARIANTS)
 
 
-def each_of(cases):
-    """Runs a test for each of some cases; see the mark ``sample``."""
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+def each_of(cases, distinct=DISTINCT):
+    """Runs a test for each of some cases, others than the distinct in the slow tier."""
+
+    def param(case):
+        marks = () if case in distinct else (pytest.mark.slow,)
+        return pytest.param(case, id=case.name, marks=marks)
+
+    return pytest.mark.parametrize("case", [param(case) for case in cases])
 
 
 every_case, every_sketching_case = each_of(CASES), each_of(SKETCHING)

@@ -15,6 +15,7 @@ import flora_jax as fj
 from tests.common import assert_close, process_environment
 from tests.conformance.cases import (
     CASES,
+    DISTINCT,
     EVERY_K,
     RESAMPLE_EVERY,
     STEPS,
@@ -98,7 +99,7 @@ def chain(tmp_path_factory):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("devices", [8, 4, 1])
+@pytest.mark.parametrize("devices", [8, pytest.param(4, marks=pytest.mark.slow), 1])
 def test_every_bit_is_restored_where_it_should_lie(chain, devices):
     found = chain[0][devices]
     for case in CASES:
@@ -116,12 +117,12 @@ def test_every_bit_is_restored_where_it_should_lie(chain, devices):
 
 
 def on_meshes():
-    """Every case on 4 devices; most of those on 8 are run by hand."""
+    """On 4 devices, and some on 8; the others are run by hand."""
     for case in CASES:
-        few = case.name in {"accumulation-adam", "galore", "quantized"}
-        marks = pytest.mark.full if few else pytest.mark.slow
-        yield pytest.param(case, 4, id=f"{case.name}-4", marks=pytest.mark.full)
-        yield pytest.param(case, 8, id=f"{case.name}-8", marks=marks)
+        few = case.name in {"accumulation-adam", "galore-int8", "quantized"}
+        for devices, chosen in ((4, case in DISTINCT), (8, few)):
+            marks = pytest.mark.full if chosen else pytest.mark.slow
+            yield pytest.param(case, devices, id=f"{case.name}-{devices}", marks=marks)
 
 
 @pytest.mark.parametrize(("case", "devices"), list(on_meshes()))

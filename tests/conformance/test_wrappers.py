@@ -107,7 +107,8 @@ def matrices(tree):
 def masks():
     """A mask around an accumulation, and one around what it has inside."""
     half = {"a": {"kernel": True, "bias": True}, "c": {"kernel": False, "bias": False}}
-    return [(matrices, half), (half, matrices), (half, half), (True, half)]
+    pairs = [(matrices, half), (half, matrices), (half, half), (True, half)]
+    return [*pairs[:2], *(pytest.param(x, marks=pytest.mark.slow) for x in pairs[2:])]
 
 
 @pytest.mark.full

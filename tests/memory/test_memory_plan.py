@@ -49,7 +49,9 @@ def model(name):
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("name", ["folds", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    "name", ["folds", "gpt2", pytest.param("t5", marks=pytest.mark.slow)]
+)
 @every_case
 def test_totals_are_the_allocated_bytes(case, name):
     params = model(name)

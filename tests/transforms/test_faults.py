@@ -15,9 +15,7 @@ from tests.reference import folds
 
 # Beyond one of each kind of state in the slow tier: tests/conformance/test_wrappers.py
 # has NaN for all cases.
-kinds_of_state = each_of(
-    [pytest.param(x, marks=[pytest.mark.slow] * (i > 2)) for i, x in enumerate(CASES)]
-)
+kinds_of_state = each_of(CASES, CASES[:3])
 
 
 def spoiled(grads, value):

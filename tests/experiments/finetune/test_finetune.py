@@ -34,6 +34,14 @@ from tests.common import process_environment
 pytestmark = pytest.mark.xdist_group("finetune")
 
 UPDATES = 6
+# One of each kind of buffer; the rest trains in the slow tier.
+BUFFERS = (
+    "full_accumulation",
+    "flora_momentum",
+    "flora_accumulation",
+    "sketched_accumulation",
+    "lora_accumulation",
+)
 TINY = Config(
     dataset="phrases",
     methods=FINETUNE,
@@ -83,7 +91,11 @@ def data_dir(tmp_path_factory):
 @pytest.mark.parametrize(
     ("dataset", "model", "methods", "options", "metrics"),
     [
-        ("phrases", "t5-tiny", FINETUNE, {}, {"exact_match", "bleu", "chrf"}),
+        ("phrases", "t5-tiny", BUFFERS, {}, {"exact_match", "bleu", "chrf"}),
+        pytest.param(
+            *("phrases", "t5-tiny", FINETUNE, {}, {"exact_match", "bleu", "chrf"}),
+            marks=pytest.mark.slow,
+        ),
         (
             "docstrings",
             "gpt2-tiny",
@@ -137,7 +149,7 @@ def test_methods_train_and_are_evaluated(
     assert (tmp_path / "report.md").read_text().count("\n") == 2 + len(methods)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_same_command_goes_on(data_dir, tmp_path):
     config = dataclasses.replace(
         TINY, methods=("flora_momentum",), data_dir=data_dir, output_dir=tmp_path

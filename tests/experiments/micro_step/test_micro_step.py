@@ -39,7 +39,7 @@ def tiny(monkeypatch):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "model", ["gpt2", pytest.param("t5-small", marks=pytest.mark.full)]
+    "model", ["gpt2", pytest.param("t5-small", marks=pytest.mark.slow)]
 )
 def test_rows_table_and_picture(model, tiny, tmp_path, capsys):
     arguments = f"--models {model} --ranks 4 --projections CountSketch --rounds 2"

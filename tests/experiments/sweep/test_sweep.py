@@ -190,7 +190,7 @@ def test_questions_that_are_grids():
         assert set(paths) == {path.with_suffix(".json") for path in folder.glob("*.md")}
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a core for each worker")
 def test_two_workers_find_what_one_does(tmp_path, tiny, monkeypatch):
     """Other processes, and rows in any order."""
