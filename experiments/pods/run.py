@@ -33,6 +33,7 @@ def run(config: Config) -> None:
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE="v5litepod-4",
         TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )
     path = config.output_dir / "pods.jsonl"
     rows = records.resume_rows(path)

@@ -159,12 +159,7 @@ def test_states_lie_as_their_parameters_do(case):
 
 @pytest.mark.full
 @every_case
-def test_no_gradient_is_gathered(case, request):
-    if case.name == "flora-adamw":
-        # The partitioner shards the update of the one replicated parameter, and then
-        # gathers it; not with ``stagger``, whose refreshes are a branch for each leaf.
-        reason = "the update of a replicated parameter is gathered"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_no_gradient_is_gathered(case):
     # Of the leaves (64, 96) at rank 4, a sketch has 4 x 96 elements and one of the
     # randomized decomposition at most 12 x 96; the least part of a gradient that a
     # gather along one mesh axis could give has 16 x 96, or 24 x 64.
