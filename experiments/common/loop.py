@@ -14,6 +14,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -80,9 +81,9 @@ def runs_of(config: JobConfig, data: Data) -> list[Run]:
 def train(runs: Sequence[Run], data: Data, console: Console) -> list["Training"]:
     """Trains in turns, one update each, so that other load slows all runs equally."""
     with display.bars(console) as bars, contextlib.ExitStack() as stack:
-        started = []
+        compilers, started = stack.enter_context(ThreadPoolExecutor()), []
         for run in runs:
-            started.append(Training(run, data, bars))
+            started.append(Training(run, data, bars, compilers))
             stack.callback(started[-1].close)
         config = runs[0].config
         for number in range(1, (config.stop_after or config.updates) + 1):
@@ -97,13 +98,14 @@ class Training:
     So several can take turns, and other load on the machine slows all of them equally.
     """
 
-    def __init__(self, run: Run, data: Data, bars: Progress):
+    def __init__(self, run: Run, data: Data, bars: Progress, compilers: Executor):
         """Starts the run, or takes it up again from its last checkpoint.
 
         Args:
             run: the method and its settings.
             data: what it trains on.
             bars: where progress is shown.
+            compilers: compiles the step while the next run starts.
 
         Raises:
             ConfigError: the checkpoint to resume from was made with other settings, or
@@ -130,7 +132,7 @@ class Training:
         path = str(run.folder / "tensorboard")
         self._board = SummaryWriter(path, purge_step=self.done + 1, write_to_disk=first)
         self._bar = display.Bar(bars, run.title, config.updates, self.done)
-        self._compile()
+        self._compiled = self._compile(compilers)
         if fresh:
             self._log({"update": 0, "tokens": 0} | self._evaluate())
 
@@ -149,13 +151,12 @@ class Training:
                 f"{self._kept.folder} holds a checkpoint of another optimizer: {error}"
             ) from error
 
-    def _compile(self) -> None:
+    def _compile(self, compilers: Executor) -> Future[jax.stages.Compiled]:
         self._bar.say("compiling")
         step = jax.jit(self._step, donate_argnums=0, out_shardings=devices.on_all())
         part = self._parts(1)[0]
         lowered = step.lower(self.state, self.frozen, part, self._key(1, 0))
-        self._compiled = lowered.compile()
-        self._step_bytes = step_bytes(self._compiled)
+        return compilers.submit(lowered.compile)
 
     def _parts(self, number: int) -> list[Batch]:
         """The micro-batches of update `number`, on the devices."""
@@ -193,11 +194,11 @@ class Training:
         return self.problem.evaluate(self.state.params, self.frozen)
 
     def _update(self, number: int) -> records.Row:
-        losses = []
+        step, losses = self._compiled.result(), []
         started = time.perf_counter()
         for i, batch in enumerate(self._parts(number)):
             key = self._key(number, i)
-            self.state, loss = self._compiled(self.state, self.frozen, batch, key)
+            self.state, loss = step(self.state, self.frozen, batch, key)
             losses.append(loss)
         jax.block_until_ready(self.state)
         seconds = time.perf_counter() - started
@@ -208,7 +209,7 @@ class Training:
             "learning_rate": float(self._schedule(number - 1)),
             "seconds": seconds,
             "tokens_per_second": self.problem.tokens / seconds,
-            "step_bytes": self._step_bytes,
+            "step_bytes": step_bytes(step),
             "process_peak_bytes": devices.peak_bytes(),
         }
         self._check_finite(row, row["loss"])
@@ -249,7 +250,7 @@ class Training:
             "updates": run.config.updates,
             "tokens_per_update": tokens,
             **self._sizes,
-            "step_peak_bytes": self._step_bytes,
+            "step_peak_bytes": step_bytes(self._compiled.result()),
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "train_loss": records.final_loss(losses),
