@@ -170,8 +170,10 @@ def run_sharded(fn: Callable[..., Any], like: PyTree, *args: Any) -> PyTree:
 
     def sharding(x: Any) -> jax.NamedSharding:
         given = jax.typeof(x).sharding
-        # A scalar made without the mesh, such as a counter, is replicated on it.
-        return given if given.mesh.axis_names else jax.NamedSharding(mesh, jax.P())
+        # Without axes, which would be those of x alone: one array, such as the key, may
+        # stand for results of any rank. Counters are made without the mesh.
+        replicated = not given.mesh.axis_names or not any(given.spec)
+        return jax.NamedSharding(mesh, jax.P()) if replicated else given
 
     shardings = jax.tree.map(sharding, like)
     return jax.sharding.auto_axes(fn, out_sharding=shardings)(*args)

@@ -8,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 
+import flora_jax as fj
 from tests.common import assert_close
 from tests.conformance.cases import (
     CASES,
     EVERY_K,
+    FOLDS,
     SMALL,
     STEPS,
     assert_identical,
@@ -203,3 +205,15 @@ def test_a_skip_on_one_device_makes_all_skip(case):
         assert_close(updates, expected)
     (own,) = own_states(ours)
     assert int(own.gradient_step) == 2
+
+
+def test_a_key_on_the_mesh_stands_for_samples_of_any_rank():
+    """One of a CountSketch's samples is a scalar, which has no axis of the key's."""
+    explicit = mesh((8,), ("x",), jax.sharding.AxisType.Explicit)
+    with jax.set_mesh(explicit):
+        replicated = jax.NamedSharding(explicit, P())
+        params = jax.device_put(layer(), replicated)
+        tx = fj.flora_adamw(0.1, FOLDS)
+        state = jax.device_put(tx.init(params), replicated)
+        _, new = jax.eval_shape(tx.update, params, state, params)
+    assert types(new) == types(state)
