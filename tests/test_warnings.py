@@ -91,6 +91,7 @@ MAKE = {
         optax.sgd(1.0), 4, sketch
     ),
     "scale_in_subspace": lambda sketch: fj.galore(1e-3, sketch),
+    "flora_muon": lambda sketch: fj.flora_muon(1e-3, sketch),
 }
 
 

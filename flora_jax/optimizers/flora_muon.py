@@ -16,7 +16,7 @@ from flora_jax.optimizers.common import DecayMask, adam, decay_and_learning_rate
 from flora_jax.projections.base import Projection
 from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.quantization.quantize_state import check_code, quantize_state
-from flora_jax.sketching.sketch import Sketch, resolve
+from flora_jax.sketching.sketch import Sketch, resolve, warn_if_dense
 from flora_jax.subspace.residuals import Fira, Residual
 from flora_jax.subspace.transform import scale_in_subspace
 from flora_jax.subspace.transports import Squared, Transport
@@ -119,7 +119,7 @@ def flora_muon(
         sketched = quantize_state(sketched, dtype, fields=("trace",))
 
     matrices = optax.chain(sketched, orthogonalize(rms=rms, rules=sketch.rules))
-    tx = _matrices_and_rest(matrices, _in_float32(adam(b1, b2, eps)), sketch.rules)
+    tx = _matrices_and_rest(matrices, _in_float32(adam(b1, b2, eps)), sketch)
     last = decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate)
     needs = "" if weight_decay is None else "flora_muon(weight_decay)"
     return chain_parts((), tx, *last, params_for=needs)
@@ -140,7 +140,7 @@ class MatricesAndRestState(NamedTuple):
 def _matrices_and_rest(
     matrices: optax.GradientTransformation,
     rest: optax.GradientTransformation,
-    rules: LeafRules,
+    sketch: Sketch,
 ) -> optax.GradientTransformationExtraArgs:
     """One transformation for leaves that fold to matrices, and one for the others.
 
@@ -150,11 +150,13 @@ def _matrices_and_rest(
 
     def split(tree: PyTree) -> tuple[list[bool], list[PyTree]]:
         # Also a matrix whose rank is too large to be sketched gets Muon.
-        dense = [plan.dense for plan in rules.plan(tree)]
+        dense = [plan.dense for plan in sketch.rules.plan(tree)]
         folded = [not x for x in dense]
         return dense, [only_leaves(tree, kept) for kept in (folded, dense)]
 
     def init_fn(params: PyTree) -> MatricesAndRestState:
+        # Of all leaves: what sketches the matrices does not see the others.
+        warn_if_dense("flora_muon", sketch.plan(params))
         _, trees = split(params)
         states = [tx.init(tree) for tx, tree in zip(own, trees, strict=True)]
         return MatricesAndRestState(*states)

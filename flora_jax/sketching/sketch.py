@@ -239,7 +239,7 @@ def check_leaves(
     """
     rules.check_stacked(name, plans, params)
     _warn_if_replicated(name, plans, params)
-    _warn_if_dense(name, plans)
+    warn_if_dense(name, plans)
 
 
 def _warn_if_replicated(name: str, plans: tuple[LeafPlan, ...], params: PyTree) -> None:
@@ -279,8 +279,13 @@ def indivisible_rank(plan: LeafPlan, node: Any, sharding: Any = None) -> str:
     )
 
 
-def _warn_if_dense(name: str, plans: tuple[LeafPlan, ...]) -> None:
-    """Warns where a state will be about as large as the uncompressed one."""
+def warn_if_dense(name: str, plans: tuple[LeafPlan, ...]) -> None:
+    """Warns where a state will be about as large as the uncompressed one.
+
+    Args:
+      name: the transformation.
+      plans: of all leaves.
+    """
     sizes = {plan.path: int(np.prod(plan.shape)) for plan in plans}
     # Leaves of another part of a recipe are replaced by single zeros.
     plans = tuple(plan for plan in plans if sizes[plan.path] > 1)
