@@ -44,7 +44,8 @@ def test_a_device_holds_its_share(name):
     assert bases <= 1.15 * found["width_bytes"]
 
 
-@pytest.mark.parametrize("name", ["flora", "galore"])
+# Not flora's: MaxText's numbers leave embeddings dense, whose second moment it factors.
+@pytest.mark.parametrize("name", ["flora_adamw", "galore"])
 def test_metadata_folds_as_maxtext_says(name):
     ours, theirs = run(name, "--folds", "metadata"), run(name)
     folds = {path: fold[:2] for path, fold in ours["folds"].items()}
