@@ -8,10 +8,11 @@ _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*)")
 # Of an asynchronous one, the end: its result is the received array alone.
 _COLLECTIVE = re.compile(rf"(.*?) ({_KINDS})(?:-done)?\(([^)]*)\)")
-_CALLS = re.compile(r"(?:calls|body|condition)=%?([\w.\-]+)")
+_CALLS = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(
     r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)"
 )
+_COMMENT = re.compile(r"/\*.*?\*/")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]")
 
@@ -36,14 +37,15 @@ class Collective(NamedTuple):
 def collectives(text: str) -> list[Collective]:
     """Returns the collectives of a program; those of a loop as often as it runs.
 
-    Of a conditional, the branch that sends most.
+    A loop counts once if the compiler does not know how often it runs. Of a
+    conditional, the branch that sends most.
 
     Args:
         text: `compiled.as_text()`.
     """
     bodies: dict[str, dict[str, str]] = {}
     entry, body = "", {}
-    for line in text.splitlines():
+    for line in _COMMENT.sub("", text).splitlines():
         if line.endswith("{") and not line.startswith(" "):
             name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
             body = bodies.setdefault(name, {})

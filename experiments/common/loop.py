@@ -81,10 +81,12 @@ def runs_of(config: JobConfig, data: Data) -> list[Run]:
 def train(runs: Sequence[Run], data: Data, console: Console) -> list["Training"]:
     """Trains in turns, one update each, so that other load slows all runs equally."""
     with display.bars(console) as bars, contextlib.ExitStack() as stack:
-        compilers, started = stack.enter_context(ThreadPoolExecutor()), []
-        for run in runs:
-            started.append(Training(run, data, bars, compilers))
-            stack.callback(started[-1].close)
+        started = []
+        # All are compiled before the first update, whose time is measured.
+        with ThreadPoolExecutor() as compilers:
+            for run in runs:
+                started.append(Training(run, data, bars, compilers))
+                stack.callback(started[-1].close)
         config = runs[0].config
         for number in range(1, (config.stop_after or config.updates) + 1):
             for training in started:

@@ -1,7 +1,7 @@
-"""Compiles the optimizer's step for TPU pods, which need not be there.
+"""Compiles the optimizer's step for TPU pods; no TPU is needed.
 
-The compiler tells what a chip holds, what the chips send one another, and refuses what
-does not fit. It needs `pip install -e '.[tpu-compiler]'`.
+The compiler reports what each chip holds and what the chips send one another, and
+refuses a step that does not fit. It needs `pip install -e '.[tpu-compiler]'`.
 """
 
 import sys

@@ -50,7 +50,7 @@ class Config:
     pods: tuple[Literal[tuple(LAYOUTS)], ...] = tuple(LAYOUTS)
     """Chips, as the compiler names them."""
     layouts: tuple[Literal["fsdp", "fsdp x tensor"], ...] = ("fsdp", "fsdp x tensor")
-    """Parameters sharded over all chips, or tensor parallel over eight besides."""
+    """Fully sharded over all chips, or 8-way tensor parallel as well."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
     """Of parameters and gradients."""
     methods: tuple[Literal[tuple(METHODS)], ...] = (

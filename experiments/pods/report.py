@@ -9,9 +9,9 @@ from experiments.common import report
 from experiments.common.methods import METHODS
 from experiments.common.records import Row, read_rows
 
-_CASE = ("model", "dtype", "pod", "layout")
+_CASE = ("model", "dtype", "pod", "layout", "rank")
 _CAPTION = """\
-One update and its application, parameters and state donated, rank {rank}; on one chip.
+One update and its application, parameters and state donated; on one chip.
 Arguments are parameters, state and gradients. Collectives are those of the optimizer
 alone: the bytes of each array on a chip before or after it, whichever is larger, and
 their sum in sketches (the float32 sketches of all sketched gradients, sharded over
@@ -35,9 +35,11 @@ def write(path: pathlib.Path) -> None:
         "compilation, processor s": _compiled(lambda row: f"{row['compilation']:.0f}"),
         "refused": _refused,
     }
-    text = _CAPTION.format(rank=rows[0]["rank"])
-    for (model, dtype, pod, layout), group in report.grouped(rows, *_CASE).items():
-        text += f"\n## {model} in {dtype} on {pod}, {layout}\n\n"
+    text = _CAPTION
+    for (model, dtype, pod, layout, rank), group in report.grouped(
+        rows, *_CASE
+    ).items():
+        text += f"\n## {model} in {dtype} on {pod}, {layout}, rank {rank}\n\n"
         text += report.markdown(columns, group)
     path.with_suffix(".md").write_text(text)
 

@@ -27,7 +27,7 @@ _OPTIONS = {"galore": {"projection": {"TopSVD": {"method": "randomized"}}}}
 
 def run(config: Config) -> None:
     """Compiles the step of every optimizer on every pod, and writes the table."""
-    # Where no TPU is attached: its compiler looks for one, and for its neighbors.
+    # Without these the compiler looks for an attached TPU and its neighbors.
     jax.config.update("jax_platforms", "cpu")
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",

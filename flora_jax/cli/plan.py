@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "plan", help=_PLAN_HELP, description=_PLAN_DESCRIPTION, epilog=_EPILOG
     )
     plan.set_defaults(parser=plan)
-    names = [*optimizers.__all__, *_PLAIN]
+    names = [*dict.fromkeys([*optimizers.__all__, *_PLAIN])]
     add = plan.add_argument
     add("--shapes", required=True, metavar="FILE", help=_SHAPES)
     add("--optimizer", default="flora", choices=names, help=_OPTIMIZER)

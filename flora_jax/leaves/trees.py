@@ -156,7 +156,8 @@ def run_sharded(fn: Callable[..., Any], like: PyTree, *args: Any) -> PyTree:
 
     Args:
       fn: a function of arrays; it closes over no array.
-      like: a tree of the structure of fn's result, of arrays whose sharding to take.
+      like: arrays whose shardings the results take; a prefix of the result's tree,
+        where a replicated array may stand for a subtree.
       *args: the arrays, or Python scalars.
 
     Returns:
@@ -170,8 +171,8 @@ def run_sharded(fn: Callable[..., Any], like: PyTree, *args: Any) -> PyTree:
 
     def sharding(x: Any) -> jax.NamedSharding:
         given = jax.typeof(x).sharding
-        # Without axes, which would be those of x alone: one array, such as the key, may
-        # stand for results of any rank. Counters are made without the mesh.
+        # P() and not P(None, …): one array, such as the key, may stand for results with
+        # other numbers of axes. Counters were made without the mesh.
         replicated = not given.mesh.axis_names or not any(given.spec)
         return jax.NamedSharding(mesh, jax.P()) if replicated else given
 

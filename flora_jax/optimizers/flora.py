@@ -1,4 +1,4 @@
-"""The paper's optimizer, and Adafactor, of which it keeps the momentum as a sketch."""
+"""FLORA, which is Adafactor with sketched momentum, and Adafactor without momentum."""
 
 from __future__ import annotations
 
@@ -97,12 +97,14 @@ def flora(
     sketch = as_sketch(sketch)
     # A mask leaves leaves out of the sketch alone, and Adafactor has no aspect limit.
     rules = dataclasses.replace(sketch.rules, mask=None, max_aspect_ratio=math.inf)
-    check.check_number("b1", b1, 0, 1, "the paper uses 0.9")
+    remedy = "the paper uses 0.9; without momentum use fj.adafactor"
+    check.check_number("b1", b1, 0, 1, remedy)
     momentum = momentum_part(b1, sketch, resample_every, estimator, dtype)
     return _chain(
         "flora",
         [*_normalized(decay_rate, epsilon, clipping_threshold, rules), momentum],
         multiply_by_parameter_scale,
+        weight_decay is not None,
         decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate),
     )
 
@@ -163,6 +165,7 @@ def adafactor(
         "adafactor",
         _normalized(decay_rate, epsilon, clipping_threshold, rules),
         multiply_by_parameter_scale,
+        weight_decay is not None,
         decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate),
     )
 
@@ -188,12 +191,13 @@ def _chain(
     name: str,
     parts: list[Part],
     multiply_by_parameter_scale: bool,
+    weight_decay: bool,
     last: list[optax.GradientTransformation],
 ) -> optax.GradientTransformationExtraArgs:
     """Parts, the parameter scale, weight decay if there is one, learning rate."""
     needs = {
         "multiply_by_parameter_scale": multiply_by_parameter_scale,
-        "weight_decay": len(last) > 1,
+        "weight_decay": weight_decay,
     }
     names = ", ".join(key for key, needed in needs.items() if needed)
     scale = [scale_by_parameter_scale()] if multiply_by_parameter_scale else []

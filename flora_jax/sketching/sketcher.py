@@ -20,7 +20,7 @@ import numpy as np
 
 from flora_jax._typing import PyTree
 from flora_jax._xla import materialized, widened
-from flora_jax.leaves.mesh import replicated, replicated_along
+from flora_jax.leaves.mesh import is_sharded, replicated, replicated_along
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.spec import describe, make_spec
 from flora_jax.projections.base import product
@@ -258,9 +258,10 @@ class Sketcher:
             # Written to memory once: every element of G reads a sign or a bucket.
             together = materialized(jax.vmap(sample)(keys))
             for place, i in enumerate(members):
-                alone = jax.tree.map(operator.itemgetter(place), together)
-                # Leaves of one group may be sharded over different mesh axes.
-                sampled[i] = jax.tree.map(replicated, alone)
+                sampled[i] = jax.tree.map(operator.itemgetter(place), together)
+                # Each by itself: leaves of one group may differ in their mesh axes.
+                if is_sharded():
+                    sampled[i] = jax.tree.map(replicated, sampled[i])
         return sampled
 
     def transfers(

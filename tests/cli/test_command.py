@@ -238,7 +238,8 @@ def plan(write, *arguments):
     return _command.main(["plan", "--shapes", write(SMALL), *arguments])
 
 
-@pytest.mark.parametrize("optimizer", optimizers.__all__)
+# adafactor has nothing to sketch: it is for --accumulate.
+@pytest.mark.parametrize("optimizer", sorted({*optimizers.__all__} - {"adafactor"}))
 def test_every_optimizer(write, capsys, optimizer):
     assert plan(write, "--optimizer", optimizer, "--rank", "8") == 0
     out = capsys.readouterr().out

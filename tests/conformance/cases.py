@@ -151,7 +151,7 @@ CASES = (
             rate, min_dim_size_to_factor=setting.min_dim_size
         ),
     ),
-    _flora("momentum", projection=fj.Gaussian()),
+    _flora("momentum", projection=fj.CountSketch()),
     Case("adafactor", fj.adafactor, {"learning_rate": 0.1}),
     _flora("weight-decay", weight_decay=0.01, projection=fj.CountSketch()),
     Case("factored-rms", fj.scale_by_factored_rms, {}),
@@ -181,7 +181,7 @@ CASES = (
     Case("quantized", fj.quantize_state, {"min_size": 1, "block": 4}, _fira),
 )
 SKETCHING = tuple(case for case in CASES if case.sketches)
-# Other options of a transformation that a case before or after them has: the slow tier.
+# Other options of a transformation that another case covers: the slow tier.
 VARIANTS = frozenset(
     {
         "accumulation-adafactor",
@@ -190,7 +190,6 @@ VARIANTS = frozenset(
         "flora-weight-decay",
         "galore",
         "momentum-fresh-countsketch",
-        "momentum-paper-countsketch",
         "momentum-paper-gaussian",
     }
 )
@@ -198,7 +197,7 @@ DISTINCT = tuple(case for case in CASES if case.name not in VARIANTS)
 
 
 def each_of(cases, distinct=DISTINCT):
-    """Runs a test for each of some cases, others than the distinct in the slow tier."""
+    """Parametrizes a test; cases that are not distinct run in the slow tier."""
 
     def param(case):
         marks = () if case in distinct else (pytest.mark.slow,)

@@ -99,7 +99,7 @@ def chain(tmp_path_factory):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("devices", [8, pytest.param(4, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("devices", [pytest.param(8, marks=pytest.mark.slow), 4, 1])
 def test_every_bit_is_restored_where_it_should_lie(chain, devices):
     found = chain[0][devices]
     for case in CASES:

@@ -16,7 +16,7 @@ import flora_jax as fj
 from experiments.models import build
 from experiments.models.config import GPT2Config, T5Config
 from tests.common import SKETCHED, every_fold
-from tests.conformance.cases import CASES, FOLDS, each_of, every_case, layer
+from tests.conformance.cases import DISTINCT, FOLDS, each_of, every_case, layer
 
 SIZES = {"width": 16, "heads": 2, "vocab_size": 300}
 MODELS = {
@@ -205,7 +205,7 @@ def test_a_parameter_of_the_name_of_a_setting():
 
 
 @pytest.mark.sample(1)
-@each_of(CASES[::4])
+@each_of(DISTINCT[::4])
 def test_bytes_of_one_device(case):
     auto = jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(auto, auto))

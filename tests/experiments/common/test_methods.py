@@ -120,6 +120,9 @@ RECIPES = {
     "apollo_mini": lambda: fj.apollo_mini(1.0, MINI, **INTERVAL),
     "dct_adamw": lambda: fj.dct_adamw(1.0, SKETCH, b2=0.9, refresh_every=1),
     "flora_adamw": lambda: fj.flora_adamw(1.0, SKETCH, **INTERVAL),
+    "flora_adamw_int8": lambda: fj.flora_adamw(
+        1.0, SKETCH, state_dtype="int8", **INTERVAL
+    ),
     "flora_muon": lambda: fj.flora_muon(1.0, SKETCH, refresh_every=20),
 }
 

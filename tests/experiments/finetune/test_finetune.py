@@ -149,7 +149,7 @@ def test_methods_train_and_are_evaluated(
     assert (tmp_path / "report.md").read_text().count("\n") == 2 + len(methods)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_same_command_goes_on(data_dir, tmp_path):
     config = dataclasses.replace(
         TINY, methods=("flora_momentum",), data_dir=data_dir, output_dir=tmp_path

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.common import records
 from experiments.pods import report
-from experiments.pods.config import Model
+from experiments.pods.config import MODELS, Model
 from experiments.pods.run import measure, parameters
 
 MODEL = Model(layers=2, width=256, mlp=512, queries=256, keys=128, vocabulary=1024)
@@ -15,8 +15,6 @@ RESULTS = pathlib.Path(report.__file__).parent / "results" / "pods.jsonl"
 
 
 def test_a_llama_has_as_many_parameters_as_published():
-    from experiments.pods.config import MODELS
-
     sizes = {
         name: sum(x.size for x in parameters(model, "float32")[0].values())
         for name, model in MODELS.items()
