@@ -153,12 +153,17 @@ class Training:
                 f"{self._kept.folder} holds a checkpoint of another optimizer: {error}"
             ) from error
 
-    def _compile(self, compilers: Executor) -> Future[jax.stages.Compiled]:
+    def _compile(self, compilers: Executor) -> Future[tuple[jax.stages.Compiled, int]]:
         self._bar.say("compiling")
         step = jax.jit(self._step, donate_argnums=0, out_shardings=devices.on_all())
         part = self._parts(1)[0]
         lowered = step.lower(self.state, self.frozen, part, self._key(1, 0))
-        return compilers.submit(lowered.compile)
+
+        def compiled() -> tuple[jax.stages.Compiled, int]:
+            step = lowered.compile()
+            return step, step_bytes(step)
+
+        return compilers.submit(compiled)
 
     def _parts(self, number: int) -> list[Batch]:
         """The micro-batches of update `number`, on the devices."""
@@ -196,7 +201,7 @@ class Training:
         return self.problem.evaluate(self.state.params, self.frozen)
 
     def _update(self, number: int) -> records.Row:
-        step, losses = self._compiled.result(), []
+        (step, size), losses = self._compiled.result(), []
         started = time.perf_counter()
         for i, batch in enumerate(self._parts(number)):
             key = self._key(number, i)
@@ -211,7 +216,7 @@ class Training:
             "learning_rate": float(self._schedule(number - 1)),
             "seconds": seconds,
             "tokens_per_second": self.problem.tokens / seconds,
-            "step_bytes": step_bytes(step),
+            "step_bytes": size,
             "process_peak_bytes": devices.peak_bytes(),
         }
         self._check_finite(row, row["loss"])
@@ -252,7 +257,7 @@ class Training:
             "updates": run.config.updates,
             "tokens_per_update": tokens,
             **self._sizes,
-            "step_peak_bytes": step_bytes(self._compiled.result()),
+            "step_peak_bytes": self._compiled.result()[1],
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "train_loss": records.final_loss(losses),
