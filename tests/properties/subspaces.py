@@ -131,7 +131,7 @@ def excluded(factory, settings):
             "error_feedback": settings["error_feedback"],
         }
         needs = "needs a projection with orthonormal rows"
-        reasons += [f"`{name}` .* {needs}" for name, wanted in wants.items() if wanted]
+        reasons += [f"`{name}`.* {needs}" for name, wanted in wants.items() if wanted]
     if isinstance(transport, fj.PreserveRMS) and projection in ADAPTIVE:
         reasons += ["`transport` PreserveRMS.* is for bases that a key regenerates"]
     if transport == fj.LDAdam():
