@@ -1,12 +1,13 @@
-"""What devices send one another in a compiled program, from its optimized text."""
+"""The collectives of a compiled program, from its optimized text."""
 
 import math
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*)")
-# Of an asynchronous one, the end: its result is the received array alone.
+# An asynchronous one counts where it ends: there its result is the received array.
 _COLLECTIVE = re.compile(rf"(.*?) ({_KINDS})(?:-done)?\(([^)]*)\)")
 _CALLS = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(
@@ -18,27 +19,27 @@ _ARRAY = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
-    """One collective of a program on each device.
+    """One collective of a program.
 
     Attributes:
         kind: as XLA writes it, such as "all-gather".
-        bytes: of all arrays, as large as they are on one device before or after it,
-            whichever is larger: the gathered array, the array that is scattered.
-        largest: bytes of the largest of these arrays.
+        shapes: of its operands or its results on one device, whichever are larger: the
+            gathered array, the array that is scattered.
+        sizes: their bytes.
         optional: whether it is in a branch of a conditional.
     """
 
     kind: str
-    bytes: int
-    largest: int
+    shapes: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
     optional: bool
 
 
 def collectives(text: str) -> list[Collective]:
-    """Returns the collectives of a program; those of a loop as often as it runs.
+    """Returns the collectives of a program, all branches of conditionals included.
 
-    A loop counts once if the compiler does not know how often it runs. Of a
-    conditional, the branch that sends most.
+    Those of a loop count once for each iteration, or once if the compiler does not know
+    their number.
 
     Args:
         text: `compiled.as_text()`.
@@ -62,29 +63,29 @@ def _inside(
     body = bodies.get(name, {})
     for text in body.values():
         if sent := _COLLECTIVE.match(text):
-            operands = [body.get(x.strip(" %"), "") for x in sent[3].split(",")]
-            received = _sizes(sent[1])
-            given = [y for x in operands for y in _sizes(x.split(" ")[0])]
-            sizes = max(received, given, key=sum)
-            found.append(Collective(sent[2], sum(sizes), max(sizes), optional))
+            names = [x.strip(" %") for x in sent[3].split(",")]
+            operands = " ".join(body.get(x, "").split(" ")[0] for x in names)
+            arrays = max(_arrays(sent[1]), _arrays(operands), key=lambda x: sum(x[1]))
+            found.append(Collective(sent[2], *arrays, optional))
         trips = int((_TRIPS.search(text) or [0, 1])[1])
         for called in _CALLS.findall(text):
             found += _inside(bodies, called, optional) * trips
-        names = [x for pair in _BRANCHES.findall(text) for x in pair if x]
-        names = [x.strip(" %") for each in names for x in each.split(",")]
-        branches = [_inside(bodies, each, True) for each in names]
-        found += max(branches, key=total, default=[])
+        for branches in _BRANCHES.findall(text):
+            for called in ",".join(branches).split(","):
+                found += _inside(bodies, called.strip(" %"), True)
     return found
 
 
-def total(sent: list[Collective]) -> int:
+def total(sent: Iterable[Collective]) -> int:
     """Returns the bytes of all of them."""
-    return sum(each.bytes for each in sent)
+    return sum(sum(each.sizes) for each in sent)
 
 
-def _sizes(shape: str) -> list[int]:
-    """Returns the bytes of each array of a type; of "(f32[2,3], s8[4])", 24 and 4."""
-    return [
-        int(bits or 8) * math.prod(int(n) for n in dims.split(",") if n) // 8
-        for bits, dims in _ARRAY.findall(shape)
-    ] or [0]
+def _arrays(text: str) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """Shapes and bytes of each array of a type: (2, 3) and 24 of "f32[2,3]"."""
+    found = [
+        (tuple(int(n) for n in dims.split(",") if n), int(bits or 8))
+        for bits, dims in _ARRAY.findall(text)
+    ]
+    shapes = tuple(shape for shape, _ in found)
+    return shapes, tuple(math.prod(shape) * bits // 8 for shape, bits in found)

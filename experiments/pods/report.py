@@ -11,12 +11,11 @@ from experiments.common.records import Row, read_rows
 
 _CASE = ("model", "dtype", "pod", "layout", "rank")
 _CAPTION = """\
-One update and its application, parameters and state donated; on one chip.
-Arguments are parameters, state and gradients. Collectives are those of the optimizer
-alone: the bytes of each array on a chip before or after it, whichever is larger, and
-their sum in sketches (the float32 sketches of all sketched gradients, sharded over
-"tensor" alone). Those of a refresh come on top in the steps that refresh. AdamW and
-Muon are those of optax.
+Bytes on one chip for one update and its application, with parameters and state donated.
+Arguments are parameters, state and gradients. Collectives are the optimizer's: the
+operands or the results of each, whichever are larger; also as a multiple of the float32
+sketches of all sketched gradients, sharded over "tensor" alone. A refresh adds its own.
+AdamW and Muon are optax's.
 """
 
 
@@ -28,7 +27,7 @@ def write(path: pathlib.Path) -> None:
         "arguments, GB": _compiled(lambda row: f"{row['arguments'] / 1e9:.3f}"),
         "temporaries, GB": _compiled(lambda row: f"{row['temporaries'] / 1e9:.3f}"),
         "collectives, MB": _compiled(lambda row: _sent(row["step"])),
-        "in sketches": _compiled(_in_sketches),
+        "over the sketches": _compiled(_over_sketches),
         "of a refresh, MB": _compiled(lambda row: _sent(row["refresh"])),
         "largest all-gather, MB": _compiled(lambda row: _megabytes(row["gathered"])),
         "largest sketch, MB": lambda row: _megabytes(row["largest_sketch"]),
@@ -52,7 +51,7 @@ def _sent(kinds: dict[str, int]) -> str:
     return ", ".join(f"{_megabytes(size)} {kind}" for kind, size in kinds.items())
 
 
-def _in_sketches(row: Row) -> str:
+def _over_sketches(row: Row) -> str:
     return f"{sum(row['step'].values()) / row['sketches']:.2f}"
 
 

@@ -1,5 +1,7 @@
 """The TPU compiler's account of an optimizer step on a pod."""
 
+import importlib.metadata
+import importlib.util
 import itertools
 import math
 import os
@@ -15,6 +17,7 @@ from rich.progress import track
 import flora_jax as fj
 from experiments.common import records
 from experiments.common.collectives import Collective, collectives, total
+from experiments.common.errors import ConfigError
 from experiments.common.methods import METHODS, Settings
 from experiments.pods import report
 from experiments.pods.config import LAYOUTS, MODELS, Config, Model
@@ -26,7 +29,15 @@ _OPTIONS = {"galore": {"projection": {"TopSVD": {"method": "randomized"}}}}
 
 
 def run(config: Config) -> None:
-    """Compiles the step of every optimizer on every pod, and writes the table."""
+    """Compiles the step of every optimizer on every pod, and writes the table.
+
+    Raises:
+        ConfigError: the TPU's compiler is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            "the TPU's compiler is missing: pip install -e '.[tpu-compiler]'"
+        )
     # Without these the compiler looks for an attached TPU and its neighbors.
     jax.config.update("jax_platforms", "cpu")
     os.environ.update(
@@ -49,7 +60,8 @@ def run(config: Config) -> None:
         shape = LAYOUTS[case["pod"]][case["layout"]]
         mesh = topologies.make_mesh(chips, shape, ("fsdp", "tensor"))
         measured = measure(MODELS[case["model"]], mesh, case)
-        records.append_row(path, case | measured | records.versions())
+        versions = records.versions() | {"libtpu": importlib.metadata.version("libtpu")}
+        records.append_row(path, case | measured | versions)
     report.write(path)
 
 
@@ -69,7 +81,7 @@ def measure(model: Model, mesh: jax.sharding.Mesh, case: records.Row) -> records
         and of the `largest_sketch`. Processor seconds of `compilation`. If the
         compiler refuses, what it says (`refused`).
     """
-    # Kinds of axes other than Auto would ask for shardings inside of the optimizers.
+    # On Explicit axes an optimizer of optax would have to name shardings itself.
     kinds = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
     shapes, specs = parameters(model, case["dtype"])
@@ -99,7 +111,7 @@ def measure(model: Model, mesh: jax.sharding.Mesh, case: records.Row) -> records
             return found | {"refused": str(error).splitlines()[0]}
     memory = compiled.memory_analysis()
     sent = collectives(compiled.as_text())
-    gathered = [x.largest for x in sent if x.kind == "all-gather"]
+    gathered = [max(x.sizes) for x in sent if x.kind == "all-gather"]
     return found | {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
@@ -138,10 +150,7 @@ def parameters(model: Model, dtype: str) -> tuple[dict[str, Any], dict[str, P]]:
 
 
 def _sharded(tree: Any, shardings: Any) -> Any:
-    def struct(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(struct, tree, shardings)
+    return jax.tree.map(lambda x, y: x.update(sharding=y), tree, shardings)
 
 
 def _sketches(sketch: fj.Sketch, shapes: Any, tensor: int) -> records.Row:

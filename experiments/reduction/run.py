@@ -148,5 +148,5 @@ class Bench:
                 curve.append([done, records.finite(loss)])
         row = {"validation_loss": curve[-1][1], "curve": curve}
         sent = collectives(self._step.as_text())
-        reduced = total([each for each in sent if each.kind == "all-reduce"])
+        reduced = total(each for each in sent if each.kind == "all-reduce")
         return row | {"bytes_all_reduced": reduced}

@@ -126,11 +126,11 @@ def adafactor(
     The chain: :func:`flora_jax.scale_by_factored_rms`, clipping by each leaf's RMS,
     multiplication by the parameter's RMS, weight decay, learning rate.
 
-    The same as ``optax.adafactor`` without weight decay, where both factor the same
-    axes, which :func:`flora_jax.scale_by_factored_rms` tells; optax does not multiply
-    its ``weight_decay_rate`` by the learning rate. The state of ``optax.adafactor``
-    has arrays with one axis, which cannot be created under the sharding metadata of a
-    parameter with more. :func:`flora_jax.flora` is this with sketched momentum.
+    Without weight decay it equals ``optax.adafactor`` where both factor the same axes
+    (see :func:`flora_jax.scale_by_factored_rms`); optax does not multiply its
+    ``weight_decay_rate`` by the learning rate. The unused statistics of
+    ``optax.adafactor`` have one axis, so that its state cannot be created under the
+    sharding metadata of a matrix. :func:`flora_jax.flora` adds sketched momentum.
 
     Memory of one (n, m) matrix: n + m float32 elements.
 
@@ -179,9 +179,8 @@ def _normalized(
     """Division by the factored RMS, and clipping."""
     parts = [factored_rms_part(decay_rate, epsilon, rules)]
     if clipping_threshold is not None:
-        remedy = "1.0, or None"
         check.check_number(
-            "clipping_threshold", clipping_threshold, 1e-30, None, remedy
+            "clipping_threshold", clipping_threshold, 1e-30, None, "1.0, or None"
         )
         parts.append(clip_part(clipping_threshold))
     return parts
@@ -194,7 +193,7 @@ def _chain(
     weight_decay: bool,
     last: list[optax.GradientTransformation],
 ) -> optax.GradientTransformationExtraArgs:
-    """Parts, the parameter scale, weight decay if there is one, learning rate."""
+    """The chain, and a name for it that lists what needs the parameters."""
     needs = {
         "multiply_by_parameter_scale": multiply_by_parameter_scale,
         "weight_decay": weight_decay,

@@ -48,10 +48,9 @@ every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
 
 
 def mesh(devices, tensor=1):
-    shape = (devices // tensor, tensor)
-    return jax.make_mesh(
-        shape, ("fsdp", "tensor"), devices=jax.devices()[:devices]
-    )  # Explicit axes, as the example's.
+    """Of Explicit axes, as the example's."""
+    shape, used = (devices // tensor, tensor), jax.devices()[:devices]
+    return jax.make_mesh(shape, ("fsdp", "tensor"), devices=used)
 
 
 class Run:

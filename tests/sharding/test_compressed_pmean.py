@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 
 import flora_jax as fj
+from experiments.common.collectives import collectives, total
 from flora_jax.random.keys import leaf_keys
 from tests.common import assert_close
 
@@ -39,12 +38,9 @@ def over_devices(function):
 
 
 def bytes_reduced(compiled):
-    """Bytes of all results of all-reduces in a compiled program."""
-    total = 0
-    for line in re.findall(r"= (.*) all-reduce(?:-start)?\(", compiled.as_text()):
-        for dims in re.findall(r"f32\[([\d,]*)\]", line):
-            total += 4 * math.prod(int(n) for n in dims.split(",") if n)
-    return total
+    """Bytes of all all-reduces in a compiled program."""
+    sent = collectives(compiled.as_text())
+    return total(each for each in sent if each.kind == "all-reduce")
 
 
 @pytest.mark.sample(1)

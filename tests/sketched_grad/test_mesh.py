@@ -1,7 +1,6 @@
 """Sketched gradients on eight devices: what is reduced, and whole training steps."""
 
 import itertools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import optax
 import pytest
 
 import flora_jax as fj
+from experiments.common.collectives import collectives
 
 # A rank that no shard of a weight has as a side.
 SKETCH = fj.Sketch(3, key=3, min_dim_size=8)
@@ -69,17 +69,15 @@ def by_the_compiler(gradient, mesh):
 
 def reduced_gradients(compiled, params):
     """Reductions over devices of a weight's shape, each side of it sharded or not."""
-    shapes = set()
+    full = set()
     for x in params.values():
         local = x.sharding.shard_shape(x.shape)
         rows, columns = list(zip(x.shape, local, strict=True))[-2:]
-        sides = itertools.product(rows, columns)
-        shapes |= {shape for n, m in sides for shape in (f"{n},{m}", f"{m},{n}")}
-    reduction = re.compile(r"= (.*?) (?:all-reduce|reduce-scatter)(?:-start)?\(")
-    found = reduction.findall(compiled.as_text())
+        full |= {*itertools.product(rows, columns), *itertools.product(columns, rows)}
+    kinds = ("all-reduce", "reduce-scatter")
+    found = [x for x in collectives(compiled.as_text()) if x.kind in kinds]
     assert found
-    full = re.compile(rf"\[(\d+,)?({'|'.join(sorted(shapes))})\]")
-    return [line for line in found if full.search(line)]
+    return [shape for x in found for shape in x.shapes if shape[-2:] in full]
 
 
 @pytest.mark.sample(1)

@@ -10,7 +10,7 @@ import flora_jax as fj
 from tests.common import assert_close
 from tests.reference import folds
 from tests.reference.muon import orthogonalized, polynomial
-from tests.sharding.test_meshes import collectives
+from tests.sharding.test_meshes import sent_matrices
 
 P = jax.P
 # Roundings of 6e-8 of the norm, times the polynomial's slope of 3.4445**5 = 485 at
@@ -317,5 +317,6 @@ def test_on_a_mesh(layout, kind):
     for name, update in found.items():
         assert update.sharding.is_equivalent_to(where[name], update.ndim)
         assert_near(update, expected[name])
-    sent = collectives(step, "all-gather|all-reduce|reduce-scatter|all-to-all")
+    kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
+    sent = sent_matrices(step, *kinds)
     assert max(sent) <= most
