@@ -29,21 +29,35 @@ def widened(leaf: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def unshared(tree: PyTree) -> PyTree:
-    """The same arrays, which XLA does not recognize as the same.
+    """The same arrays, which XLA does not recognize as the same on CPU.
 
-    XLA writes an operand of two reductions to memory (such as a product that both
-    square) but fuses the operand of one.
+    There it writes an operand of two reductions to memory (such as a product that both
+    square) but fuses the operand of one. For a TPU both are one pass over it.
     """
-    return jax.tree.map(jax.lax.optimization_barrier, tree)
+    return jax.lax.platform_dependent(tree, cpu=_behind_barriers, default=_as_it_is)
 
 
 def materialized(tree: PyTree) -> PyTree:
     """The same arrays, written to memory before anything reads them.
 
     XLA would fuse the hash behind a sign or an index into each loop that reads one, and
-    compute it anew for every element of the gradient; on CPU it drops barriers before
-    it fuses. It cannot fuse the result of a loop: this one negates twice.
+    compute it anew for every element of the gradient.
     """
+    return jax.lax.platform_dependent(
+        tree, cpu=_negated_twice, default=_behind_barriers
+    )
+
+
+def _as_it_is(tree: PyTree) -> PyTree:
+    return tree
+
+
+def _behind_barriers(tree: PyTree) -> PyTree:
+    return jax.tree.map(jax.lax.optimization_barrier, tree)
+
+
+def _negated_twice(tree: PyTree) -> PyTree:
+    """What XLA does on CPU: it drops barriers before it fuses, but not a loop."""
     return jax.lax.fori_loop(
         0, 2, lambda _, arrays: jax.tree.map(operator.neg, arrays), tree
     )

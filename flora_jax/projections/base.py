@@ -276,9 +276,11 @@ def along(vector: Float[Array, "*batch m"], axis: int) -> jax.Array:
     return jnp.expand_dims(vector, -3 - axis)
 
 
-def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:
-    """X R for axis -1, Rᵀ X for axis -2, in full float32 on every device."""
+def product(
+    x: jax.Array, right: jax.Array, axis: int, precision: str = "highest"
+) -> jax.Array:
+    """X R for axis -1, Rᵀ X for axis -2; by default in full float32 on every device."""
     chex.assert_axis_dimension(x, axis, right.shape[-2])
     # Accelerators multiply float32 in bfloat16 or TF32 unless told otherwise.
     subscripts = "...nm,...mr->...nr" if axis == -1 else "...nm,...nr->...rm"
-    return jnp.einsum(subscripts, x, right, precision="highest")
+    return jnp.einsum(subscripts, x, right, precision=precision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,13 +12,16 @@ import numpy as np
 
 from flora_jax._typing import KeyData
 from flora_jax.leaves.mesh import is_sharded
-from flora_jax.projections.base import ObliviousProjection, along
+from flora_jax.projections.base import ObliviousProjection, along, product
 from flora_jax.random.bits import bits, signs
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 
+# On a TPU G enters the product with S, whose entries are exact in bfloat16, as the sum of
+# two bfloat16 parts: to 2**-16 of its elements, and in the time that reading G takes.
+_PRECISION = "high"
 _UNROLL = 8  # More chunks of rows than this are added in a loop.
 
 
@@ -86,8 +90,40 @@ class CountSketch(ObliviousProjection):
     ) -> Float[Array, "*batch _ _"]:
         """G Sᵀ or S G; see :meth:`Projection.compress`."""
         # Slices and gathers along a sharded side would move G between the devices.
-        if is_sharded():
-            return super().compress(sampled, matrix, rank, axis, weights)
+        default = super().compress if is_sharded() else self._add_up
+        return jax.lax.platform_dependent(
+            sampled,
+            matrix,
+            weights,
+            tpu=functools.partial(self._multiply, rank=rank, axis=axis),
+            default=lambda s, g, w: default(s, g, rank, axis, w),
+        )
+
+    def _multiply(
+        self,
+        sampled: Any,
+        matrix: jax.Array,
+        weights: jax.Array | None,
+        rank: int,
+        axis: int,
+    ) -> jax.Array:
+        """:meth:`compress` by a product, one pass over G with no copy of it."""
+        s = jax.lax.optimization_barrier(_signed_buckets(sampled, rank))
+        matrix = matrix.astype(jnp.float32)
+        if weights is not None:
+            matrix = matrix * along(weights, axis)
+        total = product(matrix, s.T, axis, _PRECISION)
+        return self._scaled(total, matrix.shape[axis], axis)
+
+    def _add_up(
+        self,
+        sampled: Any,
+        matrix: jax.Array,
+        rank: int,
+        axis: int,
+        weights: jax.Array | None,
+    ) -> jax.Array:
+        """:meth:`compress` by sums over buckets."""
         flips, _, offsets, shift = sampled
         flips = flips if weights is None else flips * weights
         width = matrix.shape[axis]
@@ -107,18 +143,33 @@ class CountSketch(ObliviousProjection):
         self, sampled: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
     ) -> Float[Array, "*batch n m"]:
         """C S or Sᵀ C; see :meth:`Projection.expand`."""
-        flips, buckets, *_ = sampled
-        scaled = self._scaled(sketch, width, axis)
-        # XLA fuses the gather into what reads the estimate, such as the addition to the
-        # parameter; along columns it is a gather of single elements, about half as
-        # fast.
-        return jnp.take(scaled, buckets, axis=axis, mode="clip") * along(flips, axis)
+        # XLA fuses either into what reads the estimate, such as the addition to the
+        # parameter; on CPU a gather along columns is one of single elements, about half
+        # as fast. For a TPU a gather would be written to memory.
+        return jax.lax.platform_dependent(
+            sampled,
+            self._scaled(sketch, width, axis),
+            tpu=lambda s, c: product(
+                c, _signed_buckets(s, c.shape[axis]), axis, _PRECISION
+            ),
+            default=lambda s, c: (
+                jnp.take(c, s[1], axis=axis, mode="clip") * along(s[0], axis)
+            ),
+        )
+
+    def transfer(
+        self, old: Any, new: Any, rank: int, width: int
+    ) -> Float[Array, "rank rank"]:
+        """S S′ᵀ of two samples; see :meth:`Projection.transfer`."""
+        s, other = (_signed_buckets(x, rank) for x in (old, new))
+        # Of 0 and ±1, whose products any device sums up without rounding.
+        matrix = jnp.einsum("im,jm->ij", s, other, preferred_element_type=jnp.float32)
+        return self._scaled(self._scaled(matrix, width, -2), width, -1)
 
     def as_matrix(self, sampled: Any, rank: int, width: int) -> Float[Array, "r m"]:
         """S, float32 of shape (rank, width)."""
-        flips, buckets, *_ = sampled
-        one_hot = jax.nn.one_hot(buckets, rank, axis=0, dtype=jnp.float32)
-        return self._scaled(one_hot * flips, width, -2)
+        entries = _signed_buckets(sampled, rank).astype(jnp.float32)
+        return self._scaled(entries, width, -2)
 
     def gram_diagonal(self, rank: int, width: int) -> Float[Array, " rank"] | None:
         """The bucket sizes, or ones if isometric."""
@@ -131,6 +182,13 @@ class CountSketch(ObliviousProjection):
         if self.normalization != "isometric":
             return sketch
         return sketch * along(_bucket_sizes(sketch.shape[axis], width) ** -0.5, axis)
+
+
+def _signed_buckets(sampled: Any, rank: int) -> jax.Array:
+    """S with entries 0 and ±1, which are exact in bfloat16."""
+    flips, buckets, *_ = sampled
+    one_hot = jax.nn.one_hot(buckets, rank, axis=0, dtype=jnp.bfloat16)
+    return one_hot * flips.astype(jnp.bfloat16)
 
 
 def _wrapped(

@@ -1,0 +1,150 @@
+"""The text of a compiled program: computations, instructions, arrays."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_COMMENT = re.compile(r"/\*.*?\*/")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(?.*\{$")
+_INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (.*)")
+_CALLS = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+_BRANCHES = re.compile(
+    r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)"
+)
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](\{[^{}]*\})?")
+_OPERAND = re.compile(r"%?([A-Za-z_][\w.\-]*)\s*(?:,|$)")
+# Memory of another kind, such as a TPU's VMEM, has a space in its layout.
+_ELSEWHERE = re.compile(r"S\([1-9]\d*\)")
+
+
+class Array(NamedTuple):
+    """One array in a type.
+
+    Attributes:
+        dtype: as XLA writes it, such as "f32".
+        shape: its sizes.
+        nbytes: its bytes.
+        in_hbm: whether it is in the device's main memory.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    in_hbm: bool
+
+
+class Instruction(NamedTuple):
+    """One instruction of a computation.
+
+    Attributes:
+        name: unique within its computation.
+        is_root: whether it is the computation's result.
+        type: its result's type, as text.
+        opcode: such as "fusion".
+        operands: names of instructions.
+        inner: the text between its parentheses.
+        attributes: the text after these.
+    """
+
+    name: str
+    is_root: bool
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    inner: str
+    attributes: str
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """The arrays of its result."""
+        return arrays(self.type)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its result in the device's main memory."""
+        return sum(each.nbytes for each in self.arrays if each.in_hbm)
+
+    @property
+    def called(self) -> list[str]:
+        """Computations that it calls, branches apart."""
+        return _CALLS.findall(self.attributes)
+
+    @property
+    def branches(self) -> list[str]:
+        """Computations of which it calls one."""
+        found = _BRANCHES.findall(self.attributes)
+        return [x.strip(" %") for pair in found for x in ",".join(pair).split(",") if x]
+
+    @property
+    def trips(self) -> int | None:
+        """Iterations of a loop, if the compiler knows them."""
+        found = _TRIPS.search(self.attributes)
+        return int(found[1]) if found else None
+
+
+class Program(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+        computations: instructions by name, for each computation by name.
+        entry: name of the first computation.
+    """
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+
+
+def parse(text: str) -> Program:
+    """Reads a program.
+
+    Args:
+        text: `compiled.as_text()`.
+    """
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, body = "", {}
+    for line in _COMMENT.sub("", text).splitlines():
+        if not line.startswith(" ") and (found := _COMPUTATION.match(line)):
+            body = computations.setdefault(found[2], {})
+            entry = found[2] if found[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            if read := _instruction(*found.groups()):
+                body[read.name] = read
+    return Program(computations, entry)
+
+
+def arrays(text: str) -> tuple[Array, ...]:
+    """The arrays of a type: of "(f32[2,3], s32[])" two."""
+    return tuple(_arrays(text))
+
+
+def _arrays(text: str) -> Iterator[Array]:
+    for dtype, bits, dims, layout in _ARRAY.findall(text):
+        shape = tuple(int(n) for n in dims.split(",") if n)
+        nbytes = -(-math.prod(shape) * int(bits or 8) // 8)
+        yield Array(dtype, shape, nbytes, not _ELSEWHERE.search(layout))
+
+
+def _instruction(root: str | None, name: str, text: str) -> Instruction | None:
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.find(" ")
+    kind, text = text[:end], text[end:].lstrip()
+    start = text.find("(")
+    if start < 0:
+        return None
+    stop = _closing(text, start)
+    inner = text[start + 1 : stop]
+    names = tuple(_OPERAND.findall(inner))
+    return Instruction(
+        name, bool(root), kind, text[:start], names, inner, text[stop + 1 :]
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis at `start` is closed."""
+    depth = 0
+    for found in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return found.start()
+    return len(text)
