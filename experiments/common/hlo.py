@@ -108,9 +108,8 @@ def parse(text: str) -> Program:
         if not line.startswith(" ") and (found := _COMPUTATION.match(line)):
             body = computations.setdefault(found[2], {})
             entry = found[2] if found[1] else entry
-        elif found := _INSTRUCTION.match(line):
-            if read := _instruction(*found.groups()):
-                body[read.name] = read
+        elif read := _instruction(line):
+            body[read.name] = read
     return Program(computations, entry)
 
 
@@ -126,7 +125,11 @@ def _arrays(text: str) -> Iterator[Array]:
         yield Array(dtype, shape, nbytes, not _ELSEWHERE.search(layout))
 
 
-def _instruction(root: str | None, name: str, text: str) -> Instruction | None:
+def _instruction(line: str) -> Instruction | None:
+    found = _INSTRUCTION.match(line)
+    if found is None:
+        return None
+    root, name, text = found.groups()
     end = _closing(text, 0) + 1 if text.startswith("(") else text.find(" ")
     kind, text = text[:end], text[end:].lstrip()
     start = text.find("(")

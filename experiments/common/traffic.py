@@ -54,8 +54,8 @@ def kernels(text: str) -> list[Kernel]:
     """Returns what a program runs; a loop's kernels once for all of its iterations.
 
     A kernel reads its operands and writes its results. Of what it reads through slices
-    and gathers alone it reads these; what it updates in place costs the update, read and
-    written. Memory on the chip costs nothing. A loop of unknown length counts once.
+    and gathers alone it reads these; what it updates in place costs the update, read
+    and written. Memory on the chip costs nothing. A loop of unknown length counts once.
 
     Args:
         text: `compiled.as_text()`.

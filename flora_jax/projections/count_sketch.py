@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 
-# On a TPU G enters the product with S, whose entries are exact in bfloat16, as the sum of
-# two bfloat16 parts: to 2**-16 of its elements, and in the time that reading G takes.
+# On a TPU G enters the product with S, whose entries are exact in bfloat16, as the sum
+# of two bfloat16 parts: to 2**-16 of its elements, and in the time that reading G takes.
 _PRECISION = "high"
 _UNROLL = 8  # More chunks of rows than this are added in a loop.
 
