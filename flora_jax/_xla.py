@@ -34,7 +34,9 @@ def unshared(tree: PyTree) -> PyTree:
     There it writes an operand of two reductions to memory (such as a product that both
     square) but fuses the operand of one. For a TPU both are one pass over it.
     """
-    return jax.lax.platform_dependent(tree, cpu=_behind_barriers, default=_as_it_is)
+    return jax.lax.platform_dependent(
+        tree, cpu=jax.lax.optimization_barrier, default=_as_it_is
+    )
 
 
 def materialized(tree: PyTree) -> PyTree:
@@ -44,16 +46,12 @@ def materialized(tree: PyTree) -> PyTree:
     compute it anew for every element of the gradient.
     """
     return jax.lax.platform_dependent(
-        tree, cpu=_negated_twice, default=_behind_barriers
+        tree, cpu=_negated_twice, default=jax.lax.optimization_barrier
     )
 
 
 def _as_it_is(tree: PyTree) -> PyTree:
     return tree
-
-
-def _behind_barriers(tree: PyTree) -> PyTree:
-    return jax.tree.map(jax.lax.optimization_barrier, tree)
 
 
 def _negated_twice(tree: PyTree) -> PyTree:

@@ -1,21 +1,18 @@
 """The collectives of a compiled program, from its optimized text."""
 
-import math
-import re
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*)")
-# An asynchronous one counts where it ends: there its result is the received array.
-_COLLECTIVE = re.compile(rf"(.*?) ({_KINDS})(?:-done)?\(([^)]*)\)")
-_CALLS = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
-_BRANCHES = re.compile(
-    r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)"
-)
-_COMMENT = re.compile(r"/\*.*?\*/")
-_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
-_ARRAY = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]")
+from experiments.common import hlo
+
+_KINDS = {
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+}
 
 
 class Collective(NamedTuple):
@@ -44,48 +41,33 @@ def collectives(text: str) -> list[Collective]:
     Args:
         text: `compiled.as_text()`.
     """
-    bodies: dict[str, dict[str, str]] = {}
-    entry, body = "", {}
-    for line in _COMMENT.sub("", text).splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
-            body = bodies.setdefault(name, {})
-            entry = name if line.startswith("ENTRY ") else entry
-        elif found := _INSTRUCTION.match(line):
-            body[found[1]] = found[2]
-    return _inside(bodies, entry, False)
+    program = hlo.parse(text)
+    return list(_inside(program, program.entry, False))
 
 
-def _inside(
-    bodies: dict[str, dict[str, str]], name: str, optional: bool
-) -> list[Collective]:
-    found: list[Collective] = []
-    body = bodies.get(name, {})
-    for text in body.values():
-        if sent := _COLLECTIVE.match(text):
-            names = [x.strip(" %") for x in sent[3].split(",")]
-            operands = " ".join(body.get(x, "").split(" ")[0] for x in names)
-            arrays = max(_arrays(sent[1]), _arrays(operands), key=lambda x: sum(x[1]))
-            found.append(Collective(sent[2], *arrays, optional))
-        trips = int((_TRIPS.search(text) or [0, 1])[1])
-        for called in _CALLS.findall(text):
-            found += _inside(bodies, called, optional) * trips
-        for branches in _BRANCHES.findall(text):
-            for called in ",".join(branches).split(","):
-                found += _inside(bodies, called.strip(" %"), True)
-    return found
+def _inside(program: hlo.Program, name: str, optional: bool) -> Iterator[Collective]:
+    body = program.computations.get(name, {})
+    for each in body.values():
+        # An asynchronous one counts where it ends: its result is the received array.
+        kind = each.opcode.removesuffix("-done")
+        if kind in _KINDS:
+            known = [body[x].arrays for x in each.operands if x in body]
+            operands = tuple(itertools.chain.from_iterable(known))
+            sent = max(each.arrays, operands, key=_nbytes)
+            shapes = tuple(x.shape for x in sent)
+            sizes = tuple(x.nbytes for x in sent)
+            yield Collective(kind, shapes, sizes, optional)
+        for called in each.called:
+            for _ in range(each.trips or 1):
+                yield from _inside(program, called, optional)
+        for called in each.branches:
+            yield from _inside(program, called, True)
+
+
+def _nbytes(arrays: Iterable[hlo.Array]) -> int:
+    return sum(each.nbytes for each in arrays)
 
 
 def total(sent: Iterable[Collective]) -> int:
     """Returns the bytes of all of them."""
     return sum(sum(each.sizes) for each in sent)
-
-
-def _arrays(text: str) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
-    """Shapes and bytes of each array of a type: (2, 3) and 24 of "f32[2,3]"."""
-    found = [
-        (tuple(int(n) for n in dims.split(",") if n), int(bits or 8))
-        for bits, dims in _ARRAY.findall(text)
-    ]
-    shapes = tuple(shape for shape, _ in found)
-    return shapes, tuple(math.prod(shape) * bits // 8 for shape, bits in found)

@@ -4,15 +4,17 @@ A training step is then a plain function too, which dispatches faster than a mod
 and the tree is what optax and Orbax know best.
 """
 
+import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
 
 from experiments.models.blocks import Batch
-from experiments.models.config import Config, GPT2Config, validate
+from experiments.models.config import PUBLISHED, Config, GPT2Config, validate
 from experiments.models.gpt2 import GPT2
 from experiments.models.t5 import T5
 
@@ -39,6 +41,18 @@ def create(config: Config, seed: int) -> tuple[nnx.GraphDef, Params]:
     model = GPT2 if isinstance(config, GPT2Config) else T5
     graphdef, state = nnx.split(model(config, rngs=nnx.Rngs(seed)), nnx.Param)
     return graphdef, nnx.to_pure_dict(state)
+
+
+def shapes(name: str, dtype: str) -> Params:
+    """Returns a tree of ShapeDtypeStructs.
+
+    Args:
+        name: of a published size, with -stacked for one array per weight of all layers.
+        dtype: of every leaf.
+    """
+    size = name.removesuffix("-stacked")
+    config = dataclasses.replace(PUBLISHED[size], scan=name != size)
+    return jax.eval_shape(lambda: optax.tree.cast(create(config, 0)[1], dtype))
 
 
 def token_losses(

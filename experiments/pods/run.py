@@ -1,10 +1,7 @@
 """The TPU compiler's account of an optimizer step on a pod."""
 
-import importlib.metadata
-import importlib.util
 import itertools
 import math
-import os
 import time
 from typing import Any
 
@@ -15,9 +12,8 @@ from jax.experimental import topologies
 from rich.progress import track
 
 import flora_jax as fj
-from experiments.common import records
+from experiments.common import chips, records
 from experiments.common.collectives import Collective, collectives, total
-from experiments.common.errors import ConfigError
 from experiments.common.methods import METHODS, Settings
 from experiments.pods import report
 from experiments.pods.config import LAYOUTS, MODELS, Config, Model
@@ -34,18 +30,6 @@ def run(config: Config) -> None:
     Raises:
         ConfigError: the TPU's compiler is not installed.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(
-            "the TPU's compiler is missing: pip install -e '.[tpu-compiler]'"
-        )
-    # Without these the compiler looks for an attached TPU and its neighbors.
-    jax.config.update("jax_platforms", "cpu")
-    os.environ.update(
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE="v5litepod-4",
-        TPU_WORKER_HOSTNAMES="localhost",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    )
     path = config.output_dir / "pods.jsonl"
     rows = records.resume_rows(path)
     wanted = itertools.product(
@@ -56,11 +40,11 @@ def run(config: Config) -> None:
     cases = [case | {"rank": config.rank} for case in cases]
     done = [{name: row[name] for name in cases[0]} for row in rows]
     for case in track([x for x in cases if x not in done], "compiling"):
-        chips = topologies.get_topology_desc(case["pod"], "tpu")
+        pod = chips.topology("tpu", case["pod"])
         shape = LAYOUTS[case["pod"]][case["layout"]]
-        mesh = topologies.make_mesh(chips, shape, ("fsdp", "tensor"))
+        mesh = topologies.make_mesh(pod, shape, ("fsdp", "tensor"))
         measured = measure(MODELS[case["model"]], mesh, case)
-        versions = records.versions() | {"libtpu": importlib.metadata.version("libtpu")}
+        versions = records.versions() | chips.versions("tpu")
         records.append_row(path, case | measured | versions)
     report.write(path)
 

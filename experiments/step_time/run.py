@@ -18,8 +18,7 @@ from experiments.common.methods import METHODS, PROJECTIONS, Settings, built
 from experiments.common.records import Row
 from experiments.common.report import publish
 from experiments.common.state_bytes import tree_bytes
-from experiments.models.build import Params, create
-from experiments.models.config import PUBLISHED
+from experiments.models.build import Params, shapes
 from experiments.step_time import report
 from experiments.step_time.config import Config, Which
 
@@ -265,18 +264,6 @@ def compile_times(tree: str, all_of: Iterable[Contender]) -> list[Row]:
         row = {"tree": tree, "trace_seconds": program.trace_seconds}
         rows.append(row | _about(contender, program))
     return rows
-
-
-def shapes(name: str, dtype: str) -> Params:
-    """Returns a tree of ShapeDtypeStructs.
-
-    Args:
-        name: of a published size, with -stacked for one array per weight of all layers.
-        dtype: of every leaf.
-    """
-    size = name.removesuffix("-stacked")
-    config = dataclasses.replace(PUBLISHED[size], scan=name != size)
-    return jax.eval_shape(lambda: optax.tree.cast(create(config, 0)[1], dtype))
 
 
 def random_like(tree: Params, seed: int) -> Params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 
 
 # On a TPU G enters the product with S, whose entries are exact in bfloat16, as the sum
-# of two bfloat16 parts: to 2**-16 of its elements, and in the time that reading G takes.
+# of two bfloat16 parts: to 2**-16 of its elements, in the time that reading G takes.
 _PRECISION = "high"
-_UNROLL = 8  # More chunks of rows than this are added in a loop.
+_UNROLL, _UNROLL_GPU = 8, 64  # More chunks than this are added in a loop.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class CountSketch(ObliviousProjection):
         # The remainder prefers small numbers by less than rank / 2**32.
         offsets = bits(key, (full,), 1) % np.uint32(rank)
         # Without a last, shorter chunk all columns are alike and none is shifted.
-        shift = bits(key, (), 2) % np.uint32(width if tail else 1)
+        shift = bits(key, (), 2) % np.uint32(width) if tail else jnp.uint32(0)
         offsets, shift = offsets.astype(jnp.int32), shift.astype(jnp.int32)
         # Column j has place j − shift (mod m); chunk c starts at bucket offsets[c], the
         # last, shorter one at bucket 0.
@@ -89,55 +90,21 @@ class CountSketch(ObliviousProjection):
         weights: Float[Array, "*batch m"] | None = None,
     ) -> Float[Array, "*batch _ _"]:
         """G Sᵀ or S G; see :meth:`Projection.compress`."""
-        # Slices and gathers along a sharded side would move G between the devices.
-        default = super().compress if is_sharded() else self._add_up
-        return jax.lax.platform_dependent(
-            sampled,
-            matrix,
-            weights,
-            tpu=functools.partial(self._multiply, rank=rank, axis=axis),
-            default=lambda s, g, w: default(s, g, rank, axis, w),
-        )
-
-    def _multiply(
-        self,
-        sampled: Any,
-        matrix: jax.Array,
-        weights: jax.Array | None,
-        rank: int,
-        axis: int,
-    ) -> jax.Array:
-        """:meth:`compress` by a product, one pass over G with no copy of it."""
-        s = jax.lax.optimization_barrier(_signed_buckets(sampled, rank))
-        matrix = matrix.astype(jnp.float32)
-        if weights is not None:
-            matrix = matrix * along(weights, axis)
-        total = product(matrix, s.T, axis, _PRECISION)
-        return self._scaled(total, matrix.shape[axis], axis)
-
-    def _add_up(
-        self,
-        sampled: Any,
-        matrix: jax.Array,
-        rank: int,
-        axis: int,
-        weights: jax.Array | None,
-    ) -> jax.Array:
-        """:meth:`compress` by sums over buckets."""
-        flips, _, offsets, shift = sampled
-        flips = flips if weights is None else flips * weights
-        width = matrix.shape[axis]
-        full, tail = divmod(width, rank)
-        turned = shift if tail else None
-        sum_chunks = _sum_rows if axis == -2 else _sum_columns
-        total = sum_chunks(matrix, flips, offsets, turned, rank)
-        # Its t columns go to buckets 0…t−1: zeros for the others.
-        if tail:
-            rest = _wrapped(matrix, flips, shift + full * rank, tail, axis)
-            pad = [(0, 0)] * rest.ndim
-            pad[axis] = (0, rank - tail)
-            total = total + jnp.pad(rest, pad)
-        return self._scaled(total, width, axis)
+        multiply = functools.partial(_multiply, rank=rank, axis=axis)
+        # A gather would be written to memory for a TPU, where a product reads G once.
+        forms = {"tpu": functools.partial(multiply, precision=_PRECISION)}
+        if is_sharded():
+            # Slices and gathers along a sharded side move G between the devices.
+            forms["default"] = multiply
+        else:
+            gathers = functools.partial(_sum_gathers, axis=axis)
+            unrolled = functools.partial(gathers, most=_UNROLL_GPU)
+            chunks = gathers if axis == -2 else _sum_columns
+            add_up = functools.partial(_add_up, rank=rank, axis=axis)
+            forms["cuda"] = functools.partial(add_up, sum_chunks=unrolled)
+            forms["default"] = functools.partial(add_up, sum_chunks=chunks)
+        sketch = jax.lax.platform_dependent(sampled, matrix, weights, **forms)
+        return self._scaled(sketch, matrix.shape[axis], axis)
 
     def expand(
         self, sampled: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
@@ -191,6 +158,43 @@ def _signed_buckets(sampled: Any, rank: int) -> jax.Array:
     return one_hot * flips.astype(jnp.bfloat16)
 
 
+def _multiply(
+    sampled: Any,
+    matrix: jax.Array,
+    weights: jax.Array | None,
+    rank: int,
+    axis: int,
+    precision: str = "highest",
+) -> jax.Array:
+    """The sketch as a product."""
+    s = jax.lax.optimization_barrier(_signed_buckets(sampled, rank))
+    full = matrix.astype(jnp.float32)
+    full = full if weights is None else full * along(weights, axis)
+    return product(full, s.swapaxes(-1, -2), axis, precision)
+
+
+def _add_up(
+    sampled: Any,
+    matrix: jax.Array,
+    weights: jax.Array | None,
+    rank: int,
+    axis: int,
+    sum_chunks: Callable[..., jax.Array],
+) -> jax.Array:
+    """The sketch as a sum of chunks, each of a column for every bucket."""
+    flips, _, offsets, shift = sampled
+    flips = flips if weights is None else flips * weights
+    full, tail = divmod(matrix.shape[axis], rank)
+    total = sum_chunks(matrix, flips, offsets, shift if tail else None, rank)
+    # Its t columns go to buckets 0…t−1: zeros for the others.
+    if tail:
+        rest = _wrapped(matrix, flips, shift + full * rank, tail, axis)
+        pad = [(0, 0)] * rest.ndim
+        pad[axis] = (0, rank - tail)
+        total = total + jnp.pad(rest, pad)
+    return total
+
+
 def _wrapped(
     matrix: jax.Array, flips: jax.Array, start: Any, size: int, axis: int
 ) -> jax.Array:
@@ -236,26 +240,35 @@ def _sum_columns(
     return first + second
 
 
-def _sum_rows(
-    matrix: jax.Array, flips: jax.Array, offsets: jax.Array, shift: Any, rank: int
+def _sum_gathers(
+    matrix: jax.Array,
+    flips: jax.Array,
+    offsets: jax.Array,
+    shift: Any,
+    rank: int,
+    axis: int,
+    most: int = _UNROLL,
 ) -> jax.Array:
-    """:func:`_sum_columns` of rows: full rows, contiguous in memory, are gathered.
+    """:func:`_sum_columns` by gathers, of full rows for axis -2; up to `most` unrolled.
 
-    XLA on CPU compiles a chunk to one kernel that gathers, signs and adds, with the row
-    index computed outside of its inner loop; few chunks become one kernel together.
+    XLA on CPU compiles a chunk of rows to one kernel that gathers, signs and adds, with
+    the row index computed outside of its inner loop; few chunks become one kernel
+    together. On a GPU all that are unrolled do, of columns as well.
     """
     place = jnp.arange(rank, dtype=jnp.int32)
 
     def add(i: Any, total: jax.Array) -> jax.Array:
-        # Which row of chunk i goes to each bucket: a gather in place of a scatter.
+        # Which column of chunk i goes to each bucket: a gather in place of a scatter.
         source = i * rank + (place - offsets[i]) % rank
-        source = source if shift is None else (source + shift) % matrix.shape[-2]
-        rows = jnp.take(matrix, source, axis=-2, mode="clip").astype(jnp.float32)
-        return total + rows * along(flips[..., source], -2)
+        source = source if shift is None else (source + shift) % matrix.shape[axis]
+        columns = jnp.take(matrix, source, axis=axis, mode="clip").astype(jnp.float32)
+        return total + columns * along(flips[..., source], axis)
 
-    full, shape = offsets.shape[0], (*matrix.shape[:-2], rank, matrix.shape[-1])
+    shape = list(matrix.shape)
+    shape[axis] = rank
     zeros = jax.lax.full_like(matrix, 0, jnp.float32, shape)
-    return jax.lax.fori_loop(0, full, add, zeros, unroll=full <= _UNROLL)
+    full = offsets.shape[0]
+    return jax.lax.fori_loop(0, full, add, zeros, unroll=full <= most)
 
 
 def _bucket_sizes(rank: int, width: int) -> jax.Array:

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from experiments.common.state_bytes import tree_bytes
+from experiments.models.build import shapes
 from experiments.models.config import PUBLISHED, GPT2Config
 from experiments.step_time import report
 from experiments.step_time import run as step_time
@@ -25,9 +26,7 @@ def small(monkeypatch):
 @pytest.mark.full
 def test_trees_have_the_published_sizes():
     count = {
-        name: sum(
-            leaf.size for leaf in jax.tree.leaves(step_time.shapes(name, "float32"))
-        )
+        name: sum(leaf.size for leaf in jax.tree.leaves(shapes(name, "float32")))
         for name in ("gpt2", "gpt2-stacked", "gpt2-xl")
     }
     assert count == {
@@ -35,7 +34,7 @@ def test_trees_have_the_published_sizes():
         "gpt2-stacked": 124_439_808,
         "gpt2-xl": 1_557_611_200,
     }
-    stacked = step_time.shapes("gpt2-stacked", "bfloat16")
+    stacked = shapes("gpt2-stacked", "bfloat16")
     assert stacked["h"]["mlp"]["c_fc"]["kernel"].shape == (12, 768, 3072)
 
 
@@ -108,7 +107,7 @@ def state_bytes(contender, params):
 
 @pytest.mark.full
 def test_all_of_the_family_keep_less(small):
-    params = step_time.shapes("gpt2", "float32")
+    params = shapes("gpt2", "float32")
     peers = list(step_time.peers("family", False, "float32"))
     adamw = state_bytes(peers[0], params)
     ours = list(step_time.ours("family", (16,)))
@@ -119,7 +118,7 @@ def test_all_of_the_family_keep_less(small):
 
 def test_a_renewal_is_one(small):
     """The state in which a renewal is timed gets another basis, and a step does not."""
-    params = step_time.random_like(step_time.shapes("gpt2", "float32"), 0)
+    params = step_time.random_like(shapes("gpt2", "float32"), 0)
     params = {"c_fc": params["h"][0]["mlp"]["c_fc"]}
     pair = [
         x for x in step_time.ours("family", (16,)) if x.name == "galore(randomized)"

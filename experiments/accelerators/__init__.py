@@ -1,0 +1,1 @@
+"""The optimizer step on one TPU or GPU: `python -m experiments.accelerators`."""

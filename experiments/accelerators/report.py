@@ -1,0 +1,91 @@
+"""Table and picture of optimizer steps on one chip."""
+
+import pathlib
+
+from experiments.accelerators.config import OPTIMIZERS
+from experiments.common import plots, report
+from experiments.common.records import Row, read_rows
+
+_CASE = ("problem", "dtype", "rank", "chip")
+_CAPTION = """\
+One update and its application, compiled for one chip, parameters and state donated.
+Sizes are multiples of the parameters: state, temporaries, what the kernels read and
+write in the chip's memory in every step, and what the dearest branch moves besides (a
+refresh, a transfer, the end of a cycle of accumulation). The least time sums over
+kernels the longer of memory and products, at published rates; AdamW's is 1. Nothing was
+executed, and the GPU's kernels are not autotuned.
+"""
+
+
+def write(path: pathlib.Path) -> None:
+    """Writes table (.md) and picture (.png) beside the rows."""
+    rows = read_rows(path)
+    text = _CAPTION
+    for case, group in report.grouped(rows, *_CASE).items():
+        adamw = [row["seconds"] for row in group if row["optimizer"] == "adamw"]
+        least = adamw[0] if adamw else None
+        columns = {
+            "optimizer": lambda row: OPTIMIZERS[row["optimizer"]][0],
+            "state": lambda row: _times(row, state(row)),
+            "moved in a step": lambda row: _times(row, row["step"]),
+            "dearest branch": lambda row: _times(row, max(row["branches"], default=0)),
+            "temporaries": lambda row: _times(row, row["temporaries"], 3),
+            "products, GFLOP": lambda row: _products(row["flops"]),
+            "least time, ms": lambda row: f"{1e3 * row['seconds']:.2f}",
+            "over AdamW's": lambda row, least=least: (
+                least and f"{row['seconds'] / least:.2f}"
+            ),
+            "compilation, processor s": lambda row: f"{row['compilation']:.0f}",
+        }
+        problem, dtype, rank, chip = case
+        text += f"\n## {problem} in {dtype}, rank {rank}, {chip}\n\n"
+        text += report.markdown(columns, group)
+    path.with_suffix(".md").write_text(text)
+    _draw(path.with_suffix(".png"), rows)
+
+
+def state(row: Row) -> int:
+    """Bytes of the optimizer's state: of the arguments, without the other two trees."""
+    return row["arguments"] - 2 * row["parameters"]
+
+
+def _times(row: Row, size: float, digits: int = 2) -> str:
+    return f"{size / row['parameters']:.{digits}f}"
+
+
+def _products(flops: dict[str, float]) -> str:
+    return ", ".join(f"{n / 1e9:.0f} {precision}" for precision, n in flops.items())
+
+
+def _draw(path: pathlib.Path, rows: list[Row]) -> None:
+    """Dots: what each optimizer moves in a step and holds besides, on each chip."""
+    rows = [
+        row for row in rows if (row["problem"], row["dtype"]) == ("leaf", "float32")
+    ]
+    names = [name for name in OPTIMIZERS if any(r["optimizer"] == name for r in rows)]
+    what = {"step": "moved in a step", "temporaries": "temporaries"}
+    with plots.picture(
+        path,
+        (8, 0.8 + 0.28 * len(names)),
+        (1, 2),
+        "An optimizer step on a 4096 x 11008 matrix, in sizes of the parameters",
+        sharey=True,
+    ) as panels:
+        for axes, (field, title) in zip(panels[0], what.items(), strict=True):
+            for number, (chip, group) in enumerate(
+                report.grouped(rows, "chip").items()
+            ):
+                x = [row[field] / row["parameters"] for row in group]
+                y = [names.index(row["optimizer"]) for row in group]
+                style = plots.look(number) | {"linestyle": "none"}
+                axes.plot(x, y, **style, label=" ".join(chip))
+            axes.set_xlabel(title, fontsize=9)
+        panels[0, 0].axvline(7, color=plots.GREY, zorder=0)  # AdamW's.
+        titles = [OPTIMIZERS[name][0] for name in names]
+        panels[0, 0].set_yticks(range(len(names)), titles, fontsize=8)
+        panels[0, 0].invert_yaxis()
+        panels[0, 1].legend(fontsize=8)
+
+
+if __name__ == "__main__":
+    report.main(write)

@@ -1,0 +1,127 @@
+"""Chips that are not attached: what their compilers are asked, and their speeds."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.common.errors import ConfigError
+
+# What the compiler wants to know of an H100 SXM, as published.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132
+  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84978434048
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A chip that a step can be compiled for.
+
+    Attributes:
+        topology: as its compiler names it, or what that is to know of it.
+        platform: "tpu" or "cuda".
+        bandwidth: of its main memory, bytes a second.
+        flops: of matrix products a second, by their precision: "bfloat16" of operands
+            in bfloat16, else XLA's for operands in float32.
+    """
+
+    topology: str
+    platform: str
+    bandwidth: float
+    flops: Mapping[str, float]
+
+    def seconds(self, nbytes: float, flops: float, precision: str) -> float:
+        """Returns the least time of a kernel: that of its memory or of its products."""
+        return max(nbytes / self.bandwidth, flops and flops / self.flops[precision])
+
+
+def _tpu(topology: str, bandwidth: float, flops: float) -> Chip:
+    # Float32 in one, three or six products of bfloat16 parts.
+    passes = {"bfloat16": 1, "default": 1, "high": 3, "highest": 6}
+    return Chip(topology, "tpu", bandwidth, {k: flops / n for k, n in passes.items()})
+
+
+# As published: dense products, without sparsity. The H100 multiplies float32 as TF32
+# unless "highest" is asked for, which leaves its tensor cores.
+CHIPS = {
+    "v5e": _tpu("v5e:2x2", 819e9, 197e12),
+    "v6e": _tpu("v6e:2x2", 1640e9, 918e12),
+    "h100": Chip(
+        _H100,
+        "cuda",
+        3352e9,
+        {"bfloat16": 989e12, "default": 494e12, "high": 494e12, "highest": 67e12},
+    ),
+}
+
+
+def topology(platform: str, name: str) -> Any:
+    """Returns devices that are not there, to lower and compile for.
+
+    Args:
+        platform: "tpu" or "cuda".
+        name: as in `Chip.topology`; also pods, such as "v5e:8x8".
+
+    Raises:
+        ConfigError: the compiler is not installed.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    jax.config.update("jax_platforms", "cpu")
+    if platform == "cuda":
+        if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+            raise ConfigError(
+                "the GPU's compiler is missing: in an environment of its own, pip"
+                " install -e '.[experiments]' 'jax-cuda13-plugin[with-cuda]'"
+                f" jax-cuda13-pjrt, of version {jax.__version__}"
+            )
+        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+        _initialize_cuda()
+        return topologies.get_topology_desc(
+            "", "cuda", target_config=name, topology="1x1x1"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            "the TPU's compiler is missing: pip install -e '.[tpu-compiler]'"
+        )
+    # Without these the compiler looks for an attached TPU and its neighbors.
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v5litepod-4",
+        TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )
+    return topologies.get_topology_desc(name, "tpu")
+
+
+def _initialize_cuda() -> None:
+    import jax
+    from jax_plugins import xla_cuda13  # pyright: ignore[reportMissingImports]
+
+    try:
+        xla_cuda13.initialize()
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" not in str(error):
+            raise
+
+
+def versions(platform: str) -> dict[str, str]:
+    """Returns the version of a platform's compiler, by its package."""
+    package = {"tpu": "libtpu", "cuda": "jax-cuda13-pjrt"}[platform]
+    return {package: importlib.metadata.version(package)}
