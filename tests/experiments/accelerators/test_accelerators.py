@@ -1,0 +1,59 @@
+"""The committed account of a step on one chip, and the command without a compiler."""
+
+import pathlib
+
+import pytest
+
+from experiments.accelerators import report
+from experiments.accelerators.__main__ import main
+from experiments.common import records
+from experiments.common.chips import CHIPS
+
+RESULTS = pathlib.Path(report.__file__).parent / "results" / "steps.jsonl"
+
+
+def rows(**fields):
+    return {
+        row["optimizer"]: row
+        for row in records.read_rows(RESULTS)
+        if all(row[name] == value for name, value in fields.items())
+    }
+
+
+# Bytes moved in a step, in sizes of the parameters: of AdamW 7.
+@pytest.mark.parametrize(
+    ("optimizer", "most"),
+    [("flora", 7.4), ("flora_adamw", 5.6), ("apollo", 5.3), ("flora_adamw_int8", 6.2)],
+)
+def test_a_tpu_moves_little_and_holds_no_copy(optimizer, most):
+    row = rows(chip="v5e", problem="leaf", dtype="float32")[optimizer]
+    assert row["step"] <= most * row["parameters"]
+    assert row["temporaries"] <= 0.15 * row["parameters"]
+
+
+def test_the_committed_table_is_that_of_the_rows(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    path.write_text(RESULTS.read_text())
+    report.write(path)
+    written = RESULTS.with_suffix(".md").read_text()
+    assert path.with_suffix(".md").read_text() == written
+    for chip in CHIPS:
+        adamw = rows(chip=chip, problem="leaf", dtype="float32")["adamw"]
+        assert adamw["step"] == pytest.approx(7 * adamw["parameters"], rel=1e-3)
+
+
+def test_the_least_time_is_that_of_memory_or_of_products():
+    chip = CHIPS["v5e"]
+    assert chip.seconds(819e9, 0, "") == 1
+    # Six products in bfloat16 for one in float32.
+    assert chip.seconds(819e9, 197e12, "highest") == pytest.approx(6)
+    assert chip.seconds(819e9, 197e12, "bfloat16") == 1
+
+
+@pytest.mark.parametrize("chip", ["v5e", "h100"])
+def test_a_missing_compiler_is_one_line(chip, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    out = tmp_path / "out"
+    arguments = ["--chips", chip, "--optimizers", "adamw", "--output-dir", str(out)]
+    assert main(arguments) == 2
+    assert "compiler is missing" in capfd.readouterr().err
