@@ -1,6 +1,7 @@
 """The collectives of a compiled program, from its optimized text."""
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ _KINDS = {
     "all-to-all",
     "collective-permute",
 }
+
+
+_CHANNEL = re.compile(r"channel_id=\d+")
 
 
 class Collective(NamedTuple):
@@ -42,14 +46,20 @@ def collectives(text: str) -> list[Collective]:
         text: `compiled.as_text()`.
     """
     program = hlo.parse(text)
-    return list(_inside(program, program.entry, False))
+    return list(_inside(program, program.entry, False, {}))
 
 
-def _inside(program: hlo.Program, name: str, optional: bool) -> Iterator[Collective]:
+def _inside(
+    program: hlo.Program, name: str, optional: bool, seen: dict[str, str]
+) -> Iterator[Collective]:
     body = program.computations.get(name, {})
     for each in body.values():
         # An asynchronous one counts where it ends: its result is the received array.
         kind = each.opcode.removesuffix("-done")
+        # One that runs beside kernels stands in the first, the last, and in between.
+        channel = _CHANNEL.search(each.attributes)
+        if channel and seen.setdefault(channel[0], name) != name:
+            continue
         if kind in _KINDS:
             known = [body[x].arrays for x in each.operands if x in body]
             operands = tuple(itertools.chain.from_iterable(known))
@@ -58,10 +68,11 @@ def _inside(program: hlo.Program, name: str, optional: bool) -> Iterator[Collect
             sizes = tuple(x.nbytes for x in sent)
             yield Collective(kind, shapes, sizes, optional)
         for called in each.called:
-            for _ in range(each.trips or 1):
-                yield from _inside(program, called, optional)
+            inner = seen if each.opcode != "while" else {}
+            found = list(_inside(program, called, optional, inner))
+            yield from found * (each.trips or 1)
         for called in each.branches:
-            yield from _inside(program, called, True)
+            yield from _inside(program, called, True, {})
 
 
 def _nbytes(arrays: Iterable[hlo.Array]) -> int:

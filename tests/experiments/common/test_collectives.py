@@ -50,3 +50,28 @@ def test_loops_and_branches():
 
 def test_none():
     assert sent(jnp.sin, jnp.ones((8, 8)), out_specs=DATA) == []
+
+
+def test_one_that_runs_beside_kernels_counts_once():
+    """The TPU's compiler writes it into the kernels at its start and at its end."""
+    gather = (
+        "all-gather(%x), channel_id=7, replica_groups={{0,1}}, dimensions={0},"
+        " use_global_device_ids=true"
+    )
+    text = f"""HloModule m
+
+%start (x: f32[4]) -> f32[8] {{
+  %x = f32[4] parameter(0)
+  ROOT %y = f32[8] {gather}
+}}
+%end (x: f32[4]) -> f32[8] {{
+  %x = f32[4] parameter(0)
+  ROOT %y = f32[8] {gather}
+}}
+ENTRY %main (x: f32[4]) -> f32[8] {{
+  %x = f32[4] parameter(0)
+  %y = f32[8] fusion(%x), kind=kCustom, calls=%start
+  ROOT %z = f32[8] fusion(%x), kind=kCustom, calls=%end
+}}
+"""
+    assert collectives(text) == [Collective("all-gather", ((8,),), (32,), False)]
