@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 
-# On a TPU G enters the product with S, whose entries are exact in bfloat16, as the sum
-# of two bfloat16 parts: to 2**-16 of its elements, in the time that reading G takes.
-_PRECISION = "high"
 _UNROLL, _UNROLL_GPU = 8, 64  # More chunks than this are added in a loop.
 
 
@@ -92,7 +89,7 @@ class CountSketch(ObliviousProjection):
         """G Sᵀ or S G; see :meth:`Projection.compress`."""
         multiply = functools.partial(_multiply, rank=rank, axis=axis)
         # A gather would be written to memory for a TPU, where a product reads G once.
-        forms = {"tpu": functools.partial(multiply, precision=_PRECISION)}
+        forms = {"tpu": multiply}
         if is_sharded():
             # Slices and gathers along a sharded side move G between the devices.
             forms["default"] = multiply
@@ -116,9 +113,7 @@ class CountSketch(ObliviousProjection):
         return jax.lax.platform_dependent(
             sampled,
             self._scaled(sketch, width, axis),
-            tpu=lambda s, c: product(
-                c, _signed_buckets(s, c.shape[axis]), axis, _PRECISION
-            ),
+            tpu=lambda s, c: product(c, _signed_buckets(s, c.shape[axis]), axis),
             default=lambda s, c: (
                 jnp.take(c, s[1], axis=axis, mode="clip") * along(s[0], axis)
             ),
@@ -164,13 +159,12 @@ def _multiply(
     weights: jax.Array | None,
     rank: int,
     axis: int,
-    precision: str = "highest",
 ) -> jax.Array:
-    """The sketch as a product."""
+    """The sketch as a product, whose error on a TPU is G's alone: S is exact there."""
     s = jax.lax.optimization_barrier(_signed_buckets(sampled, rank))
     full = matrix.astype(jnp.float32)
     full = full if weights is None else full * along(weights, axis)
-    return product(full, s.swapaxes(-1, -2), axis, precision)
+    return product(full, s.swapaxes(-1, -2), axis)
 
 
 def _add_up(
