@@ -68,7 +68,7 @@ def _draw(path: pathlib.Path, rows: list[Row]) -> None:
         path,
         (8, 0.8 + 0.28 * len(names)),
         (1, 2),
-        "An optimizer step on a 4096 x 11008 matrix, in sizes of the parameters",
+        "A step on a 4096 x 11008 matrix, in sizes of the parameters; line: AdamW",
         sharey=True,
     ) as panels:
         for axes, (field, title) in zip(panels[0], what.items(), strict=True):
@@ -77,7 +77,7 @@ def _draw(path: pathlib.Path, rows: list[Row]) -> None:
             ):
                 x = [row[field] / row["parameters"] for row in group]
                 y = [names.index(row["optimizer"]) for row in group]
-                style = plots.look(number) | {"linestyle": "none"}
+                style = plots.look(number) | {"linestyle": "none", "mfc": "none"}
                 axes.plot(x, y, **style, label=" ".join(chip))
             axes.set_xlabel(title, fontsize=9)
         panels[0, 0].axvline(7, color=plots.GREY, zorder=0)  # AdamW's.

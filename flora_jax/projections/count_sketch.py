@@ -42,8 +42,10 @@ class CountSketch(ObliviousProjection):
     Costs one pass over G for a sketch and one for an estimate, whatever the rank; no
     r x m matrix and no matrix product; m + m/r random words.
 
-    Under ``jax.set_mesh`` with several devices a sketch is a product with S instead,
-    2·n·m·r operations: a sum over a sharded side, where a permutation would gather it.
+    On a TPU both are products with S instead, 2·n·m·r operations, in which S is exact
+    in bfloat16 and G is split into bfloat16 parts, to 2⁻¹⁶ of its entries. Under
+    ``jax.set_mesh`` with several devices a sketch is a product, too: a sum over a
+    sharded side, where a permutation would gather it.
 
     Weaker than dense projections where few columns of G matter: two of them meet with
     probability 1/r, and then cancel or double, where a product would mix them. The
