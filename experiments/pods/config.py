@@ -37,7 +37,7 @@ MODELS = {
 # Chips along (fsdp, tensor).
 LAYOUTS = {
     "v5e:8x8": {"fsdp": (64, 1), "fsdp x tensor": (8, 8)},
-    "v5e:16x16": {"fsdp": (256, 1), "fsdp x tensor": (32, 8)},
+    "v5e:16x16": {"fsdp": (256, 1), "fsdp x tensor": (16, 16)},
 }
 
 
@@ -50,7 +50,7 @@ class Config:
     pods: tuple[Literal[tuple(LAYOUTS)], ...] = tuple(LAYOUTS)
     """Chips, as the compiler names them."""
     layouts: tuple[Literal["fsdp", "fsdp x tensor"], ...] = ("fsdp", "fsdp x tensor")
-    """Fully sharded over all chips, or 8-way tensor parallel as well."""
+    """Fully sharded over all chips, or tensor parallel along one side of the pod."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
     """Of parameters and gradients."""
     methods: tuple[Literal[tuple(METHODS)], ...] = (

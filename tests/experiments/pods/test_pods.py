@@ -53,7 +53,9 @@ def test_the_committed_table_holds_its_bounds(tmp_path):
     sketched = [row for row in rows if row["method"].startswith(("flora", "galore"))]
     assert sketched
     for row in sketched:
-        if row["method"] != "flora_muon":
+        # Muon's step gathers matrices, and int8 moments that are not sketched, whose
+        # blocks cross the shards, are gathered.
+        if row["method"] not in ("flora_muon", "flora_adamw_int8"):
             assert row["gathered"] <= row["largest_sketch"]
             # Sketches are summed and gathered. Norms and Adafactor's factors, vectors
             # that are summed besides, take it above 2 where every side is sharded.
