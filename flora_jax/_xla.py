@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def widened(leaf: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The leaf in float32, not shared with other readers of its float32 form.
+    """The leaf in float32, on CPU not shared with other readers of its float32 form.
 
-    XLA would widen a bfloat16 leaf once and write it to memory for all of its readers;
-    behind a barrier each of them widens what it reads as it goes.
+    There XLA would widen a bfloat16 leaf once and write it to memory for all of its
+    readers; behind a barrier each of them widens what it reads as it goes.
     """
     return leaf if leaf.dtype == jnp.float32 else unshared(leaf).astype(jnp.float32)
 
@@ -31,7 +31,7 @@ def widened(leaf: Float[Array, "..."]) -> Float[Array, "..."]:
 def unshared(tree: PyTree) -> PyTree:
     """The same arrays, which XLA does not recognize as the same on CPU.
 
-    There it writes an operand of two reductions to memory (such as a product that both
+    There XLA writes an operand of two reductions to memory (such as a product that both
     square) but fuses the operand of one. For a TPU both are one pass over it.
     """
     return jax.lax.platform_dependent(

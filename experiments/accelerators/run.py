@@ -66,10 +66,11 @@ def measure(
 
     Returns:
         Bytes of the `parameters`, of the `arguments` (parameters, state and gradients)
-        and of the `temporaries`; bytes that kernels move in each `step`, and in each of
-        the `branches` besides; floating-point operations of the step's products by
-        precision (`flops`); the least `seconds` of the step: of each kernel those of
-        its memory or those of its products; processor seconds of the `compilation`.
+        and of the `temporaries`; bytes that kernels move in every `step`, in the
+        cheapest branch of each conditional, and `besides` in the most expensive ones;
+        floating-point operations of the step's products by precision (`flops`); a lower
+        bound on the `seconds` of the step: for each kernel those of its memory or those
+        of its products; processor seconds of the `compilation`.
     """
     sketch = fj.Sketch(rank, mask=fj.not_embeddings)
     settings = Settings(sketch, micro_batches=16, estimator="nesterov", options=options)
@@ -89,15 +90,14 @@ def measure(
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
     compiled = lowered.compile()
     seconds = time.process_time() - started
-    found = kernels(compiled.as_text())
-    always = [each for each in found if not each.branch]
+    always, besides = split(kernels(compiled.as_text()))
     memory = compiled.memory_analysis()
     return {
         "parameters": tree_bytes(shapes),
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "step": sum(each.nbytes for each in always),
-        "branches": _by_branch(found),
+        "step": _nbytes(always),
+        "besides": besides,
         "flops": _flops(always),
         "seconds": sum(
             chip.seconds(each.nbytes, each.flops, each.precision) for each in always
@@ -106,13 +106,30 @@ def measure(
     }
 
 
-def _by_branch(found: list[Kernel]) -> list[float]:
-    """Bytes of each branch, the largest first; none for those that move nothing."""
-    moved: dict[str, float] = collections.Counter()
-    for each in found:
-        if each.branch:
-            moved[each.branch] += each.nbytes
-    return sorted(filter(None, moved.values()), reverse=True)
+def split(found: list[Kernel]) -> tuple[list[Kernel], float]:
+    """Splits kernels into what every step runs and what some steps run besides.
+
+    Args:
+        found: of one program.
+
+    Returns:
+        The kernels outside of conditionals and those of the branch of each conditional
+        that moves least; how many bytes more the branches move that move most.
+    """
+    always, besides = [each for each in found if not each.conditional], 0.0
+    for name in {each.conditional for each in found} - {""}:
+        branches = collections.defaultdict(list)
+        for each in found:
+            if each.conditional == name:
+                branches[each.branch].append(each)
+        ordered = sorted(branches.values(), key=_nbytes)
+        always += ordered[0]
+        besides += _nbytes(ordered[-1]) - _nbytes(ordered[0])
+    return always, besides
+
+
+def _nbytes(found: list[Kernel]) -> float:
+    return sum(each.nbytes for each in found)
 
 
 def _flops(found: list[Kernel]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Chips that are not attached: what their compilers are asked, and their speeds."""
+"""Compilers of chips that are not attached, and the published speeds of these."""
 
 import dataclasses
 import importlib.metadata
@@ -33,7 +33,7 @@ class Chip:
     """A chip that a step can be compiled for.
 
     Attributes:
-        topology: as its compiler names it, or what that is to know of it.
+        topology: its name for the TPU's compiler; a description for the GPU's.
         platform: "tpu" or "cuda".
         bandwidth: of its main memory, bytes a second.
         flops: of matrix products a second, by their precision: "bfloat16" of operands
@@ -85,7 +85,7 @@ def topology(platform: str, name: str) -> Any:
 
     jax.config.update("jax_platforms", "cpu")
     if platform == "cuda":
-        if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        if not installed("jax_plugins.xla_cuda13"):
             raise ConfigError(
                 "the GPU's compiler is missing: in an environment of its own, pip"
                 " install -e '.[experiments]' 'jax-cuda13-plugin[with-cuda]'"
@@ -96,7 +96,7 @@ def topology(platform: str, name: str) -> Any:
         return topologies.get_topology_desc(
             "", "cuda", target_config=name, topology="1x1x1"
         )
-    if importlib.util.find_spec("libtpu") is None:
+    if not installed("libtpu"):
         raise ConfigError(
             "the TPU's compiler is missing: pip install -e '.[tpu-compiler]'"
         )
@@ -108,6 +108,14 @@ def topology(platform: str, name: str) -> Any:
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )
     return topologies.get_topology_desc(name, "tpu")
+
+
+def installed(module: str) -> bool:
+    """Returns whether a module can be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # Not even its package.
+        return False
 
 
 def _initialize_cuda() -> None:

@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from experiments.common import hlo
 
@@ -50,23 +50,23 @@ def collectives(text: str) -> list[Collective]:
 
 
 def _inside(
-    program: hlo.Program, name: str, optional: bool, seen: dict[str, str]
+    program: hlo.Program, name: str, optional: bool, seen: dict[Any, str]
 ) -> Iterator[Collective]:
     body = program.computations.get(name, {})
     for each in body.values():
         # An asynchronous one counts where it ends: its result is the received array.
         kind = each.opcode.removesuffix("-done")
-        # One that runs beside kernels stands in the first, the last, and in between.
-        channel = _CHANNEL.search(each.attributes)
-        if channel and seen.setdefault(channel[0], name) != name:
-            continue
         if kind in _KINDS:
             known = [body[x].arrays for x in each.operands if x in body]
             operands = tuple(itertools.chain.from_iterable(known))
             sent = max(each.arrays, operands, key=_nbytes)
             shapes = tuple(x.shape for x in sent)
             sizes = tuple(x.nbytes for x in sent)
-            yield Collective(kind, shapes, sizes, optional)
+            # One that overlaps with kernels stands in the first, the last, and between.
+            channel = _CHANNEL.search(each.attributes)
+            once = (channel[0] if channel else name, kind, shapes)
+            if seen.setdefault(once, name) == name:
+                yield Collective(kind, shapes, sizes, optional)
         for called in each.called:
             inner = seen if each.opcode != "while" else {}
             found = list(_inside(program, called, optional, inner))

@@ -11,6 +11,7 @@ from experiments.common.hlo import Instruction, Program, parse
 _FREE = {
     "add-dependency",
     "after-all",
+    "async-update",
     "bitcast",
     "constant",
     "domain",
@@ -24,29 +25,32 @@ _FREE = {
 }
 _SLICES = {"slice", "dynamic-slice", "gather"}
 _SAME = {"bitcast", "reshape", "copy"}
-_PRECISION = re.compile(r"operand_precision=\{(\w+),(\w+)\}")
+_PRECISION = re.compile(r'operand_precision"?[=:][{\[]"?(\w+)"?,"?(\w+)')
 _LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _GEMM = re.compile(r'"lhs_contracting_dimensions":\[([\d",]*)\]')
-_RANKS = ("default", "high", "highest")
+_PRODUCTS = ("convolution", "dot", "custom-call")
+_KINDS = ("bfloat16", "default", "high", "highest")
 
 
 class Kernel(NamedTuple):
-    """One kernel, or one of its iterations together.
+    """One kernel, in a loop with all of its iterations together.
 
     Attributes:
         name: of its instruction.
         nbytes: read from and written to the device's main memory.
         flops: of its matrix products.
-        precision: of these: "default", "high" or "highest"; "bfloat16" or "float32"
-            says what they multiply.
-        branch: the computation that runs it if it is one of several, or empty.
+        precision: of these: "default", "high" or "highest" for operands in float32,
+            "bfloat16" for others.
+        conditional: the conditional that it is in, or empty.
+        branch: the branch of that which runs it, or empty.
     """
 
     name: str
     nbytes: float
     flops: float
     precision: str
+    conditional: str
     branch: str
 
 
@@ -61,28 +65,33 @@ def kernels(text: str) -> list[Kernel]:
         text: `compiled.as_text()`.
     """
     program = parse(text)
-    return list(_run(program, program.entry, 1, ""))
+    return list(_run(program, program.entry, 1, ("", "")))
 
 
-def _run(program: Program, name: str, times: int, branch: str) -> Iterator[Kernel]:
+def _run(
+    program: Program, name: str, times: int, place: tuple[str, str]
+) -> Iterator[Kernel]:
     body = program.computations.get(name, {})
     for each in body.values():
         if each.opcode in _FREE or each.opcode.endswith("-done"):
             continue
         if each.branches:
             for called in each.branches:
-                yield from _run(program, called, times, branch or called)
+                inside = place if place[0] else (each.name, called)
+                # A branch that does nothing is one of them, too.
+                nothing = [Kernel(called, 0.0, 0.0, "", *inside)]
+                yield from list(_run(program, called, times, inside)) or nothing
         elif each.opcode == "while":
             trips = times * _trips(program, each)
             for called in each.called:
-                yield from _run(program, called, trips, branch)
+                yield from _run(program, called, trips, place)
         elif each.opcode in ("call", "async-start"):
             for called in each.called:
-                yield from _run(program, called, times, branch)
+                yield from _run(program, called, times, place)
         else:
             flops, precision = _products(program, each, body)
             moved = _moved(program, each, body)
-            yield Kernel(each.name, times * moved, times * flops, precision, branch)
+            yield Kernel(each.name, times * moved, times * flops, precision, *place)
 
 
 def _trips(program: Program, loop: Instruction) -> int:
@@ -105,7 +114,8 @@ def _moved(program: Program, each: Instruction, body: dict[str, Instruction]) ->
     if each.opcode == "fusion":
         return _fused(program, each, body)
     if each.opcode in _SLICES:
-        return 2 * each.nbytes
+        # It reads what it gives; either may be on the chip.
+        return each.nbytes + _sliced(each) * any(x.nbytes for x in known[:1])
     if each.opcode == "dynamic-update-slice":
         return 2 * body[each.operands[1]].nbytes
     if each.opcode == "slice-start":
@@ -116,6 +126,10 @@ def _moved(program: Program, each: Instruction, body: dict[str, Instruction]) ->
         # Its result names its operands again.
         return each.nbytes
     return each.nbytes + sum(operand.nbytes for operand in known)
+
+
+def _sliced(each: Instruction) -> int:
+    return sum(x.nbytes for x in each.arrays)
 
 
 def _fused(program: Program, each: Instruction, outer: dict[str, Instruction]) -> float:
@@ -153,7 +167,7 @@ def _fused(program: Program, each: Instruction, outer: dict[str, Instruction]) -
         if users and all(
             x.opcode in _SLICES and source(x.operands[0]) == name for x in users
         ):
-            full = min(full, sum(x.nbytes for x in users))
+            full = min(full, sum(map(_sliced, users)))
         read += full
     return written + read
 
@@ -162,30 +176,24 @@ def _products(
     program: Program, each: Instruction, body: dict[str, Instruction]
 ) -> tuple[float, str]:
     """Floating-point operations of a kernel's products, and how they are computed."""
-    inner = [each] if each.opcode != "fusion" else []
-    scopes = {each.name: body}
-    for called in each.called if each.opcode == "fusion" else ():
-        for x in program.computations.get(called, {}).values():
-            inner.append(x)
-            scopes[x.name] = program.computations[called]
-            if x.opcode == "fusion":
-                flops, precision = _products(program, x, program.computations[called])
-                if flops:
-                    return flops, precision
-    for x in inner:
-        if x.opcode not in ("convolution", "dot", "custom-call"):
-            continue
-        scope = scopes[x.name]
-        operands = [scope[name].arrays for name in x.operands[:2] if name in scope]
-        if len(operands) < 2 or not all(operands):
-            continue
-        left, right = operands[0][0], operands[1][0]
-        if depth := _depth(x, left.shape, right.shape):
-            given = _PRECISION.search(x.attributes)
-            precision = max(given.groups() if given else ("default",), key=_RANKS.index)
-            kind = "bfloat16" if left.dtype == right.dtype == "bf16" else precision
-            return 2.0 * math.prod(x.arrays[0].shape) * depth, kind
-    return 0.0, ""
+    if each.opcode == "fusion":
+        inner = program.computations.get(each.called[0], {})
+        found = [_products(program, x, inner) for x in inner.values()]
+        kinds = [kind for flops, kind in found if flops]
+        slowest = max(kinds, key=_KINDS.index, default="")
+        return sum(flops for flops, _ in found), slowest
+    operands = [body[name].arrays for name in each.operands[:2] if name in body]
+    if each.opcode not in _PRODUCTS or len(operands) < 2 or not all(operands):
+        return 0.0, ""
+    left, right = operands[0][0], operands[1][0]
+    depth = _depth(each, left.shape, right.shape)
+    if not depth:
+        return 0.0, ""
+    given = _PRECISION.search(each.attributes)
+    kinds = [x.lower() for x in given.groups()] if given else ["default"]
+    narrow = left.dtype == right.dtype == "bf16"
+    kind = "bfloat16" if narrow else max(kinds, key=_KINDS.index)
+    return 2.0 * math.prod(each.arrays[0].shape) * depth, kind
 
 
 def _depth(x: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> int:

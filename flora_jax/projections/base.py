@@ -278,11 +278,10 @@ def along(vector: Float[Array, "*batch m"], axis: int) -> jax.Array:
 
 
 def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:
-    """X R for axis -1, Rᵀ X for axis -2, in full float32.
+    """X R for axis -1, Rᵀ X for axis -2, in float32; on a TPU to 2⁻¹⁶ of the entries.
 
-    On a TPU in three products of bfloat16 parts, whose error is 2⁻¹⁶ of the factors'
-    entries: full float32 takes six, as long as an optimizer's step, and five times as
-    long to compile.
+    There float32 in full takes six products of bfloat16 parts, as long as all else that
+    an optimizer's step does, and longer to compile; this takes three.
     """
     chex.assert_axis_dimension(x, axis, right.shape[-2])
     # Accelerators multiply float32 in bfloat16 or TF32 unless told otherwise.

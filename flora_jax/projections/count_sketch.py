@@ -1,4 +1,4 @@
-"""A sketch without matrix products: signed sums over buckets."""
+"""A sketch of signed sums over buckets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 
-_UNROLL, _UNROLL_GPU = 8, 64  # More chunks than this are added in a loop.
+_UNROLL, _UNROLL_GPU = 8, 64  # More chunks than these are added in a loop.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +42,10 @@ class CountSketch(ObliviousProjection):
     Costs one pass over G for a sketch and one for an estimate, whatever the rank; no
     r x m matrix and no matrix product; m + m/r random words.
 
-    On a TPU both are products with S instead, 2·n·m·r operations, in which S is exact
-    in bfloat16 and G is split into bfloat16 parts, to 2⁻¹⁶ of its entries. Under
-    ``jax.set_mesh`` with several devices a sketch is a product, too: a sum over a
-    sharded side, where a permutation would gather it.
+    On a TPU both are products with S instead, 2·n·m·r operations and r·m bfloat16
+    elements of temporary memory: S is exact in bfloat16, G is split into bfloat16
+    parts, to 2⁻¹⁶ of its entries. Under ``jax.set_mesh`` with several devices a sketch
+    is a product, too: a sum over a sharded side, where a permutation would gather it.
 
     Weaker than dense projections where few columns of G matter: two of them meet with
     probability 1/r, and then cancel or double, where a product would mix them. The
@@ -89,19 +89,20 @@ class CountSketch(ObliviousProjection):
         weights: Float[Array, "*batch m"] | None = None,
     ) -> Float[Array, "*batch _ _"]:
         """G Sᵀ or S G; see :meth:`Projection.compress`."""
-        multiply = functools.partial(_multiply, rank=rank, axis=axis)
         # A gather would be written to memory for a TPU, where a product reads G once.
-        forms = {"tpu": multiply}
+        forms = {"tpu": functools.partial(_multiply, rank, axis, False)}
         if is_sharded():
-            # Slices and gathers along a sharded side move G between the devices.
-            forms["default"] = multiply
+            # Slices and gathers along a sharded side would move G between the devices.
+            forms["default"] = functools.partial(_multiply, rank, axis, True)
         else:
+            full = matrix.shape[axis] // rank
+            add_up = functools.partial(_add_up, rank, axis)
             gathers = functools.partial(_sum_gathers, axis=axis)
-            unrolled = functools.partial(gathers, most=_UNROLL_GPU)
-            chunks = gathers if axis == -2 else _sum_columns
-            add_up = functools.partial(_add_up, rank=rank, axis=axis)
-            forms["cuda"] = functools.partial(add_up, sum_chunks=unrolled)
-            forms["default"] = functools.partial(add_up, sum_chunks=chunks)
+            unrolled = functools.partial(gathers, unroll=min(full, _UNROLL_GPU))
+            by_rows = functools.partial(gathers, unroll=full <= _UNROLL)
+            chunks = by_rows if axis == -2 else _sum_columns
+            forms["cuda"] = forms["rocm"] = functools.partial(add_up, unrolled)
+            forms["default"] = functools.partial(add_up, chunks)
         sketch = jax.lax.platform_dependent(sampled, matrix, weights, **forms)
         return self._scaled(sketch, matrix.shape[axis], axis)
 
@@ -114,7 +115,7 @@ class CountSketch(ObliviousProjection):
         # as fast. For a TPU a gather would be written to memory.
         return jax.lax.platform_dependent(
             sampled,
-            self._scaled(sketch, width, axis),
+            self._scaled(sketch.astype(jnp.float32), width, axis),
             tpu=lambda s, c: product(c, _signed_buckets(s, c.shape[axis]), axis),
             default=lambda s, c: (
                 jnp.take(c, s[1], axis=axis, mode="clip") * along(s[0], axis)
@@ -125,9 +126,19 @@ class CountSketch(ObliviousProjection):
         self, old: Any, new: Any, rank: int, width: int
     ) -> Float[Array, "rank rank"]:
         """S S′ᵀ of two samples; see :meth:`Projection.transfer`."""
-        s, other = (_signed_buckets(x, rank) for x in (old, new))
-        # Of 0 and ±1, whose products any device sums up without rounding.
-        matrix = jnp.einsum("im,jm->ij", s, other, preferred_element_type=jnp.float32)
+        # Sums of ±1, exact in any form: entry (b, b') over the columns in both buckets.
+        matrix = jax.lax.platform_dependent(
+            old,
+            new,
+            tpu=lambda s, t: jnp.einsum(
+                "im,jm->ij",
+                *(_signed_buckets(x, rank) for x in (s, t)),
+                preferred_element_type=jnp.float32,
+            ),
+            default=lambda s, t: (
+                jnp.zeros((rank, rank), jnp.float32).at[s[1], t[1]].add(s[0] * t[0])
+            ),
+        )
         return self._scaled(self._scaled(matrix, width, -2), width, -1)
 
     def as_matrix(self, sampled: Any, rank: int, width: int) -> Float[Array, "r m"]:
@@ -156,26 +167,35 @@ def _signed_buckets(sampled: Any, rank: int) -> jax.Array:
 
 
 def _multiply(
+    rank: int,
+    axis: int,
+    weigh_rows: bool,
     sampled: Any,
     matrix: jax.Array,
     weights: jax.Array | None,
-    rank: int,
-    axis: int,
 ) -> jax.Array:
-    """The sketch as a product, whose error on a TPU is G's alone: S is exact there."""
+    """The sketch as a product; its error on a TPU is G's alone, as S is exact there.
+
+    Weights multiply the rows of S, or else G, which a TPU does as it reads G.
+    """
+    # Written out, r·m bfloat16 elements: in the product it would be made anew for each
+    # tile, and take longer to compile.
     s = jax.lax.optimization_barrier(_signed_buckets(sampled, rank))
     full = matrix.astype(jnp.float32)
-    full = full if weights is None else full * along(weights, axis)
+    if weights is not None and weigh_rows:
+        s = s * weights[..., None, :]
+    elif weights is not None:
+        full = full * along(weights, axis)
     return product(full, s.swapaxes(-1, -2), axis)
 
 
 def _add_up(
-    sampled: Any,
-    matrix: jax.Array,
-    weights: jax.Array | None,
     rank: int,
     axis: int,
     sum_chunks: Callable[..., jax.Array],
+    sampled: Any,
+    matrix: jax.Array,
+    weights: jax.Array | None,
 ) -> jax.Array:
     """The sketch as a sum of chunks, each of a column for every bucket."""
     flips, _, offsets, shift = sampled
@@ -243,13 +263,22 @@ def _sum_gathers(
     shift: Any,
     rank: int,
     axis: int,
-    most: int = _UNROLL,
+    unroll: int | bool,
 ) -> jax.Array:
-    """:func:`_sum_columns` by gathers, of full rows for axis -2; up to `most` unrolled.
+    """:func:`_sum_columns` by gathers, of full rows for axis -2.
 
     XLA on CPU compiles a chunk of rows to one kernel that gathers, signs and adds, with
     the row index computed outside of its inner loop; few chunks become one kernel
     together. On a GPU all that are unrolled do, of columns as well.
+
+    Args:
+      matrix: G.
+      flips: signs of its columns, times their weights.
+      offsets: of the chunks.
+      shift: of the columns, or None.
+      rank: r.
+      axis: the sketched side.
+      unroll: as in ``jax.lax.fori_loop``.
     """
     place = jnp.arange(rank, dtype=jnp.int32)
 
@@ -264,7 +293,7 @@ def _sum_gathers(
     shape[axis] = rank
     zeros = jax.lax.full_like(matrix, 0, jnp.float32, shape)
     full = offsets.shape[0]
-    return jax.lax.fori_loop(0, full, add, zeros, unroll=full <= most)
+    return jax.lax.fori_loop(0, full, add, zeros, unroll=unroll)
 
 
 def _bucket_sizes(rank: int, width: int) -> jax.Array:

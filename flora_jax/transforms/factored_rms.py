@@ -177,7 +177,7 @@ def factored_rms_step(
     if plan.dense:
         new = decay * v + (1 - decay) * (full * full + epsilon)
         return grad.times(jax.lax.rsqrt(new)), v_row, v_col, new.astype(v.dtype)
-    # Or XLA would write the squares, which two reductions read, to memory.
+    # Or XLA on CPU would write the squares, which two reductions read, to memory.
     again = ScaledLeaf(unshared(grad.leaf), grad.factors).value()
     larger, smaller = plan.larger_smaller
     row_mean_square = jnp.mean(full * full, axis=larger, keepdims=True)

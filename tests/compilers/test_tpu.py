@@ -11,7 +11,7 @@ from experiments.common.chips import CHIPS
 from tests.experiments.accelerators.test_accelerators import rows
 
 
-# What moves or holds one gradient more has at least a seventh more.
+# One more pass over the gradient would be a seventh or more.
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "flora", "flora_adamw", "apollo"])
 def test_a_step_moves_and_holds_no_more(optimizer, dtype):

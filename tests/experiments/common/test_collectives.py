@@ -52,7 +52,7 @@ def test_none():
     assert sent(jnp.sin, jnp.ones((8, 8)), out_specs=DATA) == []
 
 
-def test_one_that_runs_beside_kernels_counts_once():
+def test_one_that_overlaps_with_kernels_counts_once():
     """The TPU's compiler writes it into the kernels at its start and at its end."""
     gather = (
         "all-gather(%x), channel_id=7, replica_groups={{0,1}}, dimensions={0},"

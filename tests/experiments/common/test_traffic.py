@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments.accelerators.run import split
 from experiments.common.traffic import kernels
 
 _HEAD = """HloModule m
@@ -95,8 +96,15 @@ ENTRY %main (x: f32[8,8]) -> f32[8,8] {{
 }}
 """
     found = kernels(text)
-    assert sum(x.nbytes for x in found if x.name == "more" and not x.branch) == 3 * 512
-    assert [x.nbytes for x in found if x.branch] == [512]
+    always = [x.nbytes for x in found if x.name == "more" and not x.conditional]
+    assert always == [3 * 512]
+    branches = [(x.conditional, x.branch, x.nbytes) for x in found if x.conditional]
+    assert branches == [("z", "body", 512), ("z", "same", 0)]
+    # Every step runs the branch that moves nothing, some steps the other.
+    kernels_of_every_step, besides = split(found)
+    # Its condition compares two integers.
+    assert sum(x.nbytes for x in kernels_of_every_step) == 3 * (512 + 9)
+    assert besides == 512
 
 
 def test_products():

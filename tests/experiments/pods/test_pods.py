@@ -52,14 +52,18 @@ def test_the_committed_table_holds_its_bounds(tmp_path):
     rows = [row for row in records.read_rows(RESULTS) if "refused" not in row]
     sketched = [row for row in rows if row["method"].startswith(("flora", "galore"))]
     assert sketched
+    # Muon's step needs unsharded matrices; in int8, moments that are not sketched have
+    # blocks that cross the shards, and are gathered.
+    other = {"flora_muon": 200, "flora_adamw_int8": 4.7}
     for row in sketched:
-        # Muon's step gathers matrices, and int8 moments that are not sketched, whose
-        # blocks cross the shards, are gathered.
-        if row["method"] not in ("flora_muon", "flora_adamw_int8"):
-            assert row["gathered"] <= row["largest_sketch"]
-            # Sketches are summed and gathered. Norms and Adafactor's factors, vectors
-            # that are summed besides, take it above 2 where every side is sharded.
-            assert sum(row["step"].values()) <= 2.02 * row["sketches"]
+        total = sum(row["step"].values())
+        if row["method"] in other:
+            assert total <= other[row["method"]] * row["sketches"]
+            continue
+        assert row["gathered"] <= row["largest_sketch"]
+        # Sketches are summed and gathered. Norms and Adafactor's factors, vectors that
+        # are summed besides, take it above 2 where every side is sharded.
+        assert total <= 2.02 * row["sketches"]
     path = tmp_path / "pods.jsonl"
     path.write_text(RESULTS.read_text())
     report.write(path)
