@@ -70,7 +70,7 @@ def _inside(
         for called in each.called:
             inner = seen if each.opcode != "while" else {}
             found = list(_inside(program, called, optional, inner))
-            yield from found * (each.trips or 1)
+            yield from found * (program.trips(each) if inner is not seen else 1)
         for called in each.branches:
             yield from _inside(program, called, True, {})
 

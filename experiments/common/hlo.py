@@ -77,12 +77,6 @@ class Instruction(NamedTuple):
         found = _BRANCHES.findall(self.attributes)
         return [x.strip(" %") for pair in found for x in ",".join(pair).split(",") if x]
 
-    @property
-    def trips(self) -> int | None:
-        """Iterations of a loop, if the compiler knows them."""
-        found = _TRIPS.search(self.attributes)
-        return int(found[1]) if found else None
-
 
 class Program(NamedTuple):
     """A compiled program.
@@ -94,6 +88,20 @@ class Program(NamedTuple):
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
+
+    def trips(self, loop: Instruction) -> int:
+        """Iterations of a loop; 1 if the compiler does not know them."""
+        if known := _TRIPS.search(loop.attributes):
+            return int(known[1])
+        # A counting loop compares with the one integer of its condition.
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+        found, queue = set(), [condition[1]] if condition else []
+        while queue:
+            for each in self.computations.get(queue.pop(), {}).values():
+                if each.opcode == "constant" and each.type.startswith("s32[]"):
+                    found.add(int(each.inner))
+                queue += each.called
+        return found.pop() if len(found) == 1 else 1
 
 
 def parse(text: str) -> Program:

@@ -82,7 +82,7 @@ def _run(
                 nothing = [Kernel(called, 0.0, 0.0, "", *inside)]
                 yield from list(_run(program, called, times, inside)) or nothing
         elif each.opcode == "while":
-            trips = times * _trips(program, each)
+            trips = times * program.trips(each)
             for called in each.called:
                 yield from _run(program, called, trips, place)
         elif each.opcode in ("call", "async-start"):
@@ -92,20 +92,6 @@ def _run(
             flops, precision = _products(program, each, body)
             moved = _moved(program, each, body)
             yield Kernel(each.name, times * moved, times * flops, precision, *place)
-
-
-def _trips(program: Program, loop: Instruction) -> int:
-    if loop.trips is not None:
-        return loop.trips
-    # A counting loop compares with the one integer of its condition.
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
-    found, queue = set(), [condition[1]] if condition else []
-    while queue:
-        for each in program.computations.get(queue.pop(), {}).values():
-            if each.opcode == "constant" and each.type.startswith("s32[]"):
-                found.add(int(each.inner))
-            queue += each.called
-    return found.pop() if len(found) == 1 else 1
 
 
 def _moved(program: Program, each: Instruction, body: dict[str, Instruction]) -> float:

@@ -12,7 +12,6 @@ import optax
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
 from flora_jax._xla import widened
-from flora_jax.leaves.mesh import replicated_along
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.rules import LeafRules
 from flora_jax.leaves.trees import rebuild, run_sharded
@@ -59,15 +58,17 @@ class NewtonSchulz:
         a, b, c = _COEFFICIENTS
         tall = matrix.shape[-2] > matrix.shape[-1]
         x = jnp.swapaxes(matrix, -1, -2) if tall else matrix
-        # Gathered once if at all: every step needs products of all pairs of rows.
-        x = replicated_along(x, -2)
         # By the largest entry first: squares of tiny or huge updates leave float32.
         x = x / jnp.maximum(jnp.max(jnp.abs(x), (-2, -1), keepdims=True), _SMALL)
         norm = jnp.sqrt(jnp.sum(x * x, (-2, -1), keepdims=True))
         x = x / jnp.maximum(norm, 1.0)  # Of a matrix that is not zero it is at least 1.
-        for _ in range(self.steps):
+
+        def step(_: jax.Array, x: jax.Array) -> jax.Array:
             gram = x @ jnp.swapaxes(x, -1, -2)
-            x = a * x + (b * gram + c * (gram @ gram)) @ x
+            return a * x + (b * gram + c * (gram @ gram)) @ x
+
+        # A loop: unrolled, the compiler may gather a sharded matrix in each step anew.
+        x = jax.lax.fori_loop(0, self.steps, step, x)
         return jnp.swapaxes(x, -1, -2) if tall else x
 
 
