@@ -2,8 +2,8 @@
 
 import pathlib
 
-from experiments.accelerators.config import OPTIMIZERS
 from experiments.common import plots, report
+from experiments.common.methods import METHODS
 from experiments.common.records import Row, read_rows
 
 _CASE = ("problem", "dtype", "rank", "chip")
@@ -22,18 +22,18 @@ def write(path: pathlib.Path) -> None:
     rows = read_rows(path)
     text = _CAPTION
     for case, group in report.grouped(rows, *_CASE).items():
-        adamw = [row["seconds"] for row in group if row["optimizer"] == "adamw"]
-        least = adamw[0] if adamw else None
+        seconds = {row["method"]: row["seconds"] for row in group}
+        adamw = seconds.get("adamw")
         columns = {
-            "optimizer": lambda row: OPTIMIZERS[row["optimizer"]][0],
-            "state": lambda row: _times(row, state(row)),
+            "optimizer": lambda row: METHODS[row["method"]].title,
+            "state": lambda row: _times(row, row["arguments"] - 2 * row["parameters"]),
             "moved in a step": lambda row: _times(row, row["step"]),
             "besides in some": lambda row: _times(row, row["besides"]),
             "temporaries": lambda row: _times(row, row["temporaries"], 3),
             "products, GFLOP": lambda row: _products(row["flops"]),
             "time bound, ms": lambda row: f"{1e3 * row['seconds']:.2f}",
-            "of AdamW's": lambda row, least=least: (
-                least and f"{row['seconds'] / least:.2f}"
+            "of AdamW's": lambda row, adamw=adamw: (
+                adamw and f"{row['seconds'] / adamw:.2f}"
             ),
             "compilation, processor s": lambda row: f"{row['compilation']:.0f}",
         }
@@ -42,11 +42,6 @@ def write(path: pathlib.Path) -> None:
         text += report.markdown(columns, group)
     path.with_suffix(".md").write_text(text)
     _draw(path.with_suffix(".png"), rows)
-
-
-def state(row: Row) -> int:
-    """Bytes of the optimizer's state: of the arguments, without the other two trees."""
-    return row["arguments"] - 2 * row["parameters"]
 
 
 def _times(row: Row, size: float, digits: int = 2) -> str:
@@ -62,7 +57,7 @@ def _draw(path: pathlib.Path, rows: list[Row]) -> None:
     rows = [
         row for row in rows if (row["problem"], row["dtype"]) == ("leaf", "float32")
     ]
-    names = [name for name in OPTIMIZERS if any(r["optimizer"] == name for r in rows)]
+    names = list(dict.fromkeys(row["method"] for row in rows))
     what = {"step": "moved in a step", "temporaries": "temporaries"}
     with plots.picture(
         path,
@@ -76,12 +71,12 @@ def _draw(path: pathlib.Path, rows: list[Row]) -> None:
                 report.grouped(rows, "chip").items()
             ):
                 x = [row[field] / row["parameters"] for row in group]
-                y = [names.index(row["optimizer"]) for row in group]
+                y = [names.index(row["method"]) for row in group]
                 style = plots.look(number) | {"linestyle": "none", "mfc": "none"}
                 axes.plot(x, y, **style, label=" ".join(chip))
             axes.set_xlabel(title, fontsize=9)
         panels[0, 0].axvline(7, color=plots.GREY, zorder=0)  # AdamW's.
-        titles = [OPTIMIZERS[name][0] for name in names]
+        titles = [METHODS[name].title for name in names]
         panels[0, 0].set_yticks(range(len(names)), titles, fontsize=8)
         panels[0, 0].invert_yaxis()
         panels[0, 1].legend(fontsize=8)

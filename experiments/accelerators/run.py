@@ -1,20 +1,16 @@
 """The compilers' account of an optimizer step on one chip."""
 
 import collections
-import itertools
-import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from rich.progress import track
 
 import flora_jax as fj
 from experiments.accelerators import report
-from experiments.accelerators.config import OPTIMIZERS, Config
+from experiments.accelerators.config import Config
 from experiments.common import chips, records
-from experiments.common.chips import CHIPS, Chip
+from experiments.common.chips import CHIPS
 from experiments.common.methods import METHODS, Settings
 from experiments.common.state_bytes import tree_bytes
 from experiments.common.traffic import Kernel, kernels
@@ -29,40 +25,25 @@ def run(config: Config) -> None:
     """
     path = config.output_dir / "steps.jsonl"
     rows = records.resume_rows(path)
-    names = ("chip", "problem", "dtype", "optimizer")
-    wanted = itertools.product(
-        config.chips, config.problems, config.dtypes, config.optimizers
-    )
-    cases = [dict(zip(names, each, strict=True)) for each in wanted]
-    cases = [case | {"rank": config.rank} for case in cases]
-    done = [{name: row[name] for name in cases[0]} for row in rows]
-    for case in track([x for x in cases if x not in done], "compiling"):
-        chip = CHIPS[case["chip"]]
-        _, name, options = OPTIMIZERS[case["optimizer"]]
-        measured = measure(chip, name, options, parameters(case), config.rank)
-        versions = records.versions() | chips.versions(chip.platform)
+    axes = {
+        "chip": config.chips,
+        "problem": config.problems,
+        "dtype": config.dtypes,
+        "method": config.methods,
+        "rank": (config.rank,),
+    }
+    for case in track(records.missing_cases(rows, axes), "compiling"):
+        measured = measure(case)
+        versions = records.versions() | chips.versions(CHIPS[case["chip"]].platform)
         records.append_row(path, case | measured | versions)
     report.write(path)
 
 
-def parameters(case: records.Row) -> Any:
-    """Returns the shapes of a problem's parameters."""
-    if case["problem"] == "leaf":
-        return {"kernel": jax.ShapeDtypeStruct((4096, 11008), jnp.dtype(case["dtype"]))}
-    return build.shapes(case["problem"], case["dtype"])
-
-
-def measure(
-    chip: Chip, method: str, options: dict[str, Any], shapes: Any, rank: int
-) -> records.Row:
-    """Compiles update and apply, with parameters and state donated.
+def measure(case: records.Row) -> records.Row:
+    """Compiles one step.
 
     Args:
-        chip: what is compiled for.
-        method: name in METHODS.
-        options: further arguments of its recipe.
-        shapes: of the parameters.
-        rank: of the sketches.
+        case: `chip`, `problem`, `dtype`, `method` and `rank`.
 
     Returns:
         Bytes of the `parameters`, of the `arguments` (parameters, state and gradients)
@@ -72,24 +53,21 @@ def measure(
         bound on the `seconds` of the step: for each kernel those of its memory or those
         of its products; processor seconds of the `compilation`.
     """
-    sketch = fj.Sketch(rank, mask=fj.not_embeddings)
-    settings = Settings(sketch, micro_batches=16, estimator="nesterov", options=options)
-    tx = METHODS[method].optimizer(1e-3, settings)
+    chip, problem, dtype = CHIPS[case["chip"]], case["problem"], case["dtype"]
+    if problem == "leaf":
+        shapes = {"kernel": jax.ShapeDtypeStruct((4096, 11008), jnp.dtype(dtype))}
+    else:
+        shapes = build.shapes(problem, dtype)
+    sketch = fj.Sketch(case["rank"], mask=fj.not_embeddings)
+    settings = Settings(sketch, micro_batches=16, estimator="nesterov")
+    tx = METHODS[case["method"]].optimizer(1e-3, settings)
     device = chips.topology(chip.platform, chip.topology).devices[0]
     there = jax.sharding.SingleDeviceSharding(device)
-
-    def place(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.update(sharding=there), tree)
-
-    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params, state = place(shapes), place(jax.eval_shape(tx.init, shapes))
-    started = time.process_time()
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
-    compiled = lowered.compile()
-    seconds = time.process_time() - started
+    shardings, states = (
+        jax.tree.map(lambda _: there, tree)
+        for tree in (shapes, jax.eval_shape(tx.init, shapes))
+    )
+    compiled, seconds = chips.compile_step(tx, shapes, shardings, states)
     always, besides = split(kernels(compiled.as_text()))
     memory = compiled.memory_analysis()
     return {
@@ -102,7 +80,7 @@ def measure(
         "seconds": sum(
             chip.seconds(each.nbytes, each.flops, each.precision) for each in always
         ),
-        "compilation": round(seconds, 1),
+        "compilation": seconds,
     }
 
 

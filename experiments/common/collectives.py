@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from experiments.common import hlo
@@ -14,8 +14,6 @@ _KINDS = {
     "all-to-all",
     "collective-permute",
 }
-
-
 _CHANNEL = re.compile(r"channel_id=\d+")
 
 
@@ -45,34 +43,30 @@ def collectives(text: str) -> list[Collective]:
     Args:
         text: `compiled.as_text()`.
     """
-    program = hlo.parse(text)
-    return list(_inside(program, program.entry, False, {}))
-
-
-def _inside(
-    program: hlo.Program, name: str, optional: bool, seen: dict[Any, str]
-) -> Iterator[Collective]:
-    body = program.computations.get(name, {})
-    for each in body.values():
+    found: list[Collective] = []
+    seen: dict[tuple[Any, ...], str] = {}
+    for place in hlo.parse(text).walk(fusions=True):
+        each = place.instruction
         # An asynchronous one counts where it ends: its result is the received array.
         kind = each.opcode.removesuffix("-done")
-        if kind in _KINDS:
-            known = [body[x].arrays for x in each.operands if x in body]
-            operands = tuple(itertools.chain.from_iterable(known))
-            sent = max(each.arrays, operands, key=_nbytes)
-            shapes = tuple(x.shape for x in sent)
-            sizes = tuple(x.nbytes for x in sent)
-            # One that overlaps with kernels stands in the first, the last, and between.
-            channel = _CHANNEL.search(each.attributes)
-            once = (channel[0] if channel else name, kind, shapes)
-            if seen.setdefault(once, name) == name:
-                yield Collective(kind, shapes, sizes, optional)
-        for called in each.called:
-            inner = seen if each.opcode != "while" else {}
-            found = list(_inside(program, called, optional, inner))
-            yield from found * (program.trips(each) if inner is not seen else 1)
-        for called in each.branches:
-            yield from _inside(program, called, True, {})
+        if kind not in _KINDS:
+            continue
+        known = [place.body[x].arrays for x in each.operands if x in place.body]
+        operands = tuple(itertools.chain.from_iterable(known))
+        sent = max(each.arrays, operands, key=_nbytes)
+        shapes, sizes = tuple(x.shape for x in sent), tuple(x.nbytes for x in sent)
+        # One that overlaps with kernels stands in the first, the last, and in between.
+        channel = _CHANNEL.search(each.attributes)
+        once = (
+            channel[0] if channel else place.computation,
+            kind,
+            shapes,
+            place.branch,
+        )
+        if seen.setdefault(once, place.computation) == place.computation:
+            optional = bool(place.branch)
+            found += [Collective(kind, shapes, sizes, optional)] * place.times
+    return found
 
 
 def _nbytes(arrays: Iterable[hlo.Array]) -> int:

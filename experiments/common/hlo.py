@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 _COMMENT = re.compile(r"/\*.*?\*/")
@@ -15,6 +15,7 @@ _BRANCHES = re.compile(
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](\{[^{}]*\})?")
 _OPERAND = re.compile(r"%?([A-Za-z_][\w.\-]*)\s*(?:,|$)")
+_STRUCTURE = ("while", "call", "async-start")
 # Memory of another kind, such as a TPU's VMEM, has a space in its layout.
 _ELSEWHERE = re.compile(r"S\([1-9]\d*\)")
 
@@ -78,6 +79,26 @@ class Instruction(NamedTuple):
         return [x.strip(" %") for pair in found for x in ",".join(pair).split(",") if x]
 
 
+class Place(NamedTuple):
+    """An instruction where a program runs it.
+
+    Attributes:
+        instruction: what is run.
+        body: all instructions of its computation, by name.
+        computation: the name of that.
+        times: how often, by the iterations of the loops around it.
+        conditional: the outermost conditional around it, or empty.
+        branch: the branch of that which it is in, or empty.
+    """
+
+    instruction: Instruction
+    body: Mapping[str, Instruction]
+    computation: str
+    times: int
+    conditional: str
+    branch: str
+
+
 class Program(NamedTuple):
     """A compiled program.
 
@@ -102,6 +123,29 @@ class Program(NamedTuple):
                     found.add(int(each.inner))
                 queue += each.called
         return found.pop() if len(found) == 1 else 1
+
+    def walk(self, fusions: bool) -> Iterator[Place]:
+        """Gives what is run, with all branches of conditionals.
+
+        Args:
+            fusions: whether to go into fusions and what else a kernel is made of.
+        """
+        return self._walk(self.entry, 1, "", "", fusions)
+
+    def _walk(
+        self, name: str, times: int, conditional: str, branch: str, fusions: bool
+    ) -> Iterator[Place]:
+        body = self.computations.get(name, {})
+        for each in body.values():
+            yield Place(each, body, name, times, conditional, branch)
+            for called in each.branches:
+                inside = (conditional or each.name, branch or called)
+                yield from self._walk(called, times, *inside, fusions)
+            if fusions or each.opcode in _STRUCTURE:
+                trips = self.trips(each) if each.opcode == "while" else 1
+                for called in each.called:
+                    inside = (conditional, branch, fusions)
+                    yield from self._walk(called, times * trips, *inside)
 
 
 def parse(text: str) -> Program:

@@ -73,6 +73,7 @@ class Method:
         keeps: how: as it is, as a sketch, as a sketch of gradients that are sketched
             during backpropagation, or of LoRA's adapters in place of the matrices.
         base: its base optimizer, unless that is for the run to choose.
+        options: as in `Settings`; those of the run come first.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Method:
     kind: Kind = "none"
     keeps: Literal["full", "sketch", "sketched gradients", "adapters"] = "full"
     base: Base | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def ranked(self) -> bool:
@@ -134,7 +136,8 @@ class Method:
         """Returns the optimizer."""
         if self.base is not None:
             settings = dataclasses.replace(settings, base=self.base)
-        return self.make(learning_rate, with_options(settings, settings.options))
+        options = {**self.options, **settings.options}
+        return self.make(learning_rate, with_options(settings, options))
 
 
 def settings_of(
@@ -368,7 +371,35 @@ _COMPLETE = (
     Method("flora_muon", "FLORA-Muon", _flora_muon, keeps="sketch"),
     Method("sketched_muon", "Muon, sketched", _sketched_muon, keeps="sketch"),
 )
-METHODS = {method.name: method for method in (*_OF_A_BASE, *_COMPLETE)}
+_RANDOMIZED = {"projection": {"TopSVD": {"method": "randomized"}}}
+_INT8 = {"state_dtype": "int8"}
+# Complete ones with options, as a grid of a sweep states them.
+_VARIANTS = (
+    Method("adamw_int8", "AdamW, int8", _adamw, options=_INT8),
+    *(
+        Method(
+            f"flora_{name.lower()}",
+            f"FLORA, {name}",
+            _momentum,
+            _MOM,
+            "sketch",
+            "adafactor",
+            {"projection": name},
+        )
+        for name in ("Gaussian", "Rademacher")
+    ),
+    *(
+        Method(
+            f"{title.lower()}_randomized",
+            f"{title}, randomized SVD",
+            _recipe(title.lower()),
+            keeps="sketch",
+            options=_RANDOMIZED,
+        )
+        for title in ("GaLore", "Fira")
+    ),
+)
+METHODS = {method.name: method for method in (*_OF_A_BASE, *_COMPLETE, *_VARIANTS)}
 
 # Methods of the main job: two uncompressed ones, each with its compressed peer.
 MAIN = ("full_momentum", "flora_momentum", "full_accumulation", "flora_accumulation")

@@ -8,6 +8,8 @@ import os
 import pathlib
 import platform
 import statistics
+from collections.abc import Iterable, Mapping
+from itertools import product
 from typing import Any
 
 import jax
@@ -69,6 +71,18 @@ def resume_rows(path: pathlib.Path) -> list[Row]:
     rows = read_rows(path) if path.exists() else []
     write_rows(path, rows)
     return rows
+
+
+def missing_cases(rows: list[Row], axes: Mapping[str, Iterable[Any]]) -> list[Row]:
+    """Returns the combinations that no row is of.
+
+    Args:
+        rows: what has been measured.
+        axes: by field, its values.
+    """
+    cases = [dict(zip(axes, each, strict=True)) for each in product(*axes.values())]
+    done = [{name: row[name] for name in axes} for row in rows]
+    return [case for case in cases if case not in done]
 
 
 def append_row(path: pathlib.Path, row: Row) -> None:

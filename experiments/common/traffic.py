@@ -2,17 +2,20 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from experiments.common.hlo import Instruction, Program, parse
 
-# They move nothing: names for arrays, and the ends of what counted at its start.
+# They move nothing themselves.
 _FREE = {
     "add-dependency",
     "after-all",
+    "async-start",
     "async-update",
     "bitcast",
+    "call",
+    "conditional",
     "constant",
     "domain",
     "get-tuple-element",
@@ -22,6 +25,7 @@ _FREE = {
     "partition-id",
     "replica-id",
     "tuple",
+    "while",
 }
 _SLICES = {"slice", "dynamic-slice", "gather"}
 _SAME = {"bitcast", "reshape", "copy"}
@@ -65,36 +69,27 @@ def kernels(text: str) -> list[Kernel]:
         text: `compiled.as_text()`.
     """
     program = parse(text)
-    return list(_run(program, program.entry, 1, ("", "")))
+    return list(_kernels(program))
 
 
-def _run(
-    program: Program, name: str, times: int, place: tuple[str, str]
-) -> Iterator[Kernel]:
-    body = program.computations.get(name, {})
-    for each in body.values():
+def _kernels(program: Program) -> Iterator[Kernel]:
+    for each, body, _, times, conditional, branch in program.walk(fusions=False):
+        for called in each.branches:
+            # A branch that does nothing is one of them, too.
+            inside = (conditional or each.name, branch or called)
+            yield Kernel(each.name, 0.0, 0.0, "", *inside)
         if each.opcode in _FREE or each.opcode.endswith("-done"):
             continue
-        if each.branches:
-            for called in each.branches:
-                inside = place if place[0] else (each.name, called)
-                # A branch that does nothing is one of them, too.
-                nothing = [Kernel(called, 0.0, 0.0, "", *inside)]
-                yield from list(_run(program, called, times, inside)) or nothing
-        elif each.opcode == "while":
-            trips = times * program.trips(each)
-            for called in each.called:
-                yield from _run(program, called, trips, place)
-        elif each.opcode in ("call", "async-start"):
-            for called in each.called:
-                yield from _run(program, called, times, place)
-        else:
-            flops, precision = _products(program, each, body)
-            moved = _moved(program, each, body)
-            yield Kernel(each.name, times * moved, times * flops, precision, *place)
+        flops, precision = _products(program, each, body)
+        moved = _moved(program, each, body)
+        yield Kernel(
+            each.name, times * moved, times * flops, precision, conditional, branch
+        )
 
 
-def _moved(program: Program, each: Instruction, body: dict[str, Instruction]) -> float:
+def _moved(
+    program: Program, each: Instruction, body: Mapping[str, Instruction]
+) -> float:
     """Bytes that one kernel reads and writes."""
     known = [body[name] for name in each.operands if name in body]
     if each.opcode == "fusion":
@@ -118,7 +113,9 @@ def _sliced(each: Instruction) -> int:
     return sum(x.nbytes for x in each.arrays)
 
 
-def _fused(program: Program, each: Instruction, outer: dict[str, Instruction]) -> float:
+def _fused(
+    program: Program, each: Instruction, outer: Mapping[str, Instruction]
+) -> float:
     body = program.computations[each.called[0]]
     parameters = {
         int(x.inner): x.name for x in body.values() if x.opcode == "parameter"
@@ -159,7 +156,7 @@ def _fused(program: Program, each: Instruction, outer: dict[str, Instruction]) -
 
 
 def _products(
-    program: Program, each: Instruction, body: dict[str, Instruction]
+    program: Program, each: Instruction, body: Mapping[str, Instruction]
 ) -> tuple[float, str]:
     """Floating-point operations of a kernel's products, and how they are computed."""
     if each.opcode == "fusion":

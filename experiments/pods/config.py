@@ -60,7 +60,7 @@ class Config:
         "flora_adamw_int8",
         "flora_muon",
         "muon",
-        "galore",
+        "galore_randomized",
     )
     """Optimizers."""
     rank: int = 256

@@ -1,13 +1,10 @@
 """The TPU compiler's account of an optimizer step on a pod."""
 
-import itertools
 import math
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.experimental import topologies
 from rich.progress import track
 
@@ -20,9 +17,6 @@ from experiments.pods.config import LAYOUTS, MODELS, Config, Model
 
 P = jax.P
 
-# An exact SVD of one leaf had not compiled for a TPU after five minutes.
-_OPTIONS = {"galore": {"projection": {"TopSVD": {"method": "randomized"}}}}
-
 
 def run(config: Config) -> None:
     """Compiles the step of every optimizer on every pod, and writes the table.
@@ -32,14 +26,15 @@ def run(config: Config) -> None:
     """
     path = config.output_dir / "pods.jsonl"
     rows = records.resume_rows(path)
-    wanted = itertools.product(
-        config.models, config.dtypes, config.pods, config.layouts, config.methods
-    )
-    names = ("model", "dtype", "pod", "layout", "method")
-    cases = [dict(zip(names, each, strict=True)) for each in wanted]
-    cases = [case | {"rank": config.rank} for case in cases]
-    done = [{name: row[name] for name in cases[0]} for row in rows]
-    for case in track([x for x in cases if x not in done], "compiling"):
+    axes = {
+        "model": config.models,
+        "dtype": config.dtypes,
+        "pod": config.pods,
+        "layout": config.layouts,
+        "method": config.methods,
+        "rank": (config.rank,),
+    }
+    for case in track(records.missing_cases(rows, axes), "compiling"):
         pod = chips.topology("tpu", case["pod"])
         shape = LAYOUTS[case["pod"]][case["layout"]]
         mesh = topologies.make_mesh(pod, shape, ("fsdp", "tensor"))
@@ -50,7 +45,7 @@ def run(config: Config) -> None:
 
 
 def measure(model: Model, mesh: jax.sharding.Mesh, case: records.Row) -> records.Row:
-    """Compiles update and apply, with parameters and state donated.
+    """Compiles the step on one mesh.
 
     Args:
         model: the sizes.
@@ -71,24 +66,13 @@ def measure(model: Model, mesh: jax.sharding.Mesh, case: records.Row) -> records
     shapes, specs = parameters(model, case["dtype"])
     shardings = {name: jax.NamedSharding(mesh, spec) for name, spec in specs.items()}
     sketch = fj.Sketch(case["rank"], mask=fj.not_embeddings)
-    options = _OPTIONS.get(case["method"], {})
-    settings = Settings(sketch, estimator="nesterov", options=options)
+    settings = Settings(sketch, estimator="nesterov")
     tx = METHODS[case["method"]].optimizer(1e-3, settings)
-
-    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
+    found = _sketches(sketch, shapes, mesh.shape["tensor"])
     with jax.set_mesh(mesh):
-        layout = fj.state_sharding(tx, shapes, shardings)
-        state = _sharded(jax.eval_shape(tx.init, shapes), layout)
-        params = _sharded(shapes, shardings)
-        jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(shardings, layout))
-        started = time.process_time()
-        lowered = jitted.lower(params, state, params)
-        found = _sketches(sketch, shapes, mesh.shape["tensor"])
+        states = fj.state_sharding(tx, shapes, shardings)
         try:
-            compiled = lowered.compile()
+            compiled, seconds = chips.compile_step(tx, shapes, shardings, states)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -102,7 +86,7 @@ def measure(model: Model, mesh: jax.sharding.Mesh, case: records.Row) -> records
         "step": _by_kind([x for x in sent if not x.optional]),
         "refresh": _by_kind([x for x in sent if x.optional]),
         "gathered": max(gathered, default=0),
-        "compilation": round(time.process_time() - started, 1),
+        "compilation": seconds,
     }
 
 
@@ -131,10 +115,6 @@ def parameters(model: Model, dtype: str) -> tuple[dict[str, Any], dict[str, P]]:
         k: jax.ShapeDtypeStruct(s, jnp.dtype(dtype)) for k, (s, _) in every.items()
     }
     return shapes, {name: P(*axes) for name, (_, axes) in every.items()}
-
-
-def _sharded(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, y: x.update(sharding=y), tree, shardings)
 
 
 def _sketches(sketch: fj.Sketch, shapes: Any, tensor: int) -> records.Row:

@@ -169,20 +169,21 @@ def _signed_buckets(sampled: Any, rank: int) -> jax.Array:
 def _multiply(
     rank: int,
     axis: int,
-    weigh_rows: bool,
+    weigh_projection: bool,
     sampled: Any,
     matrix: jax.Array,
     weights: jax.Array | None,
 ) -> jax.Array:
     """The sketch as a product; its error on a TPU is G's alone, as S is exact there.
 
-    Weights multiply the rows of S, or else G, which a TPU does as it reads G.
+    Weights multiply the columns of S, or else those of G, which a TPU does as it reads
+    them.
     """
     # Written out, r·m bfloat16 elements: in the product it would be made anew for each
     # tile, and take longer to compile.
     s = jax.lax.optimization_barrier(_signed_buckets(sampled, rank))
     full = matrix.astype(jnp.float32)
-    if weights is not None and weigh_rows:
+    if weights is not None and weigh_projection:
         s = s * weights[..., None, :]
     elif weights is not None:
         full = full * along(weights, axis)

@@ -14,7 +14,7 @@ RESULTS = pathlib.Path(report.__file__).parent / "results" / "steps.jsonl"
 
 def rows(**fields):
     return {
-        row["optimizer"]: row
+        row["method"]: row
         for row in records.read_rows(RESULTS)
         if all(row[name] == value for name, value in fields.items())
     }
@@ -22,11 +22,11 @@ def rows(**fields):
 
 # Bytes moved in a step, in sizes of the parameters: of AdamW 7.
 @pytest.mark.parametrize(
-    ("optimizer", "most"),
+    ("method", "most"),
     [("flora", 7.4), ("flora_adamw", 5.6), ("apollo", 5.3), ("flora_adamw_int8", 6.2)],
 )
-def test_a_tpu_moves_little_and_holds_no_copy(optimizer, most):
-    row = rows(chip="v5e", problem="leaf", dtype="float32")[optimizer]
+def test_a_tpu_moves_little_and_holds_no_copy(method, most):
+    row = rows(chip="v5e", problem="leaf", dtype="float32")[method]
     assert row["step"] <= most * row["parameters"]
     assert row["temporaries"] <= 0.15 * row["parameters"]
 
@@ -57,6 +57,6 @@ def test_a_missing_compiler_is_one_line(chip, module, tmp_path, capfd):
     if chips.installed(module):
         pytest.skip(f"{module} is installed")
     out = tmp_path / "out"
-    arguments = ["--chips", chip, "--optimizers", "adamw", "--output-dir", str(out)]
+    arguments = ["--chips", chip, "--methods", "adamw", "--output-dir", str(out)]
     assert main(arguments) == 2
     assert "compiler is missing" in capfd.readouterr().err

@@ -1,5 +1,6 @@
 """Every method of the command lines next to the chain that it names."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -111,6 +112,11 @@ def test_adam_has_no_other_momentum():
         make("flora_momentum", base="adam")
 
 
+def projected(projection):
+    return dataclasses.replace(SKETCH, projection=projection)
+
+
+RANDOMIZED = fj.TopSVD(method="randomized")
 INTERVAL = {"refresh_every": 20, "b2": 0.9}
 RECIPES = {
     "flora": lambda: fj.flora(1.0, SKETCH, resample_every=20, estimator="paper"),
@@ -124,6 +130,17 @@ RECIPES = {
         1.0, SKETCH, state_dtype="int8", **INTERVAL
     ),
     "flora_muon": lambda: fj.flora_muon(1.0, SKETCH, refresh_every=20),
+    "flora_gaussian": lambda: fj.flora(
+        1.0, projected(fj.Gaussian()), resample_every=20, estimator="paper"
+    ),
+    "flora_rademacher": lambda: fj.flora(
+        1.0, projected(fj.Rademacher()), resample_every=20, estimator="paper"
+    ),
+    "galore_randomized": lambda: fj.galore(1.0, projected(RANDOMIZED), **INTERVAL),
+    "fira_randomized": lambda: fj.fira(1.0, projected(RANDOMIZED), **INTERVAL),
+    "adamw_int8": lambda: fj.quantize_state(
+        optax.adamw(1.0, b2=0.9, weight_decay=0.0), "int8"
+    ),
 }
 
 

@@ -98,8 +98,8 @@ ENTRY %main (x: f32[8,8]) -> f32[8,8] {{
     found = kernels(text)
     always = [x.nbytes for x in found if x.name == "more" and not x.conditional]
     assert always == [3 * 512]
-    branches = [(x.conditional, x.branch, x.nbytes) for x in found if x.conditional]
-    assert branches == [("z", "body", 512), ("z", "same", 0)]
+    branches = {(x.conditional, x.branch): x.nbytes for x in found if x.conditional}
+    assert branches == {("z", "body"): 512, ("z", "same"): 0}
     # Every step runs the branch that moves nothing, some steps the other.
     kernels_of_every_step, besides = split(found)
     # Its condition compares two integers.
