@@ -1,4 +1,4 @@
-"""Compilers of chips that are not attached, and the published speeds of these."""
+"""Ahead-of-time compilation for chips that are not attached, and their peak rates."""
 
 import dataclasses
 import importlib.metadata
@@ -72,7 +72,7 @@ CHIPS = {
 
 
 def topology(platform: str, name: str) -> Any:
-    """Returns devices that are not there, to lower and compile for.
+    """Returns a topology to compile for without the device.
 
     Args:
         platform: "tpu" or "cuda".

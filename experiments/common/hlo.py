@@ -80,15 +80,15 @@ class Instruction(NamedTuple):
 
 
 class Place(NamedTuple):
-    """An instruction where a program runs it.
+    """One execution site of an instruction.
 
     Attributes:
-        instruction: what is run.
+        instruction: the instruction.
         body: all instructions of its computation, by name.
-        computation: the name of that.
-        times: how often, by the iterations of the loops around it.
+        computation: the computation's name.
+        times: number of executions, by the loops around it.
         conditional: the outermost conditional around it, or empty.
-        branch: the branch of that which it is in, or empty.
+        branch: the branch of `conditional` that contains it, or empty.
     """
 
     instruction: Instruction
@@ -125,10 +125,10 @@ class Program(NamedTuple):
         return found.pop() if len(found) == 1 else 1
 
     def walk(self, fusions: bool) -> Iterator[Place]:
-        """Gives what is run, with all branches of conditionals.
+        """Yields every executed instruction, in all branches of conditionals.
 
         Args:
-            fusions: whether to go into fusions and what else a kernel is made of.
+            fusions: whether to enter fusions and other computations within a kernel.
         """
         return self._walk(self.entry, 1, "", "", fusions)
 

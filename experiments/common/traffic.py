@@ -38,7 +38,7 @@ _KINDS = ("bfloat16", "default", "high", "highest")
 
 
 class Kernel(NamedTuple):
-    """One kernel, in a loop with all of its iterations together.
+    """One kernel; all iterations together if it is in a loop.
 
     Attributes:
         name: of its instruction.
@@ -46,8 +46,8 @@ class Kernel(NamedTuple):
         flops: of its matrix products.
         precision: of these: "default", "high" or "highest" for operands in float32,
             "bfloat16" for others.
-        conditional: the conditional that it is in, or empty.
-        branch: the branch of that which runs it, or empty.
+        conditional: the outermost conditional around it, or empty.
+        branch: the branch of `conditional` that contains it, or empty.
     """
 
     name: str
@@ -59,11 +59,12 @@ class Kernel(NamedTuple):
 
 
 def kernels(text: str) -> list[Kernel]:
-    """Returns what a program runs; a loop's kernels once for all of its iterations.
+    """Returns the kernels of a program; those of a loop with all of its iterations.
 
-    A kernel reads its operands and writes its results. Of what it reads through slices
-    and gathers alone it reads these; what it updates in place costs the update, read
-    and written. Memory on the chip costs nothing. A loop of unknown length counts once.
+    A kernel reads its operands and writes its results. An operand that is accessed only
+    through slices or gathers counts as these. An update in place counts as a read and a
+    write of the updated region. On-chip memory is free. A loop of unknown length counts
+    once.
 
     Args:
         text: `compiled.as_text()`.

@@ -47,9 +47,9 @@ class CountSketch(ObliviousProjection):
     parts, to 2⁻¹⁶ of its entries. Under ``jax.set_mesh`` with several devices a sketch
     is a product, too: a sum over a sharded side, where a permutation would gather it.
 
-    Weaker than dense projections where few columns of G matter: two of them meet with
-    probability 1/r, and then cancel or double, where a product would mix them. The
-    variance of ‖C‖² is no larger, its tails are.
+    Weaker than dense projections where few columns of G matter: two of them collide
+    with probability 1/r, and then cancel or add up, where a dense projection would mix
+    them. The variance of ‖C‖² is no larger, but its tails are heavier.
 
     Raises:
       ValueError: for an unknown normalization.
