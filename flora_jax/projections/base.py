@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from flora_jax import _validation as check
 from flora_jax._typing import KeyData, KeyLike
+from flora_jax.projections.linalg import product
 from flora_jax.random.keys import raw_key
 
 if TYPE_CHECKING:
@@ -275,21 +274,3 @@ class AdaptiveProjection(Projection):
 def along(vector: Float[Array, "*batch m"], axis: int) -> jax.Array:
     """Reshapes a vector so that it broadcasts along an axis of a matrix."""
     return jnp.expand_dims(vector, -3 - axis)
-
-
-def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:
-    """X R for axis -1, Rᵀ X for axis -2, in float32; on a TPU to 2⁻¹⁶ of the entries.
-
-    There float32 in full takes six products of bfloat16 parts, as long as all else that
-    an optimizer's step does, and longer to compile; this takes three.
-    """
-    chex.assert_axis_dimension(x, axis, right.shape[-2])
-    # Accelerators multiply float32 in bfloat16 or TF32 unless told otherwise.
-    subscripts = "...nm,...mr->...nr" if axis == -1 else "...nm,...nr->...rm"
-    multiply = functools.partial(jnp.einsum, subscripts)
-    return jax.lax.platform_dependent(
-        x,
-        right,
-        tpu=functools.partial(multiply, precision="high"),
-        default=functools.partial(multiply, precision="highest"),
-    )

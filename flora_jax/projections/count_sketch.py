@@ -13,7 +13,8 @@ import numpy as np
 
 from flora_jax._typing import KeyData
 from flora_jax.leaves.mesh import is_sharded
-from flora_jax.projections.base import ObliviousProjection, along, product
+from flora_jax.projections.base import ObliviousProjection, along
+from flora_jax.projections.linalg import product
 from flora_jax.random.bits import bits, signs
 
 if TYPE_CHECKING:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
-
 from flora_jax.projections.base import DenseProjection, ScaledIsometry
+from flora_jax.projections.linalg import orthonormalized
 from flora_jax.random.bits import normals
 
 if TYPE_CHECKING:
@@ -18,9 +17,10 @@ if TYPE_CHECKING:
 class Orthogonal(ScaledIsometry, DenseProjection):
     """√(m/r) times r rows of a uniformly (Haar) random orthogonal m x m matrix.
 
-    Sampled as Q·sign(diag R) of the QR decomposition of m x r normals. S Sᵀ = (m/r)·I
-    and E[SᵀS] = I, so that E‖G SᵀS − G‖² = (m/r − 1)·‖G‖², the least that an unbiased
-    projection to r rows can have, and √(r/m) is the cosine between G and its estimate.
+    Sampled as Q of the decomposition Q R of m x r normals, the diagonal of R positive.
+    S Sᵀ = (m/r)·I and E[SᵀS] = I, so that E‖G SᵀS − G‖² = (m/r − 1)·‖G‖², the least
+    that an unbiased projection to r rows can have, and √(r/m) is the cosine between G
+    and its estimate.
 
     Costs r·m normals, their decomposition (about 4·m·r² operations, serial on most
     devices: the slowest projection here) and products as Gaussian.
@@ -43,7 +43,6 @@ class Orthogonal(ScaledIsometry, DenseProjection):
 
     def as_matrix(self, sampled: Any, rank: int, width: int) -> Float[Array, "r m"]:
         """S, float32 of shape (rank, width)."""
-        q, r = jnp.linalg.qr(normals(sampled, (width, rank), 0))
-        # Without the signs Q is the decomposition's convention, not Haar's measure.
-        flips = jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)
-        return (q * flips).T * self.row_norm(rank, width)
+        # R's diagonal is positive: with other signs Q would not be uniform.
+        q = orthonormalized(normals(sampled, (width, rank), 0) / width**0.5)
+        return q.T * self.row_norm(rank, width)

@@ -13,7 +13,8 @@ import numpy as np
 from flora_jax import _validation as check
 from flora_jax._typing import KeyData
 from flora_jax.leaves.mesh import sharded_along
-from flora_jax.projections.base import AdaptiveProjection, product
+from flora_jax.projections.base import AdaptiveProjection
+from flora_jax.projections.linalg import product
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32

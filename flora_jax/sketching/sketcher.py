@@ -23,7 +23,7 @@ from flora_jax._xla import materialized, widened
 from flora_jax.leaves.mesh import is_sharded, replicated, replicated_along
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.spec import describe, make_spec
-from flora_jax.projections.base import product
+from flora_jax.projections.linalg import product
 from flora_jax.random.keys import leaf_keys
 from flora_jax.sketching.sketch import Sketch
 
