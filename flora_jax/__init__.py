@@ -65,6 +65,7 @@ from flora_jax.transforms.accumulator import (
     CompressedAccumulatorCarry,
     compressed_accumulator,
 )
+from flora_jax.transforms.apply import update_and_apply
 from flora_jax.transforms.factored_rms import FactoredRmsState, scale_by_factored_rms
 from flora_jax.transforms.momentum import CompressedMomentumState, compressed_momentum
 from flora_jax.transforms.orthogonalize import NewtonSchulz, orthogonalize
@@ -135,5 +136,6 @@ __all__ = [
     "scale_in_subspace",
     "sketched_value_and_grad",
     "state_sharding",
+    "update_and_apply",
     "verify_state",
 ]

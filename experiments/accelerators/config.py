@@ -43,6 +43,8 @@ class Config:
     """Of parameters and gradients."""
     methods: tuple[Literal[tuple(METHODS)], ...] = _DEFAULT
     """The optimizers; accumulations over 16 micro-steps."""
+    calls: tuple[Literal["one", "two"], ...] = ("one",)
+    """`fj.update_and_apply`, or `tx.update` and `optax.apply_updates`."""
     rank: int = 256
     """Of the sketches."""
     output_dir: pathlib.Path = pathlib.Path("runs/accelerators")
@@ -56,4 +58,4 @@ class Config:
             ConfigError: naming the argument, its value, and what to give instead.
         """
         config.check_at_least(self, ("rank",))
-        config.check_some(self, ("chips", "problems", "dtypes", "methods"))
+        config.check_some(self, ("chips", "problems", "dtypes", "methods", "calls"))

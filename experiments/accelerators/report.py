@@ -11,7 +11,8 @@ _CAPTION = """\
 One update and its application, compiled for one chip, parameters and state donated.
 Sizes are multiples of the parameters: state, temporaries, what the kernels read and
 write in the chip's memory in every step, and what some steps move besides (a refresh, a
-transfer, the end of a cycle of accumulation). The lower bound on the time of every step
+transfer, the end of a cycle of accumulation). By `fj.update_and_apply`; "two calls" are
+`tx.update` and `optax.apply_updates`. The lower bound on the time of every step
 sums over kernels the longer of memory and products, at published rates. Nothing was
 executed, and the GPU's kernels are not autotuned.
 """
@@ -25,7 +26,7 @@ def write(path: pathlib.Path) -> None:
         seconds = {row["method"]: row["seconds"] for row in group}
         adamw = seconds.get("adamw")
         columns = {
-            "optimizer": lambda row: METHODS[row["method"]].title,
+            "optimizer": _title,
             "state": lambda row: _times(row, row["arguments"] - 2 * row["parameters"]),
             "moved in a step": lambda row: _times(row, row["step"]),
             "besides in some": lambda row: _times(row, row["besides"]),
@@ -44,6 +45,11 @@ def write(path: pathlib.Path) -> None:
     _draw(path.with_suffix(".png"), rows)
 
 
+def _title(row: Row) -> str:
+    title = METHODS[row["method"]].title
+    return title if row["calls"] == "one" else f"{title}, two calls"
+
+
 def _times(row: Row, size: float, digits: int = 2) -> str:
     return f"{size / row['parameters']:.{digits}f}"
 
@@ -57,7 +63,7 @@ def _draw(path: pathlib.Path, rows: list[Row]) -> None:
     rows = [
         row for row in rows if (row["problem"], row["dtype"]) == ("leaf", "float32")
     ]
-    names = list(dict.fromkeys(row["method"] for row in rows))
+    names = list(dict.fromkeys(map(_title, rows)))
     what = {"step": "moved in a step", "temporaries": "temporaries"}
     with plots.picture(
         path,
@@ -71,13 +77,12 @@ def _draw(path: pathlib.Path, rows: list[Row]) -> None:
                 report.grouped(rows, "chip").items()
             ):
                 x = [row[field] / row["parameters"] for row in group]
-                y = [names.index(row["method"]) for row in group]
+                y = [names.index(_title(row)) for row in group]
                 style = plots.look(number) | {"linestyle": "none", "mfc": "none"}
                 axes.plot(x, y, **style, label=" ".join(chip))
             axes.set_xlabel(title, fontsize=9)
         panels[0, 0].axvline(7, color=plots.GREY, zorder=0)  # AdamW's.
-        titles = [METHODS[name].title for name in names]
-        panels[0, 0].set_yticks(range(len(names)), titles, fontsize=8)
+        panels[0, 0].set_yticks(range(len(names)), names, fontsize=8)
         panels[0, 0].invert_yaxis()
         panels[0, 1].legend(fontsize=8)
 

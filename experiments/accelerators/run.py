@@ -30,6 +30,7 @@ def run(config: Config) -> None:
         "problem": config.problems,
         "dtype": config.dtypes,
         "method": config.methods,
+        "calls": config.calls,
         "rank": (config.rank,),
     }
     for case in track(records.missing_cases(rows, axes), "compiling"):
@@ -43,7 +44,7 @@ def measure(case: records.Row) -> records.Row:
     """Compiles one step.
 
     Args:
-        case: `chip`, `problem`, `dtype`, `method` and `rank`.
+        case: `chip`, `problem`, `dtype`, `method`, `calls` and `rank`.
 
     Returns:
         Bytes of the `parameters`, of the `arguments` (parameters, state and gradients)
@@ -67,7 +68,8 @@ def measure(case: records.Row) -> records.Row:
         jax.tree.map(lambda _: there, tree)
         for tree in (shapes, jax.eval_shape(tx.init, shapes))
     )
-    compiled, seconds = chips.compile_step(tx, shapes, shardings, states)
+    one_call = case["calls"] == "one"
+    compiled, seconds = chips.compile_step(tx, shapes, shardings, states, one_call)
     always, besides = split(kernels(compiled.as_text()))
     memory = compiled.memory_analysis()
     return {

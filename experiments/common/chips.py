@@ -112,15 +112,16 @@ def topology(platform: str, name: str) -> Any:
 
 
 def compile_step(
-    tx: Any, shapes: Any, shardings: Any, states: Any
+    tx: Any, shapes: Any, shardings: Any, states: Any, one_call: bool = True
 ) -> tuple[Any, float]:
-    """Compiles update and apply, with parameters and state donated.
+    """Compiles update and application, with parameters and state donated.
 
     Args:
         tx: the transformation.
         shapes: of the parameters.
         shardings: of these, on devices of `topology`.
         states: shardings of the state.
+        one_call: by `fj.update_and_apply`, or by optax's two calls.
 
     Returns:
         The compiled step, and the processor seconds that lowering and compiling took.
@@ -128,10 +129,14 @@ def compile_step(
     import jax
     import optax
 
+    import flora_jax as fj
+
     def placed(tree: Any, where: Any) -> Any:
         return jax.tree.map(lambda x, y: x.update(sharding=y), tree, where)
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        if one_call:
+            return fj.update_and_apply(tx, grads, state, params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 

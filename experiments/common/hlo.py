@@ -111,7 +111,7 @@ class Program(NamedTuple):
     entry: str
 
     def trips(self, loop: Instruction) -> int:
-        """Iterations of a loop; 1 if the compiler does not know them."""
+        """Iterations of a loop; 0 if the compiler does not know them."""
         if known := _TRIPS.search(loop.attributes):
             return int(known[1])
         # A counting loop compares with the one integer of its condition.
@@ -122,10 +122,12 @@ class Program(NamedTuple):
                 if each.opcode == "constant" and each.type.startswith("s32[]"):
                     found.add(int(each.inner))
                 queue += each.called
-        return found.pop() if len(found) == 1 else 1
+        return found.pop() if len(found) == 1 else 0
 
     def walk(self, fusions: bool) -> Iterator[Place]:
         """Yields every executed instruction, in all branches of conditionals.
+
+        A loop of unknown length is a conditional, and one iteration its branch.
 
         Args:
             fusions: whether to enter fusions and other computations within a kernel.
@@ -143,9 +145,12 @@ class Program(NamedTuple):
                 yield from self._walk(called, times, *inside, fusions)
             if fusions or each.opcode in _STRUCTURE:
                 trips = self.trips(each) if each.opcode == "while" else 1
+                inside = conditional, branch
+                if not trips:
+                    inside = conditional or each.name, branch or each.name
                 for called in each.called:
-                    inside = (conditional, branch, fusions)
-                    yield from self._walk(called, times * trips, *inside)
+                    inner = times * max(trips, 1), *inside, fusions
+                    yield from self._walk(called, *inner)
 
 
 def parse(text: str) -> Program:

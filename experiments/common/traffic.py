@@ -63,8 +63,8 @@ def kernels(text: str) -> list[Kernel]:
 
     A kernel reads its operands and writes its results. An operand that is accessed only
     through slices or gathers counts as these. An update in place counts as a read and a
-    write of the updated region. On-chip memory is free. A loop of unknown length counts
-    once.
+    write of the updated region. On-chip memory is free. A loop of unknown length is a
+    conditional: it runs not at all, or once.
 
     Args:
         text: `compiled.as_text()`.
@@ -79,6 +79,9 @@ def _kernels(program: Program) -> Iterator[Kernel]:
             # A branch that does nothing is one of them, too.
             inside = (conditional or each.name, branch or called)
             yield Kernel(each.name, 0.0, 0.0, "", *inside)
+        if each.opcode == "while" and not program.trips(each):
+            # No iteration is a branch that does nothing.
+            yield Kernel(each.name, 0.0, 0.0, "", conditional or each.name, "")
         if each.opcode in _FREE or each.opcode.endswith("-done"):
             continue
         flops, precision = _products(program, each, body)

@@ -26,6 +26,7 @@ from flora_jax.sketching.sketcher import (
     SketchEvent,
     gradient_shapes,
 )
+from flora_jax.transforms.apply import APPLY
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -84,6 +85,7 @@ def compressed_accumulation(
     shrinks. To avoid that, pass the output of
     :func:`flora_jax.sketched_value_and_grad`, made with the same sketch. XLA reserves
     memory for the mean gradient in any program that contains this update;
+    :func:`flora_jax.update_and_apply` adds it to the parameters leaf by leaf, and
     :func:`flora_jax.compressed_accumulator` lets it be compiled by itself.
 
     Under ``shard_map`` with gradients that are not reduced yet, give ``axis_name``:
@@ -166,6 +168,7 @@ def compressed_accumulation(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, CompressedAccumulationState]:
         on_sketch = extra_args.pop("on_sketch", None)
+        in_place = extra_args.pop(APPLY, None)
         check_state_key(NAME, state.key)
         plans = sketcher.plan(updates)
         shapes = [plan.state_shape for plan in plans]
@@ -204,6 +207,14 @@ def compressed_accumulation(
             empty = [jnp.zeros_like(x) for x in acc]
             return optax.tree.cast_like(updates, like), new, empty
 
+        def end_cycle_in_place(_: Any, operands: tuple[Any, ...]) -> tuple[Any, ...]:
+            """All operands after the end of a cycle."""
+            *rest, sampled, params = operands
+            # Or a TPU's compiler would sum up a parameter's squares before the loop.
+            params = jax.tree.map(jax.lax.optimization_barrier, params)
+            updates, inner_state, acc = end_cycle(*rest, sampled, params)
+            return acc, inner_state, sampled, optax.apply_updates(params, updates)
+
         def within_cycle(
             acc: list[jax.Array], inner_state: PyTree, *rest: Any
         ) -> tuple[Any, ...]:
@@ -211,10 +222,18 @@ def compressed_accumulation(
             updates, _, _ = jax.eval_shape(end_cycle, acc, inner_state, *rest)
             return jax.tree.map(jnp.zeros_like, updates), inner_state, acc
 
-        # A branch, so that the mean gradient is computed once per cycle.
-        new_updates, inner_state, acc = jax.lax.cond(
-            emit, end_cycle, within_cycle, *operands
-        )
+        if in_place is not None:
+            # No iteration or one: XLA would copy donated parameters for a branch.
+            times = emit.astype(jnp.int32)
+            acc, inner_state, _, in_place.params = jax.lax.fori_loop(
+                0, times, end_cycle_in_place, operands
+            )
+            new_updates = in_place
+        else:
+            # A branch, so that the mean gradient is computed once per cycle.
+            new_updates, inner_state, acc = jax.lax.cond(
+                emit, end_cycle, within_cycle, *operands
+            )
         stepped = jnp.where(emit, 0, optax.safe_increment(state.mini_step))
         cycles = optax.safe_increment(state.gradient_step)
         return new_updates, CompressedAccumulationState(

@@ -107,6 +107,28 @@ ENTRY %main (x: f32[8,8]) -> f32[8,8] {{
     assert besides == 512
 
 
+def test_a_loop_of_unknown_length_is_a_branch():
+    text = f"""{_HEAD}
+%body (x: f32[8,8]) -> f32[8,8] {{
+  %x = f32[8,8]{{1,0}} parameter(0)
+  ROOT %more = f32[8,8]{{1,0}} negate(%x)
+}}
+%condition (x: f32[8,8]) -> pred[] {{
+  %x = f32[8,8]{{1,0}} parameter(0)
+  ROOT %less = pred[] constant(true)
+}}
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {{
+  %x = f32[8,8]{{1,0}} parameter(0)
+  ROOT %y = f32[8,8]{{1,0}} while(%x), condition=%condition, body=%body
+}}
+"""
+    found = kernels(text)
+    assert {x.conditional for x in found} == {"y"}
+    every_step, besides = split(found)
+    assert sum(x.nbytes for x in every_step) == 0
+    assert besides == 512
+
+
 def test_products():
     """2·n·m·k operations, as the compiler for this device writes them."""
     x, y = jnp.ones((64, 32)), jnp.ones((32, 16))

@@ -1,0 +1,206 @@
+"""One call for an update and its application, against the two calls of optax."""
+
+import functools
+import operator
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flora_jax as fj
+
+SKETCH = fj.Sketch(8, min_dim_size=16)
+SHAPES = {"w": (64, 48), "stack": (3, 32, 64), "b": (64,)}
+
+
+def accumulation(inner=None, every_k=3, **settings):
+    inner = fj.adafactor(1e-1) if inner is None else inner
+    return fj.compressed_accumulation(inner, every_k, SKETCH, **settings)
+
+
+def tree(seed):
+    rng = np.random.default_rng(seed)
+    return {k: jnp.float32(rng.normal(size=shape)) for k, shape in SHAPES.items()}
+
+
+def both(tx, steps=7, **extra_args):
+    """Parameters and states after steps of either interface."""
+
+    @jax.jit
+    def one(params, state, grads):
+        return fj.update_and_apply(tx, grads, state, params, **extra_args)
+
+    @jax.jit
+    def two(params, state, grads):
+        updates, state = tx.update(grads, state, params, **extra_args)
+        return optax.apply_updates(params, updates), state
+
+    ours = theirs = tree(0), tx.init(tree(0))
+    for i in range(steps):
+        grads = tree(i + 1)
+        ours, theirs = one(*ours, grads), two(*theirs, grads)
+        yield ours, theirs
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        accumulation(),
+        accumulation(optax.adam(1e-2), lambda cycle: cycle + 1),
+        accumulation(should_skip_update_fn=optax.skip_not_finite),
+        optax.chain(optax.clip(1.0), accumulation()),
+        optax.inject_hyperparams(lambda rate: accumulation(optax.sgd(rate)))(0.1),
+        fj.flora(1e-2, SKETCH),
+        optax.adamw(1e-3),
+    ],
+    ids=["leafwise", "growing", "skip", "chain", "injected", "flora", "optax"],
+)
+def test_equals_the_two_calls(tx):
+    start = tree(0)
+    for ours, theirs in both(tx):
+        chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
+    assert np.abs(ours[0]["w"] - start["w"]).max() > 1e-3
+
+
+def test_extra_arguments_reach_the_inner_transformation():
+    def update(updates, state, params=None, *, factor, **extra_args):
+        return jax.tree.map(lambda x: -factor * x, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    *_, (ours, theirs) = both(accumulation(inner), factor=0.5)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_takes_sketched_gradients():
+    tx, params = accumulation(), {"w": tree(0)["w"]}
+    x = jnp.float32(np.random.default_rng(1).normal(size=(7, 4, 64)))
+
+    def loss(params, x):
+        return jnp.mean((x @ params["w"]) ** 2)
+
+    @jax.jit
+    def step(params, state, x):
+        gradient = fj.sketched_value_and_grad(loss, SKETCH)
+        return fj.update_and_apply(tx, gradient(state, params, x)[1], state, params)
+
+    @jax.jit
+    def full(params, state, x):
+        return fj.update_and_apply(tx, jax.grad(loss)(params, x), state, params)
+
+    ours = theirs = params, tx.init(params)
+    for each in x:
+        ours, theirs = step(*ours, each), full(*theirs, each)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert np.abs(ours[0]["w"] - params["w"]).max() > 1e-3
+
+
+def zeroed(tx):
+    """A wrapper that does not look at the updates it replaces."""
+
+    def update(updates, state, params=None, **extra_args):
+        _, state = tx.update(updates, state, params, **extra_args)
+        return jax.tree.map(jnp.zeros_like, updates), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.chain(tx, optax.scale(0.5)),
+        lambda tx: optax.chain(tx, optax.add_decayed_weights(0.1)),
+        lambda tx: optax.masked(tx, {"w": True, "stack": True, "b": False}),
+        lambda tx: optax.apply_if_finite(tx, 3),
+        zeroed,
+    ],
+    ids=["scale", "decay", "masked", "finite", "zeroed"],
+)
+def test_what_would_go_on_to_change_updates_raises(wrap):
+    tx, params = wrap(accumulation()), tree(0)
+    message = "`tx` of update_and_apply changes the updates of compressed_accumulation"
+    with pytest.raises(TypeError, match=message):
+        fj.update_and_apply(tx, params, tx.init(params), params)
+
+
+def test_other_errors_are_their_own():
+    tx, params = accumulation(), tree(0)
+    with pytest.raises(ValueError, match="`updates` has leaf 'b'"):
+        fj.update_and_apply(tx, params, tx.init({"w": params["w"]}), params)
+
+
+def test_keeps_no_tree_of_updates():
+    params = {str(i): jnp.zeros((256, 256)) for i in range(8)}
+    tx = accumulation(optax.sgd(0.1))
+    shapes = jax.eval_shape(lambda: (params, tx.init(params), params))
+
+    def temporaries(step):
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def two(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    one = functools.partial(fj.update_and_apply, tx)
+    nbytes = sum(map(operator.attrgetter("nbytes"), params.values()))
+    assert temporaries(lambda p, s, g: one(g, s, p)) < 0.5 * nbytes
+    assert temporaries(two) >= nbytes
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_parameters_stay_where_they_are_on_a_mesh(kind):
+    where = jax.make_mesh(
+        (2, 2), ("x", "y"), axis_types=2 * (jax.sharding.AxisType[kind],)
+    )
+    specs = {"w": jax.P("x", "y"), "stack": jax.P(None, "x", "y"), "b": jax.P("x")}
+    layout = {k: jax.NamedSharding(where, spec) for k, spec in specs.items()}
+    tx, params = accumulation(), tree(0)
+    states = fj.state_sharding(tx, params, layout)
+
+    def step(params, state, grads):
+        return fj.update_and_apply(tx, grads, state, params)
+
+    expected = params, tx.init(params)
+    with jax.set_mesh(where):
+        found = jax.device_put((params, tx.init(params)), (layout, states))
+        on_mesh = jax.jit(step, out_shardings=(layout, states))
+        for i in range(4):
+            found = on_mesh(*found, jax.device_put(tree(i + 1), layout))
+    for i in range(4):
+        expected = jax.jit(step)(*expected, tree(i + 1))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+    for name, leaf in found[0].items():
+        assert leaf.sharding.is_equivalent_to(layout[name], leaf.ndim)
+
+
+def test_each_device_accumulates_its_own():
+    where = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx, params = accumulation(every_k=2, axis_name="x"), tree(0)
+    alone = accumulation(every_k=2)
+    grads = jnp.float32(np.random.default_rng(1).normal(size=(2, 4, 64, 48)))
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=where,
+        in_specs=(jax.P(), jax.P(None, "x")),
+        out_specs=jax.P(),
+    )
+    def cycle(params, grads):
+        state = tx.init(params)
+        own = jax.lax.pcast(state.acc_grads, "x", to="varying")
+        state = state._replace(acc_grads=own)
+        for grad in grads:
+            params, state = fj.update_and_apply(tx, {"w": grad[0]}, state, params)
+        return params
+
+    found = cycle({"w": params["w"]}, grads)
+    params = {"w": params["w"]}
+    state = alone.init(params)
+    for grad in grads:
+        params, state = fj.update_and_apply(alone, {"w": grad.mean(0)}, state, params)
+    chex.assert_trees_all_close(found, params, rtol=1e-5, atol=1e-6)
