@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from flora_jax import _validation as check
 from flora_jax._typing import KeyData, KeyLike
-from flora_jax.projections.linalg import product
+from flora_jax.projections.linalg import product, sums_of_squares
 from flora_jax.random.keys import raw_key
 
 if TYPE_CHECKING:
@@ -76,6 +76,33 @@ class Projection(abc.ABC):
         s = self.as_matrix(sampled, rank, matrix.shape[axis])
         s = s if weights is None else s * weights[..., None, :]
         return product(matrix.astype(jnp.float32), s.swapaxes(-1, -2), axis)
+
+    def compress_with_squares(
+        self,
+        sampled: Any,
+        matrix: Float[Array, "*batch n m"],
+        rank: int,
+        axis: int,
+        weights: Float[Array, "*batch m"] | None = None,
+    ) -> tuple[Float[Array, "*batch _ _"], Float[Array, "*batch _ _"]]:
+        """The sketch, and sums of squares along the sketched side of what is sketched.
+
+        What optimizers scale or clip by; a subclass may find both in one pass over G.
+
+        Args:
+          sampled: as for :meth:`compress`.
+          matrix: likewise.
+          rank: likewise.
+          axis: likewise.
+          weights: likewise; they multiply G before it is squared.
+
+        Returns:
+          The sketch, and a float32 array of shape (batch…, n, 1) or (batch…, 1, m).
+        """
+        full = matrix.astype(jnp.float32)
+        full = full if weights is None else full * along(weights, axis)
+        sketch = self.compress(sampled, matrix, rank, axis, weights)
+        return sketch, sums_of_squares(full, axis)
 
     def expand(
         self, sampled: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int

@@ -14,7 +14,7 @@ import numpy as np
 from flora_jax._typing import KeyData
 from flora_jax.leaves.mesh import is_sharded
 from flora_jax.projections.base import ObliviousProjection, along
-from flora_jax.projections.linalg import product
+from flora_jax.projections.linalg import product, sums_of_squares
 from flora_jax.random.bits import bits, signs
 
 if TYPE_CHECKING:
@@ -90,6 +90,17 @@ class CountSketch(ObliviousProjection):
         weights: Float[Array, "*batch m"] | None = None,
     ) -> Float[Array, "*batch _ _"]:
         """G Sᵀ or S G; see :meth:`Projection.compress`."""
+        return self.compress_with_squares(sampled, matrix, rank, axis, weights)[0]
+
+    def compress_with_squares(
+        self,
+        sampled: Any,
+        matrix: Float[Array, "*batch n m"],
+        rank: int,
+        axis: int,
+        weights: Float[Array, "*batch m"] | None = None,
+    ) -> tuple[Float[Array, "*batch _ _"], Float[Array, "*batch _ _"]]:
+        """In one pass on a GPU; see :meth:`Projection.compress_with_squares`."""
         # A gather would be written to memory for a TPU, where a product reads G once.
         forms = {"tpu": functools.partial(_multiply, rank, axis, False)}
         if is_sharded():
@@ -99,13 +110,15 @@ class CountSketch(ObliviousProjection):
             full = matrix.shape[axis] // rank
             add_up = functools.partial(_add_up, rank, axis)
             gathers = functools.partial(_sum_gathers, axis=axis)
-            unrolled = functools.partial(gathers, unroll=min(full, _UNROLL_GPU))
-            by_rows = functools.partial(gathers, unroll=full <= _UNROLL)
+            unrolled = functools.partial(
+                gathers, unroll=min(full, _UNROLL_GPU), square=True
+            )
+            by_rows = functools.partial(gathers, unroll=full <= _UNROLL, square=False)
             chunks = by_rows if axis == -2 else _sum_columns
             forms["cuda"] = forms["rocm"] = functools.partial(add_up, unrolled)
             forms["default"] = functools.partial(add_up, chunks)
-        sketch = jax.lax.platform_dependent(sampled, matrix, weights, **forms)
-        return self._scaled(sketch, matrix.shape[axis], axis)
+        sketch, squares = jax.lax.platform_dependent(sampled, matrix, weights, **forms)
+        return self._scaled(sketch, matrix.shape[axis], axis), squares
 
     def expand(
         self, sampled: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
@@ -174,8 +187,10 @@ def _multiply(
     sampled: Any,
     matrix: jax.Array,
     weights: jax.Array | None,
-) -> jax.Array:
-    """The sketch as a product; its error on a TPU is G's alone, as S is exact there.
+) -> tuple[jax.Array, jax.Array]:
+    """The sketch as a product, and the sums of squares.
+
+    Its error on a TPU is that of G alone, as S is exact there.
 
     Weights multiply the columns of S, or else those of G, which a TPU does as it reads
     them.
@@ -183,34 +198,45 @@ def _multiply(
     # Written out, r·m bfloat16 elements: in the product it would be made anew for each
     # tile, and take longer to compile.
     s = jax.lax.optimization_barrier(_signed_buckets(sampled, rank))
-    full = matrix.astype(jnp.float32)
+    full = weighed = matrix.astype(jnp.float32)
+    if weights is not None:
+        weighed = full * along(weights, axis)
+    squares = sums_of_squares(weighed, axis)
     if weights is not None and weigh_projection:
         s = s * weights[..., None, :]
-    elif weights is not None:
-        full = full * along(weights, axis)
-    return product(full, s.swapaxes(-1, -2), axis)
+    else:
+        full = weighed
+    return product(full, s.swapaxes(-1, -2), axis), squares
 
 
 def _add_up(
     rank: int,
     axis: int,
-    sum_chunks: Callable[..., jax.Array],
+    sum_chunks: Callable[..., tuple[jax.Array, ...]],
     sampled: Any,
     matrix: jax.Array,
     weights: jax.Array | None,
-) -> jax.Array:
-    """The sketch as a sum of chunks, each of a column for every bucket."""
+) -> tuple[jax.Array, jax.Array]:
+    """The sketch as a sum of chunks, each of a column for every bucket, and squares.
+
+    ``sum_chunks`` gives the sum, and that of the chunks' squares if it can.
+    """
     flips, _, offsets, shift = sampled
     flips = flips if weights is None else flips * weights
     full, tail = divmod(matrix.shape[axis], rank)
-    total = sum_chunks(matrix, flips, offsets, shift if tail else None, rank)
+    sums = sum_chunks(matrix, flips, offsets, shift if tail else None, rank)
     # Its t columns go to buckets 0…t−1: zeros for the others.
     if tail:
         rest = _wrapped(matrix, flips, shift + full * rank, tail, axis)
         pad = [(0, 0)] * rest.ndim
         pad[axis] = (0, rank - tail)
-        total = total + jnp.pad(rest, pad)
-    return total
+        rest = jnp.pad(rest, pad)
+        sums = [x + y for x, y in zip(sums, (rest, rest * rest), strict=False)]
+    if len(sums) == 2:
+        return sums[0], jnp.sum(sums[1], axis, keepdims=True)
+    weighed = matrix.astype(jnp.float32)
+    weighed = weighed if weights is None else weighed * along(weights, axis)
+    return sums[0], sums_of_squares(weighed, axis)
 
 
 def _wrapped(
@@ -224,7 +250,7 @@ def _wrapped(
 
 def _sum_columns(
     matrix: jax.Array, flips: jax.Array, offsets: jax.Array, shift: Any, rank: int
-) -> jax.Array:
+) -> tuple[jax.Array]:
     """The sum of all full chunks, each rotated by its offset.
 
     With a shift the chunks begin there. One of them may then wrap around the matrix: it
@@ -255,7 +281,7 @@ def _sum_columns(
         buckets = add(seam, buckets, chunk)
     # Bucket b was filled both at b and at b + r.
     first, second = jnp.split(buckets, 2, -1)
-    return first + second
+    return (first + second,)
 
 
 def _sum_gathers(
@@ -266,7 +292,8 @@ def _sum_gathers(
     rank: int,
     axis: int,
     unroll: int | bool,
-) -> jax.Array:
+    square: bool,
+) -> tuple[jax.Array, ...]:
     """:func:`_sum_columns` by gathers, of full rows for axis -2.
 
     XLA on CPU compiles a chunk of rows to one kernel that gathers, signs and adds, with
@@ -281,21 +308,24 @@ def _sum_gathers(
       rank: r.
       axis: the sketched side.
       unroll: as in ``jax.lax.fori_loop``.
+      square: whether to sum up the squares of the chunks as well.
     """
     place = jnp.arange(rank, dtype=jnp.int32)
 
-    def add(i: Any, total: jax.Array) -> jax.Array:
+    def add(i: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         # Which column of chunk i goes to each bucket: a gather in place of a scatter.
         source = i * rank + (place - offsets[i]) % rank
         source = source if shift is None else (source + shift) % matrix.shape[axis]
         columns = jnp.take(matrix, source, axis=axis, mode="clip").astype(jnp.float32)
-        return total + columns * along(flips[..., source], axis)
+        columns = columns * along(flips[..., source], axis)
+        powers = (columns, columns * columns)
+        return tuple(x + y for x, y in zip(sums, powers, strict=False))
 
     shape = list(matrix.shape)
     shape[axis] = rank
     zeros = jax.lax.full_like(matrix, 0, jnp.float32, shape)
     full = offsets.shape[0]
-    return jax.lax.fori_loop(0, full, add, zeros, unroll=unroll)
+    return jax.lax.fori_loop(0, full, add, (1 + square) * (zeros,), unroll=unroll)
 
 
 def _bucket_sizes(rank: int, width: int) -> jax.Array:

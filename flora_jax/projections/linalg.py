@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import chex
 import jax
@@ -32,6 +32,14 @@ def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:
         tpu=functools.partial(multiply, precision="high"),
         default=functools.partial(multiply, precision="highest"),
     )
+
+
+def sums_of_squares(x: Float[Array, "*batch n m"], axes: Any) -> jax.Array:
+    """Of a matrix, along one or both of its axes, which have size 1 in the result."""
+    if axes == -1:  # XLA on CPU sums products along rows twice as fast as squares.
+        highest = jax.lax.Precision.HIGHEST
+        return jnp.einsum("...nm,...nm->...n", x, x, precision=highest)[..., None]
+    return jnp.sum(x * x, axes, keepdims=True)
 
 
 def orthonormalized(x: Float[Array, "*batch n c"]) -> Float[Array, "*batch n c"]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax._typing import PyTree
-from flora_jax._xla import materialized, widened
+from flora_jax._xla import materialized, unshared, widened
 from flora_jax.leaves.mesh import is_sharded, replicated, replicated_along
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.spec import describe, make_spec
@@ -50,20 +50,39 @@ class ScaledLeaf(NamedTuple):
     Attributes:
       leaf: an array of any float dtype.
       factors: float32 arrays that broadcast to it: scalars, or with all of its axes.
+      threshold: largest RMS of the product, which is divided by max(1, RMS/threshold)
+        once its RMS is known; None if it is not clipped.
     """
 
     leaf: Float[Array, "..."]
     factors: tuple[jax.Array, ...] = ()
+    threshold: Any = None
 
     def times(self, *factors: jax.Array) -> ScaledLeaf:
         """The leaf with more factors."""
         full = [factor.astype(jnp.float32) for factor in factors]
-        return ScaledLeaf(self.leaf, (*self.factors, *full))
+        return ScaledLeaf(self.leaf, (*self.factors, *full), self.threshold)
+
+    def clipped(self, squares: jax.Array | None = None) -> ScaledLeaf:
+        """The leaf with the factor that clips it; it must have a threshold.
+
+        Args:
+          squares: sums of squares of the product, all of it together; None to find them
+            in a pass over the leaf.
+        """
+        if squares is None:
+            # On CPU XLA would write the product, which others read too, to memory.
+            again = ScaledLeaf(*unshared((self.leaf, self.factors))).value()
+            squares = again * again
+        rms = jnp.sqrt(jnp.sum(squares) / self.leaf.size)
+        factor = 1 / jnp.maximum(1.0, rms / self.threshold)
+        return self._replace(threshold=None).times(factor)
 
     def value(self) -> Float[Array, "..."]:
-        """The product, float32."""
+        """The product, float32, clipped."""
+        full = self if self.threshold is None else self.clipped()
         # From the leaf on: the factors alone may overflow where it is zero.
-        return functools.reduce(operator.mul, self.factors, widened(self.leaf))
+        return functools.reduce(operator.mul, full.factors, widened(full.leaf))
 
 
 @jax.tree_util.register_dataclass
@@ -313,7 +332,13 @@ class Sketcher:
     def sketch_leaf(
         self, plan: LeafPlan, sampled: Any, leaf: ScaledLeaf
     ) -> Float[Array, "..."]:
-        """Sketches a leaf: float32, in the state's shape; dense leaves pass.
+        """Sketches a leaf: float32, in the state's shape; dense leaves pass."""
+        return self.sketch_with_squares(plan, sampled, leaf)[0]
+
+    def sketch_with_squares(
+        self, plan: LeafPlan, sampled: Any, leaf: ScaledLeaf
+    ) -> tuple[Float[Array, "..."], Any]:
+        """Sketches a leaf, and sums up the squares of its fold's sketched side.
 
         A factor that is constant along the sketched side multiplies the sketch, one
         that varies along it alone the columns of S: neither touches the full leaf.
@@ -321,10 +346,14 @@ class Sketcher:
         Args:
           plan: the leaf's plan.
           sampled: what determines S.
-          leaf: the leaf with its factors.
+          leaf: the leaf with its factors; not clipped here.
+
+        Returns:
+          The sketch, float32, in the state's shape, and the sums, of the fold's shape
+          but for the sketched side of size 1. A dense leaf and None.
         """
         if plan.dense:
-            return leaf.value()
+            return leaf._replace(threshold=None).value(), None
         # Row factors D and column factors W need no scaled copy of G:
         # (D G W) Sᵀ = D (G (S W)ᵀ) with columns sketched, alike for rows.
         matrix, after, weights = plan.fold(leaf.leaf), [], None
@@ -341,11 +370,30 @@ class Sketcher:
                 # A factor of another fold, or one of the leaf's own size.
                 full = jnp.broadcast_to(factor, plan.shape)
                 matrix = matrix.astype(jnp.float32) * plan.fold(full)
-        sketch = self.projection.compress(
+        sketch, squares = self.projection.compress_with_squares(
             sampled, matrix, plan.rank, plan.axis, weights=weights
         )
-        sketch = functools.reduce(operator.mul, after, sketch)
-        return plan.unfold(replicated_along(sketch, plan.axis), plan.state_shape)
+        if after:
+            sketch = functools.reduce(operator.mul, after, sketch)
+            # Roots first: the square of a factor may overflow where they are zero.
+            squares = functools.reduce(operator.mul, after, jnp.sqrt(squares)) ** 2
+        sketch = replicated_along(sketch, plan.axis)
+        return plan.unfold(sketch, plan.state_shape), squares
+
+    def sketch_clipped(
+        self, plan: LeafPlan, sampled: Any, leaf: ScaledLeaf
+    ) -> tuple[Float[Array, "..."], ScaledLeaf]:
+        """The sketch of a clipped leaf, and that leaf with its clipping factor.
+
+        That factor multiplies the sketch: the RMS is found in the pass that sketches.
+        """
+        sketch, squares = self.sketch_with_squares(plan, sampled, leaf)
+        if leaf.threshold is None:
+            return sketch, leaf
+        # Or XLA on GPUs would sketch once for the RMS and once for what it scales.
+        sketch, squares = jax.lax.optimization_barrier((sketch, squares))
+        clipped = leaf.clipped(squares)
+        return sketch * clipped.factors[-1], clipped
 
     def unsketch_leaf(
         self, plan: LeafPlan, sampled: Any, sketch: Float[Array, "..."]

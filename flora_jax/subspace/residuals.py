@@ -13,6 +13,7 @@ from flora_jax import _validation as check
 from flora_jax._xla import widened
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.projections.base import ObliviousProjection
+from flora_jax.projections.linalg import sums_of_squares
 from flora_jax.sketching.sketcher import Sketcher
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class LeafStep(NamedTuple):
       grad: G.
       sampled: what determines S.
       sketch: R, in the state's shape, float32.
+      squares: sums of squares of G along its sketched side, of its fold.
       direction: N, the inner transformation's update, in the state's shape, float32.
       scale: α.
       correction: what :meth:`Residual.correction` gave.
@@ -46,6 +48,7 @@ class LeafStep(NamedTuple):
     grad: Float[Array, "..."]
     sampled: Any
     sketch: Float[Array, "..."]
+    squares: Float[Array, "..."]
     direction: Float[Array, "..."]
     scale: Any
     correction: Any
@@ -187,12 +190,12 @@ class Fira(Residual):
         """
         plan, previous = leaf.plan, leaf.residual_norm
         g, r, n = map(plan.fold, (widened(leaf.grad), leaf.sketch, leaf.direction))
-        factor, share = self._factor(leaf, g, r, n), self.share(leaf.scale)
+        factor, share = self._factor(leaf, r, n), self.share(leaf.scale)
         if previous is not None:
             # ‖G − p·R S‖² per row, as S has orthonormal rows where p > 0. A residual of
             # roundings counts as none: it would hold back what follows it.
-            full = _squares(g, plan.axis)
-            left = full - share * (2 - share) * _squares(r, plan.axis)
+            full = leaf.squares
+            left = full - share * (2 - share) * sums_of_squares(r, plan.axis)
             left = jnp.where(left > _ROUNDING * full, left, 0.0)
             norm = jnp.sum(factor**2 * left, (-2, -1), keepdims=True)
             norm, old = jnp.sqrt(norm) / leaf.correction, plan.fold(previous)
@@ -206,15 +209,18 @@ class Fira(Residual):
             update += leaf.expanded(plan.unfold(inside, plan.state_shape))
         return update, previous
 
-    def _factor(self, leaf: LeafStep, g: Any, r: Any, n: Any) -> jax.Array:
+    def _factor(self, leaf: LeafStep, r: Any, n: Any) -> jax.Array:
         """What the residual is multiplied by: φ."""
         plan, axes = leaf.plan, self._axes(leaf.plan)
-        seen = jnp.sqrt(_squares(r, axes))
+        seen = jnp.sqrt(sums_of_squares(r, axes))
         if isinstance(leaf.sketcher.projection, ObliviousProjection):
             # A row may cancel in a random sketch, which then says nothing of its scale.
             least = _LEAST * (plan.rank / plan.width) ** 0.5
-            seen = jnp.maximum(seen, least * jnp.sqrt(_squares(g, axes)))
-        return jnp.sqrt(_squares(n, axes)) / (seen + _SMALL)
+            full = leaf.squares
+            if self.norms == "tensor":
+                full = jnp.sum(full, (-2, -1), keepdims=True)
+            seen = jnp.maximum(seen, least * jnp.sqrt(full))
+        return jnp.sqrt(sums_of_squares(n, axes)) / (seen + _SMALL)
 
     def _axes(self, plan: LeafPlan) -> Any:
         return plan.axis if self.norms == "channel" else (-2, -1)
@@ -260,10 +266,11 @@ class Apollo(Fira):
         del scale
         return 0.0
 
-    def _factor(self, leaf: LeafStep, g: Any, r: Any, n: Any) -> jax.Array:
+    def _factor(self, leaf: LeafStep, r: Any, n: Any) -> jax.Array:
         """What the gradient is multiplied by: α·φ."""
-        del g
-        seen, size = (jnp.sqrt(_squares(x, self._axes(leaf.plan))) for x in (r, n))
+        seen, size = (
+            jnp.sqrt(sums_of_squares(x, self._axes(leaf.plan))) for x in (r, n)
+        )
         return leaf.scale * (size / (seen + _SMALL))
 
 
@@ -277,10 +284,3 @@ def check_decays(owner: Any) -> None:
     for name, beta in (("b1", owner.b1), ("b2", owner.b2)):
         if beta is not None:
             check.check_number(name, beta, 0, 1, "Adam's defaults are 0.9 and 0.999")
-
-
-def _squares(x: jax.Array, axes: Any) -> jax.Array:
-    if axes == -1:  # XLA on CPU sums products along rows twice as fast as squares.
-        highest = jax.lax.Precision.HIGHEST
-        return jnp.einsum("...nm,...nm->...n", x, x, precision=highest)[..., None]
-    return jnp.sum(x * x, axes, keepdims=True)

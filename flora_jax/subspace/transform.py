@@ -225,10 +225,10 @@ def scale_in_subspace(
         grads = jax.tree.leaves(updates)
         moments = _by_leaf(groups if transport.moves else [], len(plans))
 
-        # What is sampled is replicated, as the key is.
-        sketches, sampled, stored, moments = trees.run_sharded(
+        # Squares and what is sampled are replicated, as the key is.
+        sketches, squares, sampled, stored, moments = trees.run_sharded(
             functools.partial(_sketch_in_current_basis, basis, plans, on_sketch),
-            (jax.tree.leaves(boxes), state.key, stored, moments),
+            (jax.tree.leaves(boxes), state.key, state.key, stored, moments),
             grads,
             errors,
             stored,
@@ -242,7 +242,8 @@ def scale_in_subspace(
         directions, new_inner = inner.update(
             trees.rebuild(boxes, sketches), inner_state, None, **extra_args
         )
-        fields = grads, norms, errors, sampled, sketches, jax.tree.leaves(directions)
+        new = jax.tree.leaves(directions)
+        fields = grads, norms, errors, sampled, sketches, squares, new
         leaves = [LeafInputs(*leaf) for leaf in zip(*fields, strict=True)]
         results = trees.run_sharded(
             functools.partial(_expand_and_add_residual, sketcher, plans),
@@ -271,6 +272,8 @@ class LeafInputs(NamedTuple):
       error: what earlier sketches left out; None without error feedback.
       sampled: what determines S; None for a dense leaf.
       sketch: R, or a dense leaf's gradient.
+      squares: as in :class:`~flora_jax.subspace.residuals.LeafStep`; None for a dense
+        leaf.
       direction: N.
     """
 
@@ -279,6 +282,7 @@ class LeafInputs(NamedTuple):
     error: jax.Array | None
     sampled: Any
     sketch: jax.Array
+    squares: jax.Array | None
     direction: jax.Array
 
 
@@ -299,22 +303,23 @@ def _sketch_in_current_basis(
     stored: Sequence[Any],
     moments: Sequence[list[Moments]],
     refresh: Refresh,
-) -> tuple[list[jax.Array], list[Any], list[Any], list[list[Moments]]]:
-    """Sketches of all leaves in bases that are renewed where that is due."""
+) -> tuple[list[jax.Array], list[Any], list[Any], list[Any], list[list[Moments]]]:
+    """Sketches and squares of all leaves, in bases that are renewed where due."""
     sketcher = basis.sketcher
     corrected = list(map(_add_error, plans, grads, errors))
     sampled, stored, moments = basis.renew(plans, corrected, stored, moments, refresh)
     # Once more, so that how a basis is chosen on a mesh does not decide where
     # the sketches lie; on one device the compiler makes one of both.
     corrected = map(_add_error, plans, grads, errors)
-    sketches = []
+    sketches, squares = [], []
     for plan, own, grad in zip(plans, sampled, corrected, strict=True):
         given = ScaledLeaf(grad)
-        new = sketcher.sketch_leaf(plan, own, given)
+        new, own_squares = sketcher.sketch_with_squares(plan, own, given)
         sketches.append(new)
+        squares.append(own_squares)
         if on_sketch is not None and not plan.dense:
             on_sketch(SketchEvent(sketcher, plan, own, given, new, new))
-    return sketches, sampled, stored, moments
+    return sketches, squares, sampled, stored, moments
 
 
 def _expand_and_add_residual(
@@ -338,6 +343,7 @@ def _expand_and_add_residual(
                 grad=grad,
                 sampled=leaf.sampled,
                 sketch=leaf.sketch,
+                squares=leaf.squares,
                 direction=update,
                 scale=scale,
                 correction=correction,

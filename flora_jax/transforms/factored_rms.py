@@ -205,14 +205,7 @@ def _clip(
     threshold: Any,
 ) -> tuple[list[ScaledLeaf], optax.EmptyState]:
     del plan, on_sketch
-    return [clip_leaf(leaf, threshold) for leaf in leaves], state
-
-
-def clip_leaf(leaf: ScaledLeaf, threshold: Any) -> ScaledLeaf:
-    """One leaf with the factor that clips it."""
-    again = unshared(leaf).value()
-    rms = jnp.sqrt(jnp.mean(again * again))
-    return leaf.times(1 / jnp.maximum(1.0, rms / threshold))
+    return [leaf._replace(threshold=threshold) for leaf in leaves], state
 
 
 def scale_by_parameter_scale() -> optax.GradientTransformation:

@@ -207,8 +207,10 @@ def momentum_step(
     sampled = sketcher.sample(plans, state.key, state.epoch)
     updates, momentum = [], []
     for plan, s, leaf, m in zip(plans, sampled, leaves, old, strict=True):
-        known = are_sketches or plan.dense
-        fresh = leaf.value() if known else sketcher.sketch_leaf(plan, s, leaf)
+        if are_sketches or plan.dense:
+            fresh = leaf.value()
+        else:
+            fresh, leaf = sketcher.sketch_clipped(plan, s, leaf)
         # M ← β M + (1−β) G Sᵀ, in float32 whatever the dtype of the state.
         new = decay * m.astype(jnp.float32) + (1 - decay) * fresh
         if on_sketch is not None and not plan.dense:

@@ -49,8 +49,11 @@ def test_sketches_are_products_with_its_matrix(
     if weights is not None:
         weights = jnp.asarray(rng.normal(size=(*weights, width)), "float32")
         full = full * np.expand_dims(np.asarray(weights, np.float64), -3 - axis)
-    found = projection.compress(sample, matrix, rank, axis, weights)
-    assert found.dtype == jnp.float32
+    found, squares = projection.compress_with_squares(
+        sample, matrix, rank, axis, weights
+    )
+    assert found.dtype == squares.dtype == jnp.float32
+    assert_close(squares, np.sum(full**2, axis, keepdims=True), "float32")
     assert_close(found, full @ s.T if axis == -1 else s @ full, "float32")
 
 

@@ -9,7 +9,7 @@ import pytest
 import flora_jax as fj
 from flora_jax import LeafPlan
 from flora_jax.sketching.sketcher import ScaledLeaf, Sketcher
-from flora_jax.transforms.factored_rms import clip_leaf, scale_by_parameter_scale
+from flora_jax.transforms.factored_rms import scale_by_parameter_scale
 from tests.common import assert_close
 
 PLANS = {
@@ -68,8 +68,32 @@ def test_clips_as_optax(size):
     tx = optax.clip_by_block_rms(0.5)
     expected, _ = tx.update(leaf, tx.init(leaf))
     factor = jnp.float32(2.0)
-    clipped = clip_leaf(ScaledLeaf(jnp.asarray(leaf / 2), (factor,)), 0.5)
+    clipped = ScaledLeaf(jnp.asarray(leaf / 2), (factor,), threshold=0.5)
     assert_close(clipped.value(), expected)
+
+
+@pytest.mark.parametrize("size", [1e-3, 10.0])
+@pytest.mark.parametrize("axis", ["left", "right"])
+def test_a_sketch_is_clipped_by_the_rms_of_what_is_sketched(size, axis):
+    rng = np.random.default_rng(0)
+    shape = (3, 12, 16)
+    leaf = np.float32(size * rng.normal(size=shape))
+    leaf[:, 2] = 0
+    row = np.float32(rng.uniform(0.5, 2, (3, 12, 1)))
+    row[:, 2] = 1e25  # Its square is beyond float32, as is Adafactor's of a zero row.
+    column = np.float32(rng.uniform(0.5, 2, (3, 1, 16)))
+    factors = tuple(map(jnp.asarray, (row, column)))
+    sketcher = Sketcher("x", fj.Sketch(4, fj.CountSketch(), min_dim_size=8, side=axis))
+    (plan,) = sketcher.plan({"w": jnp.asarray(leaf)})
+    (sampled,) = sketcher.sample([plan], jnp.zeros(2, jnp.uint32), 0)
+    scaled = ScaledLeaf(jnp.asarray(leaf), factors, threshold=0.5)
+    sketch, clipped = sketcher.sketch_clipped(plan, sampled, scaled)
+    full = leaf * row * column
+    expected = full / max(1, np.sqrt(np.mean(full**2)) / 0.5)
+    assert_close(clipped.value(), expected)
+    assert_close(scaled.value(), expected)
+    given = ScaledLeaf(jnp.asarray(expected))
+    assert_close(sketch, sketcher.sketch_leaf(plan, sampled, given))
 
 
 @pytest.mark.sample(2)
