@@ -8,8 +8,6 @@ from experiments.common import config
 from experiments.common.chips import CHIPS
 from experiments.common.methods import METHODS
 
-# GaLore and Fira with a randomized SVD: an exact one had not compiled for a TPU after
-# five minutes.
 _DEFAULT = (
     "adamw",
     "adamw_int8",
@@ -24,8 +22,8 @@ _DEFAULT = (
     "apollo",
     "apollo_mini",
     "dct_adamw",
-    "galore_randomized",
-    "fira_randomized",
+    "galore",
+    "fira",
     "full_accumulation",
     "flora_accumulation",
 )

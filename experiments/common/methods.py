@@ -371,7 +371,6 @@ _COMPLETE = (
     Method("flora_muon", "FLORA-Muon", _flora_muon, keeps="sketch"),
     Method("sketched_muon", "Muon, sketched", _sketched_muon, keeps="sketch"),
 )
-_RANDOMIZED = {"projection": {"TopSVD": {"method": "randomized"}}}
 _INT8 = {"state_dtype": "int8"}
 # Complete ones with options, as a grid of a sweep states them.
 _VARIANTS = (
@@ -387,16 +386,6 @@ _VARIANTS = (
             {"projection": name},
         )
         for name in ("Gaussian", "Rademacher")
-    ),
-    *(
-        Method(
-            f"{title.lower()}_randomized",
-            f"{title}, randomized SVD",
-            _recipe(title.lower()),
-            keeps="sketch",
-            options=_RANDOMIZED,
-        )
-        for title in ("GaLore", "Fira")
     ),
 )
 METHODS = {method.name: method for method in (*_OF_A_BASE, *_COMPLETE, *_VARIANTS)}

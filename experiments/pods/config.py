@@ -60,7 +60,7 @@ class Config:
         "flora_adamw_int8",
         "flora_muon",
         "muon",
-        "galore_randomized",
+        "galore",
     )
     """Optimizers."""
     rank: int = 256

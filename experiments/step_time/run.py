@@ -137,12 +137,12 @@ def _flora(rank: int) -> Contenders:
 
 def _family(rank: int) -> Contenders:
     """Each recipe without a new basis, and with new ones for all matrices at once."""
-    randomized = {"projection": fj.TopSVD(method="randomized")}
+    exact = {"projection": fj.TopSVD(method="exact")}
     int8 = {"state_dtype": "int8"}
-    yield from _both("galore(exact)", rank, once=True)
-    yield from _both("galore(randomized)", rank, **randomized)
-    yield from _both("galore(randomized, int8)", rank, **randomized, **int8)
-    yield from _both("fira(randomized)", rank, **randomized)
+    yield from _both("galore(exact)", rank, once=True, **exact)
+    yield from _both("galore(randomized)", rank)
+    yield from _both("galore(randomized, int8)", rank, **int8)
+    yield from _both("fira(randomized)", rank)
     yield from _both("apollo", rank)
     yield from _both("dct_adamw(refresh_every=200)", rank, refresh_every=_INTERVAL)
     yield from _both("flora_adamw", rank)

@@ -42,7 +42,8 @@ def fira(
 
     Args:
       learning_rate: a float or a schedule; 0.01 in the paper's pretraining.
-      sketch: the sketch, or its rank; ``TopSVD()`` unless it has a projection.
+      sketch: the sketch, or its rank; ``TopSVD()`` unless it has a projection;
+        ``TopSVD(method="exact")`` is the paper's.
       refresh_every: updates between two bases T, 200 in the paper; None keeps the
         first.
       b1: decay of the first moment.

@@ -40,8 +40,8 @@ def galore(
 
     Args:
       learning_rate: a float or a schedule; 0.01 in the paper's pretraining.
-      sketch: the sketch, or its rank; ``TopSVD()`` unless it has a projection. Its
-        randomized method is much faster.
+      sketch: the sketch, or its rank; ``TopSVD()`` unless it has a projection;
+        ``TopSVD(method="exact")`` is the paper's.
       refresh_every: updates between two bases T, 200 in the paper, 500 for 7B; None
         keeps the first.
       b1: decay of the first moment.

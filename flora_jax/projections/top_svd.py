@@ -47,7 +47,7 @@ class TopSVD(AdaptiveProjection):
 
     Example:
       >>> import flora_jax as fj
-      >>> tx = fj.galore(1e-2, fj.Sketch(8, fj.TopSVD(method="randomized")))
+      >>> tx = fj.galore(1e-2, fj.Sketch(8, fj.TopSVD(method="exact")))
 
     References:
       Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
@@ -57,7 +57,7 @@ class TopSVD(AdaptiveProjection):
       <https://arxiv.org/abs/0909.4061>`_, 2011, Algorithm 4.4
     """
 
-    method: str = "exact"
+    method: str = "randomized"
     iterations: int = 3
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ def state_sharding(
     ``tx.init`` and of the training step, and run both under ``jax.set_mesh``: there the
     projections know of the mesh, and sketch a sharded side as a sum over devices;
     elsewhere the compiler may gather gradients. An exact singular value decomposition
-    gathers them in any case; ``TopSVD(method="randomized")`` does not.
+    gathers them in any case; the randomized one does not.
 
     Args:
       tx: any transformation, in any chain or wrapper.

@@ -166,7 +166,7 @@ CASES = (
     _adamw(fj.flora_muon, "-int8", state_dtype="int8"),
     _subspace(
         "ldadam",
-        fj.TopSVD(method="randomized"),
+        fj.TopSVD(),
         fj.Plain(),
         fj.LDAdam(DECAY, 0.9),
     ),

@@ -27,6 +27,7 @@ WEIGHTS = {
 }
 BIAS = np.random.default_rng(5).normal(size=(STEPS + 1, 16)).astype(np.float32)
 SKETCH = fj.Sketch(4, min_dim_size=8, key=11)
+EXACT = fj.TopSVD(method="exact")
 
 
 def schedule(count):
@@ -54,7 +55,7 @@ ISOMETRY = fj.CountSketch(normalization="isometric")
 RECIPES = {
     "galore": (
         fj.galore,
-        {"refresh_every": EVERY},
+        {"refresh_every": EVERY, "projection": EXACT},
         ("tall", "cut", "stack"),
         lambda k, w, g: galore(
             w, g, singular_vectors, rate, folds.RANKS[k], EVERY, left=left(k),
@@ -63,7 +64,7 @@ RECIPES = {
     ),
     "fira": (
         fj.fira,
-        {"refresh_every": EVERY},
+        {"refresh_every": EVERY, "projection": EXACT},
         ("wide", "stack"),
         lambda k, w, g: fira(
             w, g, singular_vectors, rate, folds.RANKS[k], EVERY, left=left(k),
@@ -127,8 +128,10 @@ def test_equals_the_oracle_and_adamw_on_dense_leaves(recipe):
     ]
     params = {**{k: WEIGHTS[k] for k in names}, "bias": BIAS[-1]}
     ranks = {name: folds.RANKS[name] for name in names}
-    sketch = dataclasses.replace(SKETCH, rank={**ranks, "*": 4})
+    projection = arguments.get("projection")
+    sketch = dataclasses.replace(SKETCH, rank={**ranks, "*": 4}, projection=projection)
     arguments = {"sketch": sketch, **arguments, **ALGORITHM}
+    arguments.pop("projection", None)
     updates, _ = stepped(factory(schedule, **arguments), gradients, params)
     for name in names:
         expected = np.stack(

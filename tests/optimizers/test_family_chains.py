@@ -118,7 +118,7 @@ def test_equals_its_chain_with_the_papers_settings(recipe):
                 "scale": 0.5,
                 "refresh_every": None,
             },
-            fj.TopSVD(method="randomized"),
+            fj.TopSVD(),
         ),
         (
             fj.flora_adamw,

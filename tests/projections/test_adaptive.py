@@ -13,8 +13,8 @@ from tests.reference.dct import dct_by_fft, dct_matrix, top_rows
 
 KEY = np.uint32([3, 4])
 PROJECTIONS = [
+    fj.TopSVD(method="exact"),
     fj.TopSVD(),
-    fj.TopSVD(method="randomized"),
     fj.TopDCT(),
     fj.TopDCT(norm="l2"),
 ]
@@ -69,7 +69,7 @@ def test_its_methods_apply_its_matrix(projection, axis):
 @BOTH
 def test_exact_singular_vectors_are_numpys(axis):
     g = falling(2, 12, 9)
-    _, s, _, estimate = chosen(fj.TopSVD(), g, 4, axis)
+    _, s, _, estimate = chosen(fj.TopSVD(method="exact"), g, 4, axis)
     u, values, vt = np.linalg.svd(g.astype(np.float64), full_matrices=False)
     expected = vt[:, :4] if axis == -1 else u[..., :4].swapaxes(-1, -2)
     signs = np.sign((s * expected).sum(-1, keepdims=True))
@@ -82,7 +82,7 @@ def test_exact_singular_vectors_are_numpys(axis):
 @BOTH
 def test_randomized_singular_vectors_hold_nearly_as_much(axis):
     g = falling(2, 80, 60, rate=0.9)
-    _, s, sketch, _ = chosen(fj.TopSVD(method="randomized"), g, 8, axis)
+    _, s, sketch, _ = chosen(fj.TopSVD(), g, 8, axis)
     values = np.linalg.svd(g, compute_uv=False)
     best = (values[:, :8] ** 2).sum(-1)
     held = np.square(sketch, dtype=np.float64).sum((-1, -2))
@@ -90,21 +90,21 @@ def test_randomized_singular_vectors_hold_nearly_as_much(axis):
     assert (held > 0.999 * best).all()
     assert (held < (1 + 1e-5) * best).all()
     # One iteration fewer holds less: they are not without effect.
-    _, _, fewer, _ = chosen(fj.TopSVD(method="randomized", iterations=1), g, 8, axis)
+    _, _, fewer, _ = chosen(fj.TopSVD(iterations=1), g, 8, axis)
     assert (np.square(fewer, dtype=np.float64).sum((-1, -2)) < held).all()
 
 
 @BOTH
 def test_randomized_singular_vectors_of_few_columns_are_exact(axis):
     g = falling(12, 9)
-    _, _, sketch, estimate = chosen(fj.TopSVD(method="randomized"), g, 4, axis)
-    _, _, exact, best = chosen(fj.TopSVD(), g, 4, axis)
+    _, _, sketch, estimate = chosen(fj.TopSVD(), g, 4, axis)
+    _, _, exact, best = chosen(fj.TopSVD(method="exact"), g, 4, axis)
     assert_close(np.abs(sketch), np.abs(exact))
     assert_close(estimate, best)
 
 
 def test_randomized_choices_follow_the_key():
-    projection, g = fj.TopSVD(method="randomized"), falling(80, 60, rate=0.99)
+    projection, g = fj.TopSVD(), falling(80, 60, rate=0.99)
     choose = jax.jit(lambda key: projection.choose(key, g, 4, -1))
     one, same, other = (
         np.asarray(choose(np.uint32(k))) for k in ([1, 2], [1, 2], [1, 3])

@@ -20,8 +20,8 @@ OBLIVIOUS = (
     fj.SRHT("isometric"),
 )
 ADAPTIVE = (
+    fj.TopSVD(method="exact"),
     fj.TopSVD(),
-    fj.TopSVD(method="randomized"),
     fj.TopDCT(),
     fj.TopDCT(norm="l2"),
 )

@@ -114,9 +114,9 @@ def test_sharded_steps_are_those_of_one_device(case):
         # Power iterations enlarge the roundings of sums in another order.
         return assert_near((updates, state), (wanted, expected), 1e-4)
     if is_orthogonal(case):
-        # Its polynomial has a slope of 3.4445**5 = 485 at singular values near zero,
-        # and multiplies the roundings of 6e-8 of the norm by as much.
-        assert_near(updates, wanted, 1e-4)
+        # Its polynomials have a slope of about 1000 at singular values near zero, and
+        # multiply the roundings of 6e-8 of the norm by as much.
+        assert_near(updates, wanted, 2e-4)
         return assert_close(state, expected, "float32")
     assert_close(updates, wanted, "float32")
     return assert_close(state, expected, "float32")

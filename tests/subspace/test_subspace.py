@@ -25,16 +25,16 @@ from tests.subspace.settings import (
 )
 
 SETTINGS = [
-    Setting(fj.TopSVD(), scale=0.25),
+    Setting(fj.TopSVD(method="exact"), scale=0.25),
     Setting(
-        fj.TopSVD(),
+        fj.TopSVD(method="exact"),
         ("tall", "cut"),
         side="larger",
         transport=fj.LDAdam(**DECAYS),
         residual=fj.Fira(norms="tensor", **DECAYS),
     ),
     Setting(
-        fj.TopSVD(),
+        fj.TopSVD(method="exact"),
         ("tall", "stack"),
         side="left",
         transport=fj.Squared(),
@@ -42,7 +42,7 @@ SETTINGS = [
         scale=0.5,
     ),
     Setting(
-        fj.TopSVD(method="randomized"),
+        fj.TopSVD(),
         ("tall", "wide", "stack"),
         residual=fj.FiraCode(norms="tensor", **DECAYS),
         scale=0.5,
@@ -86,7 +86,7 @@ SETTINGS = [
     ),
     Setting(fj.Gaussian(), ("wide", "square"), every=None),
     Setting(
-        fj.TopSVD(),
+        fj.TopSVD(method="exact"),
         ("tall", "wide", "square"),
         transport=fj.Squared(),
         stagger=True,
@@ -189,7 +189,7 @@ def test_equals_optax_galore(shape):
     rng = np.random.default_rng(3)
     grads = [{"w": np.float32(rng.normal(size=shape))} for _ in range(9)]
     # It projects the larger side, with Adam's own eps and without a scale.
-    sketch = fj.Sketch(4, fj.TopSVD(), side="larger", min_dim_size=8)
+    sketch = fj.Sketch(4, fj.TopSVD(method="exact"), side="larger", min_dim_size=8)
     ours = fj.scale_in_subspace(optax.scale_by_adam(), sketch, 3)
     theirs = optax.contrib.galore(1.0, rank=4, update_proj_gap=3)
     params = {"w": jnp.zeros(shape)}
@@ -275,7 +275,7 @@ def test_a_residual_of_roundings_does_not_hold_back_what_follows():
     grads += [{"w": np.float32(rng.normal(size=(16, 24)))}]
     tx = fj.scale_in_subspace(
         optax.scale_by_adam(),
-        fj.Sketch(4, fj.TopSVD(), min_dim_size=8),
+        fj.Sketch(4, fj.TopSVD(method="exact"), min_dim_size=8),
         residual=fj.Fira(b1=0.9, b2=0.999),
     )
     step, state = jax.jit(tx.update), tx.init(grads[0])

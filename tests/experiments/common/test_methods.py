@@ -116,7 +116,6 @@ def projected(projection):
     return dataclasses.replace(SKETCH, projection=projection)
 
 
-RANDOMIZED = fj.TopSVD(method="randomized")
 INTERVAL = {"refresh_every": 20, "b2": 0.9}
 RECIPES = {
     "flora": lambda: fj.flora(1.0, SKETCH, resample_every=20, estimator="paper"),
@@ -136,8 +135,6 @@ RECIPES = {
     "flora_rademacher": lambda: fj.flora(
         1.0, projected(fj.Rademacher()), resample_every=20, estimator="paper"
     ),
-    "galore_randomized": lambda: fj.galore(1.0, projected(RANDOMIZED), **INTERVAL),
-    "fira_randomized": lambda: fj.fira(1.0, projected(RANDOMIZED), **INTERVAL),
     "adamw_int8": lambda: fj.quantize_state(
         optax.adamw(1.0, b2=0.9, weight_decay=0.0), "int8"
     ),
@@ -202,7 +199,7 @@ def test_options_replace_what_is_shared():
 
 def test_objects_of_json():
     assert built("TopSVD") == fj.TopSVD()
-    assert built({"TopSVD": {"method": "randomized"}}) == fj.TopSVD(method="randomized")
+    assert built({"TopSVD": {"method": "exact"}}) == fj.TopSVD(method="exact")
     assert built({"Fira": {"limiter": None}}) == fj.Fira(limiter=None)
     assert [built(x) for x in (None, 0.5, True, "int8")] == [None, 0.5, True, "int8"]
 
