@@ -7,6 +7,7 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax.optimizers.common import DecayMask, adamw_in_subspace, recipe
+from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.projections.gaussian import Gaussian
 from flora_jax.sketching.sketch import Sketch
 from flora_jax.subspace.residuals import Apollo, Residual
@@ -44,8 +45,8 @@ def apollo(
 
     Args:
       learning_rate: a float or a schedule; 0.01 in the paper.
-      sketch: the sketch, or its rank; ``Gaussian()``, the paper's, unless it has a
-        projection.
+      sketch: the sketch, or its rank; ``CountSketch()`` unless it has a projection,
+        with which this project's runs ended as with ``Gaussian()``, the paper's.
       refresh_every: updates between two bases T, 200 in the paper; None keeps the
         first.
       b1: decay of the first moment.
@@ -82,7 +83,7 @@ def apollo(
     """
     return adamw_in_subspace(
         "apollo",
-        Gaussian(),
+        CountSketch("unbiased"),
         learning_rate=learning_rate,
         sketch=sketch,
         refresh_every=refresh_every,

@@ -76,7 +76,7 @@ RECIPES = {
         {"refresh_every": EVERY, "scale": 2.0},
         ("wide", "stack"),
         lambda k, w, g: apollo(
-            w, g, sampled(fj.Gaussian(), k), rate, EVERY, scale=2.0, left=left(k),
+            w, g, sampled(fj.CountSketch("unbiased"), k), rate, EVERY, scale=2.0, left=left(k),
             **ALGORITHM,
         ),
     ),

@@ -44,7 +44,7 @@ CHAINS = {
     "apollo": (
         fj.apollo,
         {"refresh_every": 200, "residual": fj.Apollo(1.01, **DECAYS)},
-        (fj.Gaussian(), 4),
+        (fj.CountSketch("unbiased"), 4),
         (0.999, 1e-6),
     ),
     "apollo_mini": (
