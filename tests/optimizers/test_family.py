@@ -76,8 +76,8 @@ RECIPES = {
         {"refresh_every": EVERY, "scale": 2.0},
         ("wide", "stack"),
         lambda k, w, g: apollo(
-            w, g, sampled(fj.CountSketch("unbiased"), k), rate, EVERY, scale=2.0, left=left(k),
-            **ALGORITHM,
+            w, g, sampled(fj.CountSketch("unbiased"), k), rate, EVERY, scale=2.0,
+            left=left(k), **ALGORITHM,
         ),
     ),
     "apollo_mini": (
