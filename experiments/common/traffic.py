@@ -81,7 +81,7 @@ def _kernels(program: Program) -> Iterator[Kernel]:
             yield Kernel(each.name, 0.0, 0.0, "", *inside)
         if each.opcode == "while" and not program.trips(each):
             # No iteration is a branch that does nothing.
-            yield Kernel(each.name, 0.0, 0.0, "", conditional or each.name, "")
+            yield Kernel(each.name, 0.0, 0.0, "", conditional or each.name, branch)
         if each.opcode in _FREE or each.opcode.endswith("-done"):
             continue
         flops, precision = _products(program, each, body)

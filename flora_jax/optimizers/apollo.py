@@ -45,8 +45,8 @@ def apollo(
 
     Args:
       learning_rate: a float or a schedule; 0.01 in the paper.
-      sketch: the sketch, or its rank; ``CountSketch()`` unless it has a projection,
-        with which this project's runs ended as with ``Gaussian()``, the paper's.
+      sketch: the sketch, or its rank; ``CountSketch()`` unless it has a projection;
+        ``Gaussian()`` is the paper's, and ended level with it in this project's runs.
       refresh_every: updates between two bases T, 200 in the paper; None keeps the
         first.
       b1: decay of the first moment.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 _OVERSAMPLING = 8
-_FILL = 1e-6  # Of norm 1, added to each column before it is made orthonormal.
+_FILL = 1e-8  # Of the largest entry, added as random columns of norm 1.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,8 @@ class TopSVD(AdaptiveProjection):
     ``method="randomized"`` is ``iterations`` steps of subspace iteration from r random
     columns, or a few more: X ← G GᵀX, turned to the singular vectors of what it has
     found (Rayleigh and Ritz), then made orthonormal; about 4·n·m·r operations a step,
-    nearly all of them products. Singular vectors come with any sign.
+    nearly all of them products. The key decides the vectors' signs; the exact method
+    leaves them to the decomposition.
 
     Stores r·width float32 elements per matrix, also where moments are quantized.
 
@@ -106,7 +107,9 @@ class TopSVD(AdaptiveProjection):
         columns = min(rank + min(_OVERSAMPLING, -rank % 128), *matrix.shape[-2:])
         rows = matrix.shape[-2]
         start = normals(key, (rows, columns), 0) / rows**0.5
-        start = jnp.broadcast_to(start, (*matrix.shape[:-2], *start.shape))
+        # For each matrix, varying over the same mesh axes inside of jax.shard_map.
+        zeros = jax.lax.full_like(matrix, 0, jnp.float32, (*matrix.shape[:-1], columns))
+        start = start + zeros
 
         def step(_: jax.Array, x: jax.Array) -> jax.Array:
             across = product(matrix, x, -2).swapaxes(-1, -2)
@@ -115,12 +118,15 @@ class TopSVD(AdaptiveProjection):
             # falling singular value (Rayleigh and Ritz), then of norm 1.
             x = product(matrix, across, -1)
             x = product(x, eigenvectors(product(across, across, -2)), -1)
-            x = x / _largest(x, -2)
-            x = x / jnp.linalg.norm(x, axis=-2, keepdims=True).clip(1)
             # More than rounding where G has fewer directions than there are columns.
-            return orthonormalized(x + _FILL * start)
+            x = x / _largest(x, (-2, -1)) + _FILL * start
+            x = x / _largest(x, -2)
+            return orthonormalized(x / jnp.linalg.norm(x, axis=-2, keepdims=True))
 
-        return jax.lax.fori_loop(0, self.iterations, step, start)[..., :rank]
+        x = jax.lax.fori_loop(0, self.iterations, step, start)[..., :rank]
+        # Roundings, such as those of another mesh, would choose signs otherwise.
+        along_start = jnp.sum(x * start[..., :1], axis=-2, keepdims=True)
+        return jnp.where(along_start < 0, -x, x)
 
 
 def _largest(x: jax.Array, axes: Any) -> jax.Array:

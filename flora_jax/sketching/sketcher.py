@@ -59,9 +59,10 @@ class ScaledLeaf(NamedTuple):
     threshold: Any = None
 
     def times(self, *factors: jax.Array) -> ScaledLeaf:
-        """The leaf with more factors."""
+        """The leaf with more factors, after it is clipped."""
+        given = self if self.threshold is None else self.clipped()
         full = [factor.astype(jnp.float32) for factor in factors]
-        return ScaledLeaf(self.leaf, (*self.factors, *full), self.threshold)
+        return ScaledLeaf(given.leaf, (*given.factors, *full))
 
     def clipped(self, squares: jax.Array | None = None) -> ScaledLeaf:
         """The leaf with the factor that clips it; it must have a threshold.

@@ -213,13 +213,16 @@ class Fira(Residual):
         """What the residual is multiplied by: φ."""
         plan, axes = leaf.plan, self._axes(leaf.plan)
         seen = jnp.sqrt(sums_of_squares(r, axes))
-        if isinstance(leaf.sketcher.projection, ObliviousProjection):
+        projection = leaf.sketcher.projection
+        if isinstance(projection, ObliviousProjection):
             # A row may cancel in a random sketch, which then says nothing of its scale.
-            least = _LEAST * (plan.rank / plan.width) ** 0.5
+            expected = 1.0
+            if projection.normalization == "isometric":
+                expected = (plan.rank / plan.width) ** 0.5
             full = leaf.squares
             if self.norms == "tensor":
                 full = jnp.sum(full, (-2, -1), keepdims=True)
-            seen = jnp.maximum(seen, least * jnp.sqrt(full))
+            seen = jnp.maximum(seen, _LEAST * expected * jnp.sqrt(full))
         return jnp.sqrt(sums_of_squares(n, axes)) / (seen + _SMALL)
 
     def _axes(self, plan: LeafPlan) -> Any:
@@ -248,8 +251,8 @@ class FiraCode(Fira):
 class Apollo(Fira):
     """The update is α·φ·G: the gradient itself, scaled as Adam would.
 
-    φ and its limiter are those of :class:`Fira`, without the bound on ‖R_i‖. S need not
-    have orthonormal rows.
+    φ and its limiter are those of :class:`Fira`; where S has no orthonormal rows but
+    E[SᵀS] = I, ‖R_i‖ is taken for at least ‖G_i‖/8.
 
     Example:
       >>> import flora_jax as fj
@@ -268,10 +271,7 @@ class Apollo(Fira):
 
     def _factor(self, leaf: LeafStep, r: Any, n: Any) -> jax.Array:
         """What the gradient is multiplied by: α·φ."""
-        seen, size = (
-            jnp.sqrt(sums_of_squares(x, self._axes(leaf.plan))) for x in (r, n)
-        )
-        return leaf.scale * (size / (seen + _SMALL))
+        return leaf.scale * super()._factor(leaf, r, n)
 
 
 def check_decays(owner: Any) -> None:

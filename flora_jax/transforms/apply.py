@@ -36,10 +36,11 @@ def update_and_apply(
     applies the inner updates where it computes them, at the end of a cycle: no tree of
     updates, of the size of the parameters, exists between the two, and a micro-step
     that ends no cycle moves neither zeros nor parameters. Donate parameters and state.
+    An accumulation applied in this way cannot be differentiated in reverse mode.
 
     Args:
-      tx: the transformation. An accumulation is applied in place if it is the
-        outermost transformation, or the last of a chain.
+      tx: the transformation, not jitted. An accumulation must be the outermost
+        transformation, or the last of a chain.
       grads: gradients, or what the transformation takes in their place.
       state: its state.
       params: the parameters.
@@ -49,7 +50,8 @@ def update_and_apply(
       The new parameters and the new state.
 
     Raises:
-      TypeError: if an accumulation is followed or wrapped by what changes its updates.
+      TypeError: if an accumulation is followed or wrapped by what changes its updates,
+        or ``tx.update`` is jitted.
 
     Example:
       >>> import functools
@@ -68,9 +70,15 @@ def update_and_apply(
     try:
         updates, state = update(grads, state, params, **{APPLY: asked}, **extra_args)
     except (AttributeError, TypeError, ValueError) as error:
-        if asked.params is None:
-            raise
-        raise _not_last() from error
+        if asked.params is not None:
+            raise _not_last() from error
+        if APPLY in str(error):
+            raise TypeError(
+                "`tx` of update_and_apply must not be jitted and must take extra"
+                f" arguments, got {tx}; jit the step around it, or call tx.update and"
+                " optax.apply_updates"
+            ) from error
+        raise
     if asked.params is None:
         return optax.apply_updates(params, updates), state
     if updates is not asked:
@@ -80,7 +88,7 @@ def update_and_apply(
 
 def _not_last() -> TypeError:
     return TypeError(
-        "`tx` of update_and_apply changes the updates of compressed_accumulation, which"
-        " are applied already; move what follows it into its `inner`, or call tx.update"
-        " and optax.apply_updates"
+        "`tx` of update_and_apply goes on after compressed_accumulation, whose updates"
+        " are applied already; move what follows or wraps it into its `inner`, or call"
+        " tx.update and optax.apply_updates"
     )

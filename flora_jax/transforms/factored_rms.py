@@ -178,7 +178,7 @@ def factored_rms_step(
         new = decay * v + (1 - decay) * (full * full + epsilon)
         return grad.times(jax.lax.rsqrt(new)), v_row, v_col, new.astype(v.dtype)
     # Or XLA on CPU would write the squares, which two reductions read, to memory.
-    again = ScaledLeaf(unshared(grad.leaf), grad.factors).value()
+    again = grad._replace(leaf=unshared(grad.leaf)).value()
     larger, smaller = plan.larger_smaller
     row_mean_square = jnp.mean(full * full, axis=larger, keepdims=True)
     column_mean_square = jnp.mean(again * again, axis=smaller, keepdims=True)

@@ -13,6 +13,7 @@ import optax
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
 from flora_jax._xla import widened
+from flora_jax.leaves.mesh import is_sharded
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.rules import LeafRules
 from flora_jax.leaves.trees import rebuild, run_sharded
@@ -35,7 +36,7 @@ _COEFFICIENTS = (
 )
 _MARGIN = 1.005  # Roundings may exceed the interval, outside of which they grow.
 _SMALL = 1e-30
-_LEAST = 1e-20  # Norm of an update that has half of its size.
+_LEAST = 1e-20  # Largest entry of an update that makes a step of half the size.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +44,14 @@ class NewtonSchulz:
     """An approximate polar factor, by odd polynomials of the singular values.
 
     X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X from X = U/‖U‖, with other coefficients in each
-    step (Polar Express): after five, singular values of at least 1e-3·‖U‖ lie between
-    0.86 and 1.13, and smaller ones below that, in their order. In bfloat16, as in
-    float32 where the backend multiplies it in bfloat16 (a TPU, by default), that holds
-    from 1e-2·‖U‖ on.
+    step (Polar Express; X is divided by 1.005 before it, as a margin for roundings).
+    After five steps singular values of at least 1e-3·‖U‖ lie between 0.86 and 1.13, and
+    smaller ones below that, in their order. In bfloat16, as in float32 where the
+    backend multiplies it in bfloat16 (a TPU, by default), that holds from 1e-2·‖U‖ on.
 
     Attributes:
-      steps: 5 as in Muon; 6 bring them within 0.01 of 1.
+      steps: 5 as in Muon; 6 bring them within 0.01 of 1. The first ones alone, fewer
+        than 5, leave them far from 1.
       dtype: of the iterates, ``"float32"`` or ``"bfloat16"``, which halves what each
         step reads and writes.
 
@@ -87,16 +89,20 @@ class NewtonSchulz:
         powers = _MARGIN ** -np.array([1, 3, 5])
         coefficients = jnp.float32(np.multiply(_COEFFICIENTS, powers))
 
+        eye = jnp.eye(x.shape[-2], dtype=jnp.float32)
+
         def step(i: jax.Array, x: jax.Array) -> jax.Array:
             a, b, c = coefficients[jnp.minimum(i, len(_COEFFICIENTS) - 1)]
-            gram = _product(x, jnp.swapaxes(x, -1, -2))
-            narrow = gram.astype(x.dtype)
-            polynomial = b * gram + c * _product(narrow, narrow)
-            new = a * x + _product(polynomial.astype(x.dtype), x)
-            return new.astype(x.dtype)
+            gram = x @ jnp.swapaxes(x, -1, -2)
+            # With a I in the small matrix, so that no pass over X adds a X.
+            polynomial = a * eye + (b * gram + c * (gram @ gram))
+            return polynomial.astype(x.dtype) @ x
 
-        # A loop: unrolled, the steps of a sharded matrix take three times the memory.
-        x = jax.lax.fori_loop(0, self.steps, step, x).astype(jnp.float32)
+        # Unrolled, no step copies X; but those of a sharded matrix take three times the
+        # memory.
+        unroll = not is_sharded()
+        x = jax.lax.fori_loop(0, self.steps, step, x, unroll=unroll)
+        x = x.astype(jnp.float32)
         return jnp.swapaxes(x, -1, -2) if tall else x
 
 
@@ -114,8 +120,8 @@ def orthogonalize(
 
     which has a root mean square of ρ, whatever the rank of U. This is what Muon does to
     its momentum; a chain with a compressed optimizer before it needs a fraction of
-    Muon's memory. The size of what comes in has no effect, unless its norm is near
-    1e-20 or smaller: weight decay and learning rate follow after it.
+    Muon's memory. The size of what comes in has no effect, unless its largest
+    entry is near 1e-20 or smaller: weight decay and learning rate follow after it.
 
     Leaves that do not fold, or that the mask leaves out, pass as they are.
 
@@ -191,7 +197,3 @@ def _orthogonal(
     kept = largest / (largest + _LEAST)
     new = rms * kept / jnp.maximum(size, _SMALL) * factor
     return plan.unfold(new, plan.shape).astype(leaf.dtype)
-
-
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.matmul(x, y, preferred_element_type=jnp.float32)

@@ -32,6 +32,7 @@ OTHERS = {
     "rank_for_budget",
     "ranks_for_budget",
     "sketched_value_and_grad",
+    "update_and_apply",
     "state_sharding",
     "verify_state",
 }

@@ -111,7 +111,7 @@ def test_sharded_steps_are_those_of_one_device(case):
     for i in range(STEPS):
         wanted, expected = step(gradients_of(case, i), expected, params)
     if case.name == "subspace-ldadam":
-        # Power iterations enlarge the roundings of sums in another order.
+        # Subspace iterations enlarge the roundings of sums in another order.
         return assert_near((updates, state), (wanted, expected), 1e-4)
     if is_orthogonal(case):
         # Its polynomials have a slope of about 1000 at singular values near zero, and

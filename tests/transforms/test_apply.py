@@ -121,9 +121,28 @@ def zeroed(tx):
 )
 def test_what_would_go_on_to_change_updates_raises(wrap):
     tx, params = wrap(accumulation()), tree(0)
-    message = "`tx` of update_and_apply changes the updates of compressed_accumulation"
+    message = "`tx` of update_and_apply goes on after compressed_accumulation"
     with pytest.raises(TypeError, match=message):
         fj.update_and_apply(tx, params, tx.init(params), params)
+
+
+def test_refuses_a_jitted_update():
+    tx, params = accumulation(), tree(0)
+    jitted = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
+    with pytest.raises(TypeError, match="`tx` of update_and_apply must not be jitted"):
+        fj.update_and_apply(jitted, params, tx.init(params), params)
+
+
+def test_is_not_differentiable_in_reverse_mode():
+    tx, params = accumulation(), tree(0)
+
+    @jax.jit
+    def loss(params, state):
+        new, _ = fj.update_and_apply(tx, params, state, params)
+        return jnp.sum(new["w"])
+
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        jax.grad(loss)(params, tx.init(params))
 
 
 def test_other_errors_are_their_own():
