@@ -282,7 +282,7 @@ class LeafInputs(NamedTuple):
     error: jax.Array | None
     sampled: Any
     sketch: jax.Array
-    squares: jax.Array | None
+    squares: Any
     direction: jax.Array
 
 

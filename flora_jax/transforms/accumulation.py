@@ -209,10 +209,10 @@ def compressed_accumulation(
 
         def end_cycle_in_place(_: Any, operands: tuple[Any, ...]) -> tuple[Any, ...]:
             """All operands after the end of a cycle."""
-            *rest, sampled, params = operands
+            acc, inner_state, sampled, params = operands
             # Or a TPU's compiler would sum up a parameter's squares before the loop.
             params = jax.tree.map(jax.lax.optimization_barrier, params)
-            updates, inner_state, acc = end_cycle(*rest, sampled, params)
+            updates, inner_state, acc = end_cycle(acc, inner_state, sampled, params)
             return acc, inner_state, sampled, optax.apply_updates(params, updates)
 
         def within_cycle(
