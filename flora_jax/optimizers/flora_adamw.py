@@ -44,7 +44,7 @@ def flora_adamw(
     the sketch's mask.
 
     The learning rate: in runs of 400 updates two to four times AdamW's was best. With
-    ``orthogonal=True`` it was eight to sixteen times, and four in runs of 4,000.
+    ``orthogonal=True`` it was six to twelve times, and four in runs of 4,000.
 
     The defaults: in runs of 400 updates of a small language model (rank 16, T = 50,
     ``orthogonal=True``, two seeds) no change of one setting lowered the loss by more
