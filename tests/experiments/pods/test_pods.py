@@ -62,8 +62,10 @@ def test_the_committed_table_holds_its_bounds(tmp_path):
             continue
         assert row["gathered"] <= row["largest_sketch"]
         # Sketches are summed and gathered. Norms and Adafactor's factors, vectors that
-        # are summed besides, take it above 2 where every side is sharded.
-        assert total <= 2.02 * row["sketches"]
+        # are summed besides, take it above 2 where every side is sharded; so do bases
+        # of singular vectors, which are stored in shards and gathered.
+        most = 2.6 if row["method"] == "galore" else 2.02
+        assert total <= most * row["sketches"]
     path = tmp_path / "pods.jsonl"
     path.write_text(RESULTS.read_text())
     report.write(path)
