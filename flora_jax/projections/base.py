@@ -99,9 +99,9 @@ class Projection(abc.ABC):
         Returns:
           The sketch, and a float32 array of shape (batch…, n, 1) or (batch…, 1, m).
         """
+        sketch = self.compress(sampled, matrix, rank, axis, weights)
         full = matrix.astype(jnp.float32)
         full = full if weights is None else full * along(weights, axis)
-        sketch = self.compress(sampled, matrix, rank, axis, weights)
         return sketch, sums_of_squares(full, axis)
 
     def expand(

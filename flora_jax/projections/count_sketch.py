@@ -201,12 +201,11 @@ def _multiply(
     full = weighed = matrix.astype(jnp.float32)
     if weights is not None:
         weighed = full * along(weights, axis)
-    squares = sums_of_squares(weighed, axis)
-    if weights is not None and weigh_projection:
-        s = s * weights[..., None, :]
-    else:
-        full = weighed
-    return product(full, s.swapaxes(-1, -2), axis), squares
+        if weigh_projection:
+            s = s * weights[..., None, :]
+        else:
+            full = weighed
+    return product(full, s.swapaxes(-1, -2), axis), sums_of_squares(weighed, axis)
 
 
 def _add_up(

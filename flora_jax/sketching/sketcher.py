@@ -71,19 +71,38 @@ class ScaledLeaf(NamedTuple):
           squares: sums of squares of the product, all of it together; None to find them
             in a pass over the leaf.
         """
+        full = self.leaf, self.factors
         if squares is None:
             # On CPU XLA would write the product, which others read too, to memory.
-            again = ScaledLeaf(*unshared((self.leaf, self.factors))).value()
-            squares = again * again
-        rms = jnp.sqrt(jnp.sum(squares) / self.leaf.size)
+            total = _sum_in_a_pass(None, unshared(full))
+        else:
+            # On CPU it would write the factors, broadcast to the leaf's size.
+            total = jax.lax.platform_dependent(
+                squares,
+                full,
+                cpu=lambda squares, full: _sum_in_a_pass(
+                    squares, jax.lax.optimization_barrier(full)
+                ),
+                default=lambda squares, _: squares.sum(),
+            )
+        rms = jnp.sqrt(total / self.leaf.size)
         factor = 1 / jnp.maximum(1.0, rms / self.threshold)
-        return self._replace(threshold=None).times(factor)
+        return ScaledLeaf(self.leaf, (*self.factors, factor))
 
     def value(self) -> Float[Array, "..."]:
         """The product, float32, clipped."""
         full = self if self.threshold is None else self.clipped()
+        leaf = full.leaf
+        leaf = leaf if leaf.dtype == jnp.float32 else widened(leaf)
         # From the leaf on: the factors alone may overflow where it is zero.
-        return functools.reduce(operator.mul, full.factors, widened(full.leaf))
+        return functools.reduce(operator.mul, full.factors, leaf)
+
+
+def _sum_in_a_pass(squares: Any, full: tuple[Any, ...]) -> jax.Array:
+    """The sum of squares of a product, whatever is known of it."""
+    del squares
+    product = ScaledLeaf(*full).value()
+    return jnp.sum(product * product)
 
 
 @jax.tree_util.register_dataclass
