@@ -30,6 +30,13 @@ def assert_close(actual, expected, dtype=None):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * scale)
 
 
+def assert_near(found, wanted, tolerance):
+    """Asserts that leaves differ by at most so much of their largest entry."""
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_allclose(x, y, atol=tolerance * np.abs(y).max(initial=0))
+
+
 def every_fold(dtype=jnp.float32):
     """Parameters with every kind of fold, at min_dim_size=8 and rank 4.
 

@@ -276,6 +276,11 @@ def run(tx, params, steps=STEPS, donate=False, **extra_args):
     return Run(tx, params, grads, updates, [*states, state], step, traces)
 
 
+def is_orthogonal(case):
+    chosen = case.takes("orthogonal") and case.option("orthogonal")
+    return chosen or case.factory is fj.flora_muon
+
+
 @cached
 def run_layer(case):
     """The run of a case on the small tree: what wrappers must not change."""

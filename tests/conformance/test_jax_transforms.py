@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.common import assert_close, cached
+from tests.common import assert_close, assert_near, cached
 from tests.conformance.cases import (
     EVERY_K,
     RESAMPLE_EVERY,
@@ -16,6 +16,7 @@ from tests.conformance.cases import (
     assert_identical,
     every_case,
     gradients,
+    is_orthogonal,
     layer,
     named,
     run,
@@ -90,7 +91,10 @@ def test_vmap_over_an_ensemble(case):
         alone = tx.init(member)
         for t in range(STEPS):
             expected, alone = step(grads[t][i], alone, member)
-            assert_close(at(i, together[t]), expected)
+            if is_orthogonal(case):  # Which multiplies roundings by about 1000.
+                assert_near(at(i, together[t]), expected, 2e-4)
+            else:
+                assert_close(at(i, together[t]), expected)
         assert_close(at(i, state), alone, "float32")
 
 

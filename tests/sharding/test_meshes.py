@@ -16,8 +16,8 @@ import pytest
 
 import flora_jax as fj
 from experiments.common.collectives import collectives
-from tests.common import assert_close, cached
-from tests.conformance.cases import FOLDS, every_case, gradients
+from tests.common import assert_close, assert_near, cached
+from tests.conformance.cases import FOLDS, every_case, gradients, is_orthogonal
 
 P = jax.P
 LAYOUTS = {
@@ -73,11 +73,6 @@ def transformation(case):
     return case(FOLDS, **{k: 3 for k in names if case.takes(k)})
 
 
-def is_orthogonal(case):
-    chosen = case.takes("orthogonal") and case.option("orthogonal")
-    return chosen or case.factory is fj.flora_muon
-
-
 def sent_matrices(compiled, *kinds):
     """Sizes of all matrices in some collectives; a stack counts as one of its own."""
     sent = [x for x in collectives(compiled.as_text()) if x.kind in kinds]
@@ -120,13 +115,6 @@ def test_sharded_steps_are_those_of_one_device(case):
         return assert_close(state, expected, "float32")
     assert_close(updates, wanted, "float32")
     return assert_close(state, expected, "float32")
-
-
-def assert_near(found, wanted, tolerance):
-    """Asserts that leaves differ by at most so much of their largest entry."""
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        np.testing.assert_allclose(x, y, atol=tolerance * np.abs(y).max(initial=0))
 
 
 @pytest.mark.sample(1)
