@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from flora_jax.leaves.mesh import replicated
 from flora_jax.projections.base import DenseProjection, ScaledIsometry
 from flora_jax.projections.linalg import orthonormalized
 from flora_jax.random.bits import normals
@@ -44,5 +45,7 @@ class Orthogonal(ScaledIsometry, DenseProjection):
     def as_matrix(self, sampled: Any, rank: int, width: int) -> Float[Array, "r m"]:
         """S, float32 of shape (rank, width)."""
         # R's diagonal is positive: with other signs Q would not be uniform.
-        q = orthonormalized(normals(sampled, (width, rank), 0) / width**0.5)
+        columns = normals(sampled, (width, rank), 0) / width**0.5
+        # In full on each device of a mesh: partial sums would round it otherwise.
+        q = replicated(orthonormalized(replicated(columns)))
         return q.T * self.row_norm(rank, width)

@@ -105,9 +105,12 @@ def test_sharded_steps_are_those_of_one_device(case):
     expected, step = tx.init(params), jax.jit(tx.update)
     for i in range(STEPS):
         wanted, expected = step(gradients_of(case, i), expected, params)
-    if case.name == "subspace-ldadam":
+    of_singular_vectors = (fj.galore, fj.fira, fj.quantize_state)
+    if case.name == "subspace-ldadam" or case.factory in of_singular_vectors:
         # Subspace iterations enlarge the roundings of sums in another order.
-        return assert_near((updates, state), (wanted, expected), 1e-4)
+        # They may also move a code of int8 by a step.
+        tolerance = 1e-3 if case.factory is fj.quantize_state else 1e-4
+        return assert_near((updates, state), (wanted, expected), tolerance)
     if is_orthogonal(case):
         # Its polynomials have a slope of about 1000 at singular values near zero, and
         # multiply the roundings of 6e-8 of the norm by as much.
@@ -144,7 +147,6 @@ def test_no_gradient_is_gathered(case):
     # Of the leaves (64, 96) at rank 4, a sketch has 4 x 96 elements and one of the
     # randomized decomposition at most 12 x 96; the least part of a gradient that a
     # gather along one mesh axis could give has 16 x 96, or 24 x 64.
-    exact = case.factory in (fj.galore, fj.fira, fj.quantize_state)
     _, step, *_ = run_on_mesh(case)
     sent = sent_matrices(step, "all-gather", "all-reduce", "reduce-scatter")
     if is_orthogonal(case):
@@ -153,10 +155,7 @@ def test_no_gradient_is_gathered(case):
         # Never more than one matrix of a stack.
         assert 64 * 64 <= max(sent) <= 64 * 96
         return
-    if not exact:
-        assert max(sent, default=0) <= 12 * 96
-    # The exact decomposition of a matrix wants it unsharded, in optax as here.
-    assert exact == (64 * 96 in sent)
+    assert max(sent, default=0) <= 12 * 96
 
 
 @pytest.mark.sample(1)
