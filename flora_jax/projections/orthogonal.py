@@ -46,6 +46,6 @@ class Orthogonal(ScaledIsometry, DenseProjection):
         """S, float32 of shape (rank, width)."""
         # R's diagonal is positive: with other signs Q would not be uniform.
         columns = normals(sampled, (width, rank), 0) / width**0.5
-        # In full on each device of a mesh: partial sums would round it otherwise.
+        # Replicated on a mesh: partial sums would be rounded differently.
         q = replicated(orthonormalized(replicated(columns)))
         return q.T * self.row_norm(rank, width)

@@ -74,15 +74,13 @@ class ScaledLeaf(NamedTuple):
         full = self.leaf, self.factors
         if squares is None:
             # On CPU XLA would write the product, which others read too, to memory.
-            total = _sum_in_a_pass(None, unshared(full))
+            total = _sum_of_squares(unshared(full))
         else:
             # On CPU it would write the factors, broadcast to the leaf's size.
             total = jax.lax.platform_dependent(
                 squares,
                 full,
-                cpu=lambda squares, full: _sum_in_a_pass(
-                    squares, jax.lax.optimization_barrier(full)
-                ),
+                cpu=lambda _, full: _sum_of_squares(jax.lax.optimization_barrier(full)),
                 default=lambda squares, _: squares.sum(),
             )
         rms = jnp.sqrt(total / self.leaf.size)
@@ -98,9 +96,8 @@ class ScaledLeaf(NamedTuple):
         return functools.reduce(operator.mul, full.factors, leaf)
 
 
-def _sum_in_a_pass(squares: Any, full: tuple[Any, ...]) -> jax.Array:
-    """The sum of squares of a product, whatever is known of it."""
-    del squares
+def _sum_of_squares(full: tuple[Any, ...]) -> jax.Array:
+    """Of a leaf times its factors, in a pass over it."""
     product = ScaledLeaf(*full).value()
     return jnp.sum(product * product)
 
