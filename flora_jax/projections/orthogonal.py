@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from flora_jax.leaves.mesh import replicated
 from flora_jax.projections.base import DenseProjection, ScaledIsometry
 from flora_jax.projections.linalg import orthonormalized
@@ -46,6 +48,7 @@ class Orthogonal(ScaledIsometry, DenseProjection):
         """S, float32 of shape (rank, width)."""
         # R's diagonal is positive: with other signs Q would not be uniform.
         columns = normals(sampled, (width, rank), 0) / width**0.5
-        # Replicated on a mesh: partial sums would be rounded differently.
+        # Replicated on a mesh: partial sums would be rounded differently. Beyond the
+        # barrier S is sharded as its reader wants; a replicated one gathers gradients.
         q = replicated(orthonormalized(replicated(columns)))
-        return q.T * self.row_norm(rank, width)
+        return jax.lax.optimization_barrier(q).T * self.row_norm(rank, width)
