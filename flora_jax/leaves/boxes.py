@@ -121,7 +121,7 @@ def rebox(box: Any, plan: LeafPlan | None, value: jax.Array) -> Any:
 
     Args:
       box: the parameter's.
-      plan: the parameter's; None where a resized axis holds the blocks of a code.
+      plan: the parameter's; None where no resized axis holds a rank.
       value: the array.
     """
     (leaf,) = jax.tree.leaves(box)

@@ -34,8 +34,7 @@ def zeros_tree(
 
     Args:
       params: parameters, ShapeDtypeStructs of them, boxed or not.
-      plans: their plans, in flattening order; None where a resized axis holds the
-        blocks of a code.
+      plans: their plans, in flattening order; None where no resized axis holds a rank.
       shapes: one shape per leaf, in flattening order.
       dtype: dtype of the arrays.
 

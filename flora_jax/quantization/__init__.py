@@ -1,1 +1,1 @@
-"""How moments are stored: block-wise codes of 8 or 16 bits."""
+"""How moments are stored: codes of 8 or 16 bits."""

@@ -18,7 +18,7 @@ from flora_jax.leaves.moments import KINDS, SECOND, find_moments, replace_moment
 from flora_jax.leaves.paths import named_leaves
 from flora_jax.leaves.rules import LeafRules
 from flora_jax.leaves.spec import make_spec
-from flora_jax.quantization import blockwise
+from flora_jax.quantization import codes as coding
 from flora_jax.random.bits import bits
 from flora_jax.random.keys import check_state_key, leaf_keys, raw_key
 from flora_jax.sketching.sketcher import gradient_shapes
@@ -51,7 +51,6 @@ def quantize_state(
     inner: optax.GradientTransformation,
     dtype: Any = "int8",
     *,
-    block: int = 256,
     min_size: int = 4096,
     stochastic_rounding: bool = False,
     fields: Collection[str] | None = None,
@@ -64,28 +63,27 @@ def quantize_state(
     ``ema``, ``momentum``, ``trace``, ``acc_grads`` and ``error`` get a signed code,
     ``nu`` an unsigned one; sketches under these names as well. Their leaves have the
     paths and numbers of axes of the parameters; a field of such a name that holds
-    anything else stays as it is. Elements share a scale in blocks along the longest
-    axis of a leaf; see :func:`flora_jax.quantization.encode` for the codes and their
+    anything else stays as it is. The elements of a row, along the last axis of a leaf,
+    share a scale; see :func:`flora_jax.quantization.encode` for the codes and their
     errors. Leaves of fewer than ``min_size`` elements, or of fewer than two axes longer
     than 1, stay as they are.
 
-    A change of a moment is kept only if it is above half a step, up to 0.8% of the
-    block's largest entry for int8. The decay of a whole block is in its scale and
-    always kept. With b2 = 0.999, a second moment that grows by less per update than
-    half a step to the next code stays behind, unless ``stochastic_rounding`` keeps it
-    right in the mean. Blocks with an infinite or undefined entry become NaN.
+    A change of a moment is kept only if it is above half a step, up to 1.2% of the
+    row's largest entry for int8. The decay of a whole row is in its scale and always
+    kept. With b2 = 0.999, a second moment that grows by less per update than half a
+    step to the next code stays behind, unless ``stochastic_rounding`` keeps it right in
+    the mean. Rows with an infinite or undefined entry become NaN.
 
     Memory: one byte per element of a moment (two for bfloat16) and one scale of the
-    moment's dtype per block: 4/256 bytes per element where ``block`` divides the
-    longest axis. A block is not longer than that axis.
+    moment's dtype per row: 4/m bytes per element if rows have m. If m is under 32,
+    lines along the longest axis take the place of rows.
 
     Args:
       inner: the transformation, for example optax.adam(1e-3); also one whose state is
         sketched already.
       dtype: ``"int8"``, ``"float8_e4m3fn"`` or ``"bfloat16"``.
-      block: elements per scale; 256 as in GaLore's 8-bit moments. Choose one that
-        divides the length of a shard.
-      min_size: fewest elements of a leaf that is coded; 4096 as there.
+      min_size: fewest elements of a leaf that is coded; 4096 as in
+        GaLore's 8-bit moments.
       stochastic_rounding: round at random to one of the two nearest values, so that
         the mean is exact, and not to the nearest.
       fields: names of the fields to code, for example ``("mu",)``; None for all.
@@ -112,7 +110,7 @@ def quantize_state(
       >>> adam.mu["w"].dtype.name, adam.nu["w"].dtype.name
       ('int8', 'uint8')
       >>> state.scales[0]["w"].shape
-      (256, 2)
+      (256, 1)
 
     References:
       Dettmers et al., `8-bit Optimizers via Block-wise Quantization
@@ -120,7 +118,6 @@ def quantize_state(
     """
     codec = MomentCodec(
         check_code("dtype", dtype),
-        check.check_positive_int("block", block, "256 elements per scale are usual"),
         check.check_positive_int("min_size", min_size, "use 1 to code every matrix"),
         _check_fields(fields),
     )
@@ -174,7 +171,6 @@ class MomentCodec(NamedTuple):
     """The settings that decide which moments are coded, and what the codes mean."""
 
     dtype: str
-    block: int
     min_size: int
     fields: tuple[str, ...] | None
 
@@ -197,8 +193,8 @@ class MomentCodec(NamedTuple):
         """Dtype of the codes and shape of the scales of a leaf of moments."""
         if self.is_exact(shape, dtype):
             return dtype, (1,) * len(shape)
-        scales = blockwise.scale_shape(shape, self.dtype, self.block)
-        return blockwise.code_dtype(self.dtype, signed), scales
+        scales = coding.scale_shape(shape, self.dtype)
+        return coding.code_dtype(self.dtype, signed), scales
 
 
 def _empty_scales(codec: MomentCodec, tree: Any) -> Any:
@@ -260,7 +256,7 @@ def _encode_leaf(
     if codec.is_exact(x.shape, x.dtype):
         return x, scale
     words = None if key is None else bits(key, x.shape, 0)
-    return blockwise.encode(x, codec.dtype, codec.block, signed, words)
+    return coding.encode(x, codec.dtype, signed, words)
 
 
 def _decode(
@@ -272,7 +268,7 @@ def _decode(
         return [
             x
             if codec.is_exact(x.shape, scale.dtype)
-            else blockwise.decode(x, scale, codec.dtype, codec.block, signed)
+            else coding.decode(x, scale, codec.dtype, signed)
             for (_, signed), x, scale in zip(named, codes, scales, strict=True)
         ]
 
@@ -333,7 +329,7 @@ def check_code(name: str, value: Any) -> str:
         dtype = jnp.dtype(value).name
     except TypeError:
         dtype = value  # Not a dtype; the message shows what was given.
-    check.check_choice(name, dtype, blockwise.CODES)
+    check.check_choice(name, dtype, coding.CODES)
     return dtype
 
 

@@ -19,10 +19,10 @@ def state_sharding(
     """Returns the shardings of an optimizer state, from those of the parameters.
 
     Each array of a parameter-shaped tree keeps the parameter's mesh axes on every axis
-    that has the parameter's size. An axis of another size (the rank of a sketch, the
-    blocks of a code) keeps them if they divide it; those of axes that are folded to one
-    side, such as (heads, head_dim), move to the one that holds the rank, unless the
-    rank is as long as that axis was. Everything else, counters and keys, is replicated.
+    that has the parameter's size. An axis of another size, the rank of a sketch, keeps
+    them if they divide it; those of axes that are folded to one side, such as (heads,
+    head_dim), move to the one that holds the rank, unless the rank is as long as that
+    axis was. Everything else, counters and keys, is replicated.
     NNX Variables and Linen boxes name such shardings in their metadata, where trainers
     look for them.
 

@@ -12,7 +12,8 @@ from tests.experiments.accelerators.test_accelerators import rows
 # One more pass over the gradient would be a seventh or more.
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "method", ["adamw", "flora", "flora_adamw", "apollo", "flora_accumulation"]
+    "method",
+    ["adamw", "adamw_int8", "flora", "flora_adamw", "apollo", "flora_accumulation"],
 )
 def test_a_step_moves_and_holds_no_more(method, dtype):
     expected = rows(chip="v5e", problem="leaf", dtype=dtype)[method]

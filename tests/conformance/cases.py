@@ -178,7 +178,7 @@ CASES = (
     ),
     _subspace("rms", fj.Orthogonal(), None, fj.PreserveRMS()),
     # Leaves are far below the size from which on moments are coded by default.
-    Case("quantized", fj.quantize_state, {"min_size": 1, "block": 4}, _fira),
+    Case("quantized", fj.quantize_state, {"min_size": 1}, _fira),
 )
 SKETCHING = tuple(case for case in CASES if case.sketches)
 # Other options of a transformation that another case covers: the slow tier.

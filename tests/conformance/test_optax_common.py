@@ -111,7 +111,7 @@ def test_hyperparameters_may_be_schedules_and_masks_callables(recipe):
 @every_case
 def test_inject_hyperparams_changes_nothing(case):
     # What decides shapes and the key are static; no recipe has such an int.
-    static = {"block", "key", "min_size"} if case.factory is fj.quantize_state else ()
+    static = {"key", "min_size"} if case.factory is fj.quantize_state else ()
     inject = optax.inject_hyperparams(case.factory, static_args=static)
     reference = run_layer(case)
     injected = run(inject(**case.arguments()), reference.params)

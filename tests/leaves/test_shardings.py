@@ -414,7 +414,7 @@ def test_an_axis_of_the_mesh_is_no_stack():
 
 
 def test_rules_without_a_mesh():
-    """As MaxText creates its state: a rank keeps its names, blocks of codes do not."""
+    """As MaxText creates its state: a rank keeps its names, a scale has none."""
     rules = (
         ("embed", ("fsdp",)),
         ("heads", ("tensor",)),

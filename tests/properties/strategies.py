@@ -253,7 +253,6 @@ def _quantized(draw, tree, seed):
     arguments = choose(
         draw,
         dtype=("int8", "float8_e4m3fn", "bfloat16"),
-        block=(1, 4, 256),
         min_size=(1, 64),
         stochastic_rounding=(True, False),
     )

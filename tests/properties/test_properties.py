@@ -168,7 +168,7 @@ def test_runs_of_many(factory):
 def test_complex_moments_are_kept_exactly():
     params = {"z": jnp.ones((4, 8), jnp.complex64) * (1 + 2j)}
     inner = optax.adam(0.1)
-    tx = fj.quantize_state(inner, min_size=1, block=4)
+    tx = fj.quantize_state(inner, min_size=1)
     state, expected = tx.init(params), inner.init(params)
     for _ in range(2):
         ours, state = tx.update(params, state)

@@ -108,8 +108,8 @@ def test_sharded_steps_are_those_of_one_device(case):
     of_singular_vectors = (fj.galore, fj.fira, fj.quantize_state)
     if case.name == "subspace-ldadam" or case.factory in of_singular_vectors:
         # Subspace iterations enlarge the roundings of sums in another order.
-        # They may move a code of int8 by a step, 1/127 of the largest of its block.
-        tolerance = 1 / 127 if case.factory is fj.quantize_state else 1e-4
+        # They may move a code of int8 by a step, 3/127 of the largest of its row.
+        tolerance = 3 / 127 if case.factory is fj.quantize_state else 1e-4
         return assert_near((updates, state), (wanted, expected), tolerance)
     if is_orthogonal(case):
         # Its polynomials have a slope of about 1000 at singular values near zero, and

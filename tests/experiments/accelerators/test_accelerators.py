@@ -24,6 +24,7 @@ def rows(**fields):
 # Bytes moved in a step, in sizes of the parameters, of AdamW 7; and temporaries.
 MOST = {
     "v5e": {
+        "adamw_int8": (5.7, 0.1),
         "flora": (7.4, 0.15),
         "flora_adamw": (5.6, 0.15),
         "flora_adamw_int8": (6.2, 0.15),
@@ -33,6 +34,7 @@ MOST = {
         "flora_accumulation": (1.15, 1.1),
     },
     "h100": {
+        "adamw_int8": (7.0, 0.1),
         "flora": (7.6, 0.15),
         "flora_adamw": (5.1, 0.2),
         "flora_adamw_int8": (5.7, 0.3),

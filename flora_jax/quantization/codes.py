@@ -1,13 +1,13 @@
-"""Block-wise codes of 8 bits for arrays, and bfloat16 as an alternative.
+"""Codes of 8 bits for arrays, and bfloat16 as an alternative.
 
-Blocks run along the longest axis of an array (the first of several); each has a scale
-s, the largest magnitude in it. Codes are found by arithmetic alone: tables are slow to
-search on a CPU and on a TPU.
+Each row of an array, all along its last axis, has a scale s, the largest magnitude in
+it. Not pieces of rows: a TPU writes an array to memory to cut it, and on a mesh pieces
+may lie across shards. Codes are found by arithmetic alone: tables are slow to search on
+a CPU and on a TPU.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 CODES = ("int8", "float8_e4m3fn", "bfloat16")
 
+# Where rows have fewer elements, their scales would take more than an eighth of a byte
+# for each: lines along the longest axis have scales instead.
+_SHORTEST = 32
 # So many random bits that a value which is a code already, up to roundings of
 # float32, lies outside all thresholds and stays that code.
 _RANDOM_BITS = 13
@@ -32,7 +35,9 @@ class _Grid(NamedTuple):
     Attributes:
       dtype: of the codes.
       top: the largest code.
-      curve: the power for first moments, and for the roots of second moments.
+      curve: the power for first moments, and for the roots of second moments. A larger
+        one keeps small entries of a row better, and large ones worse: with second
+        moments, which change slowly, that costs more than it gives.
       power: ``curve`` if signed, else twice that.
       finest: the smallest positive code, and the step between the codes next to it.
       bits: a code's step is at least 2**-bits of it; 0 if all steps are equal.
@@ -49,7 +54,7 @@ class _Grid(NamedTuple):
 
 
 _GRIDS = {
-    ("int8", True): _Grid(jnp.int8, 127, 2, 2, 1, 0, 2.0**-112),
+    ("int8", True): _Grid(jnp.int8, 127, 3, 3, 1, 0, 2.0**-105),
     ("int8", False): _Grid(jnp.uint8, 255, 2, 4, 1, 0, 2.0**-94),
     ("float8_e4m3fn", True): _Grid(jnp.float8_e4m3fn, 448, 1, 1, 2.0**-9, 3, 2.0**-108),
     ("float8_e4m3fn", False): _Grid(jnp.float8_e4m3fn, 448, 1, 2, 2.0**-9, 3, 2.0**-90),
@@ -69,36 +74,34 @@ def code_dtype(code: str, signed: bool) -> Any:
     return jnp.dtype(jnp.bfloat16 if code == "bfloat16" else _GRIDS[code, signed].dtype)
 
 
-def scale_shape(shape: Shape, code: str, block: int) -> Shape:
-    """Shape of the scales of an array: its longest axis L becomes ⌈L/block⌉.
+def scale_shape(shape: Shape, code: str) -> Shape:
+    """Shape of the scales of an array: one per row.
 
     Args:
       shape: the array's shape.
       code: one of :data:`CODES`; bfloat16 has no scales, and ones here.
-      block: elements per scale.
 
     Returns:
-      A shape with as many axes.
+      The shape with 1 in place of the last axis; of the longest if the last is short.
     """
     if code == "bfloat16":
         return (1,) * len(shape)
-    axis, split = _blocks(shape, block)
-    return split[: axis + 1] + split[axis + 2 :]
+    axis = _axis(shape)
+    return (*shape[:axis], 1, *shape[axis + 1 :])
 
 
 def encode(
     x: Float[Array, "..."],
     code: str,
-    block: int,
     signed: bool,
     bits: UInt32[Array, "..."] | None = None,
 ) -> tuple[Array, Float[Array, "..."]]:
     """Codes and scales of an array.
 
-    With s the scale of an entry's block, x = s·f(q) for the code q:
+    With s the scale of an entry's row, x = s·f(q) for the code q:
 
-    - int8, signed: f = sign(q)·(|q|/127)², an int8. The error |x′ − x| is at most
-      √(s|x|)/127 + s/(4·127²).
+    - int8, signed: f = (q/127)³, an int8. The error |x′ − x| is at most
+      1.5·∛(s·x²)/127 + 1.5·∛(s²·|x|)/127² + s/(2·127³).
     - int8, unsigned: f = (q/255)⁴, a uint8, for second moments: √v has then the
       precision of a first moment. The error |√v′ − √v| is at most
       √(√s·√v)/255 + √s/255², and a positive v, as 1/√v is taken, never becomes 0.
@@ -108,11 +111,11 @@ def encode(
       and √s/(448·2⁹), and a positive v never becomes 0.
     - bfloat16: x itself, |x′ − x| ≤ |x|/2⁸; no scale.
 
-    Up to roundings of float32: zero stays zero, a block's largest entry is exact, and
+    Up to roundings of float32: zero stays zero, a row's largest entry is exact, and
     what was decoded is encoded to the codes it came from, so that a state that is
-    not changed does not drift. A scale is at least 2⁻⁹⁰ to 2⁻¹¹², by the grid.
+    not changed does not drift. A scale is at least 2⁻⁹⁰ to 2⁻¹⁰⁸, by the grid.
 
-    A block with an infinite or undefined entry, or with a negative one if unsigned, has
+    A row with an infinite or undefined entry, or with a negative one if unsigned, has
     the scale NaN: all of it is decoded to NaN. bfloat16 keeps such entries.
 
     Given random bits, x becomes one of the two nearest values at random with the mean
@@ -123,8 +126,6 @@ def encode(
     Args:
       x: real floating array of at least one axis, none of size zero.
       code: one of :data:`CODES`.
-      block: elements per scale; the last block may be short. Blocks that divide the
-        length of a shard need no communication.
       signed: whether the values have signs.
       bits: uniform random words of x's shape, or None to round to the nearest: in x, or
         in √x if unsigned.
@@ -135,26 +136,26 @@ def encode(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from flora_jax.quantization.blockwise import decode, encode
-      >>> codes, scales = encode(jnp.array([-2.0, 0.5, 0.0]), "int8", 256, True)
+      >>> from flora_jax.quantization.codes import decode, encode
+      >>> codes, scales = encode(jnp.array([-2.0, 0.5, 0.0]), "int8", True)
       >>> codes.tolist(), scales.tolist()
-      ([-127, 63, 0], [2.0])
-      >>> decode(codes, scales, "int8", 256, True).round(3).tolist()
-      [-2.0, 0.492000013589859, 0.0]
+      ([-127, 80, 0], [2.0])
+      >>> decode(codes, scales, "int8", True).round(3).tolist()
+      [-2.0, 0.5, 0.0]
 
     References:
       Dettmers et al., `8-bit Optimizers via Block-wise Quantization
-      <https://arxiv.org/abs/2110.02861>`_, 2021, for blocks and their scales
+      <https://arxiv.org/abs/2110.02861>`_, 2021, for codes with scales
     """
     full = x.astype(jnp.float32)
     if code == "bfloat16":
         return _to_bfloat16(full, bits), jnp.zeros((1,) * x.ndim, x.dtype)
     grid = _GRIDS[code, signed]
     sizes = jnp.abs(full) if signed else jnp.where(full < 0, jnp.nan, full)
-    tops = _block_max(sizes, block)
+    tops = jnp.max(sizes, axis=_axis(x.shape), keepdims=True)
     floor = max(grid.floor, float(jnp.finfo(x.dtype).tiny))
     scales = jnp.where(jnp.isfinite(tops), jnp.maximum(tops, floor), jnp.nan)
-    parts = sizes / _spread(scales, x.shape, block)
+    parts = sizes / scales
     # Also where the part is not a number: a cast of it would differ by device.
     codes = _round(jnp.where(parts <= 1, parts, 1.0), grid, bits)
     if signed:
@@ -165,7 +166,7 @@ def encode(
 
 
 def decode(
-    codes: Array, scales: Float[Array, "..."], code: str, block: int, signed: bool
+    codes: Array, scales: Float[Array, "..."], code: str, signed: bool
 ) -> Float[Array, "..."]:
     """The array that codes and scales stand for; see :func:`encode`.
 
@@ -173,7 +174,6 @@ def decode(
       codes: what :func:`encode` returned.
       scales: the same.
       code: as in :func:`encode`.
-      block: as in :func:`encode`.
       signed: as in :func:`encode`.
 
     Returns:
@@ -190,14 +190,13 @@ def decode(
     # Exactly 1 for the largest entry; XLA may multiply in another order.
     parts = jnp.where(size == grid.top, 1.0, parts)
     full = jnp.where(q < 0, -parts, parts)
-    full = full * _spread(scales.astype(jnp.float32), codes.shape, block)
-    return full.astype(scales.dtype)
+    return (full * scales.astype(jnp.float32)).astype(scales.dtype)
 
 
 def _round(parts: jax.Array, grid: _Grid, bits: jax.Array | None) -> jax.Array:
     """Codes, in float32, of values in [0, 1]: one of the two next to each."""
-    roots = parts
-    for _ in range(grid.power.bit_length() - 1):
+    roots = jnp.cbrt(parts) if grid.power == 3 else parts
+    for _ in range(grid.power.bit_length() - 1 if grid.power != 3 else 0):
         roots = jnp.sqrt(roots)
     places = roots * np.float32(grid.top)
     steps = jnp.float32(1)
@@ -230,25 +229,7 @@ def _to_bfloat16(x: jax.Array, bits: jax.Array | None) -> jax.Array:
     return x.astype(jnp.bfloat16)
 
 
-def _block_max(sizes: jax.Array, block: int) -> jax.Array:
-    """The largest element of each block; NaN if one of them is."""
-    axis, split = _blocks(sizes.shape, block)
-    pads = [(0, 0)] * sizes.ndim
-    pads[axis] = (0, split[axis] * split[axis + 1] - sizes.shape[axis])
-    return jnp.max(jnp.pad(sizes, pads).reshape(split), axis=axis + 1)
-
-
-def _spread(scales: jax.Array, shape: Shape, block: int) -> jax.Array:
-    """Each entry's scale."""
-    axis, split = _blocks(shape, block)
-    spread = jnp.broadcast_to(jnp.expand_dims(scales, axis + 1), split)
-    flat = spread.reshape(*shape[:axis], -1, *shape[axis + 1 :])
-    return jax.lax.slice_in_dim(flat, 0, shape[axis], axis=axis)
-
-
-def _blocks(shape: Shape, block: int) -> tuple[int, Shape]:
-    """The longest axis, and the shape with that axis split: (…, blocks, length, …)."""
-    axis = shape.index(max(shape))
-    block = min(block, shape[axis])
-    count = math.ceil(shape[axis] / block)
-    return axis, (*shape[:axis], count, block, *shape[axis + 1 :])
+def _axis(shape: Shape) -> int:
+    """The axis that rows run along."""
+    last = len(shape) - 1
+    return last if shape[last] >= _SHORTEST else shape.index(max(shape))
