@@ -34,7 +34,7 @@ MOST = {
         "flora_accumulation": (1.15, 1.1),
     },
     "h100": {
-        "adamw_int8": (7.0, 0.1),
+        "adamw_int8": (5.7, 0.1),
         "flora": (7.6, 0.15),
         "flora_adamw": (5.1, 0.2),
         "flora_adamw_int8": (5.7, 0.3),
