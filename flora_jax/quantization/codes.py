@@ -102,8 +102,7 @@ def encode(
 
     - int8, signed: f = (q/127)³, an int8. The error |x′ − x| is at most
       1.5·∛(s·x²)/127 + 1.5·∛(s²·|x|)/127² + s/(2·127³).
-    - int8, unsigned: f = (q/255)⁴, a uint8, for second moments: √v has then the
-      precision of a first moment. The error |√v′ − √v| is at most
+    - int8, unsigned: f = (q/255)⁴, a uint8, for second moments. |√v′ − √v| is at most
       √(√s·√v)/255 + √s/255², and a positive v, as 1/√v is taken, never becomes 0.
     - float8_e4m3fn, signed: f = q/448. |x′ − x| is at most the larger of |x|/16 and
       s/(448·2¹⁰).
@@ -120,7 +119,7 @@ def encode(
 
     Given random bits, x becomes one of the two nearest values at random with the mean
     x: exactly for bfloat16, else to 2⁻¹⁴ of their distance. Errors are then up to twice
-    the first term and four times the second (float8 and bfloat16: twice). Unsigned
+    those above (int8, unsigned: four times the second term). Unsigned
     values below the smallest code become that code here, too.
 
     Args:
@@ -195,7 +194,7 @@ def decode(
 
 def _round(parts: jax.Array, grid: _Grid, bits: jax.Array | None) -> jax.Array:
     """Codes, in float32, of values in [0, 1]: one of the two next to each."""
-    # Of the power's root an estimate is enough: the nearer of two codes is chosen below.
+    # An estimate of the root is enough: the nearer of two codes is chosen below.
     roots = parts if grid.power == 1 else jnp.exp2(jnp.log2(parts) / grid.power)
     places = roots * np.float32(grid.top)
     steps = jnp.float32(1)

@@ -132,7 +132,10 @@ def quantize_state(
         _check_moments(codec, names, moments)
         scales = [_empty_scales(codec, tree) for tree in moments]
         named = _named_leaves(names, moments)
-        codes, scales = _encode(codec, named, moments, moments, scales)
+        # XLA would look for the largest constant zero while it compiles, for minutes.
+        zero = jax.lax.optimization_barrier(jnp.float32(0))
+        hidden = jax.tree.map(lambda x: x + zero.astype(x.dtype), moments)
+        codes, scales = _encode(codec, named, hidden, moments, scales)
         return QuantizedState(
             count=jnp.zeros([], jnp.int32),
             key=jnp.array(root),
