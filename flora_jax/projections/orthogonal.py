@@ -48,7 +48,7 @@ class Orthogonal(ScaledIsometry, DenseProjection):
         """S, float32 of shape (rank, width)."""
         # R's diagonal is positive: with other signs Q would not be uniform.
         columns = normals(sampled, (width, rank), 0) / width**0.5
-        # Replicated on a mesh: partial sums would be rounded differently. Beyond the
-        # barrier S is sharded as its reader wants; a replicated one gathers gradients.
+        # Replicated on a mesh: partial sums would be rounded differently. Without the
+        # barrier XLA keeps S replicated, and gathers gradients to multiply by it.
         q = replicated(orthonormalized(replicated(columns)))
         return jax.lax.optimization_barrier(q).T * self.row_norm(rank, width)

@@ -1,9 +1,9 @@
 """Codes of 8 bits for arrays, and bfloat16 as an alternative.
 
-Each row of an array, all along its last axis, has a scale s, the largest magnitude in
-it. Not pieces of rows: a TPU writes an array to memory to cut it, and on a mesh pieces
-may lie across shards. Codes are found by arithmetic alone: tables are slow to search on
-a CPU and on a TPU.
+Each row, along the last axis, has one scale s, its largest magnitude. Rows are not cut
+into blocks: a TPU would write the array to memory to reshape it, and on a mesh blocks
+may cross shards. Codes are found by arithmetic alone: tables are slow to search on a
+CPU and on a TPU.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 CODES = ("int8", "float8_e4m3fn", "bfloat16")
 
-# Where rows have fewer elements, their scales would take more than an eighth of a byte
-# for each: lines along the longest axis have scales instead.
+# Shorter rows would spend more than an eighth of a byte per element on scales; the
+# longest axis is used instead.
 _SHORTEST = 32
 # So many random bits that a value which is a code already, up to roundings of
 # float32, lies outside all thresholds and stays that code.
@@ -112,15 +112,16 @@ def encode(
 
     Up to roundings of float32: zero stays zero, a row's largest entry is exact, and
     what was decoded is encoded to the codes it came from, so that a state that is
-    not changed does not drift. A scale is at least 2⁻⁹⁰ to 2⁻¹⁰⁸, by the grid.
+    not changed does not drift. A scale is at least 2⁻⁹⁰ to 2⁻¹⁰⁸, by the grid, and of
+    float16 moments 2⁻¹⁴. All this is for float32 moments: narrower ones are rounded to
+    their dtype besides.
 
     A row with an infinite or undefined entry, or with a negative one if unsigned, has
     the scale NaN: all of it is decoded to NaN. bfloat16 keeps such entries.
 
     Given random bits, x becomes one of the two nearest values at random with the mean
     x: exactly for bfloat16, else to 2⁻¹⁴ of their distance. Errors are then up to twice
-    those above (int8, unsigned: four times the second term). Unsigned
-    values below the smallest code become that code here, too.
+    those above. Unsigned values below the smallest code become that code here, too.
 
     Args:
       x: real floating array of at least one axis, none of size zero.

@@ -64,9 +64,9 @@ def quantize_state(
     ``nu`` an unsigned one; sketches under these names as well. Their leaves have the
     paths and numbers of axes of the parameters; a field of such a name that holds
     anything else stays as it is. The elements of a row, along the last axis of a leaf,
-    share a scale; see :func:`flora_jax.quantization.encode` for the codes and their
-    errors. Leaves of fewer than ``min_size`` elements, or of fewer than two axes longer
-    than 1, stay as they are.
+    share a scale; see :func:`flora_jax.quantization.codes.encode` for the codes and
+    their errors. Leaves of fewer than ``min_size`` elements, or of fewer than two axes
+    longer than 1, stay as they are.
 
     A change of a moment is kept only if it is above half a step, up to 1.2% of the
     row's largest entry for int8. The decay of a whole row is in its scale and always
@@ -82,8 +82,8 @@ def quantize_state(
       inner: the transformation, for example optax.adam(1e-3); also one whose state is
         sketched already.
       dtype: ``"int8"``, ``"float8_e4m3fn"`` or ``"bfloat16"``.
-      min_size: fewest elements of a leaf that is coded; 4096 as in
-        GaLore's 8-bit moments.
+      min_size: fewest elements of a leaf that is coded; 4096 as in GaLore's 8-bit
+        moments.
       stochastic_rounding: round at random to one of the two nearest values, so that
         the mean is exact, and not to the nearest.
       fields: names of the fields to code, for example ``("mu",)``; None for all.
@@ -132,10 +132,7 @@ def quantize_state(
         _check_moments(codec, names, moments)
         scales = [_empty_scales(codec, tree) for tree in moments]
         named = _named_leaves(names, moments)
-        # XLA would look for the largest constant zero while it compiles, for minutes.
-        zero = jax.lax.optimization_barrier(jnp.float32(0))
-        hidden = jax.tree.map(lambda x: x + zero.astype(x.dtype), moments)
-        codes, scales = _encode(codec, named, hidden, moments, scales)
+        codes, scales = _encode(codec, named, _hidden(moments), moments, scales)
         return QuantizedState(
             count=jnp.zeros([], jnp.int32),
             key=jnp.array(root),
@@ -212,6 +209,19 @@ def _empty_scales(codec: MomentCodec, tree: Any) -> Any:
     zeros = trees.zeros_tree(tree, None, shapes, jnp.float32)
     own = map(trees.cast_like, jax.tree.leaves(zeros), leaves)
     return trees.rebuild(zeros, list(own))
+
+
+def _hidden(moments: list[Any]) -> list[Any]:
+    """The moments, of which XLA does not know that they are constant zeros.
+
+    It would look for the largest of these while it compiles, for minutes.
+    """
+    zero = jax.lax.optimization_barrier(jnp.float32(0))
+
+    def hide(x: jax.Array) -> jax.Array:
+        return x + zero.astype(x.dtype) if isinstance(x, jax.core.Tracer) else x
+
+    return jax.tree.map(hide, moments)
 
 
 def _encode(

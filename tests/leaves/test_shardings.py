@@ -46,7 +46,7 @@ def mesh(**sizes):
         (("a", "b", None), (768, 12, 64), (16, 12, 64), ("a", "b", None)),
         (("a", "b", None), (768, 12, 64), (1, 12, 64), (None, "b", None)),
         (("a", "b", None), (768, 12, 64), (1, 1, 1), (None, None, None)),
-        # Blocks of a code, alone and of a sketch; a spec that leaves out its end.
+        # Resized axes that a mesh may not divide; a spec that leaves out its end.
         (("a", "b"), (64, 96), (64, 2), ("a", "b")),
         (("a", "b"), (64, 96), (64, 3), ("a", None)),
         (("a", "b", None), (768, 12, 64), (4, 1, 16), ("a", None, "b")),
@@ -414,7 +414,7 @@ def test_an_axis_of_the_mesh_is_no_stack():
 
 
 def test_rules_without_a_mesh():
-    """As MaxText creates its state: a rank keeps its names, a scale has none."""
+    """As MaxText creates its state: a rank keeps its names, a row's axis loses them."""
     rules = (
         ("embed", ("fsdp",)),
         ("heads", ("tensor",)),

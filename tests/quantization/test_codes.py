@@ -10,6 +10,7 @@ import pytest
 
 from experiments.common.collectives import collectives
 from flora_jax.quantization.codes import (
+    _GRIDS,
     CODES,
     code_dtype,
     decode,
@@ -22,7 +23,7 @@ SCALED = [(code, signed) for code in CODES[:2] for signed in (True, False)]
 EVERY = [(code, signed) for code in CODES for signed in (True, False)]
 every_code = pytest.mark.parametrize(("code", "signed"), EVERY)
 scaled_codes = pytest.mark.parametrize(("code", "signed"), SCALED)
-SHAPE = (5, 3, 27)
+SHAPE = (5, 3, 40)
 
 
 @functools.cache
@@ -62,10 +63,11 @@ def values(code, signed):
 
 @pytest.mark.sample(4)
 @scaled_codes
-@pytest.mark.parametrize("shape", [SHAPE, (27, 4), (3, 16, 2)])
+@pytest.mark.parametrize("shape", [SHAPE, (27, 4), (3, 16, 2), (70, 40)])
 def test_equals_the_nearest_value_of_a_table(code, signed, shape):
-    # Rows along the last axis for the table, in the library along the longest of these.
-    axis = shape.index(max(shape))
+    # Rows along the last axis for the table; in the library, along the longest of
+    # those whose last is short.
+    axis = len(shape) - 1 if shape[-1] >= 32 else shape.index(max(shape))
     x = numbers(signed, shape)
     moved = np.moveaxis(np.asarray(x, np.float64), axis, -1)
     s, table = tops(moved), values(code, signed)
@@ -91,7 +93,7 @@ def bound(x, code, signed, stochastic):
         if signed:
             part = np.cbrt(size / s)
             return once * s * (1.5 * part**2 / 127 + 1.5 * part / 127**2 + 0.5 / 127**3)
-        return once * (np.sqrt(s * size) / 255 + once * s / 255**2)
+        return once * (np.sqrt(s * size) / 255 + s / 255**2)
     finest = s / (448 * 2**10) if signed else s / (448 * 2**9)
     return once * np.maximum(size / 16, finest)
 
@@ -154,9 +156,11 @@ def test_what_was_decoded_is_a_fixed_point(code, signed, threshold):
         q = np.arange(127, dtype=np.uint8).view(dtype).astype(np.float32)
     codes = jnp.asarray(np.broadcast_to(q, (200, q.size)), dtype)
     codes = jnp.pad(codes, [(0, 0), (0, 256 - q.size)])
-    scales = jnp.geomspace(1e-25, 1e37, 200)[:, None]
     if code == "bfloat16":
         scales = jnp.zeros((1, 1))
+    else:
+        least = 1.01 * _GRIDS[code, signed].floor
+        scales = jnp.geomspace(least, 1e37, 200, dtype=jnp.float32)[:, None]
     x = back(codes, scales)
     bits = None if threshold is None else jnp.full(x.shape, threshold, jnp.uint32)
     again = first(x) if bits is None else random(x, bits)
@@ -230,7 +234,8 @@ def test_narrow_numbers_keep_their_dtype(code, signed, dtype):
 def test_shapes_of_scales():
     assert scale_shape((12, 4, 3072), "int8") == (12, 4, 1)
     assert scale_shape((768, 1, 64), "float8_e4m3fn") == (768, 1, 1)
-    assert scale_shape((100, 8), "int8") == (1, 8)
+    assert scale_shape((64, 32), "int8") == (64, 1)
+    assert scale_shape((64, 31), "int8") == (1, 31)
     assert scale_shape((100, 64), "bfloat16") == (1, 1)
     codes, scales = encode(jnp.ones((100, 64)), "int8", True)
     assert (codes.shape, codes.dtype) == ((100, 64), jnp.int8)
@@ -249,7 +254,7 @@ def test_shards_share_the_largest_magnitudes_alone(layout):
         return codes, scales, decode(codes, scales, "int8", True)
 
     program = jax.jit(run).lower(x).compile()
-    sent = [each for each in collectives(program.as_text()) if each.kind]
+    sent = collectives(program.as_text())
     assert all(each.kind == "all-reduce" for each in sent)
     assert sum(math.prod(shape) for each in sent for shape in each.shapes) <= 6
     codes, scales, _ = program(x)
@@ -259,14 +264,9 @@ def test_shards_share_the_largest_magnitudes_alone(layout):
     assert np.array_equal(scales, whole[1])
 
 
-def test_small_columns_survive_where_linear_codes_lose_them():
-    # Columns of one row differ by three decades, as gradients of real layers do.
+def test_small_columns_survive():
+    # Squares would keep a tenth of the smallest entries within 30 %.
     x = numbers(True, (64, 512), decades=0) * jnp.geomspace(1e-3, 1.0, 512)
-    steps = tops(x) / 127
-    errors = [
-        np.abs(np.asarray(y, np.float64) - np.asarray(x)) / np.abs(np.asarray(x))
-        for y in (there_and_back(x, "int8", True), np.round(x / steps) * steps)
-    ]
-    coded, linear = (np.median(each[:, :64]) for each in errors)
-    assert coded < 0.1
-    assert linear > 0.9
+    coded = there_and_back(x, "int8", True)
+    errors = np.abs(np.asarray(coded - x) / np.asarray(x))
+    assert np.median(errors[:, :64]) < 0.1

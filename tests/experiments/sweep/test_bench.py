@@ -116,7 +116,7 @@ def test_muons_in_eight_bits(name):
 
 
 def test_bytes_of_adamw_in_eight_bits():
-    """Two bytes for each parameter of a matrix, and a scale for each block."""
+    """Two bytes for each parameter of a matrix, and a scale for each row."""
     _, part = measured("adamw", state_dtype="int8")
     assert 2 * MATRICES < part < 2.2 * MATRICES
 
