@@ -99,7 +99,8 @@ def state_leaves(state: PyTree, params: PyTree) -> list[StateLeaf]:
         if start is None:
             leaves.append(StateLeaf(leaf, None, ""))
             continue
-        field = names[start - 1] if start else ""
+        # Trees in a tuple have the name of its field.
+        field = next((x for x in reversed(names[:start]) if not x.isdigit()), "")
         # The path of parameters that are a single array is empty: all paths end in it.
         other = start == len(names) and field in ("key", "spec")
         param = None if other else "/".join(names[start:])

@@ -8,8 +8,8 @@ import jax
 import optax
 
 from flora_jax import _validation as check
-from flora_jax._typing import PyTree
-from flora_jax.leaves.mesh import fit_sharding, mesh_axes
+from flora_jax._typing import PyTree, Shape
+from flora_jax.leaves.mesh import MeshAxes, fit_sharding, mesh_axes
 from flora_jax.leaves.paths import abstract_state, is_masked, named_leaves, state_leaves
 
 
@@ -63,15 +63,33 @@ def state_sharding(
     replicated = jax.NamedSharding(mesh, jax.P()) if named else jax.P()
     state = abstract_state(tx.init, params)
     axes, places = mesh_axes(mesh), []
-    for leaf, path, _ in state_leaves(state, params):
+    for leaf, path, field in state_leaves(state, params):
         if is_masked(leaf):  # Its parameter is another transformation's.
             places.append(leaf)
         # Arrays with other axes are not of this package: optax's factored moments.
         elif path is None or len(leaf.shape) != len(shapes[path]):
             places.append(replicated)
         else:
-            places.append(fit_sharding(given[path], shapes[path], leaf.shape, axes))
+            of_scales = field == "scales" and leaf.shape
+            fit = _fit_scales if of_scales else fit_sharding
+            places.append(fit(given[path], shapes[path], leaf.shape, axes))
     return jax.tree.unflatten(jax.tree.structure(state, is_leaf=is_masked), places)
+
+
+def _fit_scales(sharding: Any, old: Shape, new: Shape, axes: MeshAxes) -> Any:
+    """The sharding of a code's scales, from that of its parameter.
+
+    They have the axes of the moment but for that of the rows, the last or the longest,
+    whose names move nowhere.
+    """
+    every = range(len(new))
+    row = max(every, key=lambda i: (new[i] == 1, i == every[-1], old[i]))
+    moment = (*new[:row], old[row], *new[row + 1 :])
+    fitted = fit_sharding(sharding, old, moment, axes)
+    named = isinstance(fitted, jax.NamedSharding)
+    spec = fitted.spec if named else fitted
+    kept = jax.P(*(None if n == 1 else x for x, n in zip(spec, new, strict=True)))
+    return jax.NamedSharding(fitted.mesh, kept) if named else kept
 
 
 def _mesh(shardings: dict[str, Any]) -> Any:
