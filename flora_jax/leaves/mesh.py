@@ -79,9 +79,9 @@ def fit_sharding(
     """The sharding of an array of state, from that of its parameter: of the same kind.
 
     An axis of the parameter's size keeps its names. Those of a resized axis (the rank
-    of a sketch) stay if they divide its new size. Those of an
-    axis that is reduced to 1 move to the nearest resized one, on its right or else on
-    its left: of (heads, head_dim), folded to one side, to the one that holds the rank.
+    of a sketch) stay if they divide its new size. Those of an axis that is reduced to 1
+    move to the nearest resized one, on its right or else on its left: of (heads,
+    head_dim), folded to one side, to the one that holds the rank.
 
     Args:
       sharding: the parameter's NamedSharding, PartitionSpec or names of axes, None for

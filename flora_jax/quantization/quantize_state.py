@@ -75,8 +75,8 @@ def quantize_state(
     the mean. Rows with an infinite or undefined entry become NaN.
 
     Memory: one byte per element of a moment (two for bfloat16) and one scale of the
-    moment's dtype per row: 4/m bytes per element if rows have m. If m is under 32,
-    lines along the longest axis take the place of rows.
+    moment's dtype per row: 4/m bytes per element if rows have m. If m is under 32, rows
+    run along the longest axis instead.
 
     Args:
       inner: the transformation, for example optax.adam(1e-3); also one whose state is

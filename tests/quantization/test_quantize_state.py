@@ -23,7 +23,7 @@ CONFIGURATIONS = [
     ("bfloat16", False),
 ]
 SHAPES = {"w": (64, 128), "stack": (3, 16, 100), "small": (16, 16), "bias": (5000,)}
-from_1024 = functools.partial(quantize_state, min_size=1024)
+quantize = functools.partial(quantize_state, min_size=1024)
 
 
 def params(dtype=jnp.float32):
@@ -50,7 +50,7 @@ def types(tree):
 
 @functools.cache
 def adam(dtype="int8", stochastic=False):
-    tx = from_1024(optax.adam(0.1), dtype, stochastic_rounding=stochastic, key=3)
+    tx = quantize(optax.adam(0.1), dtype, stochastic_rounding=stochastic, key=3)
     return tx, *run(tx, 3)
 
 
@@ -167,7 +167,7 @@ def test_an_unchanged_state_does_not_drift(dtype, stochastic):
     """An accumulator runs its inner transformation once per cycle."""
     sketch = fj.Sketch(4, min_dim_size=8, max_aspect_ratio=32)
     inner = fj.compressed_accumulation(optax.adam(0.1), 8, sketch)
-    tx = from_1024(inner, dtype, fields=("mu", "nu"), stochastic_rounding=stochastic)
+    tx = quantize(inner, dtype, fields=("mu", "nu"), stochastic_rounding=stochastic)
     _, states = run(tx, 12)
     assert int(states[8].inner.gradient_step) == 1
     assert np.any(np.asarray(states[8].inner.inner_opt_state[0].mu["w"]) != 0)
@@ -215,7 +215,7 @@ def test_random_rounding_keeps_what_the_nearest_loses():
 
     def moment(stochastic):
         inner = optax.scale_by_rms(decay=0.999, initial_scale=1.0)
-        tx = from_1024(inner, stochastic_rounding=stochastic)
+        tx = quantize(inner, stochastic_rounding=stochastic)
 
         def body(state, _):
             return tx.update(grads, state)[1], None
@@ -238,7 +238,7 @@ def test_verify_state_refuses_other_settings():
     fj.verify_state(adam()[0], states[-1])
     # Rounding does not change what the codes mean.
     fj.verify_state(
-        from_1024(optax.adam(0.1), stochastic_rounding=True, key=3), states[-1]
+        quantize(optax.adam(0.1), stochastic_rounding=True, key=3), states[-1]
     )
     other = quantize_state(optax.adam(0.1), min_size=64, key=3)
     with pytest.raises(ValueError, match="min_size 1024 in the state, 64 in tx"):
@@ -289,7 +289,7 @@ def test_states_of_other_settings():
         tx.update(params(), state._replace(key=state.key.astype(jnp.float32)))
     with pytest.raises(ValueError, match="must have scales for each array of"):
         tx.update(params(), state._replace(scales=state.scales[:1]))
-    other = from_1024(optax.adam(0.1), "float8_e4m3fn")
+    other = quantize(optax.adam(0.1), "float8_e4m3fn")
     with pytest.raises(ValueError, match="codes of dtype float8_e4m3fn and scales"):
         other.update(params(), state)
     mu, nu = state.scales

@@ -15,9 +15,9 @@ from tests.conformance.cases import assert_identical
 from tests.quantization.test_quantize_state import (
     SHAPES,
     adam,
-    from_1024,
     gradients,
     params,
+    quantize,
     run,
     types,
 )
@@ -98,7 +98,7 @@ def assert_near(updates, exact):
 @pytest.mark.parametrize("name", WRAPPED)
 def test_what_it_wraps(name):
     inner, expected = WRAPPED[name]
-    updates, states = run(from_1024(inner), 4)
+    updates, states = run(quantize(inner), 4)
     assert coded_trees(states[-1]) == expected
     assert_near(updates, run(inner, 4)[0])
     assert len({str(types(state)) for state in states}) == 1
@@ -116,7 +116,7 @@ def test_what_it_wraps(name):
     ids=["accumulation", "multi-steps", "apply-if-finite", "masked"],
 )
 def test_what_wraps_it(wrap):
-    updates, states = run(wrap(from_1024(optax.adam(0.1))), 4)
+    updates, states = run(wrap(quantize(optax.adam(0.1))), 4)
     assert len({str(types(state)) for state in states}) == 1
     assert_near(updates, run(wrap(optax.adam(0.1)), 4)[0])
 
@@ -124,7 +124,7 @@ def test_what_wraps_it(wrap):
 @pytest.mark.full
 def test_narrow_moments_come_back_in_their_dtype():
     """Branches of a condition inside would not agree otherwise; scales tell it."""
-    tx = from_1024(optax.apply_if_finite(optax.adam(0.1), 2))
+    tx = quantize(optax.apply_if_finite(optax.adam(0.1), 2))
     updates, states = run(tx, 2, jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in jax.tree.leaves(states[-1].scales)} == {
@@ -134,7 +134,7 @@ def test_narrow_moments_come_back_in_their_dtype():
 
 
 def test_fields_that_are_not_named_stay():
-    tx = from_1024(optax.adam(0.1), fields=("nu",))
+    tx = quantize(optax.adam(0.1), fields=("nu",))
     state = tx.init(params())
     assert coded_trees(state) == {"0/nu": "uint8"}
     assert len(state.scales) == 1
@@ -166,7 +166,7 @@ def watched(inner):
 
 def test_fields_that_are_no_moments_stay():
     """By their paths or numbers of axes; the moments beside them are coded."""
-    tx = from_1024(watched(optax.adam(0.1)))
+    tx = quantize(watched(optax.adam(0.1)))
     updates, states = run(tx, 3)
     assert coded_trees(states[-1]) == under("inner", ADAM)
     first, last = states[0].inner, states[-1].inner
