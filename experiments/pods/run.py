@@ -65,7 +65,8 @@ def measure(model: Model, mesh: jax.sharding.Mesh, case: records.Row) -> records
     mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
     shapes, specs = parameters(model, case["dtype"])
     shardings = {name: jax.NamedSharding(mesh, spec) for name, spec in specs.items()}
-    sketch = fj.Sketch(case["rank"], mask=fj.not_embeddings)
+    placed = {k: x.update(sharding=shardings[k]) for k, x in shapes.items()}
+    sketch = fj.Sketch(case["rank"], mask=fj.not_embeddings).with_metadata(placed)
     settings = Settings(sketch, estimator="nesterov")
     tx = METHODS[case["method"]].optimizer(1e-3, settings)
     found = _sketches(sketch, shapes, mesh.shape["tensor"])

@@ -168,6 +168,12 @@ def axis_shards(node: Any, along: Axes) -> int:
     return 1 if sharding is None else shards_along(sharding, along, axes)
 
 
+def known_shards(node: Any, axis: int) -> int:
+    """Number of shards of an axis of a leaf, or of the leaf in a box; 0 if unknown."""
+    sharding, axes = _known_sharding(node, False)
+    return 0 if sharding is None else shards_along(sharding, (axis,), axes, 0)
+
+
 def side_shards(node: Any, plan: LeafPlan, sharding: Any = None) -> tuple[int, int]:
     """Number of shards of the sketched side: a leaf's, and its sketch's.
 

@@ -7,11 +7,12 @@ projections use forms that a sharded side enters as partial sums.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.core
+import jax.numpy as jnp
 
 from flora_jax._typing import Axes, AxisNames, PyTree, Shape
 
@@ -116,19 +117,22 @@ def fit_sharding(
     return jax.P(*names) if isinstance(sharding, jax.P) else tuple(names)
 
 
-def shards_along(sharding: Any, along: Axes, axes: MeshAxes | None = None) -> int:
-    """Number of shards of some axes together; names that are not known count as 1.
+def shards_along(
+    sharding: Any, along: Axes, axes: MeshAxes | None = None, unknown: int = 1
+) -> int:
+    """Number of shards of some axes together.
 
     Args:
       sharding: as in :func:`fit_sharding`.
       along: the axes.
       axes: as in :func:`fit_sharding`.
+      unknown: the number for names that are not known.
     """
     named = isinstance(sharding, jax.NamedSharding)
     axes = axes or mesh_axes(sharding.mesh if named else None)
     spec = sharding.spec if named else sharding
     names = [name for i, x in enumerate(spec) if i in along for name in _names(x)]
-    shards = [axes.shards(name) or 1 for name in names]
+    shards = [axes.shards(name) or unknown for name in names]
     # Of several logical names a side can keep one.
     return math.prod(shards) if axes.are_mesh_axes(names) else max(shards)
 
@@ -161,7 +165,17 @@ def _dividing(
 def is_sharded() -> bool:
     """Whether the compiler may shard arrays here, over the axes of a mesh."""
     # Manual axes do not count: inside of shard_map each device has its own array.
-    return math.prod(_axes(jax.sharding.get_abstract_mesh()).values()) > 1
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and kind is _Type.Auto for size, kind in kinds)
+
+
+def common_shards(size: int) -> int:
+    """The least number that every number of shards of an axis of this size divides."""
+    products = {1}
+    for shards in _axes(jax.sharding.get_abstract_mesh()).values():
+        products |= {shards * x for x in products}
+    return math.lcm(*(x for x in products if size % x == 0))
 
 
 def is_explicit(*shardings: Any) -> bool:
@@ -193,6 +207,30 @@ def sharded_along(x: jax.Array, axis: int, unsharded: int) -> jax.Array:
     if x.shape[axis] % math.prod(names.values()):
         return x
     return _constrained(x, {axis: tuple(names), unsharded: None})
+
+
+def on_single_devices(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """``fn(x)`` of a stack of matrices, each of them on one device.
+
+    For work that needs full matrices: it sends a device's share of the stack twice, and
+    nothing in between. Matrices of zeros are added, so that each device has as many.
+
+    Args:
+      fn: of a stack to one of the same shape; it takes each matrix by itself.
+      x: the stack, shape (layers, n, m).
+    """
+    axes = _axes(jax.sharding.get_abstract_mesh())
+    # The minor axis first, of two that shard one side of the matrices.
+    names, missing = tuple(axes)[::-1], -x.shape[0] % math.prod(axes.values())
+    # One mesh axis after the other: of several at once the compiler would gather.
+    new = jnp.pad(x, [(0, missing), (0, 0), (0, 0)])
+    for i in range(1, len(names) + 1):
+        new = _constrained(new, {0: names[:i]})
+    new = _constrained(new, {0: names, 1: None, 2: None})
+    new = _constrained(fn(new), {0: names, 1: None, 2: None})
+    for i in range(len(names) - 1, 0, -1):
+        new = _constrained(new, {0: names[:i]})
+    return _constrained(new, {0: None})[: x.shape[0]]
 
 
 def _constrained(x: jax.Array, axes: dict[int, Any]) -> jax.Array:

@@ -33,6 +33,7 @@ class LeafPlan:
         leaves are folded without being sketched.
       dense_reason: why the leaf is dense, or None if it is folded.
       keep_logical_axes: as in :class:`flora_jax.LeafRules`.
+      layer_shards: number of shards of the first batch axis, 0 if unknown.
     """
 
     path: str
@@ -44,6 +45,7 @@ class LeafPlan:
     rank: int = 0
     dense_reason: str | None = None
     keep_logical_axes: bool = dataclasses.field(default=False, compare=False)
+    layer_shards: int = dataclasses.field(default=0, compare=False)
 
     @classmethod
     def of(cls, path: str, shape: Shape, fold: Fold, **settings: Any) -> LeafPlan:

@@ -108,6 +108,9 @@ class LeafRules:
         which leaves that axis unsharded; True keeps it, for rules that are applied
         after ``init``. Names that active rules map are kept even without a mesh. The
         rank must be divisible by the shards of a name that is kept.
+      layer_shards: None, or a tree of the numbers of shards of each leaf's first batch
+        axis, 0 if unknown; :meth:`with_metadata` fills it in. On a mesh a step holds
+        the full sketch of so many layers at a time; of more if it is not known.
 
     Trees are looked up by normalized path: ``jax.tree_util.keystr(path, simple=True,
     separator="/")`` without the ``/value`` that NNX Variables and Linen boxes add. They
@@ -123,6 +126,7 @@ class LeafRules:
     max_aspect_ratio: float = 16
     weight_dimension_numbers: Any = None
     keep_logical_axes: bool = False
+    layer_shards: Any = None
 
     def __post_init__(self) -> None:
         """Raises on bad arguments, and makes trees hashable."""
@@ -146,6 +150,7 @@ class LeafRules:
                 numbers = _hashable_numbers(numbers)
             numbers = by_path(numbers, _hashable_numbers)
         object.__setattr__(self, "mask", by_path(self.mask, bool))
+        object.__setattr__(self, "layer_shards", by_path(self.layer_shards, int))
         object.__setattr__(self, "weight_dimension_numbers", numbers)
 
     def plan(self, tree: PyTree) -> tuple[LeafPlan, ...]:
@@ -175,7 +180,10 @@ class LeafRules:
                 own = False if own is None else own
             key = (path, shape, own)
             if key not in known:
-                known[key] = self._plan(path, shape, self._fold(*key))
+                plan, shards = self._plan(path, shape, self._fold(*key)), 0
+                if self.layer_shards is not None:
+                    shards = self.layer_shards.find("layer_shards", path, shape)
+                known[key] = dataclasses.replace(plan, layer_shards=shards)
             plans.append(known[key])
         return tuple(plans)
 
@@ -189,19 +197,21 @@ class LeafRules:
         return LeafPlan.of(path, shape, fold, keep_logical_axes=self.keep_logical_axes)
 
     def with_metadata(self, params: PyTree) -> Self:
-        """These rules, with ``weight_dimension_numbers`` read from flax's metadata.
+        """These rules, with what is known of the parameters' axes.
 
-        The metadata names axes along which layers or experts are stacked, and axes of
-        attention heads, which are part of a matrix: by the logical names of flax's
+        Flax's metadata names axes along which layers or experts are stacked, and axes
+        of attention heads, which are part of a matrix: by the logical names of flax's
         examples and MaxText, by partition name, or by MaxText's ``param_scan_axis``.
-        It is read here, once, as the updates of ``nnx.Optimizer`` do not have it.
+        Metadata, or the sharding of an array, tells whether a stacked axis is sharded:
+        where it is not, a step on a mesh goes layer by layer, and takes less memory.
+        Both are read here, once, as the updates of ``nnx.Optimizer`` do not have them.
 
         Args:
           params: what ``init`` will be given, an NNX state or Linen variables in their
-            boxes; shapes suffice.
+            boxes, or arrays; shapes, with their shardings, suffice.
 
         Returns:
-          A copy with these dimension numbers.
+          A copy with ``weight_dimension_numbers`` and ``layer_shards``.
 
         Raises:
           ValueError: if the rules have ``weight_dimension_numbers`` already.
@@ -224,13 +234,22 @@ class LeafRules:
                 "`weight_dimension_numbers` must be None for with_metadata, got"
                 f" {self.weight_dimension_numbers}; leave one of them out"
             )
+        nodes = boxes.named_nodes(params)
         entries = []
-        for path, box in boxes.named_nodes(params):
+        for path, box in nodes:
             (leaf,) = jax.tree.leaves(box)
             names = boxes.axis_roles(box)
             entries.append((path, self._numbers(_shape(path, leaf), *names)))
         numbers = ByPath(tuple(entries))
-        return dataclasses.replace(self, weight_dimension_numbers=numbers)
+        rules = dataclasses.replace(self, weight_dimension_numbers=numbers)
+        shards = [
+            (
+                path,
+                boxes.known_shards(box, plan.batch_axes[0]) if plan.batch_axes else 0,
+            )
+            for (path, box), plan in zip(nodes, rules.plan(params), strict=True)
+        ]
+        return dataclasses.replace(rules, layer_shards=ByPath(tuple(shards)))
 
     def check_stacked(
         self, name: str, plans: Sequence[LeafPlan], params: PyTree

@@ -19,6 +19,11 @@ from flora_jax.sketching.sketch import Sketch, resolve
 from flora_jax.subspace.residuals import Fira, Residual
 from flora_jax.subspace.transform import scale_in_subspace
 from flora_jax.subspace.transports import Keep, LDAdam, Reset, Transport
+from flora_jax.transforms.elementwise import (
+    Elementwise,
+    decayed_weights,
+    negative_learning_rate,
+)
 from flora_jax.transforms.orthogonalize import orthogonalize
 from flora_jax.transforms.parts import chain_parts
 
@@ -73,12 +78,12 @@ def decay_and_learning_rate(
     weight_decay: optax.ScalarOrSchedule | None,
     weight_decay_mask: DecayMask,
     learning_rate: optax.ScalarOrSchedule,
-) -> list[optax.GradientTransformation]:
+) -> list[Elementwise]:
     """Decoupled weight decay, where there is one, and the learning rate."""
     if not callable(learning_rate):
         remedy = "pass a float or a schedule"
         check.check_number("learning_rate", learning_rate, -math.inf, None, remedy)
-    last = optax.scale_by_learning_rate(learning_rate)
+    last = negative_learning_rate(learning_rate)
     if weight_decay is None:
         return [last]
     if not callable(weight_decay):
@@ -86,7 +91,7 @@ def decay_and_learning_rate(
     mask = weight_decay_mask
     if isinstance(mask, _Static):
         mask = mask.value
-    return [optax.add_decayed_weights(weight_decay, mask), last]
+    return [decayed_weights(weight_decay, mask), last]
 
 
 def adamw_in_subspace(
@@ -148,10 +153,10 @@ def adamw_in_subspace(
     if state_dtype is not None:
         fields = ("mu", "nu", "error") if error_feedback else ("mu", "nu")
         tx = quantize_state(tx, check_code("state_dtype", state_dtype), fields=fields)
-    last = [orthogonalize(rules=sketch.rules)] if orthogonal else []
-    last += decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate)
+    muon = [orthogonalize(rules=sketch.rules)] if orthogonal else []
+    last = decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate)
     needs = "" if weight_decay is None else f"{name}(weight_decay)"
-    return chain_parts((), tx, *last, params_for=needs)
+    return chain_parts((), tx, *muon, last=last, params_for=needs)
 
 
 def _with_decays(part: S, b1: jax.typing.ArrayLike, b2: jax.typing.ArrayLike) -> S:

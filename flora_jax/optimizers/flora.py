@@ -12,11 +12,8 @@ from flora_jax import _validation as check
 from flora_jax.leaves.rules import LeafRules
 from flora_jax.optimizers.common import DecayMask, decay_and_learning_rate, recipe
 from flora_jax.sketching.sketch import Sketch, as_sketch
-from flora_jax.transforms.factored_rms import (
-    clip_part,
-    factored_rms_part,
-    scale_by_parameter_scale,
-)
+from flora_jax.transforms.elementwise import Elementwise, parameter_scale
+from flora_jax.transforms.factored_rms import clip_part, factored_rms_part
 from flora_jax.transforms.momentum import momentum_part
 from flora_jax.transforms.parts import Part, chain_parts
 
@@ -191,7 +188,7 @@ def _chain(
     parts: list[Part],
     multiply_by_parameter_scale: bool,
     weight_decay: bool,
-    last: list[optax.GradientTransformation],
+    last: list[Elementwise],
 ) -> optax.GradientTransformationExtraArgs:
     """The chain, and a name for it that lists what needs the parameters."""
     needs = {
@@ -199,7 +196,6 @@ def _chain(
         "weight_decay": weight_decay,
     }
     names = ", ".join(key for key, needed in needs.items() if needed)
-    scale = [scale_by_parameter_scale()] if multiply_by_parameter_scale else []
-    return chain_parts(
-        parts, *scale, *last, params_for=f"{name}({names})" if names else ""
-    )
+    scale = [parameter_scale()] if multiply_by_parameter_scale else []
+    params_for = f"{name}({names})" if names else ""
+    return chain_parts(parts, last=[*scale, *last], params_for=params_for)

@@ -10,6 +10,7 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
+from flora_jax.leaves.in_place import APPLY
 from flora_jax.leaves.rules import LeafRules
 from flora_jax.leaves.trees import matching_leaves, only_leaves, rebuild, zeros_tree
 from flora_jax.optimizers.common import DecayMask, adam, decay_and_learning_rate, recipe
@@ -122,7 +123,7 @@ def flora_muon(
     tx = _matrices_and_rest(matrices, _in_float32(adam(b1, b2, eps)), sketch)
     last = decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate)
     needs = "" if weight_decay is None else "flora_muon(weight_decay)"
-    return chain_parts((), tx, *last, params_for=needs)
+    return chain_parts((), tx, last=last, params_for=needs)
 
 
 class MatricesAndRestState(NamedTuple):
@@ -168,6 +169,7 @@ def _matrices_and_rest(
         **extra_args: Any,
     ) -> tuple[PyTree, MatricesAndRestState]:
         del params
+        extra_args.pop(APPLY, None)  # Its updates are not the sketched ones.
         dense, trees = split(updates)
         results = [
             tx.update(tree, old, None, **extra_args)

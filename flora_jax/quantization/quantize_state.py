@@ -14,6 +14,7 @@ import optax
 from flora_jax import _validation as check
 from flora_jax._typing import KeyLike, PyTree, Shape
 from flora_jax.leaves import trees
+from flora_jax.leaves.in_place import InPlace
 from flora_jax.leaves.moments import KINDS, SECOND, find_moments, replace_moments
 from flora_jax.leaves.paths import named_leaves
 from flora_jax.leaves.rules import LeafRules
@@ -156,7 +157,9 @@ def quantize_state(
         _, moments = codec.find(new_inner, like)
         rounding = (state.key, state.count) if stochastic_rounding else None
         codes, scales = _encode(codec, named, moments, codes, state.scales, rounding)
-        return optax.tree.cast_like(new_updates, like), QuantizedState(
+        if not isinstance(new_updates, InPlace):
+            new_updates = optax.tree.cast_like(new_updates, like)
+        return new_updates, QuantizedState(
             count=optax.safe_increment(state.count),
             key=state.key,
             spec=state.spec,

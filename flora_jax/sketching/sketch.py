@@ -61,6 +61,7 @@ class Sketch(LeafRules):
         :class:`flora_jax.LeafRules`, also for how trees are looked up.
       keep_logical_axes: whether the axis that holds the rank keeps a logical name that
         no active rule maps to the mesh; see :class:`flora_jax.LeafRules`.
+      layer_shards: numbers of shards of stacked axes; see :class:`flora_jax.LeafRules`.
 
     Raises:
       TypeError: for arguments of a wrong type, and a traced key.

@@ -20,9 +20,11 @@ import numpy as np
 
 from flora_jax._typing import PyTree
 from flora_jax._xla import materialized, unshared, widened
+from flora_jax.leaves.layers import by_layers, loop_steps
 from flora_jax.leaves.mesh import is_sharded, replicated, replicated_along
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.spec import describe, make_spec
+from flora_jax.projections.base import ObliviousProjection
 from flora_jax.projections.linalg import product
 from flora_jax.random.keys import leaf_keys
 from flora_jax.sketching.sketch import Sketch
@@ -31,12 +33,14 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 Plans: TypeAlias = Sequence[LeafPlan]
+# From scalars, an update and a parameter to the new parameter, or parts of both.
+Apply: TypeAlias = Callable[[Any, jax.Array, jax.Array], jax.Array]
 # Rules that a spec names only where they are others: a new one changes no old state.
 # How a state is sharded does not change what it means.
 _DEFAULTS = {
     x.name: x.default
     for x in dataclasses.fields(Sketch)
-    if x.kw_only and x.name != "keep_logical_axes"
+    if x.kw_only and x.name not in ("keep_logical_axes", "layer_shards")
 }
 
 
@@ -94,6 +98,10 @@ class ScaledLeaf(NamedTuple):
         leaf = leaf if leaf.dtype == jnp.float32 else widened(leaf)
         # From the leaf on: the factors alone may overflow where it is zero.
         return functools.reduce(operator.mul, full.factors, leaf)
+
+    def applied(self, apply: Apply, scalars: Any, param: jax.Array) -> jax.Array:
+        """The new parameter, if this is its update."""
+        return apply(scalars, self.value(), param)
 
 
 def _sum_of_squares(full: tuple[Any, ...]) -> jax.Array:
@@ -239,6 +247,44 @@ class SketchEvent(NamedTuple):
 OnSketch: TypeAlias = Callable[[SketchEvent], Any] | None
 
 
+class EstimatedLeaf(NamedTuple):
+    """The estimate from a sketch, and a leaf that is added to it.
+
+    Neither is written to memory: the sum is computed where it is read, on a mesh layer
+    by layer.
+
+    Attributes:
+      sketcher: how the leaf is sketched.
+      plan: the leaf's plan.
+      sampled: what determines S.
+      sketch: C, in the state's shape; of a dense leaf, the leaf.
+      leaf: what is added to C S, not to be clipped any more; None for nothing.
+    """
+
+    sketcher: Sketcher
+    plan: LeafPlan
+    sampled: Any
+    sketch: Float[Array, "..."]
+    leaf: ScaledLeaf | None
+
+    def value(self) -> Float[Array, "..."]:
+        """The sum, float32."""
+        estimate = self.sketcher.unsketch_leaf(self.plan, self.sampled, self.sketch)
+        return estimate if self.leaf is None else estimate + self.leaf.value()
+
+    def applied(self, apply: Apply, scalars: Any, param: jax.Array) -> jax.Array:
+        """The new parameter, if this is its update."""
+
+        def renew(
+            plan: LeafPlan, sampled: Any, arrays: Any, param: jax.Array
+        ) -> tuple[jax.Array, None]:
+            part = EstimatedLeaf(self.sketcher, plan, sampled, *arrays)
+            return apply(scalars, part.value(), param), None
+
+        arrays = self.sketch, self.leaf
+        return self.sketcher.by_layers(renew, self.plan, self.sampled, arrays, param)[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class Sketcher:
     """How one transformation sketches the leaves of a tree.
@@ -366,11 +412,14 @@ class Sketcher:
           leaf: the leaf with its factors; not clipped here.
 
         Returns:
-          The sketch, float32, in the state's shape, and the sums, of the fold's shape
-          but for the sketched side of size 1. A dense leaf and None.
+          The sketch, float32, in the state's shape, and the sums, of the leaf's shape
+          but for sketched axes of size 1. A dense leaf and None.
         """
+        leaf = leaf._replace(threshold=None)
         if plan.dense:
-            return leaf._replace(threshold=None).value(), None
+            return leaf.value(), None
+        if plan.batch_axes and loop_steps(plan):
+            return self._sketch_by_layers(plan, sampled, leaf)
         # Row factors D and column factors W need no scaled copy of G:
         # (D G W) Sᵀ = D (G (S W)ᵀ) with columns sketched, alike for rows.
         matrix, after, weights = plan.fold(leaf.leaf), [], None
@@ -395,7 +444,58 @@ class Sketcher:
             # Roots first: the square of a factor may overflow where they are zero.
             squares = functools.reduce(operator.mul, after, jnp.sqrt(squares)) ** 2
         sketch = replicated_along(sketch, plan.axis)
+        squares = plan.unfold(squares, plan.resized(1, None, plan.ones))
         return plan.unfold(sketch, plan.state_shape), squares
+
+    def _sketch_by_layers(
+        self, plan: LeafPlan, sampled: Any, leaf: ScaledLeaf
+    ) -> tuple[Float[Array, "..."], Any]:
+        """:meth:`sketch_with_squares` in a loop over the layers."""
+        last = (len(plan.shape) - 2, len(plan.shape) - 1)
+        swapped = plan.axis == -1 and not set(last) & set(plan.batch_axes)
+
+        def swap(x: jax.Array) -> jax.Array:
+            # A TPU pads the last axis of what a loop writes to 128: the rank is
+            # sharded, and can be short.
+            return x.swapaxes(*last) if swapped else x
+
+        def layers(*own: Any) -> tuple[None, Any]:
+            return None, jax.tree.map(swap, self.sketch_with_squares(*own[:3]))
+
+        _, found = self.by_layers(layers, plan, sampled, leaf)
+        return jax.tree.map(swap, found)
+
+    def by_layers(
+        self,
+        fn: Callable[..., PyTree],
+        plan: LeafPlan,
+        sampled: Any,
+        arrays: PyTree,
+        renewed: PyTree = None,
+    ) -> tuple[PyTree, PyTree]:
+        """``fn(plan, sampled, arrays, renewed)``, layer by layer on a mesh.
+
+        Args:
+          fn: of plan, S and arrays of some layers; see ``layers.by_layers``.
+          plan: the leaf's plan.
+          sampled: what determines S.
+          arrays: of the leaf's number of axes, or scalars.
+          renewed: arrays that ``fn`` returns anew.
+
+        Returns:
+          New ``renewed``, and what else ``fn`` returns.
+        """
+        if not plan.batch_axes:
+            return fn(plan, sampled, arrays, renewed)
+        # A random S is the same for all layers; an adaptive one has the batch axes.
+        shared = isinstance(self.projection, ObliviousProjection)
+        return by_layers(
+            lambda own, x, s, old: fn(own, sampled if shared else s, x, old),
+            plan,
+            arrays,
+            None if shared else sampled,
+            renewed,
+        )
 
     def sketch_clipped(
         self, plan: LeafPlan, sampled: Any, leaf: ScaledLeaf
@@ -422,11 +522,15 @@ class Sketcher:
           sampled: what determines S.
           sketch: C, in the state's shape; a dense leaf passes.
         """
-        sketch = sketch.astype(jnp.float32)
         if plan.dense:
-            return sketch
+            return sketch.astype(jnp.float32)
+        if plan.batch_axes and loop_steps(plan):
+            return self.by_layers(
+                lambda *own: (None, self.unsketch_leaf(*own[:3])), plan, sampled, sketch
+            )[1]
         # G̃ = C S. To expand, each device needs the axis of size r in full.
-        matrix = replicated_along(plan.fold(sketch), plan.axis)
+        matrix = plan.fold(sketch.astype(jnp.float32))
+        matrix = replicated_along(matrix, plan.axis)
         estimate = self.projection.expand(sampled, matrix, plan.width, plan.axis)
         return plan.unfold(estimate, plan.shape)
 
@@ -465,6 +569,14 @@ def moved_sketch(
     plan: LeafPlan, matrix: Float[Array, "*batch r r"], sketch: Float[Array, "..."]
 ) -> Float[Array, "..."]:
     """C S S′ᵀ for a sketch C in the state's shape; float32."""
+    if plan.batch_axes and loop_steps(plan):
+        # One matrix for all layers, or one for each.
+        matrices = matrix if matrix.ndim > 2 else matrix[None]
+        return by_layers(
+            lambda own, x, s, _: (None, moved_sketch(own, s, x)), plan, sketch, matrices
+        )[1]
+    folded = plan.fold(sketch.astype(jnp.float32))
+    if plan.batch_axes:  # Or a loop's step would gather all layers.
+        folded = replicated_along(folded, plan.axis)
     # On the sketched side: C (S S′ᵀ) for columns, (S S′ᵀ)ᵀ C for rows.
-    new = product(plan.fold(sketch.astype(jnp.float32)), matrix, plan.axis)
-    return plan.unfold(new, plan.state_shape)
+    return plan.unfold(product(folded, matrix, plan.axis), plan.state_shape)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax._typing import PyTree, Shape
+from flora_jax.leaves.layers import by_layers
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.projections.base import AdaptiveProjection
 from flora_jax.random.keys import leaf_keys, renewal
@@ -160,9 +161,14 @@ class Basis:
         return list(zip(new, moved, strict=True))
 
     def _choose(self, plan: LeafPlan, key: jax.Array, grad: jax.Array) -> jax.Array:
-        matrix = plan.fold(grad.astype(jnp.float32))
-        chosen = self.sketcher.projection.choose(key, matrix, plan.rank, plan.axis)
-        return plan.unfold(chosen, self.stored_shape(plan))
+        choose = self.sketcher.projection.choose
+
+        def layers(plan: LeafPlan, grad: jax.Array, *_: None) -> tuple[None, jax.Array]:
+            matrix = plan.fold(grad.astype(jnp.float32))
+            chosen = choose(key, matrix, plan.rank, plan.axis)
+            return None, plan.unfold(chosen, self.stored_shape(plan))
+
+        return by_layers(layers, plan, grad)[1]
 
     def _read(self, plans: Sequence[LeafPlan], stored: Sequence[Any]) -> list[Any]:
         read = self.sketcher.projection.from_stored

@@ -36,7 +36,7 @@ class LeafStep(NamedTuple):
       grad: G.
       sampled: what determines S.
       sketch: R, in the state's shape, float32.
-      squares: sums of squares of G along its sketched side, of its fold.
+      squares: sums of squares of G along its sketched side, whose axes have size 1.
       direction: N, the inner transformation's update, in the state's shape, float32.
       scale: α.
       correction: what :meth:`Residual.correction` gave.
@@ -194,7 +194,7 @@ class Fira(Residual):
         if previous is not None:
             # ‖G − p·R S‖² per row, as S has orthonormal rows where p > 0. A residual of
             # roundings counts as none: it would hold back what follows it.
-            full = leaf.squares
+            full = plan.fold(leaf.squares)
             left = full - share * (2 - share) * sums_of_squares(r, plan.axis)
             left = jnp.where(left > _ROUNDING * full, left, 0.0)
             norm = jnp.sum(factor**2 * left, (-2, -1), keepdims=True)
@@ -219,7 +219,7 @@ class Fira(Residual):
             expected = 1.0
             if projection.normalization == "isometric":
                 expected = (plan.rank / plan.width) ** 0.5
-            full = leaf.squares
+            full = plan.fold(leaf.squares)
             if self.norms == "tensor":
                 full = jnp.sum(full, (-2, -1), keepdims=True)
             seen = jnp.maximum(seen, _LEAST * expected * jnp.sqrt(full))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -13,6 +13,7 @@ import optax
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree, Shape
 from flora_jax.leaves import trees
+from flora_jax.leaves.in_place import APPLY
 from flora_jax.leaves.moments import find_moments, replace_moments
 from flora_jax.leaves.paths import is_masked, named_leaves
 from flora_jax.leaves.plan import LeafPlan
@@ -21,6 +22,7 @@ from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key
 from flora_jax.sketching.sketch import Sketch, check_leaves, resolve
 from flora_jax.sketching.sketcher import (
+    Apply,
     OnSketch,
     ScaledLeaf,
     Sketcher,
@@ -206,7 +208,7 @@ def scale_in_subspace(
         on_sketch: OnSketch = None,
         **extra_args: Any,
     ) -> tuple[PyTree, SubspaceState]:
-        del params
+        in_place = extra_args.pop(APPLY, None)
         check_state_key(_NAME, state.key)
         refuse_sketches(_NAME, updates, "its inner optimizer squares its own sketches")
         plans = basis.plan(updates)
@@ -245,16 +247,28 @@ def scale_in_subspace(
         new = jax.tree.leaves(directions)
         fields = grads, norms, errors, sampled, sketches, squares, new
         leaves = [LeafInputs(*leaf) for leaf in zip(*fields, strict=True)]
+        apply, own, scalars = None, none, none
+        if in_place is not None:
+            apply, own = in_place.apply, jax.tree.leaves(params)
+            scalars = scalars if in_place.scalars is None else in_place.scalars
         results = trees.run_sharded(
-            functools.partial(_expand_and_add_residual, sketcher, plans),
-            list(map(LeafResult, grads, norms, errors)),
+            functools.partial(_expand_and_add_residual, sketcher, plans, apply),
+            list(map(LeafResult, grads if apply is None else own, norms, errors)),
             leaves,
+            own,
+            scalars,
             state.count,
             *jax.tree.map(jnp.float32, (rest, scale)),
         )
         norms, errors = [x.residual_norm for x in results], [x.error for x in results]
         new = {"basis": stored, "limiter": norms, "error": errors}
-        return trees.rebuild(updates, [x.update for x in results]), state._replace(
+        new_updates = [x.update for x in results]
+        if in_place is None:
+            new_updates = trees.rebuild(updates, new_updates)
+        else:
+            in_place.params = trees.rebuild(params, new_updates)
+            new_updates = in_place
+        return new_updates, state._replace(
             count=optax.safe_increment(state.count),
             inner=jax.tree.map(trees.cast_like, new_inner, state.inner),
             **{name: trees.rebuild(getattr(state, name), new[name]) for name in kept},
@@ -287,9 +301,9 @@ class LeafInputs(NamedTuple):
 
 
 class LeafResult(NamedTuple):
-    """A leaf's update, and its new residual_norm and error, if the state has them."""
+    """A leaf's update or new parameter, and its new residual_norm and error if any."""
 
-    update: jax.Array
+    update: Any
     residual_norm: jax.Array | None
     error: jax.Array | None
 
@@ -325,35 +339,72 @@ def _sketch_in_current_basis(
 def _expand_and_add_residual(
     sketcher: Sketcher,
     plans: Sequence[LeafPlan],
+    apply: Apply | None,
     leaves: Sequence[LeafInputs],
+    params: Sequence[Any],
+    scalars: Sequence[Any],
     count: jax.Array,
     residual: Residual,
     scale: Any,
 ) -> list[LeafResult]:
-    """Updates of all leaves in the full space, with new norms and errors."""
-    correction, results = residual.correction(count), []
-    for plan, leaf in zip(plans, leaves, strict=True):
-        norm, error = leaf.residual_norm, leaf.error
-        update = leaf.direction.astype(jnp.float32)
-        if not plan.dense:
-            grad = _add_error(plan, leaf.grad, error)
-            step = LeafStep(
-                sketcher=sketcher,
-                plan=plan,
-                grad=grad,
-                sampled=leaf.sampled,
-                sketch=leaf.sketch,
-                squares=leaf.squares,
-                direction=update,
-                scale=scale,
-                correction=correction,
-                residual_norm=norm,
-            )
-            update, norm = residual.update(step)
-            if error is not None:
-                error = grad - step.expanded(leaf.sketch)
-        results.append(LeafResult(update.astype(leaf.grad.dtype), norm, error))
+    """Updates of all leaves in the full space, or their new parameters."""
+    settings = residual, scale, residual.correction(count)
+    full_update, results = functools.partial(_full_update, sketcher, *settings), []
+    for plan, leaf, param, own in zip(plans, leaves, params, scalars, strict=True):
+        layers = functools.partial(_update_layers, full_update, apply, own)
+        arrays = leaf._replace(sampled=None)
+        new, result = sketcher.by_layers(layers, plan, leaf.sampled, arrays, param)
+        results.append(result if apply is None else result._replace(update=new))
     return results
+
+
+def _update_layers(
+    full_update: Callable[..., LeafResult],
+    apply: Apply | None,
+    scalars: Any,
+    plan: LeafPlan,
+    sampled: Any,
+    leaf: LeafInputs,
+    param: Any,
+) -> tuple[Any, LeafResult]:
+    """The new parameter of some layers and the rest of their results, or all of it."""
+    result = full_update(plan, leaf._replace(sampled=sampled))
+    update = result.update.astype(leaf.grad.dtype)
+    if apply is None:
+        return None, result._replace(update=update)
+    return apply(scalars, update, param), result._replace(update=None)
+
+
+def _full_update(
+    sketcher: Sketcher,
+    residual: Residual,
+    scale: Any,
+    correction: Any,
+    plan: LeafPlan,
+    leaf: LeafInputs,
+) -> LeafResult:
+    """A leaf's update in the full space, with its new norm and error."""
+    norm, error = leaf.residual_norm, leaf.error
+    update = leaf.direction.astype(jnp.float32)
+    if plan.dense:
+        return LeafResult(update, norm, error)
+    grad = _add_error(plan, leaf.grad, error)
+    step = LeafStep(
+        sketcher=sketcher,
+        plan=plan,
+        grad=grad,
+        sampled=leaf.sampled,
+        sketch=leaf.sketch,
+        squares=leaf.squares,
+        direction=update,
+        scale=scale,
+        correction=correction,
+        residual_norm=norm,
+    )
+    update, norm = residual.update(step)
+    if error is not None:
+        error = grad - step.expanded(leaf.sketch)
+    return LeafResult(update, norm, error)
 
 
 def _add_error(plan: LeafPlan, grad: jax.Array, error: Any) -> jax.Array:

@@ -14,6 +14,7 @@ from flora_jax import _validation
 from flora_jax._typing import AxisNames, PyTree
 from flora_jax.leaves import trees
 from flora_jax.leaves.boxes import unboxed
+from flora_jax.leaves.in_place import APPLY
 from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key
 from flora_jax.sketching.sketch import Sketch, check_leaves, resolve
@@ -26,7 +27,7 @@ from flora_jax.sketching.sketcher import (
     SketchEvent,
     gradient_shapes,
 )
-from flora_jax.transforms.apply import APPLY
+from flora_jax.transforms.apply import update_and_apply
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -195,13 +196,16 @@ def compressed_accumulation(
         # Operands, not captured: an array captured by a branch loses its sharding type.
         operands = acc, state.inner_opt_state, sampled, params
 
+        def mean_gradients(acc: list[jax.Array], sampled: Any) -> PyTree:
+            """C S by the S that all of the cycle was sketched with."""
+            leaves = trees.run_sharded(mean, jax.tree.leaves(like), sampled, acc)
+            return optax.tree.cast_like(trees.rebuild(like, leaves), like)
+
         def end_cycle(
             acc: list[jax.Array], inner_state: PyTree, sampled: Any, params: PyTree
         ) -> tuple[Any, ...]:
             """The inner updates, the new inner state, and an empty accumulator."""
-            # C S by the S that all of the cycle was sketched with.
-            leaves = trees.run_sharded(mean, jax.tree.leaves(like), sampled, acc)
-            grads = optax.tree.cast_like(trees.rebuild(like, leaves), like)
+            grads = mean_gradients(acc, sampled)
             updates, new = inner.update(grads, inner_state, params, **extra_args)
             new = jax.tree.map(trees.cast_like, new, inner_state)
             empty = [jnp.zeros_like(x) for x in acc]
@@ -212,8 +216,12 @@ def compressed_accumulation(
             acc, inner_state, sampled, params = operands
             # Or a TPU's compiler would sum up a parameter's squares before the loop.
             params = jax.tree.map(jax.lax.optimization_barrier, params)
-            updates, inner_state, acc = end_cycle(acc, inner_state, sampled, params)
-            return acc, inner_state, sampled, optax.apply_updates(params, updates)
+            grads = mean_gradients(acc, sampled)
+            params, new = update_and_apply(
+                inner, grads, inner_state, params, **extra_args
+            )
+            new = jax.tree.map(trees.cast_like, new, inner_state)
+            return [jnp.zeros_like(x) for x in acc], new, sampled, params
 
         def within_cycle(
             acc: list[jax.Array], inner_state: PyTree, *rest: Any
@@ -228,7 +236,7 @@ def compressed_accumulation(
             acc, inner_state, _, in_place.params = jax.lax.fori_loop(
                 0, times, end_cycle_in_place, operands
             )
-            new_updates = in_place
+            new_updates, in_place.is_required = in_place, True
         else:
             # A branch, so that the mean gradient is computed once per cycle.
             new_updates, inner_state, acc = jax.lax.cond(

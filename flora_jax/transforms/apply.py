@@ -7,20 +7,7 @@ from typing import Any
 import optax
 
 from flora_jax._typing import PyTree
-
-APPLY = "flora_jax_apply"  # The extra argument of update that is InPlace.
-
-
-class InPlace:
-    """Asks a transformation to apply its updates, and stands for them afterwards.
-
-    Not a pytree: a transformation that would go on to change the updates raises.
-
-    Attributes:
-      params: the new parameters; None until a transformation has set them.
-    """
-
-    params: PyTree = None
+from flora_jax.leaves.in_place import APPLY, InPlace
 
 
 def update_and_apply(
@@ -32,15 +19,18 @@ def update_and_apply(
 ) -> tuple[PyTree, PyTree]:
     """``tx.update`` and ``optax.apply_updates`` in one call, with less memory.
 
-    The values are those of the two calls. But :func:`flora_jax.compressed_accumulation`
-    applies the inner updates where it computes them, at the end of a cycle: no tree of
-    updates, of the size of the parameters, exists between the two, and a micro-step
-    that ends no cycle moves neither zeros nor parameters. Donate parameters and state.
-    An accumulation applied in this way cannot be differentiated in reverse mode.
+    The values are those of the two calls. But the recipes of this package and
+    :func:`flora_jax.compressed_accumulation` apply their updates where they compute
+    them: no tree of updates, of the size of the parameters, exists between the two. On
+    a mesh (under ``jax.set_mesh``) stacked leaves are updated layer by layer, and a
+    micro-step that ends no cycle moves neither zeros nor parameters. Donate parameters
+    and state. An accumulation applied in this way cannot be differentiated in reverse
+    mode.
 
     Args:
       tx: the transformation, not jitted. An accumulation must be the outermost
-        transformation, or the last of a chain.
+        transformation, or the last of a chain; of a recipe that is neither the updates
+        are applied as by optax.
       grads: gradients, or what the transformation takes in their place.
       state: its state.
       params: the parameters.
@@ -68,22 +58,28 @@ def update_and_apply(
     """
     update, asked = optax.with_extra_args_support(tx).update, InPlace()
     try:
-        updates, state = update(grads, state, params, **{APPLY: asked}, **extra_args)
+        updates, new = update(grads, state, params, **{APPLY: asked}, **extra_args)
     except (AttributeError, TypeError, ValueError) as error:
-        if asked.params is not None:
-            raise _not_last() from error
         if APPLY in str(error):
             raise TypeError(
                 "`tx` of update_and_apply must not be jitted and must take extra"
                 f" arguments, got {tx}; jit the step around it, or call tx.update and"
                 " optax.apply_updates"
             ) from error
-        raise
-    if asked.params is None:
-        return optax.apply_updates(params, updates), state
-    if updates is not asked:
+        if asked.is_required:
+            raise _not_last() from error
+        if asked.params is None:
+            raise
+        # What follows a recipe or wraps it cannot change updates that are applied.
+        updates, new = update(grads, state, params, **extra_args)
+        return optax.apply_updates(params, updates), new
+    if updates is asked:
+        return asked.params, new
+    if asked.is_required:
         raise _not_last()
-    return asked.params, state
+    if asked.params is not None:  # And never looked at, but replaced.
+        updates, new = update(grads, state, params, **extra_args)
+    return optax.apply_updates(params, updates), new
 
 
 def _not_last() -> TypeError:

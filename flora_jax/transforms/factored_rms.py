@@ -15,7 +15,7 @@ import optax
 
 from flora_jax import _validation
 from flora_jax._typing import PyTree, Shape
-from flora_jax._xla import unshared, widened
+from flora_jax._xla import unshared
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.rules import LeafRules
 from flora_jax.leaves.trees import matching_leaves, rebuild, zeros_tree
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 _NAME = "scale_by_factored_rms"
-_LEAST = 1e-3  # Adafactor's epsilon_2: parameters that start at zero must leave it.
 
 
 class FactoredRmsState(NamedTuple):
@@ -206,22 +205,3 @@ def _clip(
 ) -> tuple[list[ScaledLeaf], optax.EmptyState]:
     del plan, on_sketch
     return [leaf._replace(threshold=threshold) for leaf in leaves], state
-
-
-def scale_by_parameter_scale() -> optax.GradientTransformation:
-    """Multiplies each leaf's update by the RMS of its parameter, 1e-3 at least.
-
-    The values of ``optax.scale_by_param_block_rms``. That one guards the derivative at
-    zero by a ``where`` over the full parameter, which XLA writes to memory before it
-    squares it: half the time of a FLORA step. Here the bound on the square guards it.
-
-    Returns:
-      The gradient transformation, without state; ``update`` needs ``params``.
-    """
-    return optax.stateless_with_tree_map(_scale_by_rms)
-
-
-def _scale_by_rms(update: Any, parameter: Any) -> jax.Array:
-    full = widened(parameter)
-    rms = jnp.sqrt(jnp.maximum(jnp.mean(full * full), _LEAST**2))
-    return (update * rms).astype(update.dtype)

@@ -21,6 +21,7 @@ from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key, renewal
 from flora_jax.sketching.sketch import Sketch, check_leaves, resolve
 from flora_jax.sketching.sketcher import (
+    EstimatedLeaf,
     OnSketch,
     Plans,
     ScaledLeaf,
@@ -200,7 +201,7 @@ def momentum_step(
     on_sketch: OnSketch,
     decay: Any,
     resample_every: Any,
-) -> tuple[list[ScaledLeaf], CompressedMomentumState]:
+) -> tuple[list[EstimatedLeaf], CompressedMomentumState]:
     """All leaves' updates and the new state, transferred if an interval ends."""
     are_sketches, plans = planned
     old = jax.tree.leaves(state.momentum)
@@ -208,6 +209,7 @@ def momentum_step(
     updates, momentum = [], []
     for plan, s, leaf, m in zip(plans, sampled, leaves, old, strict=True):
         if are_sketches or plan.dense:
+            leaf = leaf if leaf.threshold is None else leaf.clipped()
             fresh = leaf.value()
         else:
             fresh, leaf = sketcher.sketch_clipped(plan, s, leaf)
@@ -217,18 +219,15 @@ def momentum_step(
             normalization = sketcher.projection.normalization
             largest = _largest_ratio(plan, normalization, decay, resample_every)
             on_sketch(SketchEvent(sketcher, plan, s, leaf, fresh, new, largest))
+        average, added = new, None  # "paper": M S alone.
         if estimator == "residual" and not plan.dense:
             # M (S Sᵀ)⁻¹ S + G − G Π, where G Π is C (S Sᵀ)⁻¹ S of C = G Sᵀ.
-            missing = _inverse_gram(sketcher, plan, new - fresh)
-            update = leaf.value() + sketcher.unsketch_leaf(plan, s, missing)
-        else:
-            # "fresh" takes the old M: G is added below, once and exactly.
-            average = m if estimator == "fresh" else new
-            update = sketcher.unsketch_leaf(plan, s, average)
-        # β·M S + (1−β)·G; "paper" is M S alone.
-        if estimator in ("nesterov", "fresh"):
-            update = decay * update + (1 - decay) * leaf.value()
-        updates.append(ScaledLeaf(update))
+            average, added = _inverse_gram(sketcher, plan, new - fresh), leaf
+        elif estimator in ("nesterov", "fresh"):
+            # β·M S + (1−β)·G. "fresh" takes the old M: G is in it once and exactly.
+            average = new if estimator == "nesterov" else m.astype(jnp.float32)
+            average, added = decay * average, leaf.times(jnp.float32(1 - decay))
+        updates.append(EstimatedLeaf(sketcher, plan, s, average, added))
         momentum.append(cast_like(new, m))
     count, epoch = optax.safe_increment(state.count), state.epoch
     if resample_every is not None:

@@ -13,7 +13,7 @@ import optax
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
 from flora_jax._xla import widened
-from flora_jax.leaves.mesh import is_sharded
+from flora_jax.leaves.mesh import is_sharded, on_single_devices
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.rules import LeafRules
 from flora_jax.leaves.trees import rebuild, run_sharded
@@ -190,7 +190,11 @@ def _orthogonal(
     plan: LeafPlan, leaf: Float[Array, "..."], method: NewtonSchulz, rms: jax.Array
 ) -> Float[Array, "..."]:
     matrix = plan.fold(widened(leaf))
-    factor = method.polar_factor(matrix)
+    if is_sharded() and plan.batch_axes:
+        stack = matrix.reshape(-1, *matrix.shape[-2:])
+        factor = on_single_devices(method.polar_factor, stack).reshape(matrix.shape)
+    else:
+        factor = method.polar_factor(matrix)
     # Of its own RMS: P Qᵀ has less than 1/√max(n, m) if some singular values are zero.
     size = jnp.sqrt(jnp.mean(factor * factor, (-2, -1), keepdims=True))
     largest = jnp.max(jnp.abs(matrix), (-2, -1), keepdims=True)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import flora_jax as fj
-from tests.common import assert_close
+from tests.common import assert_close, assert_near
 from tests.conformance.cases import (
     CASES,
     DECAY,
@@ -18,6 +18,7 @@ from tests.conformance.cases import (
     FOLDS,
     assert_identical,
     every_case,
+    is_orthogonal,
     layer,
     named,
     run,
@@ -69,7 +70,10 @@ def test_partition_between_two_transformations(case, other):
     first, second = run_layer(case), run_layer(other)
     both = run(optax.partition({"a": case(), "b": other()}, labels), first.params)
     for ours, a, b in zip(both.updates, first.updates, second.updates, strict=True):
-        assert_close(named(ours)[KERNEL], named(a)[KERNEL])
+        if is_orthogonal(case):  # It enlarges the roundings of another program.
+            assert_near(named(ours)[KERNEL], named(a)[KERNEL], 2e-4)
+        else:
+            assert_close(named(ours)[KERNEL], named(a)[KERNEL])
         assert_close(named(ours)[BIAS], named(b)[BIAS])
     found = own_states(both.states[-1])
     expected = own_states(first.states[-1]) + own_states(second.states[-1])

@@ -275,6 +275,40 @@ def test_folds_that_metadata_tell(names, shape, metadata, expected):
         assert (plan.batch_axes, plan.row_axes, plan.column_axes) == expected
 
 
+@pytest.mark.parametrize(
+    ("names", "known", "shards"),
+    [
+        (("layers", "embed", "mlp"), True, 1),  # As no rule shards them.
+        (("experts", "embed", "mlp"), True, 2),
+        (("layers", "embed", "mlp"), False, 0),
+        ((None, "embed", "mlp"), False, 1),
+    ],
+)
+def test_metadata_tell_whether_layers_are_sharded(names, known, shards):
+    params = stacked(names, (4, 128, 512))
+    rules = (("layers", None), ("experts", "b"), ("embed", "a"), ("mlp", "b"))
+    active = linen.logical_axis_rules(rules) if known else contextlib.nullcontext()
+    with jax.set_mesh(mesh(a=4, b=2)), active:
+        sketch = fj.Sketch(16).with_metadata(params)
+    (plan,) = sketch.plan(params)
+    assert (plan.batch_axes, plan.layer_shards) == ((0,), shards)
+
+
+@pytest.mark.parametrize(("spec", "shards"), [(P(), 1), (P("a"), 4), (P(None, "a"), 1)])
+def test_arrays_tell_whether_layers_are_sharded(spec, shards):
+    shape = jax.ShapeDtypeStruct(
+        (4, 128, 512), jnp.float32, sharding=jax.NamedSharding(mesh(a=4, b=2), spec)
+    )
+    placed = jax.device_put(jnp.zeros(shape.shape), shape.sharding)
+    for leaf in (shape, placed):
+        (plan,) = fj.Sketch(16).with_metadata({"w": leaf}).plan({"w": leaf})
+        assert plan.layer_shards == shards
+    (plan,) = (
+        fj.Sketch(16).with_metadata({"w": jnp.zeros(shape.shape)}).plan({"w": placed})
+    )
+    assert plan.layer_shards == 0
+
+
 def test_dense_leaves_keep_their_reasons():
     params = nnx.State(
         {

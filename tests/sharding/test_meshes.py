@@ -26,8 +26,10 @@ LAYOUTS = {
     "columns": ((64, 96), P(None, "data")),
     "tensor": ((96, 64), P(None, "model")),
     "both": ((96, 64), P("data", "model")),
-    "stack": ((4, 64, 96), P(None, "model", "data")),
-    "layers": ((4, 64, 96), P("data", None, "model")),
+    # In a loop of three steps: over two layers each, as "model" might shard them, or
+    # over the four of different devices.
+    "stack": ((6, 64, 96), P(None, "model", "data")),
+    "layers": ((12, 64, 96), P("data", None, "model")),
     "bias": ((64,), P("model")),
 }
 STEPS = 4  # With a refresh before the last, and the end of a cycle of accumulation.
@@ -107,9 +109,11 @@ def test_sharded_steps_are_those_of_one_device(case):
         wanted, expected = step(gradients_of(case, i), expected, params)
     of_singular_vectors = (fj.galore, fj.fira, fj.quantize_state)
     if case.name == "subspace-ldadam" or case.factory in of_singular_vectors:
-        # Subspace iterations enlarge the roundings of sums in another order.
+        # Subspace iterations enlarge the roundings of sums in another order: of 22
+        # bases two elements differ by 1.2e-4 of the largest, the others by less.
         # They may move a code of int8 by a step, 3/127 of the largest of its row.
-        tolerance = 3 / 127 if case.factory is fj.quantize_state else 1e-4
+        coded = case.factory is fj.quantize_state or "int8" in case.name
+        tolerance = 3 / 127 if coded else 2e-4
         return assert_near((updates, state), (wanted, expected), tolerance)
     if is_orthogonal(case):
         # Its polynomials have a slope of about 1000 at singular values near zero, and
@@ -162,6 +166,38 @@ def test_no_gradient_is_gathered(case):
         assert 64 * 64 <= max(sent) <= 64 * 96
         return
     assert max(sent, default=0) <= 12 * 96
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("make", [fj.flora, fj.flora_adamw, fj.galore])
+def test_one_call_goes_layer_by_layer(make, kind):
+    where, params = mesh(jax.sharding.AxisType[kind]), parameters()
+    layout = shardings(where)
+    placed = jax.device_put(params, layout)
+    # The refresh is in it, which goes layer by layer as well.
+    tx, known = make(0.1, FOLDS), make(0.1, FOLDS.with_metadata(placed))
+    states, grads = fj.state_sharding(tx, params, layout), gradients(params, 0)
+
+    def one(params, state, grads):
+        return fj.update_and_apply(known, grads, state, params)
+
+    def two(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    expected = jax.jit(two)(params, tx.init(params), grads)
+    with jax.set_mesh(where):
+        step = jax.jit(one, out_shardings=(layout, states))
+        given = placed, jax.device_put(tx.init(params), states), grads
+        step = step.lower(*jax.device_put(given, (layout, states, layout))).compile()
+        found = step(*jax.device_put(given, (layout, states, layout)))
+    tolerance = 1e-4 if make is fj.galore else 1e-5
+    assert_near(found, expected, tolerance)
+    text = step.as_text()
+    # The sketches of all six layers are sharded; that of one is not.
+    assert "f32[6,4,24]" not in text
+    assert "f32[1,4,24]" in text
 
 
 @pytest.mark.sample(1)

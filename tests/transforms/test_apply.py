@@ -53,10 +53,48 @@ def both(tx, steps=7, **extra_args):
         accumulation(should_skip_update_fn=optax.skip_not_finite),
         optax.chain(optax.clip(1.0), accumulation()),
         optax.inject_hyperparams(lambda rate: accumulation(optax.sgd(rate)))(0.1),
-        fj.flora(1e-2, SKETCH),
+        fj.flora(1e-2, SKETCH, weight_decay=0.1),
+        fj.flora(optax.linear_schedule(1e-2, 0, 9), SKETCH, estimator="residual"),
+        fj.flora_adamw(
+            optax.linear_schedule(1e-2, 0, 9),
+            SKETCH,
+            weight_decay=optax.linear_schedule(0.1, 0, 9),
+            weight_decay_mask={"w": True, "stack": False, "b": True},
+        ),
+        optax.inject_hyperparams(fj.galore)(
+            1e-2,
+            SKETCH,
+            weight_decay=0.1,
+            weight_decay_mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+            state_dtype="int8",
+        ),
+        fj.flora_adamw(1e-2, SKETCH, orthogonal=True),
+        fj.flora_muon(1e-2, SKETCH, weight_decay=0.1),
+        accumulation(fj.apollo(1e-2, SKETCH)),
+        # What changes a recipe's updates, or runs it in a branch, gets these.
+        optax.chain(fj.flora(1e-2, SKETCH), optax.scale(0.5)),
+        optax.masked(fj.flora(1e-2, SKETCH), {"w": True, "stack": True, "b": False}),
+        optax.MultiSteps(fj.flora(1e-2, SKETCH), 2).gradient_transformation(),
         optax.adamw(1e-3),
     ],
-    ids=["leafwise", "growing", "skip", "chain", "injected", "flora", "optax"],
+    ids=[
+        "leafwise",
+        "growing",
+        "skip",
+        "chain",
+        "injected",
+        "flora",
+        "flora-schedule",
+        "flora-adamw",
+        "galore-injected",
+        "orthogonal",
+        "flora-muon",
+        "apollo-accumulated",
+        "flora-chain",
+        "flora-masked",
+        "flora-multisteps",
+        "optax",
+    ],
 )
 def test_equals_the_two_calls(tx):
     start = tree(0)
@@ -149,6 +187,17 @@ def test_other_errors_are_their_own():
     tx, params = accumulation(), tree(0)
     with pytest.raises(ValueError, match="`updates` has leaf 'b'"):
         fj.update_and_apply(tx, params, tx.init({"w": params["w"]}), params)
+
+
+@pytest.mark.parametrize("make", [fj.flora, fj.flora_adamw, fj.galore])
+def test_rounds_as_the_two_calls(make):
+    tx = make(1e-2, SKETCH, weight_decay=0.1)
+    params, grads = (optax.tree.cast(tree(i), jnp.bfloat16) for i in range(2))
+    state = tx.init(params)
+    new, _ = fj.update_and_apply(tx, grads, state, params)
+    updates, _ = tx.update(grads, state, params)
+    expected = optax.apply_updates(params, updates)
+    chex.assert_trees_all_close(new, expected, rtol=2**-7, atol=0)
 
 
 def test_keeps_no_tree_of_updates():

@@ -9,7 +9,7 @@ import pytest
 import flora_jax as fj
 from flora_jax import LeafPlan
 from flora_jax.sketching.sketcher import ScaledLeaf, Sketcher
-from flora_jax.transforms.factored_rms import scale_by_parameter_scale
+from flora_jax.transforms.elementwise import parameter_scale
 from tests.common import assert_close
 
 PLANS = {
@@ -106,7 +106,7 @@ def test_scales_by_parameters_as_optax(size, dtype):
         "s": jnp.ones(()),
     }
     updates = {"w": jnp.asarray(rng.normal(size=(4, 5)), dtype), "s": jnp.ones(())}
-    ours, theirs = scale_by_parameter_scale(), optax.scale_by_param_block_rms()
+    ours, theirs = parameter_scale().tx, optax.scale_by_param_block_rms()
     expected, _ = theirs.update(updates, theirs.init(params), params)
     found, state = ours.update(updates, ours.init(params), params)
     assert state == optax.EmptyState()

@@ -1,5 +1,7 @@
 """Updates of equal singular values, against float64, Muon and the polynomial itself."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 import flora_jax as fj
+from experiments.common.collectives import collectives, total
 from tests.common import assert_close
 from tests.reference import folds
 from tests.reference.muon import coefficients, orthogonalized, polynomial
@@ -322,8 +325,32 @@ def test_on_a_mesh(layout, kind):
     axis_types = (jax.sharding.AxisType[kind],) * 2
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=axis_types)
     tall = P(*reversed(tuple(spec)))
-    specs = {"wide": spec, "tall": tall, "stack": P(None, *spec)}
-    shapes = {"wide": (16, 32), "tall": (32, 16), "stack": (3, 16, 32)}
+    specs, shapes = {"wide": spec, "tall": tall}, {"wide": (16, 32), "tall": (32, 16)}
+    step = on_mesh(mesh, specs, shapes)
+    kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
+    assert max(sent_matrices(step, *kinds)) <= most
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_each_matrix_of_a_stack_is_on_one_device(layout, kind):
+    spec, _ = LAYOUTS[layout]
+    axis_types = (jax.sharding.AxisType[kind],) * 2
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=axis_types)
+    shapes = {"stack": (11, 16, 32), "experts": (2, 3, 16, 32)}
+    specs = {"stack": P(None, *spec), "experts": P(None, None, *spec)}
+    found = collectives(on_mesh(mesh, specs, shapes).as_text())
+    # As 16 matrices and 8: what a device has of them is sent along two axes of a mesh,
+    # and back. Of each matrix a few scalars are summed up, which decide its size.
+    shards = math.prod(mesh.shape[x] for x in ("data", "model") if x in str(spec))
+    moved = [x for x in found if x.kind != "all-reduce"]
+    assert total(moved) <= 4 * 4 * (16 + 8) * 16 * 32 // shards
+    assert all(math.prod(s) <= 11 for x in found if x not in moved for s in x.shapes)
+
+
+def on_mesh(mesh, specs, shapes):
+    """The compiled step, after a comparison with what one device gives."""
     updates = {name: normal(shape) for name, shape in shapes.items()}
     where = {name: jax.NamedSharding(mesh, s) for name, s in specs.items()}
     tx = make()
@@ -336,6 +363,4 @@ def test_on_a_mesh(layout, kind):
     for name, update in found.items():
         assert update.sharding.is_equivalent_to(where[name], update.ndim)
         assert_near(update, expected[name])
-    kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
-    sent = sent_matrices(step, *kinds)
-    assert max(sent) <= most
+    return step
