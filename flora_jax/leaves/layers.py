@@ -82,11 +82,13 @@ def by_layers(
 
         return jax.tree.map(put, full, run(i, full[0]))
 
-    def empty(x: jax.ShapeDtypeStruct) -> jax.Array:
+    def empty(x: jax.Array) -> jax.Array:
         sizes = [*x.shape]
         sizes[axis] = layers
-        return jnp.zeros(sizes, x.dtype)
+        # Inside of jax.shard_map over other axes of the mesh it differs as x does.
+        return jax.lax.full_like(x, 0, shape=sizes)
 
-    _, others = jax.eval_shape(run, 0, renewed)
+    # Of one step the types alone are wanted; the compiler drops the rest.
+    _, others = run(0, renewed)
     full = renewed, jax.tree.map(empty, others)
     return jax.lax.fori_loop(0, steps, step, full)

@@ -245,11 +245,22 @@ def test_parameters_stay_where_they_are_on_a_mesh(kind):
         assert leaf.sharding.is_equivalent_to(layout[name], leaf.ndim)
 
 
-def test_each_device_accumulates_its_own():
-    where = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    tx, params = accumulation(every_k=2, axis_name="x"), tree(0)
+# Over the other axis the compiler may shard: there a stack is gone through in a loop.
+@pytest.mark.parametrize("shape", [(4, 1), (4, 2)])
+def test_each_device_accumulates_its_own(shape):
+    where = jax.make_mesh(
+        shape, ("x", "y"), axis_types=2 * (jax.sharding.AxisType.Auto,)
+    )
+    tx = accumulation(every_k=2, axis_name="x")
     alone = accumulation(every_k=2)
-    grads = jnp.float32(np.random.default_rng(1).normal(size=(2, 4, 64, 48)))
+    params = {"w": tree(0)["w"], "stack": tree(0)["stack"]}
+    rng = np.random.default_rng(1)
+    grads = {
+        k: jnp.float32(rng.normal(size=(2, 4, *x.shape))) for k, x in params.items()
+    }
+
+    def part(grads, *index):
+        return jax.tree.map(lambda x: x[index], grads)
 
     @jax.jit
     @functools.partial(
@@ -257,18 +268,20 @@ def test_each_device_accumulates_its_own():
         mesh=where,
         in_specs=(jax.P(), jax.P(None, "x")),
         out_specs=jax.P(),
+        axis_names={"x"},
     )
     def cycle(params, grads):
         state = tx.init(params)
         own = jax.lax.pcast(state.acc_grads, "x", to="varying")
         state = state._replace(acc_grads=own)
-        for grad in grads:
-            params, state = fj.update_and_apply(tx, {"w": grad[0]}, state, params)
+        for i in range(2):
+            params, state = fj.update_and_apply(tx, part(grads, i, 0), state, params)
         return params
 
-    found = cycle({"w": params["w"]}, grads)
-    params = {"w": params["w"]}
+    with jax.set_mesh(where):
+        found = cycle(params, grads)
     state = alone.init(params)
-    for grad in grads:
-        params, state = fj.update_and_apply(alone, {"w": grad.mean(0)}, state, params)
+    for i in range(2):
+        mean = jax.tree.map(lambda x, i=i: x[i].mean(0), grads)
+        params, state = fj.update_and_apply(alone, mean, state, params)
     chex.assert_trees_all_close(found, params, rtol=1e-5, atol=1e-6)
