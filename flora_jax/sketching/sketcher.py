@@ -87,7 +87,7 @@ class ScaledLeaf(NamedTuple):
                 cpu=lambda _, full: _sum_of_squares(jax.lax.optimization_barrier(full)),
                 default=lambda squares, _: squares.sum(),
             )
-        rms = jnp.sqrt(total / self.leaf.size)
+        rms = jnp.sqrt(total / float(self.leaf.size))  # It may exceed int32.
         factor = 1 / jnp.maximum(1.0, rms / self.threshold)
         return ScaledLeaf(self.leaf, (*self.factors, factor))
 

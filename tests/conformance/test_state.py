@@ -291,3 +291,18 @@ def test_abstract_parameters(case):
 def test_the_layout_table_is_of_sketched_leaves():
     assert all(np.prod(row[0]) < np.prod(shape) for shape, row in LAYOUT.items())
     assert all(FOLDS.rank in row[0] for row in LAYOUT.values())
+
+
+@pytest.mark.sample(3)
+@every_case
+def test_a_leaf_may_have_more_elements_than_int32(case):
+    # The gate of Llama-3-70B, its layers stacked: 1.9e10.
+    params = {"gate": jax.ShapeDtypeStruct((80, 8192, 28672), jnp.float32)}
+    tx = case(fj.Sketch(256))
+    state = jax.eval_shape(tx.init, params)
+    new, _ = jax.eval_shape(
+        lambda params, state: fj.update_and_apply(tx, params, state, params),
+        params,
+        state,
+    )
+    assert new == params
