@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from flora_jax._typing import PyTree
 
@@ -18,27 +19,40 @@ class InPlace:
     Not a pytree: a transformation that would go on to change the updates raises.
 
     Attributes:
+      given: the parameters to add to; of others, such as a wrapper's copies, nothing is
+        to be applied.
       transform: from some scalars, an update and a parameter to the update that is
         added; or from the same part of both, as it changes each element by itself.
-      scalars: those of each leaf, in flattening order; None if there are none.
-      params: the new parameters; None until a transformation has set them.
+      scalars: those of each leaf, in flattening order.
+      for_recipes: whether recipes are asked, too, and not an accumulation alone.
       is_required: whether the two calls of optax would not do in place of this one.
+      params: the new parameters; None until a transformation has set them.
     """
 
-    params: PyTree = None
     is_required: bool = False
+    params: PyTree = None
 
     def __init__(
         self,
-        transform: Callable[[Any, jax.Array, jax.Array], jax.Array] | None = None,
+        given: PyTree,
+        transform: Callable[[Any, jax.Array, jax.Array], Any] | None = None,
         scalars: Sequence[Any] | None = None,
+        for_recipes: bool = True,
     ) -> None:
         """Keeps what is done to each update before it is added."""
+        self.given = given
         self.transform = transform
-        self.scalars = scalars
+        self.scalars = scalars or len(jax.tree.leaves(given)) * [()]
+        self.for_recipes = for_recipes
+
+    def is_for(self, params: PyTree) -> bool:
+        """Whether these are the parameters to add to, and not others in their place."""
+        ours, theirs = jax.tree.leaves(self.given), jax.tree.leaves(params)
+        same = len(ours) == len(theirs)
+        return same and all(x is y for x, y in zip(ours, theirs, strict=True))
 
     def apply(self, scalars: Any, update: jax.Array, param: jax.Array) -> jax.Array:
         """The new parameter, or the same part of it."""
         if self.transform is not None:
             update = self.transform(scalars, update, param)
-        return (param + update).astype(param.dtype)
+        return jnp.asarray(param + update).astype(jnp.result_type(param))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax._typing import PyTree
-from flora_jax.leaves.mesh import common_shards, is_sharded
+from flora_jax.leaves.mesh import common_shards, is_manual, is_sharded
 from flora_jax.leaves.plan import LeafPlan
 
 
@@ -35,8 +35,8 @@ def by_layers(
 
     To sum up a sketch over devices, or to expand it, each device holds all of its rank:
     in a loop that of one layer, and not that of the full leaf. Layers on different
-    devices are taken together; if it is not known whether a mesh shards their axis,
-    those that are on different devices if it does.
+    devices are taken together. If nobody has said whether the mesh shards their axis,
+    those are that would be on different devices.
 
     Args:
       fn: a function of the plan of some layers, and of their part of the arrays. It
@@ -44,15 +44,15 @@ def by_layers(
       plan: the leaf's plan.
       arrays: of the leaf's number of axes: its shape, a sketch's, or ones on axes that
         are reduced; scalars are passed as they are.
-      folded: arrays that begin with the batch axes, as those of a fold do, or with ones
-        if they are the same for all layers.
+      folded: arrays whose first axes are the batch axes, as those of a fold are; of
+        size 1 for what all layers share.
       renewed: arrays like ``arrays``, of which those that ``fn`` returns take the
         place, in their memory.
 
     Returns:
       What ``fn`` would return for all layers.
     """
-    if not (plan.batch_axes and (steps := loop_steps(plan))):
+    if not (steps := loop_steps(plan)):
         return fn(plan, arrays, folded, renewed)
     axis = plan.batch_axes[0]
     layers = plan.shape[axis]
@@ -85,10 +85,15 @@ def by_layers(
     def empty(x: jax.Array) -> jax.Array:
         sizes = [*x.shape]
         sizes[axis] = layers
-        # Inside of jax.shard_map over other axes of the mesh it differs as x does.
+        # Inside of jax.shard_map it varies over the same axes of the mesh as x.
         return jax.lax.full_like(x, 0, shape=sizes)
 
+    def matched(x: jax.Array, new: jax.Array) -> jax.Array:
+        return x * jax.lax.full_like(new, 1, shape=())
+
     # Of one step the types alone are wanted; the compiler drops the rest.
-    _, others = run(0, renewed)
+    new, others = run(0, renewed)
+    if is_manual():
+        renewed = jax.tree.map(matched, renewed, new)
     full = renewed, jax.tree.map(empty, others)
     return jax.lax.fori_loop(0, steps, step, full)

@@ -126,13 +126,15 @@ def shards_along(
       sharding: as in :func:`fit_sharding`.
       along: the axes.
       axes: as in :func:`fit_sharding`.
-      unknown: the number for names that are not known.
+      unknown: the number for a name that is not known; 0 for none of any with it.
     """
     named = isinstance(sharding, jax.NamedSharding)
     axes = axes or mesh_axes(sharding.mesh if named else None)
     spec = sharding.spec if named else sharding
     names = [name for i, x in enumerate(spec) if i in along for name in _names(x)]
     shards = [axes.shards(name) or unknown for name in names]
+    if 0 in shards:
+        return 0
     # Of several logical names a side can keep one.
     return math.prod(shards) if axes.are_mesh_axes(names) else max(shards)
 
@@ -176,6 +178,11 @@ def common_shards(size: int) -> int:
     for shards in _axes(jax.sharding.get_abstract_mesh()).values():
         products |= {shards * x for x in products}
     return math.lcm(*(x for x in products if size % x == 0))
+
+
+def is_manual() -> bool:
+    """Whether this is inside of ``jax.shard_map``, over some of a mesh's axes."""
+    return _Type.Manual in jax.sharding.get_abstract_mesh().axis_types
 
 
 def is_explicit(*shardings: Any) -> bool:

@@ -110,7 +110,7 @@ class LeafRules:
         rank must be divisible by the shards of a name that is kept.
       layer_shards: None, or a tree of the numbers of shards of each leaf's first batch
         axis, 0 if unknown; :meth:`with_metadata` fills it in. On a mesh a step holds
-        the full sketch of so many layers at a time; of more if it is not known.
+        the full sketch of this many layers at a time, or of more if unknown.
 
     Trees are looked up by normalized path: ``jax.tree_util.keystr(path, simple=True,
     separator="/")`` without the ``/value`` that NNX Variables and Linen boxes add. They
@@ -150,7 +150,13 @@ class LeafRules:
                 numbers = _hashable_numbers(numbers)
             numbers = by_path(numbers, _hashable_numbers)
         object.__setattr__(self, "mask", by_path(self.mask, bool))
-        object.__setattr__(self, "layer_shards", by_path(self.layer_shards, int))
+        if callable(self.layer_shards) or is_scalar(self.layer_shards):
+            raise TypeError(
+                "`layer_shards` must be a tree of ints, got"
+                f" layer_shards={self.layer_shards!r}; use sketch.with_metadata(params)"
+            )
+        shards = by_path(self.layer_shards, _shards)
+        object.__setattr__(self, "layer_shards", shards)
         object.__setattr__(self, "weight_dimension_numbers", numbers)
 
     def plan(self, tree: PyTree) -> tuple[LeafPlan, ...]:
@@ -315,6 +321,15 @@ class LeafRules:
         batch = tuple(i for i in range(len(shape)) if i not in rows + columns)
         reason = matrix_reason(n, m, self.min_dim_size, self.max_aspect_ratio)
         return reason or (batch, rows, columns)
+
+
+def _shards(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(
+            "`layer_shards` must be numbers of shards, 0 for unknown, got"
+            f" {value!r}; use sketch.with_metadata(params)"
+        )
+    return value
 
 
 def _is_dimension_numbers(value: Any) -> bool:

@@ -485,8 +485,6 @@ class Sketcher:
         Returns:
           New ``renewed``, and what else ``fn`` returns.
         """
-        if not plan.batch_axes:
-            return fn(plan, sampled, arrays, renewed)
         # A random S is the same for all layers; an adaptive one has the batch axes.
         shared = isinstance(self.projection, ObliviousProjection)
         return by_layers(
@@ -576,7 +574,7 @@ def moved_sketch(
             lambda own, x, s, _: (None, moved_sketch(own, s, x)), plan, sketch, matrices
         )[1]
     folded = plan.fold(sketch.astype(jnp.float32))
-    if plan.batch_axes:  # Or a loop's step would gather all layers.
+    if plan.batch_axes:  # Or the compiler would gather all layers before the loop.
         folded = replicated_along(folded, plan.axis)
     # On the sketched side: C (S S′ᵀ) for columns, (S S′ᵀ)ᵀ C for rows.
     return plan.unfold(product(folded, matrix, plan.axis), plan.state_shape)

@@ -209,6 +209,10 @@ def scale_in_subspace(
         **extra_args: Any,
     ) -> tuple[PyTree, SubspaceState]:
         in_place = extra_args.pop(APPLY, None)
+        if in_place is not None and not (
+            in_place.for_recipes and in_place.is_for(params)
+        ):
+            in_place = None
         check_state_key(_NAME, state.key)
         refuse_sketches(_NAME, updates, "its inner optimizer squares its own sketches")
         plans = basis.plan(updates)
@@ -250,7 +254,7 @@ def scale_in_subspace(
         apply, own, scalars = None, none, none
         if in_place is not None:
             apply, own = in_place.apply, jax.tree.leaves(params)
-            scalars = scalars if in_place.scalars is None else in_place.scalars
+            scalars = in_place.scalars
         results = trees.run_sharded(
             functools.partial(_expand_and_add_residual, sketcher, plans, apply),
             list(map(LeafResult, grads if apply is None else own, norms, errors)),
@@ -301,7 +305,7 @@ class LeafInputs(NamedTuple):
 
 
 class LeafResult(NamedTuple):
-    """A leaf's update or new parameter, and its new residual_norm and error if any."""
+    """A leaf's update or its new parameter, and its new residual_norm and error."""
 
     update: Any
     residual_norm: jax.Array | None

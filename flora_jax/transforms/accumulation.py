@@ -27,7 +27,7 @@ from flora_jax.sketching.sketcher import (
     SketchEvent,
     gradient_shapes,
 )
-from flora_jax.transforms.apply import update_and_apply
+from flora_jax.transforms.apply import apply_updates_of
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -217,8 +217,8 @@ def compressed_accumulation(
             # Or a TPU's compiler would sum up a parameter's squares before the loop.
             params = jax.tree.map(jax.lax.optimization_barrier, params)
             grads = mean_gradients(acc, sampled)
-            params, new = update_and_apply(
-                inner, grads, inner_state, params, **extra_args
+            params, new = apply_updates_of(
+                inner, grads, inner_state, params, extra_args, is_strict=False
             )
             new = jax.tree.map(trees.cast_like, new, inner_state)
             return [jnp.zeros_like(x) for x in acc], new, sampled, params
@@ -231,12 +231,14 @@ def compressed_accumulation(
             return jax.tree.map(jnp.zeros_like, updates), inner_state, acc
 
         if in_place is not None:
+            in_place.is_required = True
+        if in_place is not None and in_place.is_for(params):
             # No iteration or one: XLA would copy donated parameters for a branch.
             times = emit.astype(jnp.int32)
             acc, inner_state, _, in_place.params = jax.lax.fori_loop(
                 0, times, end_cycle_in_place, operands
             )
-            new_updates, in_place.is_required = in_place, True
+            new_updates = in_place
         else:
             # A branch, so that the mean gradient is computed once per cycle.
             new_updates, inner_state, acc = jax.lax.cond(

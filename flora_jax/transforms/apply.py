@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import optax
@@ -56,11 +57,32 @@ def update_and_apply(
       >>> grads = {"w": jnp.ones((256, 512))}
       >>> params, state = step(params, tx.init(params), grads)
     """
-    update, asked = optax.with_extra_args_support(tx).update, InPlace()
+    return apply_updates_of(tx, grads, state, params, extra_args, is_strict=True)
+
+
+def apply_updates_of(
+    tx: optax.GradientTransformation,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    extra_args: Mapping[str, Any],
+    is_strict: bool,
+) -> tuple[PyTree, PyTree]:
+    """:func:`update_and_apply`; if not strict, also of what cannot be asked."""
+    update = optax.with_extra_args_support(tx).update
+    # Or a recipe that is asked in vain would tell of its sketches twice.
+    asked = InPlace(params, for_recipes=extra_args.get("on_sketch") is None)
     try:
         updates, new = update(grads, state, params, **{APPLY: asked}, **extra_args)
+        if updates is asked:
+            return asked.params, new
+        if asked.is_required:
+            raise _not_last()
+        if asked.params is None:
+            return optax.apply_updates(params, updates), new
     except (AttributeError, TypeError, ValueError) as error:
-        if APPLY in str(error):
+        is_refused = APPLY in str(error)
+        if is_refused and is_strict:
             raise TypeError(
                 "`tx` of update_and_apply must not be jitted and must take extra"
                 f" arguments, got {tx}; jit the step around it, or call tx.update and"
@@ -68,17 +90,10 @@ def update_and_apply(
             ) from error
         if asked.is_required:
             raise _not_last() from error
-        if asked.params is None:
+        if asked.params is None and not is_refused:
             raise
-        # What follows a recipe or wraps it cannot change updates that are applied.
-        updates, new = update(grads, state, params, **extra_args)
-        return optax.apply_updates(params, updates), new
-    if updates is asked:
-        return asked.params, new
-    if asked.is_required:
-        raise _not_last()
-    if asked.params is not None:  # And never looked at, but replaced.
-        updates, new = update(grads, state, params, **extra_args)
+    # What follows a recipe, or wraps it, cannot change what is applied already.
+    updates, new = update(grads, state, params, **extra_args)
     return optax.apply_updates(params, updates), new
 
 

@@ -63,8 +63,10 @@ def decayed_weights(weight_decay: optax.ScalarOrSchedule, mask: Any) -> Elementw
     def scalars(state: Any, params: PyTree) -> list[Any]:
         own = state if mask is None else state.inner_state
         value = weight_decay(own.count) if callable(weight_decay) else weight_decay
-        kept = mask(params) if callable(mask) else mask
-        kept = jax.tree.broadcast(True if mask is None else kept, params)
+        if isinstance(value, int | float) and value == 0:  # As optax skips it.
+            value = None
+        kept = True if mask is None else _resolved(mask, params)
+        kept = jax.tree.broadcast(kept, params)
         return [value if keep else None for keep in jax.tree.leaves(kept)]
 
     def apply(decay: Any, update: jax.Array, param: jax.Array) -> jax.Array:
@@ -72,6 +74,13 @@ def decayed_weights(weight_decay: optax.ScalarOrSchedule, mask: Any) -> Elementw
 
     tx = optax.add_decayed_weights(weight_decay, mask)
     return Elementwise(tx, scalars, apply)
+
+
+def _resolved(mask: Any, params: PyTree) -> PyTree:
+    """The tree of bools of a mask, which may be a callable."""
+    # As optax decides: the root of a tree may be callable, too.
+    leaves = jax.tree.leaves(jax.tree.map(callable, mask))
+    return mask(params) if leaves and all(leaves) else mask
 
 
 def negative_learning_rate(learning_rate: optax.ScalarOrSchedule) -> Elementwise:

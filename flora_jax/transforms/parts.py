@@ -104,7 +104,7 @@ def run_parts(
 
     settings = [part.settings for part in parts]
     own = [] if in_place is None else jax.tree.leaves(params)
-    scalars = None if in_place is None else in_place.scalars
+    scalars = [] if in_place is None else in_place.scalars
     results, arrays = run_sharded(
         run, (own or like, arrays), grads, arrays, settings, own, scalars
     )
@@ -174,7 +174,9 @@ def chain_parts(
         asked = extra_args.pop(APPLY, None)
         start, end = len(parts), len(parts) + len(transformations)
         inner, outer, ends = state[:start], state[start:end], state[end:]
-        own = _asked(last, ends, params) if asked is not None and applies else None
+        own = None
+        if asked is not None and applies and asked.for_recipes and asked.is_for(params):
+            own = _asked(last, ends, params)
         new_updates = updates
         if parts:
             on_sketch = extra_args.get("on_sketch")
@@ -210,4 +212,4 @@ def _asked(last: Sequence[Elementwise], states: Any, params: PyTree) -> InPlace:
             update = each.apply(own, update, param)
         return update.astype(dtype)
 
-    return InPlace(transform, list(zip(*found, strict=True)))
+    return InPlace(params, transform, list(zip(*found, strict=True)))

@@ -282,6 +282,7 @@ def test_folds_that_metadata_tell(names, shape, metadata, expected):
         (("experts", "embed", "mlp"), True, 2),
         (("layers", "embed", "mlp"), False, 0),
         ((None, "embed", "mlp"), False, 1),
+        ((("a", "layers"), "embed", "mlp"), False, 0),  # Half of it is known.
     ],
 )
 def test_metadata_tell_whether_layers_are_sharded(names, known, shards):
@@ -292,6 +293,18 @@ def test_metadata_tell_whether_layers_are_sharded(names, known, shards):
         sketch = fj.Sketch(16).with_metadata(params)
     (plan,) = sketch.plan(params)
     assert (plan.batch_axes, plan.layer_shards) == ((0,), shards)
+
+
+@pytest.mark.parametrize("shards", [1, len])
+def test_numbers_of_shards_are_by_leaf(shards):
+    with pytest.raises(TypeError, match="`layer_shards` must be a tree of ints, got"):
+        fj.Sketch(16, layer_shards=shards)
+
+
+@pytest.mark.parametrize("shards", [-1, "x", 1.5])
+def test_numbers_of_shards_are_numbers(shards):
+    with pytest.raises(ValueError, match="`layer_shards` must be numbers of shards"):
+        fj.Sketch(16, layer_shards={"w": shards})
 
 
 @pytest.mark.parametrize(("spec", "shards"), [(P(), 1), (P("a"), 4), (P(None, "a"), 1)])
