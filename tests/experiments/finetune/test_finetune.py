@@ -99,7 +99,7 @@ def data_dir(tmp_path_factory):
         (
             "docstrings",
             "gpt2-tiny",
-            ("flora_accumulation", "lora_accumulation"),
+            ("flora_accumulation",),
             {"scan": True, "remat": True, "dtype": "bfloat16", "beams": 2},
             {"rouge1", "rouge2", "rougeL"},
         ),

@@ -52,19 +52,31 @@ def test_the_committed_table_holds_its_bounds(tmp_path):
     rows = [row for row in records.read_rows(RESULTS) if "refused" not in row]
     sketched = [row for row in rows if row["method"].startswith(("flora", "galore"))]
     assert sketched
-    # Muon's step needs unsharded matrices.
-    other = {"flora_muon": 200}
     for row in sketched:
-        total = sum(row["step"].values())
-        if row["method"] in other:
-            assert total <= other[row["method"]] * row["sketches"]
-            continue
-        assert row["gathered"] <= row["largest_sketch"]
-        # Sketches are summed and gathered. Norms and Adafactor's factors, vectors that
-        # are summed besides, take it above 2 where every side is sharded; so do bases
-        # of singular vectors, which are stored in shards and gathered.
-        most = 2.6 if row["method"] == "galore" else 2.02
-        assert total <= most * row["sketches"]
+        if row["method"] != "flora_muon":
+            assert row["gathered"] <= row["largest_sketch"]
+            # Sketches are summed and gathered. Norms and Adafactor's factors, vectors
+            # that are summed besides, take it above 2 where every side is sharded; so
+            # do bases of singular vectors, which are stored in shards and gathered.
+            most = 2.9 if row["method"] == "galore" else 2.02
+            assert sum(row["step"].values()) <= most * row["sketches"]
+            # In a loop over the layers. Of int8, the moments of all are decoded first.
+            if row["pod"] == "v5e:8x8":
+                share = 0.17 if "int8" in row["method"] else 0.1
+                assert row["temporaries"] <= share * row["arguments"]
+
+
+def test_flora_muon_sends_less_than_muon():
+    names = ("model", "dtype", "pod", "layout", "method")
+    rows = [row for row in records.read_rows(RESULTS) if "refused" not in row]
+    sent = {tuple(row[x] for x in names): sum(row["step"].values()) for row in rows}
+    both = [case for case in sent if (*case[:-1], "muon") in sent]
+    ours = [case for case in both if case[-1] == "flora_muon"]
+    assert ours
+    assert all(sent[case] <= 0.4 * sent[(*case[:-1], "muon")] for case in ours)
+
+
+def test_the_table_is_that_of_the_rows(tmp_path):
     path = tmp_path / "pods.jsonl"
     path.write_text(RESULTS.read_text())
     report.write(path)
