@@ -68,7 +68,11 @@ from flora_jax.transforms.accumulator import (
 from flora_jax.transforms.apply import update_and_apply
 from flora_jax.transforms.factored_rms import FactoredRmsState, scale_by_factored_rms
 from flora_jax.transforms.momentum import CompressedMomentumState, compressed_momentum
-from flora_jax.transforms.orthogonalize import NewtonSchulz, orthogonalize
+from flora_jax.transforms.orthogonalize import (
+    NewtonSchulz,
+    RowNormalization,
+    orthogonalize,
+)
 
 __all__ = [
     "SRHT",
@@ -100,6 +104,7 @@ __all__ = [
     "Rademacher",
     "Reset",
     "Residual",
+    "RowNormalization",
     "Sketch",
     "SketchCycle",
     "SketchedGradients",

@@ -375,6 +375,13 @@ _INT8 = {"state_dtype": "int8"}
 # Complete ones with options, as a grid of a sweep states them.
 _VARIANTS = (
     Method("adamw_int8", "AdamW, int8", _adamw, options=_INT8),
+    Method(
+        "flora_muon_rows",
+        "FLORA-Muon, row-normalized",
+        _flora_muon,
+        keeps="sketch",
+        options={"method": "RowNormalization"},
+    ),
     *(
         Method(
             f"flora_{name.lower()}",

@@ -4,7 +4,7 @@ import sys
 
 from experiments.sweep.__main__ import main
 
-GRIDS = ("pareto", "longer", "ablations", "bases", "polar", "codes")
+GRIDS = ("pareto", "longer", "ablations", "bases", "polar", "codes", "rows")
 
 if __name__ == "__main__":
     sys.exit(main(None, "family", *GRIDS))

@@ -16,6 +16,7 @@ _WORDS = {
     "orthogonal True": "orthogonalized",
     "state_dtype int8": "int8",
     "nesterov False": "without look-ahead",
+    "method RowNormalization": "row-normalized",
     "lora_tune_rest False": "adapters alone",
 }
 

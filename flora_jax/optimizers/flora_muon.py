@@ -21,7 +21,7 @@ from flora_jax.sketching.sketch import Sketch, resolve, warn_if_dense
 from flora_jax.subspace.residuals import Fira, Residual
 from flora_jax.subspace.transform import scale_in_subspace
 from flora_jax.subspace.transports import Squared, Transport
-from flora_jax.transforms.orthogonalize import orthogonalize
+from flora_jax.transforms.orthogonalize import Method, NewtonSchulz, orthogonalize
 from flora_jax.transforms.parts import chain_parts
 
 
@@ -35,6 +35,7 @@ def flora_muon(
     residual: Residual | None = Fira(),
     transport: Transport = Squared(),
     rms: jax.typing.ArrayLike = 0.2,
+    method: Method = NewtonSchulz(),
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
@@ -75,6 +76,7 @@ def flora_muon(
         :func:`flora_jax.scale_in_subspace`.
       transport: how M is carried over when S is replaced, likewise.
       rms: ρ; 0.2 is about what Adam's updates have.
+      method: how orth is approximated; see :func:`flora_jax.orthogonalize`.
       b1: decay of AdamW's first moment.
       b2: decay of AdamW's second moment.
       eps: added to the square root of AdamW's second moment.
@@ -119,7 +121,9 @@ def flora_muon(
         dtype = check_code("state_dtype", state_dtype)
         sketched = quantize_state(sketched, dtype, fields=("trace",))
 
-    matrices = optax.chain(sketched, orthogonalize(rms=rms, rules=sketch.rules))
+    matrices = optax.chain(
+        sketched, orthogonalize(rms=rms, method=method, rules=sketch.rules)
+    )
     tx = _matrices_and_rest(matrices, _in_float32(adam(b1, b2, eps)), sketch)
     last = decay_and_learning_rate(weight_decay, weight_decay_mask, learning_rate)
     needs = "" if weight_decay is None else "flora_muon(weight_decay)"

@@ -26,11 +26,11 @@ LOW, HIGH = (
 )
 
 
-def make(steps=5, rms=0.2, dtype="float32", **rules):
+def make(steps=5, rms=0.2, dtype="float32", method=None, **rules):
     """The transformation, with small matrices among those that it treats."""
     return fj.orthogonalize(
         rms=rms,
-        method=fj.NewtonSchulz(steps, dtype),
+        method=method or fj.NewtonSchulz(steps, dtype),
         rules=fj.LeafRules(**{"min_dim_size": 8, **rules}),
     )
 
@@ -293,7 +293,7 @@ def test_refuses(arguments, error, match):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"method": "svd"}, r"`method` must be NewtonSchulz\(\), got 'svd'"),
+        ({"method": "svd"}, r"`method` must be NewtonSchulz\(\) or .*, got 'svd'"),
         ({"rules": {"min_dim_size": 8}}, r"`rules` must be LeafRules\(\), got {"),
     ],
 )
@@ -306,6 +306,47 @@ def test_refuses_integers():
     tx = make()
     with pytest.raises(TypeError, match="'w' must have a real floating dtype"):
         tx.update({"w": jnp.ones((16, 24), jnp.int32)}, optax.EmptyState())
+
+
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+def test_outputs_of_equal_norm(size):
+    x = size * normal((3, 16, 24)).at[:, :, 5].set(0)
+    tx = make(rms=0.3, method=fj.RowNormalization())
+    new, _ = tx.update({"w": x}, tx.init({"w": x}))
+    exact = np.asarray(x, np.float64)
+    norms = np.linalg.norm(exact, axis=-2, keepdims=True)
+    expected = exact / np.where(norms > 0, norms, 1)
+    expected *= 0.3 * np.sqrt(
+        16 * 24 / np.square(expected).sum((-2, -1), keepdims=True)
+    )
+    if size < 1e-20:  # Updates of nothing are no steps of full size.
+        assert np.abs(new["w"]).max() < 1e-3 * np.abs(expected).max()
+        return
+    np.testing.assert_allclose(new["w"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_flora_muon_takes_a_method():
+    params = {"w": normal((32, 48))}
+    sketch = fj.Sketch(8, min_dim_size=16)
+    tx = fj.flora_muon(1.0, sketch, rms=0.3, method=fj.RowNormalization())
+    updates, _ = tx.update(params, tx.init(params), params)
+    norms = np.linalg.norm(updates["w"], axis=0)
+    np.testing.assert_allclose(norms, 0.3 * np.sqrt(32), rtol=1e-5)
+
+
+def test_a_moment_in_a_subspace():
+    # SUMO's place: of the update, r singular values are equal and the others zero.
+    muon = optax.chain(optax.trace(0.95), make(min_dim_size=1))
+    tx = fj.scale_in_subspace(muon, fj.Sketch(4, fj.TopSVD(), min_dim_size=8))
+    x = normal((16, 24))
+    updates, state = tx.update({"w": x}, tx.init({"w": x}))
+    assert state.inner[0].trace["w"].shape == (4, 24)
+    left, _, _ = np.linalg.svd(np.asarray(x, np.float64))
+    expected = left[:, :4] @ orthogonalized(left[:, :4].T @ np.asarray(x))
+    assert_near(np.abs(updates["w"]), np.abs(expected), 1e-2)
+    values = np.linalg.svd(updates["w"], compute_uv=False)
+    assert values[3] >= 0.7 * values[0]
+    assert values[4] <= 1e-5 * values[0]
 
 
 # What a device sends of a matrix of 16 x 32, at most: where only the longer side is
@@ -349,17 +390,29 @@ def test_each_matrix_of_a_stack_is_on_one_device(layout, kind):
     assert all(math.prod(s) <= 11 for x in found if x not in moved for s in x.shapes)
 
 
-def on_mesh(mesh, specs, shapes):
+def test_normalization_sends_norms():
+    mesh = jax.make_mesh(
+        (4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    shapes = {"wide": (16, 32), "stack": (3, 16, 32)}
+    specs = {"wide": P("data", "model"), "stack": P(None, "data", "model")}
+    step = on_mesh(mesh, specs, shapes, method=fj.RowNormalization())
+    found = collectives(step.as_text())
+    # A maximum and a norm of each of a device's 16 columns.
+    assert 0 < max(math.prod(s) for x in found for s in x.shapes) <= 3 * 16
+
+
+def on_mesh(mesh, specs, shapes, **settings):
     """The compiled step, after a comparison with what one device gives."""
     updates = {name: normal(shape) for name, shape in shapes.items()}
     where = {name: jax.NamedSharding(mesh, s) for name, s in specs.items()}
-    tx = make()
+    tx = make(**settings)
     with jax.set_mesh(mesh):
         placed = jax.device_put(updates, where)
         step = jax.jit(lambda u: tx.update(u, tx.init(u))[0], out_shardings=where)
         step = step.lower(placed).compile()
         found = step(placed)
-    expected = orthogonalize(updates)
+    expected = orthogonalize(updates, **settings)
     for name, update in found.items():
         assert update.sharding.is_equivalent_to(where[name], update.ndim)
         assert_near(update, expected[name])

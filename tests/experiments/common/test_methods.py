@@ -129,6 +129,9 @@ RECIPES = {
         1.0, SKETCH, state_dtype="int8", **INTERVAL
     ),
     "flora_muon": lambda: fj.flora_muon(1.0, SKETCH, refresh_every=20),
+    "flora_muon_rows": lambda: fj.flora_muon(
+        1.0, SKETCH, refresh_every=20, method=fj.RowNormalization()
+    ),
     "flora_gaussian": lambda: fj.flora(
         1.0, projected(fj.Gaussian()), resample_every=20, estimator="paper"
     ),
