@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax import _validation as check
-from flora_jax._xla import widened
+from flora_jax._xla import unshared, widened
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.projections.base import ObliviousProjection
 from flora_jax.projections.linalg import sums_of_squares
@@ -219,7 +219,8 @@ class Fira(Residual):
             expected = 1.0
             if projection.normalization == "isometric":
                 expected = (plan.rank / plan.width) ** 0.5
-            full = plan.fold(leaf.squares)
+            # Or XLA on CPU would write G∘G, of which it would take this sum as well.
+            full = unshared(plan.fold(leaf.squares))
             if self.norms == "tensor":
                 full = jnp.sum(full, (-2, -1), keepdims=True)
             seen = jnp.maximum(seen, _LEAST * expected * jnp.sqrt(full))

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -178,3 +179,19 @@ def test_flora_muon_is_orthogonalized_momentum_on_matrices():
     biases = [{"bias": g["bias"]} for g in gradients]
     dense, _ = stepped(adamw, biases, {"bias": params["bias"]})
     assert_close([u["bias"] for u in updates], [u["bias"] for u in dense])
+
+
+@pytest.mark.parametrize("make", [fj.apollo, fj.apollo_mini])
+def test_a_step_writes_no_second_copy_of_a_gradient(make):
+    """Nor of its squares, whose sums scale and limit the update."""
+    params = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}
+    tx = make(1e-3) if make is fj.apollo_mini else make(1e-3, 32)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    arguments = params, jax.eval_shape(tx.init, params), params
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    assert temporaries < 0.5 * 4 * 512 * 1024

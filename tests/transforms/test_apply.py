@@ -46,6 +46,7 @@ def both(tx, steps=7, **extra_args):
         yield ours, theirs
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     "tx",
     [
@@ -201,6 +202,7 @@ def test_other_errors_are_their_own():
 RECIPES = [fj.flora, fj.flora_adamw, fj.galore, fj.fira, fj.apollo, fj.dct_adamw]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("make", RECIPES)
 def test_recipes_apply_their_updates_themselves(make):
     tx, params = make(1e-2, SKETCH, weight_decay=0.1), tree(0)

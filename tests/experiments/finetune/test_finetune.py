@@ -96,12 +96,13 @@ def data_dir(tmp_path_factory):
             *("phrases", "t5-tiny", FINETUNE, {}, {"exact_match", "bleu", "chrf"}),
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             "docstrings",
             "gpt2-tiny",
-            ("flora_accumulation",),
+            ("flora_accumulation", "lora_accumulation"),
             {"scan": True, "remat": True, "dtype": "bfloat16", "beams": 2},
             {"rouge1", "rouge2", "rougeL"},
+            marks=pytest.mark.slow,
         ),
     ],
 )
