@@ -77,7 +77,8 @@ def quantize_state(
 
     Memory: one byte per element of a moment (two for bfloat16) and one scale of the
     moment's dtype per row: 4/m bytes per element if rows have m. If m is under 32, rows
-    run along the longest axis instead.
+    run along the longest axis instead. On a mesh that shards the rows, each device
+    keeps the scales of all of them, and m is its share of a row.
 
     Args:
       inner: the transformation, for example optax.adam(1e-3); also one whose state is
