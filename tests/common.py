@@ -6,6 +6,7 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 # Relative to the largest entry of what is expected: a few dozen roundings of the dtype.
 _TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "bfloat16": 3e-2, "float16": 4e-3}
@@ -91,3 +92,18 @@ def process_environment(**variables):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return os.environ | own | variables
+
+
+def step_temporaries(tx, params):
+    """Temporary bytes of an update and its application, parameters and state donated.
+
+    In a whole step, where the update can lie in the parameters' place.
+    """
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    arguments = params, jax.eval_shape(tx.init, params), params
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+    return compiled.memory_analysis().temp_size_in_bytes

@@ -24,7 +24,7 @@ class InPlace:
       transform: from some scalars, an update and a parameter to the update that is
         added; or from the same part of both, as it changes each element by itself.
       scalars: those of each leaf, in flattening order.
-      for_recipes: whether recipes are asked, too, and not an accumulation alone.
+      for_recipes: whether recipes are to apply theirs, too, or an accumulation alone.
       is_required: whether the two calls of optax would not do in place of this one.
       params: the new parameters; None until a transformation has set them.
     """
@@ -50,6 +50,10 @@ class InPlace:
         ours, theirs = jax.tree.leaves(self.given), jax.tree.leaves(params)
         same = len(ours) == len(theirs)
         return same and all(x is y for x, y in zip(ours, theirs, strict=True))
+
+    def is_for_recipe(self, params: PyTree) -> bool:
+        """Whether a recipe that is given these parameters is to apply its updates."""
+        return self.for_recipes and self.is_for(params)
 
     def apply(self, scalars: Any, update: jax.Array, param: jax.Array) -> jax.Array:
         """The new parameter, or the same part of it."""

@@ -209,9 +209,7 @@ def scale_in_subspace(
         **extra_args: Any,
     ) -> tuple[PyTree, SubspaceState]:
         in_place = extra_args.pop(APPLY, None)
-        if in_place is not None and not (
-            in_place.for_recipes and in_place.is_for(params)
-        ):
+        if in_place is not None and not in_place.is_for_recipe(params):
             in_place = None
         check_state_key(_NAME, state.key)
         refuse_sketches(_NAME, updates, "its inner optimizer squares its own sketches")

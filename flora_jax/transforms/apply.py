@@ -68,17 +68,17 @@ def apply_updates_of(
     extra_args: Mapping[str, Any],
     is_strict: bool,
 ) -> tuple[PyTree, PyTree]:
-    """:func:`update_and_apply`; if not strict, also of what cannot be asked."""
+    """:func:`update_and_apply`; if not strict, also of what takes no request."""
     update = optax.with_extra_args_support(tx).update
-    # Or a recipe that is asked in vain would tell of its sketches twice.
-    asked = InPlace(params, for_recipes=extra_args.get("on_sketch") is None)
+    # Or a recipe that applies in vain would tell of its sketches twice.
+    request = InPlace(params, for_recipes=extra_args.get("on_sketch") is None)
     try:
-        updates, new = update(grads, state, params, **{APPLY: asked}, **extra_args)
-        if updates is asked:
-            return asked.params, new
-        if asked.is_required:
+        updates, new = update(grads, state, params, **{APPLY: request}, **extra_args)
+        if updates is request:
+            return request.params, new
+        if request.is_required:
             raise _not_last()
-        if asked.params is None:
+        if request.params is None:
             return optax.apply_updates(params, updates), new
     except (AttributeError, TypeError, ValueError) as error:
         is_refused = APPLY in str(error)
@@ -88,9 +88,9 @@ def apply_updates_of(
                 f" arguments, got {tx}; jit the step around it, or call tx.update and"
                 " optax.apply_updates"
             ) from error
-        if asked.is_required:
+        if request.is_required:
             raise _not_last() from error
-        if asked.params is None and not is_refused:
+        if request.params is None and not is_refused:
             raise
     # What follows a recipe, or wraps it, cannot change what is applied already.
     updates, new = update(grads, state, params, **extra_args)

@@ -38,15 +38,12 @@ def parameter_scale() -> Elementwise:
     squares it: half the time of a FLORA step. Here the bound on the square guards it.
     """
 
-    def scaled(update: Any, param: Any) -> jax.Array:
-        return (update * _rms(param)).astype(update.dtype)
-
-    def apply(rms: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
+    def apply(rms: jax.Array, update: Any, param: Any) -> jax.Array:
         del param
         return (update * rms).astype(update.dtype)
 
     return Elementwise(
-        optax.stateless_with_tree_map(scaled),
+        optax.stateless_with_tree_map(lambda u, p: apply(_rms(p), u, p)),
         lambda state, params: list(map(_rms, jax.tree.leaves(params))),
         apply,
     )

@@ -171,12 +171,12 @@ def chain_parts(
                 f"`state` must be what tx.init returned, got {type(state).__name__};"
                 " call tx.update(grads, state, params)"
             )
-        asked = extra_args.pop(APPLY, None)
+        request = extra_args.pop(APPLY, None)
         start, end = len(parts), len(parts) + len(transformations)
         inner, outer, ends = state[:start], state[start:end], state[end:]
         own = None
-        if asked is not None and applies and asked.for_recipes and asked.is_for(params):
-            own = _asked(last, ends, params)
+        if request is not None and applies and request.is_for_recipe(params):
+            own = _request(last, ends, params)
         new_updates = updates
         if parts:
             on_sketch = extra_args.get("on_sketch")
@@ -188,12 +188,12 @@ def chain_parts(
             new_updates, outer = first.update(
                 new_updates, outer, params, **given, **extra_args
             )
-        if asked is not None and own is not None and own.params is not None:
+        if request is not None and own is not None and own.params is not None:
             # The updates are dead code: the states alone are wanted.
             zeros = optax.tree.zeros_like(params)
             _, ends = final.update(zeros, ends, params)
-            asked.params = own.params
-            new_updates = asked
+            request.params = own.params
+            new_updates = request
         else:
             new_updates, ends = final.update(new_updates, ends, params)
             new_updates = optax.tree.cast_like(new_updates, updates)
@@ -202,7 +202,7 @@ def chain_parts(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _asked(last: Sequence[Elementwise], states: Any, params: PyTree) -> InPlace:
+def _request(last: Sequence[Elementwise], states: Any, params: PyTree) -> InPlace:
     """A request to apply updates after the last transformations of a chain."""
     found = [x.scalars(state, params) for x, state in zip(last, states, strict=True)]
 

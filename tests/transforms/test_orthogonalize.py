@@ -350,7 +350,8 @@ def test_a_moment_in_a_subspace():
 
 
 # What a device sends of a matrix of 16 x 32, at most: where only the longer side is
-# cut, the sums of the 16 x 16 numbers of X Xᵀ; else the whole matrix.
+# sharded, the sums of the 16 x 16 elements of X Xᵀ; else the full matrix.
+SIZES = {"data": 4, "model": 2}
 LAYOUTS = {
     "longer": (P(None, ("data", "model")), 16 * 16),
     "shorter": (P("data", None), 16 * 32),
@@ -363,11 +364,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_on_a_mesh(layout, kind):
     spec, most = LAYOUTS[layout]
-    axis_types = (jax.sharding.AxisType[kind],) * 2
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=axis_types)
     tall = P(*reversed(tuple(spec)))
     specs, shapes = {"wide": spec, "tall": tall}, {"wide": (16, 32), "tall": (32, 16)}
-    step = on_mesh(mesh, specs, shapes)
+    step = on_mesh(kind, specs, shapes)
     kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
     assert max(sent_matrices(step, *kinds)) <= most
 
@@ -377,33 +376,30 @@ def test_on_a_mesh(layout, kind):
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_each_matrix_of_a_stack_is_on_one_device(layout, kind):
     spec, _ = LAYOUTS[layout]
-    axis_types = (jax.sharding.AxisType[kind],) * 2
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=axis_types)
     shapes = {"stack": (11, 16, 32), "experts": (2, 3, 16, 32)}
     specs = {"stack": P(None, *spec), "experts": P(None, None, *spec)}
-    found = collectives(on_mesh(mesh, specs, shapes).as_text())
+    found = collectives(on_mesh(kind, specs, shapes).as_text())
     # As 16 matrices and 8: what a device has of them is sent along two axes of a mesh,
     # and back. Of each matrix a few scalars are summed up, which decide its size.
-    shards = math.prod(mesh.shape[x] for x in ("data", "model") if x in str(spec))
+    shards = math.prod(SIZES[x] for x in SIZES if x in str(spec))
     moved = [x for x in found if x.kind != "all-reduce"]
     assert total(moved) <= 4 * 4 * (16 + 8) * 16 * 32 // shards
     assert all(math.prod(s) <= 11 for x in found if x not in moved for s in x.shapes)
 
 
 def test_normalization_sends_norms():
-    mesh = jax.make_mesh(
-        (4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
-    )
     shapes = {"wide": (16, 32), "stack": (3, 16, 32)}
     specs = {"wide": P("data", "model"), "stack": P(None, "data", "model")}
-    step = on_mesh(mesh, specs, shapes, method=fj.RowNormalization())
+    step = on_mesh("Auto", specs, shapes, method=fj.RowNormalization())
     found = collectives(step.as_text())
     # A maximum and a norm of each of a device's 16 columns.
     assert 0 < max(math.prod(s) for x in found for s in x.shapes) <= 3 * 16
 
 
-def on_mesh(mesh, specs, shapes, **settings):
+def on_mesh(kind, specs, shapes, **settings):
     """The compiled step, after a comparison with what one device gives."""
+    axis_types = (jax.sharding.AxisType[kind],) * 2
+    mesh = jax.make_mesh(tuple(SIZES.values()), tuple(SIZES), axis_types=axis_types)
     updates = {name: normal(shape) for name, shape in shapes.items()}
     where = {name: jax.NamedSharding(mesh, s) for name, s in specs.items()}
     tx = make(**settings)
