@@ -1,5 +1,7 @@
 """What the tests of all trainers share: the transformations, and sizes of states."""
 
+import math
+
 import jax
 import numpy as np
 import optax
@@ -37,7 +39,11 @@ def shard_bytes(x):
 
 
 def kernel_bytes(state, params, sketch):
-    """Bytes on a device of what belongs to sketched leaves, and of their bases."""
+    """Bytes on a device of what belongs to sketched leaves, and of their bases.
+
+    Codes of 8 bits may have a float32 scale for each row of the device's shard besides,
+    which is not counted: a sharded row's is on each device.
+    """
     plans = {plan.path: plan for plan in sketch.plan(params)}
     kernels, bases = 0, 0
     for leaf, param, field in state_leaves(state, params):
@@ -46,7 +52,14 @@ def kernel_bytes(state, params, sketch):
                 bases += shard_bytes(leaf)
             else:
                 kernels += shard_bytes(leaf)
+                kernels -= 4 * code_rows(leaf)
     return kernels, bases
+
+
+def code_rows(x):
+    """Number of rows of 8-bit codes in the shard of an array."""
+    rows = x.addressable_shards[0].data.shape[:-1]
+    return math.prod(rows) if x.dtype.itemsize == 1 else 0
 
 
 def width_bytes(params, sketch, scale):
