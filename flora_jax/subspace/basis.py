@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax._typing import PyTree, Shape
-from flora_jax.leaves.layers import by_layers
+from flora_jax.leaves.layers import by_layers, loop_steps
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.projections.base import AdaptiveProjection
 from flora_jax.random.keys import leaf_keys, renewal
@@ -104,12 +104,16 @@ class Basis:
             if self.refresh_every is None or not refresh.transport.moves:
                 return sampled, stored, moments
         leaves = list(zip(grads, sampled, stored, moments, strict=True))
-        places = {
-            i: self._place(plan) for i, plan in enumerate(plans) if not plan.dense
+        # Stacked layers on a mesh have a branch of their own: what is made for it, such
+        # as moments that are decoded, is then freed before the next one is run.
+        branches = {
+            i: (self._place(plan), i if loop_steps(plan) else -1)
+            for i, plan in enumerate(plans)
+            if not plan.dense
         }
-        for place in dict.fromkeys(places.values()):
-            members = [i for i, own in places.items() if own == place]
-            offset = self._offset(place)
+        for branch in dict.fromkeys(branches.values()):
+            members = [i for i, own in branches.items() if own == branch]
+            offset = self._offset(branch[0])
             renewed = jax.lax.cond(
                 self._is_due(offset, refresh.count),
                 functools.partial(self._renewed, [plans[i] for i in members], offset),
