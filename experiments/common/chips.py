@@ -38,7 +38,7 @@ class Chip:
         platform: "tpu" or "cuda".
         bandwidth: of its main memory, bytes a second.
         flops: of matrix products a second, by their precision: "bfloat16" of operands
-            in bfloat16, else XLA's for operands in float32.
+            in bfloat16, else XLA's for operands in float32, or "3 of TF32" parts.
     """
 
     topology: str
@@ -59,6 +59,7 @@ def _tpu(topology: str, bandwidth: float, flops: float) -> Chip:
 
 # As published: dense products, without sparsity. The H100 multiplies float32 as TF32
 # unless "highest" is asked for, which leaves its tensor cores.
+_TF32 = 494e12
 CHIPS = {
     "v5e": _tpu("v5e:2x2", 819e9, 197e12),
     "v6e": _tpu("v6e:2x2", 1640e9, 918e12),
@@ -66,7 +67,13 @@ CHIPS = {
         _H100,
         "cuda",
         3352e9,
-        {"bfloat16": 989e12, "default": 494e12, "high": 494e12, "highest": 67e12},
+        {
+            "bfloat16": 989e12,
+            "default": _TF32,
+            "high": _TF32,
+            "3 of TF32": _TF32 / 3,
+            "highest": 67e12,
+        },
     ),
 }
 

@@ -34,7 +34,8 @@ _LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _GEMM = re.compile(r'"lhs_contracting_dimensions":\[([\d",]*)\]')
 _PRODUCTS = ("convolution", "dot", "custom-call")
-_KINDS = ("bfloat16", "default", "high", "highest")
+_TF32 = "algorithm=dot_tf32_tf32_f32_x3"
+_KINDS = ("bfloat16", "default", "high", "3 of TF32", "highest")
 
 
 class Kernel(NamedTuple):
@@ -45,7 +46,7 @@ class Kernel(NamedTuple):
         nbytes: read from and written to the device's main memory.
         flops: of its matrix products.
         precision: of these: "default", "high" or "highest" for operands in float32,
-            "bfloat16" for others.
+            "3 of TF32" for these in three products of parts, "bfloat16" for others.
         conditional: the outermost conditional around it, or empty.
         branch: the branch of `conditional` that contains it, or empty.
     """
@@ -178,6 +179,8 @@ def _products(
         return 0.0, ""
     given = _PRECISION.search(each.attributes)
     kinds = [x.lower() for x in given.groups()] if given else ["default"]
+    if _TF32 in each.attributes:
+        kinds = ["3 of TF32"]
     narrow = left.dtype == right.dtype == "bf16"
     kind = "bfloat16" if narrow else max(kinds, key=_KINDS.index)
     return 2.0 * math.prod(each.arrays[0].shape) * depth, kind

@@ -144,7 +144,11 @@ def test_products():
   %y = f32[32,16]{1,0} parameter(1)
   ROOT %z = f32[64,16]{1,0} convolution(%x, %y), dim_labels=bf_io->bf, PRECISION
 """.replace("PRECISION", "operand_precision={default,high}")
-    (product,) = (
-        x for x in kernels(f"{_HEAD}ENTRY %main () -> f32[] {{{convolution}}}")
-    )
-    assert (product.flops, product.precision) == (2 * 64 * 32 * 16, "high")
+    dot = """
+  %x = f32[64,32]{1,0} parameter(0)
+  %y = f32[32,16]{1,0} parameter(1)
+  ROOT %z = f32[64,16]{1,0} dot(%x, %y), lhs_contracting_dims={1}, ALGORITHM
+""".replace("ALGORITHM", "rhs_contracting_dims={0}, algorithm=dot_tf32_tf32_f32_x3")
+    for text, precision in ((convolution, "high"), (dot, "3 of TF32")):
+        (product,) = kernels(f"{_HEAD}ENTRY %main () -> f32[] {{{text}}}")
+        assert (product.flops, product.precision) == (2 * 64 * 32 * 16, precision)

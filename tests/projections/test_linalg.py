@@ -1,0 +1,32 @@
+"""Products in a precision that suits the device."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flora_jax.projections.linalg import product
+
+_THREE_OF_TF32, _FULL = "num_primitive_operations = 3", "precision = [HIGHEST, HIGHEST]"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "wanted"),
+    [
+        ([], _THREE_OF_TF32),
+        (["9.0"], _THREE_OF_TF32),
+        (["gfx942"], _THREE_OF_TF32),
+        (["8.0", "7.5"], _FULL),
+    ],
+)
+def test_gpus_without_tf32_multiply_in_float32(capabilities, wanted, monkeypatch):
+    devices = [types.SimpleNamespace(compute_capability=x) for x in capabilities]
+    monkeypatch.setattr(jax, "devices", lambda: [*devices, object()])
+    x, right = jnp.ones((4, 8)), jnp.ones((8, 2))
+    traced = jax.jit(lambda *arrays: product(*arrays, -1)).trace(x, right)
+    assert wanted in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert (
+        "precision = [HIGH, HIGH]"
+        in traced.lower(lowering_platforms=("tpu",)).as_text()
+    )
