@@ -19,6 +19,7 @@ _DEFAULT = (
     "flora_adamw",
     "flora_adamw_int8",
     "flora_muon",
+    "flora_muon_bfloat16",
     "flora_muon_rows",
     "apollo",
     "apollo_mini",

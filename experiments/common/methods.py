@@ -382,6 +382,13 @@ _VARIANTS = (
         keeps="sketch",
         options={"method": "RowNormalization"},
     ),
+    Method(
+        "flora_muon_bfloat16",
+        "FLORA-Muon, iterates in bfloat16",
+        _flora_muon,
+        keeps="sketch",
+        options={"method": {"NewtonSchulz": {"dtype": "bfloat16"}}},
+    ),
     *(
         Method(
             f"flora_{name.lower()}",

@@ -196,5 +196,6 @@ def _known_sharding(node: Any, keep_logical: bool) -> tuple[Any, MeshAxes | None
     """The sharding of a leaf as far as it is known, and the axes that it refers to."""
     if not is_box(node):
         return array_sharding(node), None
-    sharding = next(iter(named_shardings(node).values()), None)
+    (leaf,) = jax.tree.leaves(node)
+    sharding = next(iter(named_shardings(node).values()), array_sharding(leaf))
     return sharding, box_axes(node, keep_logical)

@@ -21,7 +21,7 @@ def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:
 
     There float32 in full takes six products of bfloat16 parts, as long as all else that
     an optimizer's step does, and longer to compile; this takes three. On an NVIDIA GPU
-    it takes three of TF32 parts, to about 2⁻²¹, where tensor cores have these.
+    it takes three of TF32 parts, where tensor cores have these.
     """
     chex.assert_axis_dimension(x, axis, right.shape[-2])
     # Accelerators multiply float32 in bfloat16 or TF32 unless told otherwise.

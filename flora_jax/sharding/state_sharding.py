@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import optax
 
 from flora_jax import _validation as check
-from flora_jax._typing import PyTree, Shape
+from flora_jax._typing import Axes, PyTree, Shape
 from flora_jax.leaves.mesh import MeshAxes, fit_sharding, mesh_axes
 from flora_jax.leaves.paths import abstract_state, is_masked, named_leaves, state_leaves
+from flora_jax.leaves.rules import LeafRules
 
 
 def state_sharding(
@@ -21,8 +23,9 @@ def state_sharding(
     Each array of a parameter-shaped tree keeps the parameter's mesh axes on every axis
     that has the parameter's size. An axis of another size, the rank of a sketch, keeps
     them if they divide it; those of axes that are folded to one side, such as (heads,
-    head_dim), move to the one that holds the rank, unless the rank is as long as that
-    axis was. Everything else, counters and keys, is replicated.
+    head_dim), move to the one that holds the rank; if it is as long as that axis was,
+    which shapes do not show, of leaves that fold by the default rules. Everything else,
+    counters and keys, is replicated.
     NNX Variables and Linen boxes name such shardings in their metadata, where trainers
     look for them.
 
@@ -63,6 +66,7 @@ def state_sharding(
     replicated = jax.NamedSharding(mesh, jax.P()) if named else jax.P()
     state = abstract_state(tx.init, params)
     axes, places = mesh_axes(mesh), []
+    folds = {plan.path: plan.groups for plan in LeafRules().plan(params)}
     for leaf, path, field in state_leaves(state, params):
         if is_masked(leaf):  # Its parameter is another transformation's.
             places.append(leaf)
@@ -71,12 +75,21 @@ def state_sharding(
             places.append(replicated)
         else:
             of_scales = field == "scales" and leaf.shape
-            fit = _fit_scales if of_scales else fit_sharding
-            places.append(fit(given[path], shapes[path], leaf.shape, axes))
+            fit, old = _fit_scales if of_scales else fit_sharding, shapes[path]
+            groups = [x for x in folds[path] if _holds_equal_rank(x, old, leaf.shape)]
+            places.append(fit(given[path], old, leaf.shape, axes, groups))
     return jax.tree.unflatten(jax.tree.structure(state, is_leaf=is_masked), places)
 
 
-def _fit_scales(sharding: Any, old: Shape, new: Shape, axes: MeshAxes) -> Any:
+def _holds_equal_rank(group: Axes, old: Shape, new: Shape) -> bool:
+    """Whether all but one of a group's axes are 1 now, and that one is as it was."""
+    kept = [i for i in group if new[i] > 1]
+    return len(kept) == 1 and new[kept[0]] == old[kept[0]] and len(group) > 1
+
+
+def _fit_scales(
+    sharding: Any, old: Shape, new: Shape, axes: MeshAxes, groups: Sequence[Axes]
+) -> Any:
     """The sharding of a code's scales, from that of its parameter.
 
     They have the axes of the moment but for that of the rows, the last or the longest,
@@ -85,7 +98,7 @@ def _fit_scales(sharding: Any, old: Shape, new: Shape, axes: MeshAxes) -> Any:
     every = range(len(new))
     row = max(every, key=lambda i: (new[i] == 1, i == every[-1], old[i]))
     moment = (*new[:row], old[row], *new[row + 1 :])
-    fitted = fit_sharding(sharding, old, moment, axes)
+    fitted = fit_sharding(sharding, old, moment, axes, groups)
     named = isinstance(fitted, jax.NamedSharding)
     spec = fitted.spec if named else fitted
     kept = jax.P(*(None if n == 1 else x for x, n in zip(spec, new, strict=True)))

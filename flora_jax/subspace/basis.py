@@ -104,10 +104,12 @@ class Basis:
             if self.refresh_every is None or not refresh.transport.moves:
                 return sampled, stored, moments
         leaves = list(zip(grads, sampled, stored, moments, strict=True))
-        # Stacked layers on a mesh have a branch of their own: what is made for it, such
-        # as moments that are decoded, is then freed before the next one is run.
+        # Moments of stacked layers on a mesh have a branch of their own: what is made
+        # for it, such as decoded moments, is then freed before the next one is run.
+        # What chooses bases sends less for all of them together.
+        alone = [not self.is_stored and loop_steps(plan) > 0 for plan in plans]
         branches = {
-            i: (self._place(plan), i if loop_steps(plan) else -1)
+            i: (self._place(plan), i if alone[i] else -1)
             for i, plan in enumerate(plans)
             if not plan.dense
         }

@@ -54,6 +54,14 @@ LAYOUTS = {
         },
     ),
 }
+# Heads as wide as the rank, as Gemma 3's: the axis that holds it does not change.
+EQUAL = (
+    {"fsdp": 4, "tensor": 2},
+    {
+        "query": ((2560, 8, 256), P("fsdp", "tensor", None)),
+        "out": ((8, 256, 2560), P("tensor", None, "fsdp")),
+    },
+)
 DENSE = {"bias": ((4096,), P("fsdp")), "scale": ((4096,), P())}
 
 # Each recipe, and the moments that it keeps where AdamW keeps two.
@@ -82,7 +90,7 @@ class Model(nnx.Module):
 
 
 def on_mesh(name):
-    sizes, kernels = LAYOUTS[name]
+    sizes, kernels = {**LAYOUTS, "equal": EQUAL}[name]
     kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
     known = {
@@ -150,9 +158,10 @@ def test_a_device_holds_its_share_of_the_sketches(recipe, layout):
 
 
 @pytest.mark.sample(3)
+@pytest.mark.parametrize("layout", ["stacked", "equal"])
 @every_case
-def test_metadata_says_what_state_sharding_says(case):
-    mesh, leaves = on_mesh("stacked")
+def test_metadata_says_what_state_sharding_says(case, layout):
+    mesh, leaves = on_mesh(layout)
     shardings = {k: jax.NamedSharding(mesh, spec) for k, (_, spec) in leaves.items()}
     params = {
         k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, (shape, _) in leaves.items()
@@ -175,6 +184,32 @@ def test_metadata_says_what_state_sharding_says(case):
         }
 
     assert specs(found) == specs(expected)
+
+
+@pytest.mark.parametrize("recipe", ["flora", "galore"])
+def test_a_model_and_its_optimizer_in_one(recipe):
+    """``nnx.ModelAndOptimizer`` shards the state as ``nnx.Optimizer`` does."""
+    mesh, leaves = on_mesh("both")
+    tx = RECIPES[recipe][0](1e-3, SKETCH)
+    with jax.set_mesh(mesh):
+        model = nnx.eval_shape(lambda: nnx.ModelAndOptimizer(Model(leaves), tx))
+    params = nnx.state(model.model, nnx.Param)
+    shardings = nnx.get_named_sharding(model.opt_state, mesh)
+    found = placed(model.opt_state, params, shardings)
+    expected = by_parameter(tx, leaves, mesh)
+    assert [x[1:] for x in found] == [x[1:] for x in expected]
+
+
+def test_sharded_arrays_without_metadata():
+    """Layers and sides are read from the arrays that variables hold."""
+    mesh, _ = on_mesh("both")
+    place = jax.NamedSharding(mesh, P(None, "fsdp"))
+    box = nnx.Param(jax.device_put(jnp.zeros((4, 512, 1024)), place))
+    plain = fj.Sketch(254).with_metadata({"w": box[...]}).plan({"w": box[...]})
+    boxed = fj.Sketch(254).with_metadata({"w": box}).plan({"w": box})
+    assert plain[0].layer_shards == boxed[0].layer_shards == 1
+    with pytest.warns(UserWarning, match="256"):
+        fj.flora(1e-3, fj.Sketch(254)).init({"w": box})
 
 
 def test_adafactor_inside_an_accumulation():

@@ -132,6 +132,9 @@ RECIPES = {
     "flora_muon_rows": lambda: fj.flora_muon(
         1.0, SKETCH, refresh_every=20, method=fj.RowNormalization()
     ),
+    "flora_muon_bfloat16": lambda: fj.flora_muon(
+        1.0, SKETCH, refresh_every=20, method=fj.NewtonSchulz(dtype="bfloat16")
+    ),
     "flora_gaussian": lambda: fj.flora(
         1.0, projected(fj.Gaussian()), resample_every=20, estimator="paper"
     ),
