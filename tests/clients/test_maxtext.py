@@ -5,11 +5,11 @@ Each run is a process: MaxText keeps its settings in globals.
 
 import functools
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
-import maxtext
 import numpy as np
 import pytest
 
@@ -77,11 +77,9 @@ def test_the_script_of_the_documentation(tmp_path):
     text = DOCUMENT.read_text().split("## MaxText")[1]
     script = tmp_path / "train.py"
     script.write_text(text.split("```py\n")[1].split("```")[0])
-    base = pathlib.Path(maxtext.__file__).parent / "configs" / "base.yml"
+    command = text.split("```bash\n")[1].split("```")[0].strip()
     metrics = tmp_path / "metrics.jsonl"
     settings = {
-        "run_name": "flora",
-        "ici_fsdp_parallelism": 8,
         "hardware": "cpu",
         "skip_jax_distributed_system": True,
         "base_output_directory": tmp_path,
@@ -101,8 +99,16 @@ def test_the_script_of_the_documentation(tmp_path):
         "max_target_length": 32,
     }
     given = [f"{name}={value}" for name, value in settings.items()]
-    command = [sys.executable, str(script), str(base), *given]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    folders = [str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]
+    done = subprocess.run(
+        " ".join([command, *given]),
+        shell=True,
+        cwd=tmp_path,
+        env=os.environ | {"PATH": os.pathsep.join(folders), "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(metrics.read_text().splitlines()) == 3
 

@@ -3,17 +3,24 @@
 It needs the extra `tpu-compiler`, and no TPU.
 """
 
+import itertools
+
 import pytest
 
 from experiments.accelerators.run import measure
 from tests.experiments.accelerators.test_accelerators import rows
 
-
 # One more pass over the gradient would be a seventh or more.
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+BOTH = ["adamw", "adamw_int8", "flora", "flora_adamw", "apollo", "flora_accumulation"]
+FLOAT32 = ["flora_adamw_int8", "fira", "flora_muon_bfloat16"]
+
+
 @pytest.mark.parametrize(
-    "method",
-    ["adamw", "adamw_int8", "flora", "flora_adamw", "apollo", "flora_accumulation"],
+    ("method", "dtype"),
+    [
+        *itertools.product(BOTH, ["float32", "bfloat16"]),
+        *itertools.product(FLOAT32, ["float32"]),
+    ],
 )
 def test_a_step_moves_and_holds_no_more(method, dtype):
     expected = rows(chip="v5e", problem="leaf", dtype=dtype)[method]

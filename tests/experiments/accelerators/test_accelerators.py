@@ -39,7 +39,8 @@ MOST = {
         "flora_adamw": (5.1, 0.2),
         "flora_adamw_int8": (5.7, 0.3),
         "apollo": (4.6, 0.15),
-        "galore": (4.0, 0.15),
+        # Parts of the products of a refresh, by a compiler that could not tune them.
+        "galore": (4.0, 0.2),
         "flora_accumulation": (1.15, 0.15),
     },
 }

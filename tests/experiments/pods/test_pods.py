@@ -62,7 +62,7 @@ def test_the_committed_table_holds_its_bounds(tmp_path):
             assert sum(row["step"].values()) <= most * row["sketches"]
             # In a loop over the layers. Of int8, the moments of all are decoded first.
             if row["pod"] == "v5e:8x8":
-                share = 0.17 if "int8" in row["method"] else 0.1
+                share = 0.2 if "int8" in row["method"] else 0.1
                 assert row["temporaries"] <= share * row["arguments"]
 
 
