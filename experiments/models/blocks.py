@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from experiments.models.config import Config
 
@@ -175,23 +176,58 @@ def run(
     graphdef = nnx.graphdef(blocks[0] if listed else blocks)
 
     def step(x, layer):
-        state, parts, i = layer
-        if not listed:
-            one = jnp.where(i < 1000, 1.0, 0.0)
-            state = jax.tree.map(lambda w: w * one.astype(w.dtype), state)
+        state, parts = layer
         return apply(nnx.merge(graphdef, state), x, *parts)
 
-    if remat:
-        # A loop cannot be merged with its recomputation: it needs no barrier.
-        step = jax.checkpoint(step, prevent_cse=listed)
-    if not listed:
-        return jax.lax.scan(step, x, (nnx.state(blocks), per_layer, jnp.arange(len(jax.tree.leaves(nnx.state(blocks))[0]))))
+    if listed:
+        step = jax.checkpoint(step) if remat else step
+    else:
+        xs = nnx.state(blocks), per_layer
+        if remat:
+            count = len(jax.tree.leaves(xs)[0])
+            # A loop cannot be merged with its recomputation: it needs no barrier.
+            step = jax.checkpoint(_with_own_weights(step), prevent_cse=False)
+            return jax.lax.scan(step, x, (jnp.arange(count), *xs))
+        return jax.lax.scan(step, x, xs)
     outs = []
     for i, block in enumerate(blocks):
         parts = jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)
         x, out = step(x, (nnx.state(block), parts))
         outs.append(out)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+
+
+def _with_own_weights(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step of a loop that gets a layer's weights on TPUs, and no copy of all.
+
+    Their compiler would round and transpose the weights of all layers before the loop,
+    into arrays of half the parameters' size and more. It does not move a product with
+    what it does not know to be 1, nor a layout that is asked for.
+    """
+
+    def own(state: Any, i: Array) -> Any:
+        one = jnp.where(i >= 0, 1.0, 0.0)
+        return jax.tree.map(lambda w: _as_stored(w) * one.astype(w.dtype), state)
+
+    def with_own(x: Array, layer: tuple[Any, ...]) -> Any:
+        i, state, parts = layer
+        state = jax.lax.platform_dependent(
+            state, i, tpu=own, default=lambda state, _: state
+        )
+        return step(x, (state, parts))
+
+    return with_own
+
+
+def _as_stored(weights: Array) -> Array:
+    """One layer's weights in the order in which a TPU stores those of all layers."""
+    order = tuple(range(weights.ndim))
+    if weights.ndim > 1:
+        n, m = weights.shape[-2:]
+        # In tiles of 8 x 128, along the axis that wastes less.
+        if -(-m // 8) * 8 * -(-n // 128) * 128 < -(-n // 8) * 8 * -(-m // 128) * 128:
+            order = (*order[:-2], order[-1], order[-2])
+    return with_layout_constraint(weights, Layout(order))
 
 
 def stack(params: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ class InPlace:
       transform: from some scalars, an update and a parameter to the update that is
         added; or from the same part of both, as it changes each element by itself.
       scalars: those of each leaf, in flattening order.
+      expanded: gradients that have been expanded from sketches, and these; None if they
+        have not been.
       for_recipes: whether recipes are to apply theirs, too, or an accumulation alone.
       is_required: whether the two calls of optax would not do in place of this one.
       params: the new parameters; None until a transformation has set them.
@@ -31,6 +33,7 @@ class InPlace:
 
     is_required: bool = False
     params: PyTree = None
+    expanded: tuple[Sequence[jax.Array], Sequence[Any]] | None = None
 
     def __init__(
         self,
@@ -50,6 +53,13 @@ class InPlace:
         ours, theirs = jax.tree.leaves(self.given), jax.tree.leaves(params)
         same = len(ours) == len(theirs)
         return same and all(x is y for x, y in zip(ours, theirs, strict=True))
+
+    def sources(self, grads: Sequence[jax.Array]) -> Sequence[Any]:
+        """What each of these gradients was expanded from, or None."""
+        ours, sources = self.expanded or ((), ())
+        same = len(ours) == len(grads)
+        same = same and all(x is y for x, y in zip(ours, grads, strict=True))
+        return sources if same else [None] * len(grads)
 
     def is_for_recipe(self, params: PyTree) -> bool:
         """Whether a recipe that is given these parameters is to apply its updates."""

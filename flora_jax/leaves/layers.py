@@ -15,9 +15,14 @@ from flora_jax.leaves.mesh import common_shards, is_manual, is_sharded
 from flora_jax.leaves.plan import LeafPlan
 
 
-def loop_steps(plan: LeafPlan) -> int:
-    """In how many steps a loop goes over a leaf's layers; 0 if there is no loop."""
-    if not plan.batch_axes or not is_sharded():
+def loop_steps(plan: LeafPlan, on_one_device: bool = False) -> int:
+    """In how many steps a loop goes over a leaf's layers; 0 if there is no loop.
+
+    Args:
+      plan: the leaf's plan.
+      on_one_device: whether there is one without a mesh as well.
+    """
+    if not plan.batch_axes or not (is_sharded() or on_one_device):
         return 0
     layers = plan.shape[plan.batch_axes[0]]
     steps, rest = divmod(layers, plan.layer_shards or common_shards(layers))
@@ -30,6 +35,7 @@ def by_layers(
     arrays: PyTree,
     folded: PyTree = None,
     renewed: PyTree = None,
+    on_one_device: bool = False,
 ) -> tuple[PyTree, PyTree]:
     """``fn(plan, arrays, folded, renewed)`` of a leaf, layer by layer on a mesh.
 
@@ -48,11 +54,12 @@ def by_layers(
         size 1 for what all layers share.
       renewed: arrays like ``arrays``, of which those that ``fn`` returns take the
         place, in their memory.
+      on_one_device: whether to do so without a mesh as well.
 
     Returns:
       What ``fn`` would return for all layers.
     """
-    if not (steps := loop_steps(plan)):
+    if not (steps := loop_steps(plan, on_one_device)):
         return fn(plan, arrays, folded, renewed)
     axis = plan.batch_axes[0]
     layers = plan.shape[axis]

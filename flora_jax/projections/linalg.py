@@ -36,6 +36,7 @@ def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:
     )
 
 
+@functools.cache
 def _float32_on_cuda() -> Any:
     """The fastest precision near float32 that the attached GPUs take, if there are any.
 

@@ -163,7 +163,7 @@ def _dynamic_update_slice(target: Target) -> Rewrite | str:
 
 
 @_rule_for("convert_element_type", "copy", "copy_p")
-@_rule_for("optimization_barrier", "sharding_constraint")
+@_rule_for("optimization_barrier", "sharding_constraint", "layout_constraint")
 def _identity(target: Target) -> Rewrite | str:
     """Copies, conversions, and what only tells XLA how to compute."""
     source = target.operands[target.index]

@@ -56,17 +56,20 @@ class ScaledLeaf(NamedTuple):
       factors: float32 arrays that broadcast to it: scalars, or with all of its axes.
       threshold: largest RMS of the product, which is divided by max(1, RMS/threshold)
         once its RMS is known; None if it is not clipped.
+      source: what the leaf was expanded from, to do so again layer by layer, so that it
+        is never in memory as a whole; or None.
     """
 
     leaf: Float[Array, "..."]
     factors: tuple[jax.Array, ...] = ()
     threshold: Any = None
+    source: Expansion | None = None
 
     def times(self, *factors: jax.Array) -> ScaledLeaf:
         """The leaf with more factors, after it is clipped."""
         given = self if self.threshold is None else self.clipped()
         full = [factor.astype(jnp.float32) for factor in factors]
-        return ScaledLeaf(given.leaf, (*given.factors, *full))
+        return given._replace(factors=(*given.factors, *full))
 
     def clipped(self, squares: jax.Array | None = None) -> ScaledLeaf:
         """The leaf with the factor that clips it; it must have a threshold.
@@ -75,7 +78,7 @@ class ScaledLeaf(NamedTuple):
           squares: sums of squares of the product, all of it together; None to find them
             in a pass over the leaf.
         """
-        full = self.leaf, self.factors
+        full = self._replace(threshold=None)
         if squares is None:
             # On CPU XLA would write the product, which others read too, to memory.
             total = _sum_of_squares(unshared(full))
@@ -89,7 +92,7 @@ class ScaledLeaf(NamedTuple):
             )
         rms = jnp.sqrt(total / float(self.leaf.size))  # It may exceed int32.
         factor = 1 / jnp.maximum(1.0, rms / self.threshold)
-        return ScaledLeaf(self.leaf, (*self.factors, factor))
+        return full._replace(factors=(*self.factors, factor))
 
     def value(self) -> Float[Array, "..."]:
         """The product, float32, clipped."""
@@ -101,13 +104,46 @@ class ScaledLeaf(NamedTuple):
 
     def applied(self, apply: Apply, scalars: Any, param: jax.Array) -> jax.Array:
         """The new parameter, if this is its update."""
-        return apply(scalars, self.value(), param)
+        if self.source is None:
+            return apply(scalars, self.value(), param)
+        full = self if self.threshold is None else self.clipped()
+        new, _ = full.by_layers(lambda x, old: (apply(scalars, x, old), None), param)
+        return new
+
+    def by_layers(
+        self, fn: Callable[..., tuple[Any, Any]], param: jax.Array | None = None
+    ) -> tuple[Any, Any]:
+        """``fn`` of layers of the product, not clipped, and of a parameter.
+
+        Args:
+          fn: it returns the new parameter, and other arrays of as many axes.
+          param: the parameter.
+
+        Returns:
+          What ``fn`` would return for all of it.
+        """
+        source, dtype = self.source, self.leaf.dtype
+        assert source is not None
+
+        def layers(plan: LeafPlan, sampled: Any, arrays: Any, param: Any) -> Any:
+            sketch, factors = arrays
+            leaf = source.sketcher.unsketch_leaf(plan, sampled, sketch).astype(dtype)
+            return fn(ScaledLeaf(leaf, factors).value(), param)
+
+        arrays = source.sketch, self.factors
+        return source.sketcher.by_layers(
+            layers, source.plan, source.sampled, arrays, param, on_one_device=True
+        )
 
 
-def _sum_of_squares(full: tuple[Any, ...]) -> jax.Array:
+def _sum_of_squares(full: ScaledLeaf) -> jax.Array:
     """Of a leaf times its factors, in a pass over it."""
-    product = ScaledLeaf(*full).value()
-    return jnp.sum(product * product)
+    if full.source is None:
+        product = full.value()
+        return jnp.sum(product * product)
+    # With an axis for each of the leaf's, along which layers are put together.
+    _, sums = full.by_layers(lambda x, _: (None, jnp.sum(x * x, keepdims=True)))
+    return jnp.sum(sums)
 
 
 @jax.tree_util.register_dataclass
@@ -283,6 +319,24 @@ class EstimatedLeaf(NamedTuple):
 
         arrays = self.sketch, self.leaf
         return self.sketcher.by_layers(renew, self.plan, self.sampled, arrays, param)[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Expansion:
+    """The sketch that a leaf of stacked layers was expanded from.
+
+    Attributes:
+      sketch: C, in the state's shape.
+      sampled: what determines S.
+      sketcher: static; how the leaf is sketched.
+      plan: static; the leaf's plan.
+    """
+
+    sketch: Float[Array, "..."]
+    sampled: Any
+    sketcher: Sketcher = dataclasses.field(metadata={"static": True})
+    plan: LeafPlan = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -472,6 +526,7 @@ class Sketcher:
         sampled: Any,
         arrays: PyTree,
         renewed: PyTree = None,
+        on_one_device: bool = False,
     ) -> tuple[PyTree, PyTree]:
         """``fn(plan, sampled, arrays, renewed)``, layer by layer on a mesh.
 
@@ -481,6 +536,7 @@ class Sketcher:
           sampled: what determines S.
           arrays: of the leaf's number of axes, or scalars.
           renewed: arrays that ``fn`` returns anew.
+          on_one_device: whether to do so without a mesh as well.
 
         Returns:
           New ``renewed``, and what else ``fn`` returns.
@@ -493,6 +549,7 @@ class Sketcher:
             arrays,
             None if shared else sampled,
             renewed,
+            on_one_device,
         )
 
     def sketch_clipped(

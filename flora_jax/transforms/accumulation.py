@@ -15,10 +15,13 @@ from flora_jax._typing import AxisNames, PyTree
 from flora_jax.leaves import trees
 from flora_jax.leaves.boxes import unboxed
 from flora_jax.leaves.in_place import APPLY
+from flora_jax.leaves.layers import loop_steps
+from flora_jax.leaves.plan import LeafPlan
 from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key
 from flora_jax.sketching.sketch import Sketch, check_leaves, resolve
 from flora_jax.sketching.sketcher import (
+    Expansion,
     OnSketch,
     Plans,
     ScaledLeaf,
@@ -211,14 +214,23 @@ def compressed_accumulation(
             empty = [jnp.zeros_like(x) for x in acc]
             return optax.tree.cast_like(updates, like), new, empty
 
+        def can_loop(plan: LeafPlan) -> bool:
+            """Whether a leaf can be expanded layer by layer, where it is read."""
+            return axis_name is None and loop_steps(plan, True) > 0 and not plan.dense
+
         def end_cycle_in_place(_: Any, operands: tuple[Any, ...]) -> tuple[Any, ...]:
             """All operands after the end of a cycle."""
             acc, inner_state, sampled, params = operands
             # Or a TPU's compiler would sum up a parameter's squares before the loop.
             params = jax.tree.map(jax.lax.optimization_barrier, params)
             grads = mean_gradients(acc, sampled)
+            leaves = zip(plans, sampled, acc, strict=True)
+            sources = [
+                Expansion(leaf, s, sketcher, plan) if can_loop(plan) else None
+                for plan, s, leaf in leaves
+            ]
             params, new = apply_updates_of(
-                inner, grads, inner_state, params, extra_args, is_strict=False
+                inner, grads, inner_state, params, extra_args, False, sources
             )
             new = jax.tree.map(trees.cast_like, new, inner_state)
             return [jnp.zeros_like(x) for x in acc], new, sampled, params

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import optax
 
 from flora_jax._typing import PyTree
@@ -67,11 +68,17 @@ def apply_updates_of(
     params: PyTree,
     extra_args: Mapping[str, Any],
     is_strict: bool,
+    sources: Sequence[Any] | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """:func:`update_and_apply`; if not strict, also of what takes no request."""
+    """:func:`update_and_apply`; if not strict, also of what takes no request.
+
+    ``sources`` are what gradients were expanded from, if they were.
+    """
     update = optax.with_extra_args_support(tx).update
     # Or a recipe that applies in vain would tell of its sketches twice.
     request = InPlace(params, for_recipes=extra_args.get("on_sketch") is None)
+    if sources is not None:
+        request.expanded = jax.tree.leaves(grads), sources
     try:
         updates, new = update(grads, state, params, **{APPLY: request}, **extra_args)
         if updates is request:

@@ -146,9 +146,8 @@ def _step(
     old = zip(plans, leaves, *map(jax.tree.leaves, trees), strict=True)
     results = [factored_rms_step(plan, decay, epsilon, *leaf) for plan, *leaf in old]
     scaled, *statistics = zip(*results, strict=True) if results else 4 * [()]
-    return list(scaled), FactoredRmsState(
-        optax.safe_increment(state.count), *map(rebuild, trees, statistics)
-    )
+    new = rebuild(trees, [x for own in statistics for x in own])
+    return list(scaled), FactoredRmsState(optax.safe_increment(state.count), *new)
 
 
 def _statistics_shapes(plan: LeafPlan) -> tuple[Shape, Shape, Shape]:
@@ -172,15 +171,25 @@ def factored_rms_step(
     v: Float[Array, "..."],
 ) -> tuple[ScaledLeaf, jax.Array, jax.Array, jax.Array]:
     """One leaf with the factors that scale it, and its new v_row, v_col and v."""
-    full = grad.value()
     if plan.dense:
+        full = grad.value()
         new = decay * v + (1 - decay) * (full * full + epsilon)
         return grad.times(jax.lax.rsqrt(new)), v_row, v_col, new.astype(v.dtype)
-    # Or XLA on CPU would write the squares, which two reductions read, to memory.
-    again = grad._replace(leaf=unshared(grad.leaf)).value()
     larger, smaller = plan.larger_smaller
-    row_mean_square = jnp.mean(full * full, axis=larger, keepdims=True)
-    column_mean_square = jnp.mean(again * again, axis=smaller, keepdims=True)
+
+    def means(full: jax.Array, again: jax.Array | None) -> tuple[None, Any]:
+        again = full if again is None else again
+        return None, (
+            jnp.mean(full * full, axis=larger, keepdims=True),
+            jnp.mean(again * again, axis=smaller, keepdims=True),
+        )
+
+    if grad.source is not None and grad.source.plan.batch_axes[0] in plan.batch_axes:
+        _, (row_mean_square, column_mean_square) = grad.by_layers(means)
+    else:
+        # Or XLA on CPU would write the squares, which two reductions read, to memory.
+        again = grad._replace(leaf=unshared(grad.leaf)).value()
+        _, (row_mean_square, column_mean_square) = means(grad.value(), again)
     row = decay * v_row + (1 - decay) * (row_mean_square + epsilon)
     column = decay * v_col + (1 - decay) * (column_mean_square + epsilon)
     # V = R C / mean(R); its −½ is applied as two factors, never as a matrix.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +84,10 @@ class NewtonSchulz:
         tall = matrix.shape[-2] > matrix.shape[-1]
         x = jnp.swapaxes(matrix, -1, -2) if tall else matrix
         # By the largest entry first: squares of tiny or huge updates leave float32.
-        largest = jnp.max(jnp.abs(x), (-2, -1), keepdims=True)
-        x = (x / jnp.maximum(largest, _SMALL)).astype(self.dtype)
+        x = x / jnp.maximum(jnp.max(jnp.abs(x), (-2, -1), keepdims=True), _SMALL)
+        norm = jnp.sqrt(jnp.sum(x * x, (-2, -1), keepdims=True))
+        # Of a matrix that is not zero it is at least 1.
+        x = (x / jnp.maximum(norm, 1.0)).astype(self.dtype)
         powers = _MARGIN ** -np.array([1, 3, 5])
         coefficients = jnp.float32(np.multiply(_COEFFICIENTS, powers))
 
@@ -94,27 +96,19 @@ class NewtonSchulz:
         # Not on the Gram matrix alone ("Gram Newton-Schulz"), which takes 22 % fewer
         # operations at an aspect ratio of 2.7: with products of bfloat16 parts, as a
         # TPU's, small singular values then came out as large as 8, of TF32 as 1.8.
-        def step(i: Any, x: jax.Array, squared_norm: Any = 1.0) -> jax.Array:
+        def step(i: jax.Array, x: jax.Array) -> jax.Array:
             a, b, c = coefficients[jnp.minimum(i, len(_COEFFICIENTS) - 1)]
-            gram = _gram(x) / squared_norm
+            gram = x @ jnp.swapaxes(x, -1, -2)
             # With a I in the small matrix, so that no pass over X adds a X.
             polynomial = a * eye + (b * gram + c * (gram @ gram))
-            return (polynomial / jnp.sqrt(squared_norm)).astype(x.dtype) @ x
+            return polynomial.astype(x.dtype) @ x
 
-        # ‖X‖² without another pass over X: the Gram matrix, which the compiler computes
-        # once, has it as its trace. Of a matrix that is not zero it is at least 1.
-        squared_norm = jnp.trace(_gram(x), axis1=-2, axis2=-1)[..., None, None]
-        x = step(0, x, jnp.maximum(squared_norm, 1.0))
         # Unrolled, no step copies X; but those of a sharded matrix take three times the
         # memory.
         unroll = not is_sharded()
-        x = jax.lax.fori_loop(1, self.steps, step, x, unroll=unroll)
+        x = jax.lax.fori_loop(0, self.steps, step, x, unroll=unroll)
         x = x.astype(jnp.float32)
         return jnp.swapaxes(x, -1, -2) if tall else x
-
-
-def _gram(x: Float[Array, "*batch n m"]) -> Float[Array, "*batch n n"]:
-    return jnp.matmul(x, jnp.swapaxes(x, -1, -2), preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,9 +83,10 @@ def run_parts(
     arrays, treedef = jax.tree.flatten(states)
 
     def run(
-        grads: Any, arrays: Any, settings: Any, params: Any, scalars: Any
+        grads: Any, sources: Any, arrays: Any, settings: Any, params: Any, scalars: Any
     ) -> tuple[Any, Any]:
-        leaves: Sequence[Any] = [ScaledLeaf(grad) for grad in grads]
+        pairs = zip(grads, sources, strict=True)
+        leaves: Sequence[Any] = [ScaledLeaf(x, source=source) for x, source in pairs]
         old = jax.tree.unflatten(treedef, arrays)
         new = []
         for part, plan, state, own in zip(parts, plans, old, settings, strict=True):
@@ -104,9 +105,11 @@ def run_parts(
 
     settings = [part.settings for part in parts]
     own = [] if in_place is None else jax.tree.leaves(params)
-    scalars = [] if in_place is None else in_place.scalars
+    scalars, sources = [], [None] * len(grads)
+    if in_place is not None:
+        scalars, sources = in_place.scalars, in_place.sources(grads)
     results, arrays = run_sharded(
-        run, (own or like, arrays), grads, arrays, settings, own, scalars
+        run, (own or like, arrays), grads, sources, arrays, settings, own, scalars
     )
     states = jax.tree.unflatten(treedef, arrays)
     if in_place is None:
@@ -177,6 +180,7 @@ def chain_parts(
         own = None
         if request is not None and applies and request.is_for_recipe(params):
             own = _request(last, ends, params)
+            own.expanded = request.expanded
         new_updates = updates
         if parts:
             on_sketch = extra_args.get("on_sketch")

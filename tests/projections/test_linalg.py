@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from flora_jax.projections import linalg
 from flora_jax.projections.linalg import product
 
 _THREE_OF_TF32, _FULL = "num_primitive_operations = 3", "precision = [HIGHEST, HIGHEST]"
@@ -22,6 +23,8 @@ _THREE_OF_TF32, _FULL = "num_primitive_operations = 3", "precision = [HIGHEST, H
 )
 def test_gpus_without_tf32_multiply_in_float32(capabilities, wanted, monkeypatch):
     devices = [types.SimpleNamespace(compute_capability=x) for x in capabilities]
+    # Of each case's devices, and afterwards of the real ones.
+    monkeypatch.setattr(linalg, "_float32_on_cuda", linalg._float32_on_cuda.__wrapped__)
     monkeypatch.setattr(jax, "devices", lambda: [*devices, object()])
     x, right = jnp.ones((4, 8)), jnp.ones((8, 2))
     traced = jax.jit(lambda *arrays: product(*arrays, -1)).trace(x, right)

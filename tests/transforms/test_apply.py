@@ -1,5 +1,6 @@
 """One call for an update and its application, against the two calls of optax."""
 
+import dataclasses
 import functools
 import operator
 
@@ -289,6 +290,35 @@ def test_rounds_as_the_two_calls(make, wide):
     updates, _ = tx.update(grads, state, params)
     expected = optax.apply_updates(params, updates)
     chex.assert_trees_all_close(new, expected, rtol=2**-20 if wide else 2**-7, atol=0)
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_stacked_layers_are_expanded_one_by_one(agree):
+    """Also where the second moment folds the axis along which layers are stacked."""
+    shape = (32, 3, 64)
+    spec = optax.contrib.MuonDimensionNumbers((0,), (2,))
+    sketch = dataclasses.replace(SKETCH, weight_dimension_numbers=spec)
+    rules = fj.LeafRules(min_dim_size=16, max_aspect_ratio=99)
+    if agree:
+        rules = dataclasses.replace(rules, weight_dimension_numbers=spec)
+    inner = fj.adafactor(1e-1, rules=rules)
+    tx = fj.compressed_accumulation(inner, 2, sketch)
+    grads = {"w": jax.random.normal(jax.random.key(0), shape)}
+    params = {"w": jax.random.normal(jax.random.key(1), shape)}
+    ours = theirs = params, tx.init(params)
+    for _ in range(4):
+        ours = jax.jit(functools.partial(fj.update_and_apply, tx))(grads, *ours[::-1])
+        updates, state = jax.jit(tx.update)(grads, theirs[1], theirs[0])
+        theirs = optax.apply_updates(theirs[0], updates), state
+        chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    text = str(
+        jax.make_jaxpr(functools.partial(fj.update_and_apply, tx))(
+            grads, ours[1], ours[0]
+        )
+    )
+    # The loop of a cycle's end, and loops over layers inside of it.
+    loops = text.count("while[") + text.count("scan[")
+    assert loops >= (4 if agree else 3)
 
 
 def test_keeps_no_tree_of_updates():
