@@ -342,9 +342,6 @@ _OF_A_BASE = (
 )
 # Complete optimizers, without weight decay.
 _COMPLETE = (
-    Method(
-        "adam_accumulation", "Adam, full accumulation", _steps, _ACC, "full", "adam"
-    ),
     Method("sgd", "SGD", base_optimizer, base="sgd"),
     Method("adam", "Adam", base_optimizer, base="adam"),
     Method("adamw", "AdamW", _adamw),

@@ -16,7 +16,7 @@ from experiments.data.registry import DATASETS, Dataset
 from experiments.finetune.config import Config
 from experiments.models import hugging_face
 from experiments.models.build import create
-from experiments.models.config import PUBLISHED, GPT2Config, T5Config
+from experiments.models.config import PUBLISHED, DecoderConfig, GPT2Config, T5Config
 from experiments.models.config import Config as ModelConfig
 
 _TINY = {"t5-tiny": T5Config(), "gpt2-tiny": GPT2Config(2, 128, 4, 256)}
@@ -111,7 +111,7 @@ def _check_fit(config: Config, model: ModelConfig, size: int) -> None:
             "to it as --tokenizer"
         )
     length = config.source_length + config.target_length
-    if isinstance(model, GPT2Config) and length > model.context:
+    if isinstance(model, DecoderConfig) and length > model.context:
         raise ConfigError(
             f"`--source-length` and `--target-length` together must be at most "
             f"{model.context}, the model's context, got {length}"

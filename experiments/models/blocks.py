@@ -1,4 +1,4 @@
-"""What GPT-2 and T5 share: linear maps, attention, dropout, a stack of blocks, caches.
+"""What the models share: linear maps, attention, dropout, a stack of blocks, caches.
 
 In the shapes below B is the batch, T the positions that ask, S the positions that are
 read, W the width of the model, H the heads and D the width of a head.
@@ -22,16 +22,16 @@ from experiments.models.config import Config
 Key = Array | None
 
 Batch = dict[str, Array]
-"""For GPT-2 "tokens" (B, T + 1) and perhaps "weights" (B, T); for T5 "source" (B, S)
+"""For decoders "tokens" (B, T + 1) and perhaps "weights" (B, T); for T5 "source" (B, S)
 and "target" (B, T), both filled up with token 0. To decode from, "source" for T5; for
-GPT-2 "prompt" (B, S), padded on the left, and "prompt_mask", bool (B, S), False on the
-padding."""
+decoders "prompt" (B, S), padded on the left, and "prompt_mask", bool (B, S), False on
+the padding."""
 
 MASKED = float(np.finfo(np.float32).min)
 """Score of a position that must not be read; finite, so that no row becomes NaN."""
 
 # The places in the parameter tree where blocks are stacked or numbered.
-_STACKS = ("h", "block")
+_STACKS = ("h", "block", "layers")
 
 
 def linear(

@@ -14,9 +14,19 @@ from flax import nnx
 from jax import Array
 
 from experiments.models.blocks import Batch
-from experiments.models.config import PUBLISHED, Config, GPT2Config, validate
+from experiments.models.config import (
+    PUBLISHED,
+    Config,
+    GPT2Config,
+    LlamaConfig,
+    T5Config,
+    validate,
+)
 from experiments.models.gpt2 import GPT2
+from experiments.models.llama import Llama
 from experiments.models.t5 import T5
+
+_MODELS = {GPT2Config: GPT2, LlamaConfig: Llama, T5Config: T5}
 
 Params = dict[str, Any]
 """Nested dicts of arrays; a path in it reads "h/0/attn/c_attn/kernel"."""
@@ -38,8 +48,8 @@ def create(config: Config, seed: int) -> tuple[nnx.GraphDef, Params]:
         ConfigError: the sizes make no sense.
     """
     validate(config)
-    model = GPT2 if isinstance(config, GPT2Config) else T5
-    graphdef, state = nnx.split(model(config, rngs=nnx.Rngs(seed)), nnx.Param)
+    model = _MODELS[type(config)](config, rngs=nnx.Rngs(seed))
+    graphdef, state = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(state)
 
 

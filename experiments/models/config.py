@@ -69,14 +69,47 @@ class T5Config(_Computed):
     """Distance from which on all relative positions share the last bucket."""
 
 
-Config = GPT2Config | T5Config
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig(_Computed):
+    """The size of the Llama, and how it is computed."""
+
+    layers: int = 2
+    """Number of transformer blocks."""
+    width: int = 128
+    """Size of the residual stream; a multiple of the number of heads."""
+    hidden: int = 352
+    """Size of the inner layer of the feed-forward parts."""
+    heads: int = 4
+    """Attention heads in each block."""
+    kv_heads: int = 2
+    """Heads of keys and values, each for as many of the others."""
+    context: int = 128
+    """Tokens that the model sees at once; also the length of a packed example."""
+    vocab_size: int = 4096
+    """Tokens in the vocabulary."""
+    rope_base: float = 10_000.0
+    """Base of the angles of rotary positions."""
+    epsilon: float = 1e-5
+    """Added to the mean square in a norm."""
+    tied: bool = False
+    """The embedding is also the head."""
+
+    @property
+    def head_width(self) -> int:
+        """Size of one head's queries, keys and values."""
+        return self.width // self.heads
+
+
+DecoderConfig = GPT2Config | LlamaConfig
+"""Of models that have no encoder."""
+Config = DecoderConfig | T5Config
 
 
 def validate(config: Config) -> None:
     """Refuses sizes that make no sense.
 
     Args:
-        config: the settings of either model.
+        config: the settings of a model.
 
     Raises:
         ConfigError: naming the argument, its value, and what to give instead.
@@ -89,13 +122,15 @@ def validate(config: Config) -> None:
         _refuse("dropout", f"must be in [0, 1), got {config.dropout}; 0.1 is usual")
     if config.dtype not in ("float32", "bfloat16"):
         _refuse("dtype", f"must be float32 or bfloat16, got {config.dtype!r}")
-    if isinstance(config, GPT2Config):
+    if isinstance(config, DecoderConfig):
         if config.width % config.heads:
             _refuse(
                 "heads",
                 f"must divide `--model.width`, got {config.heads} and {config.width}; "
                 f"{math.gcd(config.width, config.heads)} heads would",
             )
+        if isinstance(config, LlamaConfig):
+            _validate_llama(config)
         return
     buckets, exact = config.buckets, config.buckets // 2
     # The encoder halves them for the two directions, and half of those are exact.
@@ -107,6 +142,25 @@ def validate(config: Config) -> None:
             f"must be above half of `--model.buckets` ({exact}), got "
             f"{config.max_distance}; T5 has 128 for 32 buckets",
         )
+
+
+def _validate_llama(config: LlamaConfig) -> None:
+    if config.heads % config.kv_heads:
+        _refuse(
+            "kv_heads",
+            f"must divide `--model.heads`, got {config.kv_heads} and {config.heads}; "
+            f"{math.gcd(config.heads, config.kv_heads)} would",
+        )
+    if config.head_width % 2:
+        _refuse(
+            "heads",
+            f"must leave an even size to each, got {config.heads} of "
+            f"{config.head_width}; rotary positions turn pairs",
+        )
+    for field in ("rope_base", "epsilon"):
+        if getattr(config, field) <= 0:
+            value = getattr(config, field)
+            _refuse(field, f"must be positive, got {value}; Llama 2 has 1e4 and 1e-5")
 
 
 def _refuse(field: str, message: str) -> None:
@@ -127,6 +181,10 @@ PUBLISHED: dict[str, Config] = {
     "gpt2-medium": _gpt2(24, 1024, 16),
     "gpt2-large": _gpt2(36, 1280, 20),
     "gpt2-xl": _gpt2(48, 1600, 25),
+    "llama-2-7b": LlamaConfig(32, 4096, 11008, 32, 32, 4096, 32000),
+    "llama-3-8b": LlamaConfig(32, 4096, 14336, 32, 8, 8192, 128256, 500_000.0),
+    "tinyllama-1.1b": LlamaConfig(22, 2048, 5632, 32, 4, 2048, 32000),
+    "smollm2-135m": LlamaConfig(30, 576, 1536, 9, 3, 8192, 49152, 100_000.0, tied=True),
     "t5-small": _t5(6, 512, 64, 2048, 8, v1_1=False),
     "t5-base": _t5(12, 768, 64, 3072, 12, v1_1=False),
     "t5-large": _t5(24, 1024, 64, 4096, 16, v1_1=False),

@@ -10,7 +10,6 @@ heads, L the length of the cache and V the vocabulary.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,9 @@ from flax import nnx
 from jax import Array
 
 from experiments.models import blocks
-from experiments.models.blocks import Batch, Cache, DecodeState, Key, KeysValues
+from experiments.models.blocks import Cache, Key, KeysValues
 from experiments.models.config import GPT2Config
+from experiments.models.decoder import Decoder, Places
 
 _STD = 0.02
 
@@ -48,7 +48,7 @@ class Attention(nnx.Module):
         self.c_proj = blocks.linear(width, width, _residual_std(config), config, rngs)
 
     def __call__(
-        self, x: Array, key: Key, cache: Cache, bias: Array, index: Array
+        self, x: Array, key: Key, cache: Cache, places: Places
     ) -> tuple[Array, Cache]:
         """Attends to `x` itself, or to the cache after `x` was written into it.
 
@@ -56,8 +56,7 @@ class Attention(nnx.Module):
             x: the input, (B, T, W).
             key: dropout key of the attention weights.
             cache: keys and values of the positions before, if decoding.
-            bias: `MASKED` where a position must not be read, (B, 1, T, T or L).
-            index: where in the cache `x` belongs.
+            places: where `x` stands.
 
         Returns:
             (B, T, W), and the cache.
@@ -68,10 +67,10 @@ class Attention(nnx.Module):
             for part in jnp.split(self.c_attn(x), 3, axis=-1)
         )
         if cache is not None:
-            k, v = cache = cache.write(KeysValues(k, v), index)
+            k, v = cache = cache.write(KeysValues(k, v), places.index)
         # The scale goes on q, which is smaller than the (T, T) scores.
         q = q * q.shape[-1] ** -0.5
-        out = blocks.attend(q, k, v, bias, config.dropout, key)
+        out = blocks.attend(q, k, v, places.bias, config.dropout, key)
         return self.c_proj(out), cache
 
 
@@ -102,16 +101,16 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
-        self, x: Array, key: Key, cache: Cache, bias: Array, index: Array
+        self, x: Array, key: Key, cache: Cache, places: Places
     ) -> tuple[Array, Cache]:
         """Maps (B, T, W) to (B, T, W), and the cache; see `Attention`."""
         keys = blocks.split_key(key, 3)
-        mixed, cache = self.attn(self.ln_1(x), keys[0], cache, bias, index)
+        mixed, cache = self.attn(self.ln_1(x), keys[0], cache, places)
         x = x + blocks.dropout(mixed, self.rate, keys[1])
         return x + blocks.dropout(self.mlp(self.ln_2(x)), self.rate, keys[2]), cache
 
 
-class GPT2(nnx.Module):
+class GPT2(Decoder):
     """The language model: token ids in, logits of the next token out."""
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
@@ -123,97 +122,16 @@ class GPT2(nnx.Module):
         self.h = blocks.build(make, config.layers, config.scan)
         self.ln_f = _norm(config, rngs)
 
-    def __call__(
-        self, tokens: Array, mask: Array | None = None, key: Key = None
-    ) -> Array:
-        """Predicts the token after each position.
+    @property
+    def _blocks(self) -> nnx.Module:
+        return self.h
 
-        Args:
-            tokens: ids, (B, T).
-            mask: bool, (B, T): False where a token is padding, on either side.
-            key: dropout key; None drops nothing.
+    @property
+    def _cache_heads(self) -> int:
+        return self.config.heads
 
-        Returns:
-            float32 logits (B, T, V).
-        """
-        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-        state = DecodeState(None, None, mask, jnp.int32(0))
-        return self._logits(self._run(tokens, state, key)[0])
-
-    def training(self, batch: Batch, key: Key = None) -> tuple[Array, Array, Array]:
-        """Predicts each token of a batch from those before it.
-
-        Args:
-            batch: "tokens" (B, T + 1) and, if not all labels count alike, float32
-                "weights" (B, T).
-            key: dropout key; None drops nothing.
-
-        Returns:
-            Logits (B, T, V), labels (B, T) and weights (B, T).
-        """
-        tokens = batch["tokens"]
-        labels = tokens[:, 1:]
-        weights = batch.get("weights", jnp.ones(labels.shape, jnp.float32))
-        return self(tokens[:, :-1], key=key), labels, weights
-
-    def start(self, batch: Batch, length: int) -> tuple[Array, DecodeState]:
-        """Reads the prompt and makes room for `length` tokens.
-
-        Args:
-            batch: "prompt" (B, S), padded on the left, and "prompt_mask", bool (B, S).
-            length: how many tokens will follow.
-
-        Returns:
-            Logits (B, V) of the first token to generate, and the state after it.
-
-        Raises:
-            ValueError: prompt and tokens together are longer than the context.
-        """
-        rows, prompt = batch["prompt"].shape
-        config = self.config
-        if prompt + length > config.context:
-            raise ValueError(
-                f"`length` must leave room for the prompt in the context of "
-                f"{config.context} tokens, got {length} after a prompt of {prompt}; "
-                f"at most {config.context - prompt} fit"
-            )
-        mask = jnp.ones((rows, length), bool)
-        mask = jnp.concatenate([batch["prompt_mask"], mask], axis=1)
-        head_width = config.width // config.heads
-        shape = (config.layers, *mask.shape, config.heads, head_width)
-        cache = KeysValues.zeros(shape, config.dtype)
-        state = DecodeState(cache, None, mask, jnp.int32(0))
-        return self._extend(state, batch["prompt"])
-
-    def step(self, state: DecodeState, tokens: Array) -> tuple[Array, DecodeState]:
-        """Reads one more token per row, (B,): the logits (B, V) after it, the state."""
-        return self._extend(state, tokens[:, None])
-
-    def _extend(self, state: DecodeState, tokens: Array) -> tuple[Array, DecodeState]:
-        x, cache = self._run(tokens, state)
-        state = state._replace(cache=cache, index=state.index + tokens.shape[1])
-        return self._logits(x[:, -1:])[:, 0], state
-
-    def _run(
-        self, tokens: Array, state: DecodeState, key: Key = None
-    ) -> tuple[Array, Cache]:
-        """Runs the blocks on tokens (B, T) that stand from `index` on in the mask."""
-        config, (cache, _, mask, index) = self.config, state
-        slots = index + jnp.arange(tokens.shape[1])
-        causal = jnp.arange(mask.shape[1]) <= slots[:, None]
-        readable = causal & mask[:, None, None, :]  # (B, 1, T, L)
-        bias = jnp.where(readable, 0, blocks.MASKED)
-        # Padding on the left does not count as a position; its own are not read.
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)[:, slots]
-        keys = blocks.split_key(key, 2)
-        layer_keys = None if key is None else jax.random.split(keys[1], config.layers)
-        x = self.wte(tokens) + self.wpe(positions)
-        x = blocks.dropout(x, config.dropout, keys[0])
-
-        def apply(block: Block, x: Array, *layer: Any) -> tuple[Array, Cache]:
-            return block(x, *layer, bias, index)
-
-        return blocks.run(self.h, apply, x, (layer_keys, cache), config.remat)
+    def _embed(self, tokens: Array, places: Places) -> Array:
+        return self.wte(tokens) + self.wpe(places.positions)
 
     def _logits(self, x: Array) -> Array:
         return blocks.logits_of(self.ln_f(x), self.wte)

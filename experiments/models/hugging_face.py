@@ -20,13 +20,20 @@ from safetensors.numpy import save_file
 from experiments.common.errors import ConfigError
 from experiments.models import blocks
 from experiments.models.build import Params, create
-from experiments.models.config import Config, GPT2Config, T5Config, validate
+from experiments.models.config import (
+    Config,
+    GPT2Config,
+    LlamaConfig,
+    T5Config,
+    validate,
+)
 
 Tensors = dict[str, np.ndarray]
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_PREFIX = "transformer."  # of GPT-2 with its head; the bare model has none
+# Of models with their heads; the bare ones have none, nor has a head of its own.
+_PREFIXES = {GPT2Config: "transformer.", LlamaConfig: "model."}
 
 # Causal masks of old GPT-2 files, and a table that T5 never read.
 _IGNORED = re.compile(
@@ -36,6 +43,7 @@ _IGNORED = re.compile(
 # Names under which some files hold the embedding once more.
 _COPIES = {
     "wte.weight": ("lm_head.weight",),
+    "embed_tokens.weight": ("lm_head.weight",),
     "shared.weight": (
         "encoder.embed_tokens.weight",
         "decoder.embed_tokens.weight",
@@ -45,7 +53,7 @@ _COPIES = {
 # T5's biases of positions belong to the stack here, and to its first block there.
 _POSITIONS = "block.0.layer.0.SelfAttention.relative_attention_bias"
 
-_KINDS = {"gpt2": GPT2Config, "t5": T5Config}
+_KINDS = {"gpt2": GPT2Config, "llama": LlamaConfig, "t5": T5Config}
 # Our settings by their names in `config.json`.
 _FIELDS = {
     "gpt2": {
@@ -55,6 +63,19 @@ _FIELDS = {
         "n_positions": "context",
         "vocab_size": "vocab_size",
         "resid_pdrop": "dropout",
+    },
+    "llama": {
+        "num_hidden_layers": "layers",
+        "hidden_size": "width",
+        "intermediate_size": "hidden",
+        "num_attention_heads": "heads",
+        "num_key_value_heads": "kv_heads",
+        "max_position_embeddings": "context",
+        "vocab_size": "vocab_size",
+        "rope_theta": "rope_base",
+        "rms_norm_eps": "epsilon",
+        "attention_dropout": "dropout",
+        "tie_word_embeddings": "tied",
     },
     "t5": {
         "num_layers": "layers",
@@ -75,6 +96,8 @@ _DEFAULTS = {
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
     "dropout_rate": 0.1,
+    "rope_theta": 10_000.0,
+    "attention_dropout": 0.0,
 }
 # What our models cannot do otherwise, and what a file means that does not say.
 _FIXED = {
@@ -85,6 +108,12 @@ _FIXED = {
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
         "tie_word_embeddings": True,
+    },
+    "llama": {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_scaling": None,
     },
     "t5": {"layer_norm_epsilon": 1e-6, "pad_token_id": 0},
 }
@@ -102,9 +131,11 @@ def read_config(path: str | pathlib.Path) -> Config:
     kind = data.get("model_type")
     if kind not in _KINDS:
         raise ConfigError(
-            f"`model_type` in config.json must be gpt2 or t5, got {kind!r}; "
+            f"`model_type` in config.json must be gpt2, llama or t5, got {kind!r}; "
             "other models cannot be read"
         )
+    if kind == "llama":
+        data = _llama(data)
     for name, value in _FIXED[kind].items():
         if data.get(name, value) != value:
             raise ConfigError(
@@ -130,6 +161,28 @@ def read_config(path: str | pathlib.Path) -> Config:
     return config
 
 
+def _llama(data: dict[str, Any]) -> dict[str, Any]:
+    """Settings of newer files by the names of older ones, and what these left out."""
+    positions = data.get("rope_parameters") or {}
+    kind = positions.get("rope_type", "default")
+    if kind != "default":
+        raise ConfigError(
+            f"`rope_type` in config.json must be default, got {kind!r}; other rotary "
+            "positions cannot be read"
+        )
+    heads, width = data.get("num_attention_heads"), data.get("hidden_size")
+    found = {"num_key_value_heads": heads, "tie_word_embeddings": False}
+    if "rope_theta" in positions:
+        found["rope_theta"] = positions["rope_theta"]
+    data = found | {name: x for name, x in data.items() if x is not None}
+    if heads and width and data.get("head_dim", width // heads) * heads != width:
+        raise ConfigError(
+            f"`head_dim` in config.json must be hidden_size / num_attention_heads "
+            f"({width // heads}), got {data['head_dim']}; other sizes cannot be read"
+        )
+    return data
+
+
 def _gated_and_tied(data: dict[str, Any]) -> dict[str, Any]:
     word = data.get("feed_forward_proj", "relu")
     if word not in _FEED_FORWARD:
@@ -149,6 +202,8 @@ def _json_of(config: Config) -> dict[str, Any]:
         kind = "gpt2"
         own = dict.fromkeys(("embd_pdrop", "attn_pdrop"), config.dropout)
         own["architectures"] = ["GPT2LMHeadModel"]
+    elif isinstance(config, LlamaConfig):
+        kind, own = "llama", {"architectures": ["LlamaForCausalLM"]}
     else:
         kind = "t5"
         words = {gated: word for word, gated in _FEED_FORWARD.items()}
@@ -193,14 +248,18 @@ def save(params: Params, config: Config, path: str | pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_json_of(config), indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    prefix = _PREFIX if isinstance(config, GPT2Config) else ""
-    tensors = {prefix + name: x for name, x in to_tensors(params, config).items()}
+    prefix = _PREFIXES.get(type(config), "")
+    tensors = {
+        name if name.startswith("lm_head.") else prefix + name: x
+        for name, x in to_tensors(params, config).items()
+    }
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
 
 
 def from_tensors(tensors: Tensors, config: Config) -> Params:
     """Turns tensors by their Hugging Face names into parameters; see `load`."""
-    tensors = {name.removeprefix(_PREFIX): x for name, x in tensors.items()}
+    prefix = _PREFIXES.get(type(config), "")
+    tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
     unrolled = dataclasses.replace(config, scan=False)
     expected = flatten_dict(jax.eval_shape(lambda: create(unrolled, 0)[1]))
     names = {path: _name(path, config) for path in expected}
@@ -238,7 +297,7 @@ def _name(path: tuple[Any, ...], config: Config) -> tuple[str, bool]:
     """Returns the name of a parameter in a checkpoint, and whether it is transposed.
 
     Modules have the same names; the last word is "bias" or "weight" there. Kernels are
-    (in, out) here and in GPT-2's files, (out, in) in T5's.
+    (in, out) here and in GPT-2's files, (out, in) in Llama's and T5's.
     """
     *modules, last = map(str, path)
     name = ".".join([*modules, "bias" if last == "bias" else "weight"])

@@ -1,7 +1,8 @@
-"""Tells what a training step needs, for any published model, allocating nothing.
+"""Tells what a training step takes on one chip, for published models.
 
-Parameters, optimizer state, gradient accumulator, and the compiler's account of the
-step that accumulates a micro-batch and of the step that applies the update.
+By the chip's own compiler: parameters, state and temporaries of one program, which
+computes a loss and gradients and updates the parameters, or why it is refused. Nothing
+is allocated or executed.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Which models and methods are measured, and which settings make no sense.
+"""Which models and methods are compiled, and which settings make no sense.
 
 Nothing here imports jax: `--help` and a refused command line answer at once.
 """
@@ -8,45 +8,51 @@ import pathlib
 from typing import Literal
 
 from experiments.common import config
+from experiments.common.chips import CHIPS
 from experiments.common.methods import METHODS
 from experiments.models.config import PublishedName, check_context
-
-MethodName = Literal[tuple(x for x in METHODS if METHODS[x].kind == "accumulation")]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured; nothing of it is allocated."""
+    """Every combination is compiled; nothing is executed."""
 
+    chips: tuple[Literal[tuple(CHIPS)], ...] = ("v5e",)
+    """What is compiled for."""
     models: tuple[PublishedName, ...] = ("t5-3b", "gpt2-xl")
     """Published sizes."""
-    methods: tuple[MethodName, ...] = (
-        "adam_accumulation",
+    methods: tuple[Literal[tuple(METHODS)], ...] = (
+        "adam",
         "full_accumulation",
         "lora_accumulation",
+        "galore",
         "flora_accumulation",
         "sketched_accumulation",
     )
-    """What accumulates gradients for Adafactor, or for Adam: in full, as a sketch, as a
-    sketch that backpropagation makes, or of adapters alone."""
-    ranks: tuple[int, ...] = (16, 64, 256, 512)
+    """The optimizers; accumulations over 16 micro-steps. Those that sketch accumulators
+    have the Adafactor of flora_jax inside."""
+    ranks: tuple[int, ...] = (16, 64)
     """Ranks of sketches and adapters."""
+    embeddings: bool = False
+    """Whether sketches are taken of embeddings as well, by a larger aspect ratio."""
     projection: config.Projection = "CountSketch"
-    """How gradients are sketched; the state is the same for all."""
+    """How accumulated gradients are sketched; the state is the same for all."""
     batch_size: int = 1
     """Examples in one micro-batch."""
     source_length: int = 512
-    """Tokens of T5's input; the first part of GPT-2's."""
+    """Tokens of T5's input; the first part of a decoder's."""
     target_length: int = 64
     """Tokens of the output."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the computation; parameters, states and accumulators are float32."""
+    """Type of parameters and computation; states are float32, GaLore's moments too."""
+    accumulator_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of sketched accumulators."""
     remat: bool = True
     """Recompute the activations of each block in the backward pass."""
     scan: bool = True
     """Stack the layers and scan over them: compiles faster."""
     output_dir: pathlib.Path = pathlib.Path("runs/step_memory")
-    """Where step_memory.json, table and picture go."""
+    """Where steps.jsonl, table and picture go."""
 
     def validate(self) -> None:
         """Refuses settings that make no sense.
@@ -58,6 +64,6 @@ class Config:
         config.check_at_least(
             self, ("ranks", "batch_size", "source_length", "target_length")
         )
-        config.check_some(self, ("models", "methods", "ranks"))
+        config.check_some(self, ("chips", "models", "methods", "ranks"))
         flags = "`--source-length` and `--target-length` together"
         check_context(self.models, flags, self.source_length + self.target_length)

@@ -1,70 +1,82 @@
 """The table and the picture of the memory of a training step."""
 
-import json
 import pathlib
-from typing import Any
 
 import numpy as np
 
 from experiments.common import plots, report
 from experiments.common.methods import METHODS
-from experiments.common.records import Row
+from experiments.common.records import Row, read_rows
 
 _GIB = 2**30
-_SIZES = ("parameters", "optimizer", "accumulator", "accumulate_step", "apply_step")
-_MORE = ("accumulate_temporaries", "apply_temporaries")
+_PARTS = ("parameters", "state", "temporaries")
+_CAPTION = """\
+GiB on one chip, by its compiler, of one program that computes a loss and its gradients
+and updates the parameters, donated as the state is. Of an accumulation over 16
+micro-steps it is the program that does both: adds to the accumulator and, at the end of
+a cycle, applies. The optimizer is Adafactor, unless Adam or GaLore (Adam in a subspace)
+is said. A v5e offers 15.75 GiB.
+"""
 
 
 def write(path: pathlib.Path) -> None:
-    """Writes the table (.md) and the picture (.png) beside the data."""
-    content = json.loads(path.read_text())
-    rows = content["rows"]
-    columns: dict[str, Any] = {
+    """Writes the table (.md) and the picture (.png) beside the rows."""
+    rows = read_rows(path)
+    columns = {
         "model": lambda row: row["model"],
-        "method": lambda row: METHODS[row["method"]].title,
+        "method": _title,
         "rank": lambda row: row["rank"],
+        "tokens": _tokens,
+        **{name: _gib(name) for name in (*_PARTS, "total")},
+        "refused, would take": _gib("refused"),
     }
-    for x in _SIZES:
-        columns[x.replace("_", " ")] = lambda row, x=x: f"{row[x] / _GIB:.3f}"
-    text = f"{_caption(content['config'])}\n\n{report.markdown(columns, rows)}"
+    text = _CAPTION
+    for (chip, dtype, remat, scan), group in report.grouped(
+        rows, "chip", "dtype", "remat", "scan"
+    ).items():
+        layers = "scanned" if scan else "unrolled"
+        kept = "activations of a layer recomputed" if remat else "activations kept"
+        text += f"\n## {chip}, {dtype}, layers {layers}, {kept}\n\n"
+        text += report.markdown(columns, group)
     path.with_suffix(".md").write_text(text)
     _draw(rows, path.with_suffix(".png"))
 
 
-def _caption(config: dict[str, Any]) -> str:
-    layers = "scanned" if config["scan"] else "unrolled"
-    activations = "recomputed" if config["remat"] else "kept"
-    return (
-        f"GiB; Adafactor unless Adam is said; {config['dtype']} computation, float32 "
-        f"parameters and state; micro-batches of {config['batch_size']} with "
-        f"{config['source_length']} + {config['target_length']} tokens; layers "
-        f"{layers}, activations {activations}."
-    )
+def _title(row: Row) -> str:
+    title = METHODS[row["method"]].title
+    if row["embeddings"]:
+        title += ", embeddings too"
+    if row["accumulator_dtype"] != "float32":
+        title += f", in {row['accumulator_dtype']}"
+    return title
+
+
+def _tokens(row: Row) -> str:
+    lengths = f"{row['source_length']} + {row['target_length']}"
+    return f"{row['batch_size']} x ({lengths})"
+
+
+def _gib(name: str):
+    return lambda row: f"{row[name] / _GIB:.2f}" if name in row else None
 
 
 def _draw(rows: list[Row], path: pathlib.Path) -> None:
-    """Draws a panel of bars per model."""
-    models = report.grouped(rows, "model")
-    heights = [len(group) + 1.5 for group in models.values()]
-    size, shape = (9, 0.34 * sum(heights) + 1.2), (len(models), 1)
+    """Draws a panel of bars per model and chip, of the programs that are accepted."""
+    accepted = [row for row in rows if "total" in row]
+    groups = report.grouped(accepted, "model", "chip", "dtype")
+    heights = [len(group) + 1.5 for group in groups.values()]
+    size, shape = (9, 0.3 * sum(heights) + 1.2), (len(groups), 1)
     with plots.picture(path, size, shape, height_ratios=heights) as panels:
-        for axes, ((model,), group) in zip(panels[:, 0], models.items(), strict=True):
-            _bars(axes, group)
-            axes.set_title(model, fontsize=10)
-        axes.set_xlabel("GiB of one device")
+        for axes, (names, group) in zip(panels[:, 0], groups.items(), strict=True):
+            labels = [report.ranked(_title(row), row["rank"]) for row in group]
+            parts = {x: np.array([row[x] for row in group]) / _GIB for x in _PARTS}
+            plots.bars(axes, labels, parts)
+            totals = [f"{row['total'] / _GIB:.1f}" for row in group]
+            axes.bar_label(axes.containers[-1], totals, padding=3, fontsize=8)
+            axes.set_title(", ".join(names), fontsize=10)
+            axes.margins(x=0.1)
+        axes.set_xlabel("GiB of one chip")
         plots.legend_below(axes)
-
-
-def _bars(axes: plots.Axes, rows: list[Row]) -> None:
-    labels = [report.ranked(METHODS[row["method"]].title, row["rank"]) for row in rows]
-    gib = {x: np.array([row[x] for row in rows]) / _GIB for x in (*_SIZES, *_MORE)}
-    parts = {x: gib[x] for x in ("parameters", "optimizer", "accumulator")}
-    parts["temporaries of the larger step"] = np.maximum(*(gib[x] for x in _MORE))
-    totals = [f"{x:.1f}" for x in plots.bars(axes, labels, parts)]
-    look = {"color": "black", "linewidths": 2, "label": "accumulate step alone"}
-    axes.scatter(gib["accumulate_step"], labels, 144, marker="|", zorder=3, **look)
-    axes.bar_label(axes.containers[-1], totals, padding=3, fontsize=8)
-    axes.margins(x=0.1)
 
 
 if __name__ == "__main__":

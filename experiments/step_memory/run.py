@@ -1,13 +1,15 @@
-"""The compiler's account of an accumulate step and an apply step.
+"""The chips' compilers' account of a training step.
 
-Model, gradient, accumulator and optimizer are those of a run, lowered on shapes and
-compiled with the buffers donated that a run donates; nothing is allocated. The two are
-programs of their own, since in one without donation the outputs would hide the
-accumulator. FLORA sketches every matrix of an aspect ratio up to 16, as in the paper;
-the other experiments leave position embeddings out as well.
+Model, gradient and optimizer are those of a run, lowered on shapes and compiled with
+parameters and state donated. A step of an accumulation is one micro-step, which updates
+the parameters if it ends a cycle: its account is that of the whole cycle.
 """
 
 import dataclasses
+import functools
+import itertools
+import re
+import time
 from typing import Any
 
 import jax
@@ -16,82 +18,122 @@ import optax
 from rich.progress import track
 
 import flora_jax as fj
-from experiments.common import lora, records
-from experiments.common.methods import METHODS, Method, Settings, base_optimizer, built
-from experiments.common.report import publish
+from experiments.common import chips, lora, records
+from experiments.common.chips import CHIPS
+from experiments.common.methods import METHODS, Method, Settings, built
 from experiments.common.state_bytes import step_bytes, tree_bytes
 from experiments.models.build import create, mean_loss
-from experiments.models.config import PUBLISHED, GPT2Config
+from experiments.models.config import PUBLISHED, DecoderConfig
 from experiments.step_memory import report
 from experiments.step_memory.config import Config
 
 _MICRO_BATCHES = 16
+# Above the aspect ratio of published embeddings.
+_EMBEDDINGS = 256
+_LENGTHS = ("batch_size", "source_length", "target_length")
+_SETTINGS = (*_LENGTHS, "dtype", "accumulator_dtype", "remat", "scan")
+# What the TPU's compiler says, and the GiB that it would take.
+_REFUSED = re.compile(r"Ran out of memory.*\((?P<gib>[\d.]+)G\) exceeds")
 
 
 def run(config: Config) -> None:
-    """Compiles the steps of every model, method and rank, and reports their bytes."""
-    wanted = [
-        (model, method, rank)
-        for model in config.models
-        for method in config.methods
-        for rank in (config.ranks if METHODS[method].ranked else (None,))
-    ]
-    rows = [measure(config, *each) for each in track(wanted, "compiling")]
-    path = config.output_dir / "step_memory.json"
-    publish(path, config, {"rows": rows}, report.write)
+    """Compiles the step of every model, method and rank, and reports its bytes.
+
+    Raises:
+        ConfigError: a chip's compiler is not installed.
+    """
+    path = config.output_dir / "steps.jsonl"
+    rows = records.resume_rows(path)
+    for case in track(_missing(config, rows), "compiling"):
+        measured = measure(config, case)
+        versions = records.versions() | chips.versions(CHIPS[case["chip"]].platform)
+        records.append_row(path, case | measured | versions)
+    report.write(path)
 
 
-def measure(config: Config, model: str, name: str, rank: int | None) -> records.Row:
-    """Compiles both steps of one method and adds up their bytes.
+def _missing(config: Config, rows: list[records.Row]) -> list[records.Row]:
+    """Combinations that no row is of; without rank where none is chosen."""
+    cases = []
+    each = itertools.product(config.chips, config.models, config.methods)
+    for chip, model, name in each:
+        method = METHODS[name]
+        for rank in config.ranks if method.ranked else (None,):
+            case = {"chip": chip, "model": model, "method": name, "rank": rank}
+            case["embeddings"] = config.embeddings and method.compressed
+            case |= {field: getattr(config, field) for field in _SETTINGS}
+            if not any(row.items() >= case.items() for row in rows):
+                cases.append(case)
+    return cases
+
+
+def measure(config: Config, case: records.Row) -> records.Row:
+    """Compiles one step.
+
+    Args:
+        config: the settings that all cases share.
+        case: `chip`, `model`, `method`, `rank` and `embeddings`.
 
     Returns:
-        Bytes of `parameters`, of those that are `trained`, of the state of the
-        `optimizer`, of the `accumulator`; of each step (arguments, outputs and
-        temporaries without aliases) and of its temporaries.
+        Bytes of `parameters`, of those that are `trained`, of the `state`, of the
+        `temporaries`, and of all that is in memory while the step runs (`total`);
+        processor seconds of the `compilation`. If the compiler refuses, the bytes that
+        it asks for (`refused`) in place of the last three.
     """
-    method = METHODS[name]
+    method, rank = METHODS[case["method"]], case["rank"]
     layers = {"dtype": config.dtype, "remat": config.remat, "scan": config.scan}
-    sizes = dataclasses.replace(PUBLISHED[model], dropout=0.0, **layers)
+    sizes = dataclasses.replace(PUBLISHED[case["model"]], dropout=0.0, **layers)
     graphdef, trained, frozen = parameters(sizes, method, rank)
-    base = base_optimizer(1e-3, Settings(base=method.base or "adafactor"))
-    sketch = fj.Sketch(rank or 1, projection=built(config.projection))
-    accumulator = fj.compressed_accumulator(sketch) if method.compressed else _full()
-    acc, opt_state = (jax.eval_shape(x.init, trained) for x in (accumulator, base))
+    cast = functools.partial(optax.tree.cast, dtype=config.dtype)
+    trained, frozen = jax.eval_shape(cast, (trained, frozen))
+    aspect = _EMBEDDINGS if case["embeddings"] else 16
+    projection = built(config.projection) if method.kind == "accumulation" else None
+    sketch = fj.Sketch(rank or 1, projection, max_aspect_ratio=aspect)
+    tx = optimizer(method, sketch, config.accumulator_dtype)
 
     def loss(trained: Any, frozen: Any, batch: Any) -> jax.Array:
         return mean_loss(graphdef, lora.join(trained, frozen), batch)
 
-    def accumulate(trained: Any, frozen: Any, acc: Any, batch: Any) -> Any:
-        given = sketch.cycle(0), trained, frozen, batch
+    def step(trained: Any, state: Any, frozen: Any, batch: Any) -> Any:
+        given = state, trained, frozen, batch
         value, grads = method.value_and_grad(loss, sketch, *given)
-        return accumulator.update(acc, grads, 1), value
+        return *fj.update_and_apply(tx, grads, state, trained), value
 
-    def apply(trained: Any, opt_state: Any, acc: Any) -> Any:
-        updates, opt_state = base.update(accumulator.finalize(acc), opt_state, trained)
-        # And an empty accumulator in the place of the old one.
-        empty = accumulator.init(trained)
-        return optax.apply_updates(trained, updates), opt_state, empty
-
-    batch = _batch(config, sizes)
-    jitted = jax.jit(accumulate, donate_argnums=2)
-    micro = jitted.lower(trained, frozen, acc, batch).compile()
-    jitted = jax.jit(apply, donate_argnums=(0, 1, 2))
-    apply_step = jitted.lower(trained, opt_state, acc).compile()
-    frozen_bytes, state_bytes = tree_bytes(frozen), tree_bytes(opt_state)
-    return {
-        "model": model,
-        "method": name,
-        "rank": rank,
-        "parameters": tree_bytes(trained) + frozen_bytes,
+    chip = CHIPS[case["chip"]]
+    device = chips.topology(chip.platform, chip.topology).devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    state = jax.eval_shape(tx.init, trained)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        (trained, state, frozen, _batch(config, sizes)),
+    )
+    found = {
+        "parameters": tree_bytes((trained, frozen)),
         "trained": tree_bytes(trained),
-        "optimizer": state_bytes,
-        "accumulator": tree_bytes(acc),
-        # What a step does not take lies in memory all the same.
-        "accumulate_step": step_bytes(micro) + state_bytes,
-        "accumulate_temporaries": micro.memory_analysis().temp_size_in_bytes,
-        "apply_step": step_bytes(apply_step) + frozen_bytes,
-        "apply_temporaries": apply_step.memory_analysis().temp_size_in_bytes,
+        "state": tree_bytes(state),
     }
+    started = time.process_time()
+    try:
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (refusal := _REFUSED.search(str(error))) is None:
+            raise
+        return found | {"refused": round(float(refusal["gib"]) * 2**30)}
+    return found | {
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "total": step_bytes(compiled),
+        "compilation": round(time.process_time() - started, 1),
+    }
+
+
+def optimizer(method: Method, sketch: fj.Sketch, dtype: str = "float32") -> Any:
+    """Returns the optimizer of a method; around sketched accumulators fj.adafactor.
+
+    optax's does the same, from mean gradients in full.
+    """
+    if method.kind == "accumulation" and method.compressed:
+        inner = fj.adafactor(1e-3)
+        return fj.compressed_accumulation(inner, _MICRO_BATCHES, sketch, dtype=dtype)
+    return method.optimizer(1e-3, Settings(sketch, micro_batches=_MICRO_BATCHES))
 
 
 def parameters(sizes: Any, method: Method, rank: int | None) -> tuple[Any, Any, Any]:
@@ -102,18 +144,9 @@ def parameters(sizes: Any, method: Method, rank: int | None) -> tuple[Any, Any, 
     return adapted[0], *lora.divide(adapted[1], tune_rest=False)
 
 
-def _full() -> Any:
-    return optax.microbatching.Accumulator(
-        init=optax.tree.zeros_like,
-        update=lambda total, grads, i: optax.tree.add(total, grads),
-        finalize=lambda total: optax.tree.scale(1 / _MICRO_BATCHES, total),
-        aggregate=lambda value: value,
-    )
-
-
 def _batch(config: Config, sizes: Any) -> dict[str, jax.ShapeDtypeStruct]:
     lengths = {"source": config.source_length, "target": config.target_length}
-    if isinstance(sizes, GPT2Config):
+    if isinstance(sizes, DecoderConfig):
         lengths = {"tokens": sum(lengths.values()) + 1}
     rows = config.batch_size
     return {k: jax.ShapeDtypeStruct((rows, n), jnp.int32) for k, n in lengths.items()}

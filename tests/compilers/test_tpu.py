@@ -4,13 +4,18 @@ It needs the extra `tpu-compiler`, and no TPU.
 """
 
 import itertools
+import pathlib
 
 import pytest
 
 from experiments.accelerators.run import measure
+from experiments.common import records
+from experiments.step_memory import run as step_memory
+from experiments.step_memory.config import Config
 from tests.experiments.accelerators.test_accelerators import rows
 
 # One more pass over the gradient would be a seventh or more.
+MEMORY = pathlib.Path(step_memory.__file__).parent / "results" / "steps.jsonl"
 BOTH = ["adamw", "adamw_int8", "flora", "flora_adamw", "apollo", "flora_accumulation"]
 FLOAT32 = ["flora_adamw_int8", "fira", "flora_muon_bfloat16"]
 
@@ -28,6 +33,19 @@ def test_a_step_moves_and_holds_no_more(method, dtype):
     assert found["step"] <= 1.03 * expected["step"]
     assert found["seconds"] <= 1.03 * expected["seconds"]
     assert found["temporaries"] <= expected["temporaries"] + 0.03 * found["parameters"]
+
+
+def test_t5_3b_trains_on_one_chip():
+    """All parameters, in float32: the compiler refuses what does not fit."""
+    (expected,) = (
+        row
+        for row in records.read_rows(MEMORY)
+        if row["model"] == "t5-3b"
+        and (row["chip"], row["rank"]) == ("v5e", 16)
+        and (row["method"], row["embeddings"]) == ("sketched_accumulation", False)
+    )
+    found = step_memory.measure(Config(), expected)
+    assert found["total"] <= 1.01 * expected["total"]
 
 
 def test_a_refresh_compiles_soon():

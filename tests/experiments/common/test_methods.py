@@ -160,7 +160,7 @@ def test_recipes(name):
 def test_all_methods_are_tested():
     kept = {"flora_momentum", "full_accumulation", "flora_accumulation"}
     elsewhere = {"sketched_accumulation", "lora_accumulation", "lora_momentum"}
-    elsewhere |= {"adam_accumulation", "optax_galore", "sgd"}  # In step_memory, _time.
+    elsewhere |= {"optax_galore", "sgd"}  # In step_time.
     muons = {"muon", "sketched_muon", "adamw_orthogonal"}  # In sweep/test_bench.
     assert set(METHODS) == (
         {name for name, _ in SAME} | set(RECIPES) | kept | elsewhere | muons

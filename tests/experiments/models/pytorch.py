@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import transformers
 
-from experiments.models.config import GPT2Config
+from experiments.models.config import DecoderConfig, GPT2Config, LlamaConfig
 from tests.experiments.models.tiny import batch_of, prompts_of
 
 LENGTH = 9
@@ -14,8 +14,9 @@ BEAMS = 3
 def build(config, seed):
     """Returns a model of these sizes whose parameters are all random."""
     torch.manual_seed(seed)
-    model = _gpt2(config) if isinstance(config, GPT2Config) else _t5(config)
-    if not getattr(config, "tied", True):
+    makers = {GPT2Config: _gpt2, LlamaConfig: _llama}
+    model = makers.get(type(config), _t5)(config)
+    if not getattr(config, "tied", True) and hasattr(model, "shared"):
         # The library ties the head at first; a loaded checkpoint unties it.
         model.lm_head.weight = torch.nn.Parameter(model.shared.weight.clone())
     # Larger noise would saturate T5's unscaled softmax, where rounding alone moves
@@ -35,6 +36,25 @@ def _gpt2(config):
             n_head=config.heads,
             n_positions=config.context,
             vocab_size=config.vocab_size,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def _llama(config):
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            num_hidden_layers=config.layers,
+            hidden_size=config.width,
+            intermediate_size=config.hidden,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            max_position_embeddings=config.context,
+            vocab_size=config.vocab_size,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+            rms_norm_eps=config.epsilon,
+            tie_word_embeddings=config.tied,
             bos_token_id=None,
             eos_token_id=None,
         )
@@ -79,7 +99,7 @@ def _same(model, name):
 @torch.no_grad()
 def logits_of(model, config):
     """Returns the logits of the padded batch, and where they count."""
-    if isinstance(config, GPT2Config):
+    if isinstance(config, DecoderConfig):
         batch = prompts_of(config, seed=3)
         mask = batch["prompt_mask"]
         positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
@@ -103,7 +123,7 @@ def logits_of(model, config):
 def decode(model, config, eos=None, beams=1, length_penalty=1.0):
     """Returns only the new tokens, (B, LENGTH), filled up with 0."""
     batch = prompts_of(config)
-    decoder_only = isinstance(config, GPT2Config)
+    decoder_only = isinstance(config, DecoderConfig)
     tokens = batch["prompt"] if decoder_only else batch["source"]
     settings = transformers.GenerationConfig(
         max_new_tokens=LENGTH,

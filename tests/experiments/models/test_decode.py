@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from experiments.models import blocks, build, decode
-from experiments.models.config import GPT2Config
+from experiments.models.config import DecoderConfig
 from tests.experiments.models.tiny import CONFIGS, T5, prompts_of, randomized
 
 pytestmark = pytest.mark.full
@@ -29,7 +29,7 @@ def case(request):
 
 def logits_at(config, model, batch, tokens, t):
     """Logits after the first t of `tokens` (B, LENGTH), by running everything anew."""
-    if not isinstance(config, GPT2Config):
+    if not isinstance(config, DecoderConfig):
         start = jnp.zeros((len(tokens), 1), jnp.int32)
         return model(batch["source"], jnp.append(start, tokens, axis=1))[:, t]
     prompt = batch["prompt"]

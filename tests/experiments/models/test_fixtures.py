@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from experiments.models import build, decode
-from experiments.models.config import GPT2Config
+from experiments.models.config import DecoderConfig
 from tests.experiments.models import tiny
 
 LENGTH, BEAMS = 9, 3  # with which the fixtures were made
@@ -34,7 +34,7 @@ def case(request):
 def test_logits(case):
     config, graphdef, params, numbers = case
     model = nnx.merge(graphdef, params)
-    if isinstance(config, GPT2Config):
+    if isinstance(config, DecoderConfig):
         batch = tiny.prompts_of(config, seed=3)
         logits = jax.jit(lambda *args: model(*args))(*batch.values())
     else:

@@ -168,7 +168,7 @@ def test_published_files(tmp_path):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"model_type": "bert"}, "`model_type` .* must be gpt2 or t5, got 'bert'"),
+        ({"model_type": "bert"}, "must be gpt2, llama or t5, got 'bert'"),
         (GPT2_JSON | {"n_inner": 7}, r"`n_inner` .* 4 n_embd \(3072\), got 7"),
         (GPT2_JSON | {"n_head": None}, "`n_head` is missing in config.json"),
         (

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from experiments.models import blocks, build
+from experiments.models.config import DecoderConfig
 from tests.experiments.models.tiny import CONFIGS, batch_of, by_path, randomized
 
 pytestmark = pytest.mark.full
@@ -66,11 +67,12 @@ def test_scan_stacks_the_same_numbers(config):
     scanned = build.create(dataclasses.replace(config, scan=True), 3)[1]
     jax.tree.map(np.testing.assert_array_equal, scanned, blocks.stack(params))
     jax.tree.map(np.testing.assert_array_equal, blocks.unstack(scanned), params)
-    path = (
-        "h/attn/c_attn/kernel"
-        if "h" in params
-        else ("encoder/block/layer/0/SelfAttention/q/kernel")
-    )
+    kernels = {
+        "GPT2Config": "h/attn/c_attn/kernel",
+        "LlamaConfig": "layers/mlp/up_proj/kernel",
+        "T5Config": "encoder/block/layer/0/SelfAttention/q/kernel",
+    }
+    path = kernels[type(config).__name__]
     assert by_path(scanned)[path].shape[0] == config.layers
 
 
@@ -129,7 +131,8 @@ def test_layers_have_masks_of_their_own(config):
     # With one key for all layers, equal layers would drop the same places.
     config = dataclasses.replace(config, dropout=0.5)
     model = nnx.merge(*build.create(config, 0))
-    stacked = model.h if "gpt2" in type(model).__module__ else model.encoder.block
+    is_decoder = isinstance(config, DecoderConfig)
+    stacked = model._blocks if is_decoder else model.encoder.block
     seen = []
 
     def apply(block, x, key):

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from experiments.models.config import GPT2Config, T5Config
+from experiments.models.config import DecoderConfig, GPT2Config, LlamaConfig, T5Config
 
 GPT2 = GPT2Config(layers=2, width=16, heads=2, context=24, vocab_size=48)
 # Heads times head width is not the width, the stacks differ in length (the decoder is
@@ -24,7 +24,12 @@ T5 = T5Config(
 )
 T5_GATED = dataclasses.replace(T5, gated=True, tied=False, decoder_layers=1)
 
-CONFIGS = {"gpt2": GPT2, "t5": T5, "t5_gated": T5_GATED}
+LLAMA = LlamaConfig(
+    layers=2, width=24, hidden=40, heads=6, kv_heads=2, context=24, vocab_size=48
+)
+LLAMA_TIED = dataclasses.replace(LLAMA, tied=True, kv_heads=6, rope_base=500.0)
+
+CONFIGS = {"gpt2": GPT2, "llama": LLAMA, "t5": T5, "t5_gated": T5_GATED}
 
 
 def randomized(params, seed=0, scale=0.2):
@@ -38,7 +43,7 @@ def randomized(params, seed=0, scale=0.2):
 def batch_of(config, rows=3, seed=1):
     """A training batch, padded for T5."""
     rng = np.random.default_rng(seed)
-    if isinstance(config, GPT2Config):
+    if isinstance(config, DecoderConfig):
         return {"tokens": rng.integers(0, config.vocab_size, (rows, 13))}
     return {
         "source": padded(rng, rows, 14, config.vocab_size),
@@ -47,9 +52,9 @@ def batch_of(config, rows=3, seed=1):
 
 
 def prompts_of(config, rows=3, seed=2):
-    """A batch to decode from, padded: GPT-2 on the left, T5 on the right."""
+    """A batch to decode from, padded: decoders on the left, T5 on the right."""
     rng = np.random.default_rng(seed)
-    if not isinstance(config, GPT2Config):
+    if not isinstance(config, DecoderConfig):
         return {"source": padded(rng, rows, 14, config.vocab_size)}
     right = padded(rng, rows, 7, config.vocab_size)
     return {"prompt": right[:, ::-1], "prompt_mask": right[:, ::-1] != 0}
