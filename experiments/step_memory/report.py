@@ -51,6 +51,22 @@ def _title(row: Row) -> str:
     return title
 
 
+def _short(row: Row) -> str:
+    return (
+        _title(row)
+        .replace("LoRA accumulation", "LoRA")
+        .replace("FLORA accumulation", "FLORA")
+    )
+
+
+def _asked(row: Row) -> Row:
+    """The row with temporaries and total of a program that is refused, too."""
+    if "refused" not in row:
+        return row
+    rest = row["refused"] - row["parameters"] - row["state"]
+    return row | {"total": row["refused"], "temporaries": rest}
+
+
 def _tokens(row: Row) -> str:
     lengths = f"{row['source_length']} + {row['target_length']}"
     return f"{row['batch_size']} x ({lengths})"
@@ -61,20 +77,22 @@ def _gib(name: str):
 
 
 def _draw(rows: list[Row], path: pathlib.Path) -> None:
-    """Draws a panel of bars per model and chip, of the programs that are accepted."""
-    accepted = [row for row in rows if "total" in row]
-    groups = report.grouped(accepted, "model", "chip", "dtype")
+    """Draws a panel of bars per model and chip; of a refused program what it asks."""
+    groups = report.grouped(list(map(_asked, rows)), "chip", "model", "dtype")
     heights = [len(group) + 1.5 for group in groups.values()]
     size, shape = (9, 0.3 * sum(heights) + 1.2), (len(groups), 1)
     with plots.picture(path, size, shape, height_ratios=heights) as panels:
         for axes, (names, group) in zip(panels[:, 0], groups.items(), strict=True):
-            labels = [report.ranked(_title(row), row["rank"]) for row in group]
+            labels = [report.ranked(_short(row), row["rank"]) for row in group]
             parts = {x: np.array([row[x] for row in group]) / _GIB for x in _PARTS}
             plots.bars(axes, labels, parts)
-            totals = [f"{row['total'] / _GIB:.1f}" for row in group]
+            totals = [
+                f"{row['total'] / _GIB:.1f}" + " (refused)" * ("refused" in row)
+                for row in group
+            ]
             axes.bar_label(axes.containers[-1], totals, padding=3, fontsize=8)
             axes.set_title(", ".join(names), fontsize=10)
-            axes.margins(x=0.1)
+            axes.margins(x=0.22)
         axes.set_xlabel("GiB of one chip")
         plots.legend_below(axes)
 

@@ -29,6 +29,20 @@ _UNITS = {
 }
 
 
+# As published, in GB of 1e9 bytes. Programs may use about that: 15.75 GiB of a v5e.
+_CHIPS = {
+    "v5e": 16,
+    "v6e": 32,
+    "v5p": 95,
+    "t4": 16,
+    "l4": 24,
+    "rtx-4090": 24,
+    "a100-40gb": 40,
+    "a100-80gb": 80,
+    "h100": 80,
+}
+_RESERVED = 0.1  # Of a chip's memory, for activations and temporaries.
+
 _PACKAGE = "Optimizer state and gradient accumulation as sketches."
 _PLAN_HELP = "the size of an optimizer's state, and which rank fits"
 _PLAN_DESCRIPTION = (
@@ -37,7 +51,8 @@ _PLAN_DESCRIPTION = (
 )
 _EPILOG = (
     "A budget covers the parameters, one set of gradients and the optimizer state, all"
-    " in one memory. Activations and temporaries are not included: leave room for them."
+    " in one memory. Activations and temporaries are not included: leave room for them,"
+    " or reserve it."
     " Exit status: 0; 1 if the budget does not suffice; 2 for bad arguments."
 )
 _SHAPES = (
@@ -46,6 +61,8 @@ _SHAPES = (
 )
 _OPTIMIZER = "default: flora; adafactor and adamw need --accumulate"
 _BUDGET = "for example 24GiB or 24GB; without --rank, finds the largest rank that fits"
+_CHIP = "a budget by the name of a chip: its memory as published"
+_RESERVE = "room left for activations and temporaries; default: a tenth of --chip's"
 _ACCUMULATE = "compressed accumulation of K micro-steps around the optimizer"
 _DTYPE = "of parameters and gradients; default: the file's"
 _EMBEDDINGS = "sketch embeddings and output heads as well; default: keep them dense"
@@ -69,8 +86,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = _parser().parse_args(arguments)
     error: Callable[[str], NoReturn] = given.parser.error
+    if given.chip is not None:
+        given.budget = _CHIPS[given.chip] * 10**9
+        if given.reserve is None:
+            given.reserve = int(_RESERVED * given.budget)
     if given.rank is None and given.budget is None:
-        error("give --rank, or --budget for the largest rank that fits")
+        error("give --rank, or --budget or --chip for the largest rank that fits")
+    if given.reserve is not None:
+        if given.budget is None:
+            error("--reserve needs --budget or --chip, of which it is a part")
+        if given.reserve >= given.budget:
+            sizes = format_bytes(given.reserve), format_bytes(given.budget)
+            error(f"--reserve must leave some of the budget, got {' of '.join(sizes)}")
+        given.budget -= given.reserve
     if given.optimizer in _PLAIN and given.accumulate is None:
         error(
             f"--optimizer {given.optimizer} has no sketches of its own; give"
@@ -97,7 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--shapes", required=True, metavar="FILE", help=_SHAPES)
     add("--optimizer", default="flora", choices=names, help=_OPTIMIZER)
     add("--rank", type=_positive, metavar="R", help="rank of every sketch")
-    add("--budget", type=_bytes, metavar="SIZE", help=_BUDGET)
+    room = plan.add_mutually_exclusive_group()
+    room.add_argument("--budget", type=_bytes, metavar="SIZE", help=_BUDGET)
+    room.add_argument("--chip", choices=_CHIPS, help=_CHIP)
+    add("--reserve", type=_bytes, metavar="SIZE", help=_RESERVE)
     add("--accumulate", type=_positive, metavar="K", help=_ACCUMULATE)
     add("--dtype", choices=["float32", "bfloat16", "float16"], help=_DTYPE)
     add("--sketch-embeddings", action="store_true", help=_EMBEDDINGS)
@@ -137,6 +168,8 @@ def _plan(given: argparse.Namespace, shapes: model_files.Shapes) -> int:
         print(f"picture: {given.picture}")
     if given.budget is None:
         return 0
+    if given.reserve is not None:
+        print(f"reserved: {format_bytes(given.reserve)}")
     left = given.budget - total
     word = "left" if left >= 0 else "missing"
     print(f"budget {format_bytes(given.budget)}: {format_bytes(abs(left))} {word}")

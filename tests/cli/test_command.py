@@ -209,7 +209,11 @@ def test_missing_files(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ("", "give --rank, or --budget for the largest rank that fits"),
+        ("", "give --rank, or --budget or --chip for the largest rank that fits"),
+        ("--rank 8 --reserve 1GB", "--reserve needs --budget or --chip"),
+        ("--chip v5e --budget 1GB", "--budget: not allowed with argument --chip"),
+        ("--chip v5e --reserve 16GB", "must leave some of the budget, got 14.9 GiB"),
+        ("--chip v9", "invalid choice: 'v9'"),
         ("--rank 0", "argument --rank: must be a positive integer, got '0'"),
         ("--rank many", "must be a positive integer, got 'many'"),
         ("--budget 24", "must be a number with one of KiB, .* for example 24GiB"),
@@ -278,6 +282,20 @@ def test_a_budget_of_everything(write, capsys, tmp_path):
         assert "flora, rank 1: " in out
         assert "missing" in out
         assert "no rank fits: showing rank 1" in err
+
+
+def test_a_chip_is_a_budget_with_room_reserved(write, capsys):
+    def output(*arguments):
+        code = plan(write, *arguments)
+        return code, capsys.readouterr().out
+
+    named = output("--chip", "v5e")
+    spelled = output("--budget", "16GB", "--reserve", "1.6GB")
+    assert named == spelled
+    assert named[0] == 0
+    assert "reserved: 1.49 GiB\nbudget 13.4 GiB: " in named[1]
+    # What is reserved is not there for the state.
+    assert output("--chip", "v5e", "--rank", "8", "--reserve", "15.99999GB")[0] == 1
 
 
 def test_accumulation_dtype_and_embeddings(write, capsys):
