@@ -35,9 +35,11 @@ _INDEX = "model.safetensors.index.json"
 # Of models with their heads; the bare ones have none, nor has a head of its own.
 _PREFIXES = {GPT2Config: "transformer.", LlamaConfig: "model."}
 
-# Causal masks of old GPT-2 files, and a table that T5 never read.
+# Causal masks of old GPT-2 files, frequencies of old Llama files, and a table that T5
+# never read.
 _IGNORED = re.compile(
     r"h\.\d+\.attn\.(bias|masked_bias)"
+    r"|layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
     r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 )
 # Names under which some files hold the embedding once more.
@@ -74,7 +76,6 @@ _FIELDS = {
         "vocab_size": "vocab_size",
         "rope_theta": "rope_base",
         "rms_norm_eps": "epsilon",
-        "attention_dropout": "dropout",
         "tie_word_embeddings": "tied",
     },
     "t5": {
@@ -97,7 +98,6 @@ _DEFAULTS = {
     "relative_attention_max_distance": 128,
     "dropout_rate": 0.1,
     "rope_theta": 10_000.0,
-    "attention_dropout": 0.0,
 }
 # What our models cannot do otherwise, and what a file means that does not say.
 _FIXED = {
@@ -113,6 +113,7 @@ _FIXED = {
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
+        "attention_dropout": 0.0,
         "rope_scaling": None,
     },
     "t5": {"layer_norm_epsilon": 1e-6, "pad_token_id": 0},
@@ -163,8 +164,8 @@ def read_config(path: str | pathlib.Path) -> Config:
 
 def _llama(data: dict[str, Any]) -> dict[str, Any]:
     """Settings of newer files by the names of older ones, and what these left out."""
-    positions = data.get("rope_parameters") or {}
-    kind = positions.get("rope_type", "default")
+    positions = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    kind = positions.get("rope_type", positions.get("type", "default"))
     if kind != "default":
         raise ConfigError(
             f"`rope_type` in config.json must be default, got {kind!r}; other rotary "
@@ -172,9 +173,10 @@ def _llama(data: dict[str, Any]) -> dict[str, Any]:
         )
     heads, width = data.get("num_attention_heads"), data.get("hidden_size")
     found = {"num_key_value_heads": heads, "tie_word_embeddings": False}
-    if "rope_theta" in positions:
-        found["rope_theta"] = positions["rope_theta"]
     data = found | {name: x for name, x in data.items() if x is not None}
+    data |= {"rope_scaling": None}
+    if "rope_theta" in positions:
+        data["rope_theta"] = positions["rope_theta"]
     if heads and width and data.get("head_dim", width // heads) * heads != width:
         raise ConfigError(
             f"`head_dim` in config.json must be hidden_size / num_attention_heads "

@@ -44,9 +44,10 @@ class Config:
     target_length: int = 64
     """Tokens of the output."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of parameters and computation; states are float32, GaLore's moments too."""
+    """Type of parameters, computation, adapters and, as these have theirs, Adam's
+    moments and full accumulators; GaLore's moments are float32."""
     accumulator_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of sketched accumulators."""
+    """Type of accumulators that are sketches."""
     remat: bool = True
     """Recompute the activations of each block in the backward pass."""
     scan: bool = True

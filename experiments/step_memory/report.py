@@ -15,7 +15,8 @@ GiB on one chip, by its compiler, of one program that computes a loss and its gr
 and updates the parameters, donated as the state is. Of an accumulation over 16
 micro-steps it is the program that does both: adds to the accumulator and, at the end of
 a cycle, applies. The optimizer is Adafactor, unless Adam or GaLore (Adam in a subspace)
-is said. A v5e offers 15.75 GiB.
+is said; its moments have the parameters' type, GaLore's are float32. A v5e offers 15.75
+GiB. The total is the sum of what the compiler says, which may exceed the peak a little.
 """
 
 
@@ -78,11 +79,12 @@ def _gib(name: str):
 
 def _draw(rows: list[Row], path: pathlib.Path) -> None:
     """Draws a panel of bars per model and chip; of a refused program what it asks."""
-    groups = report.grouped(list(map(_asked, rows)), "chip", "model", "dtype")
+    fields = ("chip", "model", "dtype", "batch_size", "source_length", "target_length")
+    groups = report.grouped(list(map(_asked, rows)), *fields, "remat", "scan")
     heights = [len(group) + 1.5 for group in groups.values()]
     size, shape = (9, 0.3 * sum(heights) + 1.2), (len(groups), 1)
     with plots.picture(path, size, shape, height_ratios=heights) as panels:
-        for axes, (names, group) in zip(panels[:, 0], groups.items(), strict=True):
+        for axes, (case, group) in zip(panels[:, 0], groups.items(), strict=True):
             labels = [report.ranked(_short(row), row["rank"]) for row in group]
             parts = {x: np.array([row[x] for row in group]) / _GIB for x in _PARTS}
             plots.bars(axes, labels, parts)
@@ -91,7 +93,7 @@ def _draw(rows: list[Row], path: pathlib.Path) -> None:
                 for row in group
             ]
             axes.bar_label(axes.containers[-1], totals, padding=3, fontsize=8)
-            axes.set_title(", ".join(names), fontsize=10)
+            axes.set_title(f"{', '.join(case[:3])}, {_tokens(group[0])}", fontsize=10)
             axes.margins(x=0.22)
         axes.set_xlabel("GiB of one chip")
         plots.legend_below(axes)

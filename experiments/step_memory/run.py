@@ -31,7 +31,7 @@ _MICRO_BATCHES = 16
 # Above the aspect ratio of published embeddings.
 _EMBEDDINGS = 256
 _LENGTHS = ("batch_size", "source_length", "target_length")
-_SETTINGS = (*_LENGTHS, "dtype", "accumulator_dtype", "remat", "scan")
+_SETTINGS = (*_LENGTHS, "projection", "dtype", "accumulator_dtype", "remat", "scan")
 # What the TPU's compiler says, and the GiB that it would take.
 _REFUSED = re.compile(r"Ran out of memory.*\((?P<gib>[\d.]+)G\) exceeds")
 
@@ -45,7 +45,7 @@ def run(config: Config) -> None:
     path = config.output_dir / "steps.jsonl"
     rows = records.resume_rows(path)
     for case in track(_missing(config, rows), "compiling"):
-        measured = measure(config, case)
+        measured = measure(case)
         versions = records.versions() | chips.versions(CHIPS[case["chip"]].platform)
         records.append_row(path, case | measured | versions)
     report.write(path)
@@ -66,12 +66,12 @@ def _missing(config: Config, rows: list[records.Row]) -> list[records.Row]:
     return cases
 
 
-def measure(config: Config, case: records.Row) -> records.Row:
+def measure(case: records.Row) -> records.Row:
     """Compiles one step.
 
     Args:
-        config: the settings that all cases share.
-        case: `chip`, `model`, `method`, `rank` and `embeddings`.
+        case: `chip`, `model`, `method`, `rank`, and the settings of `Config` that say
+            what is compiled.
 
     Returns:
         Bytes of `parameters`, of those that are `trained`, of the `state`, of the
@@ -80,15 +80,15 @@ def measure(config: Config, case: records.Row) -> records.Row:
         it asks for (`refused`) in place of the last three.
     """
     method, rank = METHODS[case["method"]], case["rank"]
-    layers = {"dtype": config.dtype, "remat": config.remat, "scan": config.scan}
+    layers = {name: case[name] for name in ("dtype", "remat", "scan")}
     sizes = dataclasses.replace(PUBLISHED[case["model"]], dropout=0.0, **layers)
     graphdef, trained, frozen = parameters(sizes, method, rank)
-    cast = functools.partial(optax.tree.cast, dtype=config.dtype)
+    cast = functools.partial(optax.tree.cast, dtype=case["dtype"])
     trained, frozen = jax.eval_shape(cast, (trained, frozen))
     aspect = _EMBEDDINGS if case["embeddings"] else 16
-    projection = built(config.projection) if method.kind == "accumulation" else None
+    projection = built(case["projection"]) if method.kind == "accumulation" else None
     sketch = fj.Sketch(rank or 1, projection, max_aspect_ratio=aspect)
-    tx = optimizer(method, sketch, config.accumulator_dtype)
+    tx = optimizer(method, sketch, case["accumulator_dtype"])
 
     def loss(trained: Any, frozen: Any, batch: Any) -> jax.Array:
         return mean_loss(graphdef, lora.join(trained, frozen), batch)
@@ -104,7 +104,7 @@ def measure(config: Config, case: records.Row) -> records.Row:
     state = jax.eval_shape(tx.init, trained)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        (trained, state, frozen, _batch(config, sizes)),
+        (trained, state, frozen, _batch(case, sizes)),
     )
     found = {
         "parameters": tree_bytes((trained, frozen)),
@@ -144,9 +144,9 @@ def parameters(sizes: Any, method: Method, rank: int | None) -> tuple[Any, Any, 
     return adapted[0], *lora.divide(adapted[1], tune_rest=False)
 
 
-def _batch(config: Config, sizes: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    lengths = {"source": config.source_length, "target": config.target_length}
+def _batch(case: records.Row, sizes: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    lengths = {"source": case["source_length"], "target": case["target_length"]}
     if isinstance(sizes, DecoderConfig):
         lengths = {"tokens": sum(lengths.values()) + 1}
-    rows = config.batch_size
+    rows = case["batch_size"]
     return {k: jax.ShapeDtypeStruct((rows, n), jnp.int32) for k, n in lengths.items()}

@@ -1,4 +1,4 @@
-"""A stacked leaf on a mesh, a few layers at a time."""
+"""A stacked leaf a few layers at a time, on a mesh or where its estimate is large."""
 
 from __future__ import annotations
 

@@ -42,8 +42,11 @@ def _float32_on_cuda() -> Any:
 
     Before Ampere (compute capability 8) the compiler refuses products of TF32 parts.
     """
-    found = [getattr(device, "compute_capability", "") for device in jax.devices()]
-    majors = [int(x.partition(".")[0]) for x in found if x[:1].isdigit()]
+    try:
+        found = jax.devices("cuda")
+    except RuntimeError:  # There are none, or it is not for those that are there.
+        found = []
+    majors = [int(x.compute_capability.partition(".")[0]) for x in found]
     if any(major < 8 for major in majors):
         return "highest"
     return jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3

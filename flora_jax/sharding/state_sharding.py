@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import Axes, PyTree, Shape
+from flora_jax.leaves.boxes import named_nodes
 from flora_jax.leaves.mesh import MeshAxes, fit_sharding, mesh_axes
 from flora_jax.leaves.paths import abstract_state, is_masked, named_leaves, state_leaves
 from flora_jax.leaves.rules import LeafRules
@@ -66,7 +68,8 @@ def state_sharding(
     replicated = jax.NamedSharding(mesh, jax.P()) if named else jax.P()
     state = abstract_state(tx.init, params)
     axes, places = mesh_axes(mesh), []
-    folds = {plan.path: plan.groups for plan in LeafRules().plan(params)}
+    floats = {path: x for path, x in named_nodes(params) if _is_floating(x)}
+    folds = {plan.path: plan.groups for plan in LeafRules().plan(floats)}
     for leaf, path, field in state_leaves(state, params):
         if is_masked(leaf):  # Its parameter is another transformation's.
             places.append(leaf)
@@ -76,9 +79,16 @@ def state_sharding(
         else:
             of_scales = field == "scales" and leaf.shape
             fit, old = _fit_scales if of_scales else fit_sharding, shapes[path]
-            groups = [x for x in folds[path] if _holds_equal_rank(x, old, leaf.shape)]
+            groups = folds.get(path, ())
+            groups = [x for x in groups if _holds_equal_rank(x, old, leaf.shape)]
             places.append(fit(given[path], old, leaf.shape, axes, groups))
     return jax.tree.unflatten(jax.tree.structure(state, is_leaf=is_masked), places)
+
+
+def _is_floating(node: Any) -> bool:
+    """Whether a leaf, or the one in a box, is of those that are sketched."""
+    (leaf,) = jax.tree.leaves(node)
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def _holds_equal_rank(group: Axes, old: Shape, new: Shape) -> bool:

@@ -57,7 +57,7 @@ class ScaledLeaf(NamedTuple):
       threshold: largest RMS of the product, which is divided by max(1, RMS/threshold)
         once its RMS is known; None if it is not clipped.
       source: what the leaf was expanded from, to do so again layer by layer, so that it
-        is never in memory as a whole; or None.
+        need not be in memory as a whole; or None.
     """
 
     leaf: Float[Array, "..."]

@@ -89,7 +89,8 @@ def compressed_accumulation(
     shrinks. To avoid that, pass the output of
     :func:`flora_jax.sketched_value_and_grad`, made with the same sketch. XLA reserves
     memory for the mean gradient in any program that contains this update;
-    :func:`flora_jax.update_and_apply` adds it to the parameters leaf by leaf, and
+    :func:`flora_jax.update_and_apply` adds it to the parameters leaf by leaf, with
+    :func:`flora_jax.adafactor` as ``inner`` stacked leaves layer by layer, and
     :func:`flora_jax.compressed_accumulator` lets it be compiled by itself.
 
     Under ``shard_map`` with gradients that are not reduced yet, give ``axis_name``:

@@ -24,7 +24,8 @@ def update_and_apply(
     The values are those of the two calls. But the recipes of this package and
     :func:`flora_jax.compressed_accumulation` apply their updates where they compute
     them: no tree of updates, of the size of the parameters, exists between the two. On
-    a mesh (under ``jax.set_mesh``) stacked leaves are updated layer by layer, and a
+    a mesh (under ``jax.set_mesh``), and by an accumulation around
+    :func:`flora_jax.adafactor`, stacked leaves are updated layer by layer, and a
     micro-step that ends no cycle moves neither zeros nor parameters. Donate parameters
     and state. An accumulation applied in this way cannot be differentiated in reverse
     mode.
@@ -95,7 +96,8 @@ def apply_updates_of(
                 f" arguments, got {tx}; jit the step around it, or call tx.update and"
                 " optax.apply_updates"
             ) from error
-        if request.is_required:
+        # Until then it is the accumulation's own.
+        if request.is_required and request.params is not None:
             raise _not_last() from error
         if request.params is None and not is_refused:
             raise

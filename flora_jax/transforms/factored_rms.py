@@ -184,6 +184,8 @@ def factored_rms_step(
             jnp.mean(again * again, axis=smaller, keepdims=True),
         )
 
+    if grad.threshold is not None:
+        grad = grad.clipped()
     if grad.source is not None and grad.source.plan.batch_axes[0] in plan.batch_axes:
         _, (row_mean_square, column_mean_square) = grad.by_layers(means)
     else:

@@ -208,6 +208,8 @@ def momentum_step(
     sampled = sketcher.sample(plans, state.key, state.epoch)
     updates, momentum = [], []
     for plan, s, leaf, m in zip(plans, sampled, leaves, old, strict=True):
+        # A sketch, and what is added to the estimate, read the leaf itself.
+        leaf = leaf._replace(source=None)
         if are_sketches or plan.dense:
             leaf = leaf if leaf.threshold is None else leaf.clipped()
             fresh = leaf.value()

@@ -200,6 +200,23 @@ def test_a_model_and_its_optimizer_in_one(recipe):
     assert [x[1:] for x in found] == [x[1:] for x in expected]
 
 
+def test_leaves_that_are_not_floating():
+    """Other optimizers and masks take them."""
+    mesh, _ = on_mesh("both")
+    shapes = {
+        "w": jax.ShapeDtypeStruct((512, 1024), jnp.float32),
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+    }
+    places = {
+        "w": jax.NamedSharding(mesh, P("fsdp")),
+        "step": jax.NamedSharding(mesh, P()),
+    }
+    tx = optax.masked(fj.flora(1e-3, SKETCH), {"w": True, "step": False})
+    found = fj.state_sharding(tx, shapes, places).inner_state[2].momentum
+    assert found["w"].spec == P("fsdp", None)
+    assert fj.state_sharding(optax.adam(1e-3), shapes, places)[0].mu["step"].spec == P()
+
+
 def test_sharded_arrays_without_metadata():
     """Layers and sides are read from the arrays that variables hold."""
     mesh, _ = on_mesh("both")

@@ -10,8 +10,8 @@ from flax.traverse_util import flatten_dict
 
 from experiments.common.errors import ConfigError
 from experiments.models import build, hugging_face
-from experiments.models.config import PUBLISHED
-from tests.experiments.models.tiny import CONFIGS, GPT2, T5, randomized
+from experiments.models.config import PUBLISHED, LlamaConfig
+from tests.experiments.models.tiny import CONFIGS, GPT2, LLAMA, T5, randomized
 
 every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -61,7 +61,9 @@ def tensors_of(config, seed=0):
 @every_model
 @pytest.mark.parametrize("scan", [False, True])
 def test_saved_and_loaded(config, scan, tmp_path):
-    config = dataclasses.replace(config, scan=scan, dropout=0.25)
+    # A Llama's files have no place for it.
+    dropout = 0.0 if isinstance(config, LlamaConfig) else 0.25
+    config = dataclasses.replace(config, scan=scan, dropout=dropout)
     params = randomized(build.create(config, 0)[1])
     hugging_face.save(params, config, tmp_path / "new")
     read = hugging_face.read_config(tmp_path / "new")
@@ -69,6 +71,18 @@ def test_saved_and_loaded(config, scan, tmp_path):
     loaded = hugging_face.load(tmp_path / "new", config)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype("float32")}
+
+
+LLAMA_JSON = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 24,
+    "vocab_size": 48,
+    "rms_norm_eps": 1e-5,
+}
 
 
 def test_old_files_of_gpt2():
@@ -79,6 +93,40 @@ def test_old_files_of_gpt2():
     old["lm_head.weight"] = tensors["wte.weight"]
     loaded = hugging_face.from_tensors(old, GPT2)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_old_files_of_llama():
+    params, tensors = tensors_of(LLAMA)
+    old = {
+        name if name.startswith("lm_head") else f"model.{name}": tensor
+        for name, tensor in tensors.items()
+    }
+    old["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    loaded = hugging_face.from_tensors(old, LLAMA)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({}, 10_000.0),
+        ({"rope_theta": 7.0}, 7.0),
+        ({"rope_theta": 7.0, "rope_parameters": {"rope_theta": 5.0}}, 5.0),
+        ({"rope_scaling": {"rope_type": "default"}}, 10_000.0),
+    ],
+)
+def test_rotary_positions_of_llama(entries, expected, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_JSON | entries))
+    assert hugging_face.read_config(tmp_path).rope_base == expected
+
+
+def test_other_rotary_positions_are_refused(tmp_path):
+    scaled = LLAMA_JSON | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    (tmp_path / "config.json").write_text(json.dumps(scaled))
+    with pytest.raises(
+        ConfigError, match="`rope_type` .* must be default, got 'llama3"
+    ):
+        hugging_face.read_config(tmp_path)
 
 
 def test_old_files_of_t5():

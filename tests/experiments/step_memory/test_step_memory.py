@@ -2,19 +2,20 @@
 
 import pathlib
 import re
+import types
 
 import jax
 import pytest
 
 import flora_jax as fj
-from experiments.common import records
+from experiments.common import chips, records
 from experiments.common.methods import METHODS
 from experiments.common.state_bytes import tree_bytes
-from experiments.models.config import PUBLISHED
+from experiments.models.config import PUBLISHED, T5Config
 from experiments.step_memory import __main__ as command
 from experiments.step_memory import report
 from experiments.step_memory.config import Config
-from experiments.step_memory.run import optimizer, parameters
+from experiments.step_memory.run import _missing, measure, optimizer, parameters
 
 GIB = 2**30
 RESULTS = pathlib.Path(report.__file__).parent / "results" / "steps.jsonl"
@@ -96,14 +97,36 @@ def test_bad_settings_are_one_line(arguments, message, capsys):
     assert re.match("error: " + message, errors)
 
 
-def test_without_a_compiler_the_command_says_what_to_install(tmp_path, capsys):
+def test_without_a_compiler_the_command_says_what_to_install(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(chips, "installed", lambda module: False)
     assert command.main(f"--chips h100 --output-dir {tmp_path}".split()) == 2
     assert "'jax-cuda13-plugin[with-cuda]'" in capsys.readouterr().err
 
 
-def test_rows_are_not_measured_twice():
-    from experiments.step_memory.run import _missing
+@pytest.mark.full
+def test_the_account_adds_up(monkeypatch, tmp_path):
+    """For the CPU that is there; sketched gradients take less than full ones."""
+    size = T5Config(layers=2, decoder_layers=2, width=256, hidden=1024, vocab_size=256)
+    monkeypatch.setitem(PUBLISHED, "t5-small", size)
+    here = types.SimpleNamespace(devices=jax.devices())
+    monkeypatch.setattr(chips, "topology", lambda *_: here)
+    names = ("adam", "flora_accumulation", "sketched_accumulation", "lora_accumulation")
+    config = Config(models=("t5-small",), methods=names, ranks=(16,), remat=False)
+    found = {case["method"]: measure(case) for case in _missing(config, [])}
+    adam, flora, sketched, lora = (found[name] for name in names)
+    for row in found.values():
+        held = row["parameters"] + row["state"] + row["temporaries"]
+        # Tokens in, loss out, and a pointer for each array: next to nothing else.
+        assert held <= row["total"] < held + 10_000
+    assert adam["state"] == pytest.approx(2 * adam["parameters"], rel=0.01)
+    assert flora["state"] == sketched["state"] < 0.3 * adam["state"]
+    assert sketched["temporaries"] < 0.9 * flora["temporaries"]
+    assert lora["trained"] < 0.3 * lora["parameters"]
 
+
+def test_rows_are_not_measured_twice():
     config = Config(ranks=(16,), models=("t5-3b",), methods=("adam", "galore"))
     assert _missing(config, rows(chip="v5e", model="t5-3b")) == []
     assert len(_missing(config, [])) == 2
