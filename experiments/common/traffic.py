@@ -33,6 +33,7 @@ _PRECISION = re.compile(r'operand_precision"?[=:][{\[]"?(\w+)"?,"?(\w+)')
 _LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _GEMM = re.compile(r'"lhs_contracting_dimensions":\[([\d",]*)\]')
+_COST = re.compile(r'"cost_estimate":{"flops":"(\d+)"')
 _PRODUCTS = ("convolution", "dot", "custom-call")
 _TF32 = "algorithm=dot_tf32_tf32_f32_x3"
 _KINDS = ("bfloat16", "default", "high", "3 of TF32", "highest")
@@ -170,6 +171,9 @@ def _products(
         kinds = [kind for flops, kind in found if flops]
         slowest = max(kinds, key=_KINDS.index, default="")
         return sum(flops for flops, _ in found), slowest
+    if each.opcode == "custom-call" and (cost := _COST.search(each.attributes)):
+        # Of a kernel in Pallas, of bfloat16 parts, what it says of itself.
+        return float(cost[1]), "bfloat16"
     operands = [body[name].arrays for name in each.operands[:2] if name in body]
     if each.opcode not in _PRODUCTS or len(operands) < 2 or not all(operands):
         return 0.0, ""

@@ -13,6 +13,7 @@ import numpy as np
 
 from flora_jax._typing import KeyData
 from flora_jax.leaves.mesh import is_sharded
+from flora_jax.projections import tpu_kernel
 from flora_jax.projections.base import ObliviousProjection, along
 from flora_jax.projections.linalg import product, sums_of_squares
 from flora_jax.random.bits import bits, signs
@@ -102,7 +103,11 @@ class CountSketch(ObliviousProjection):
     ) -> tuple[Float[Array, "*batch _ _"], Float[Array, "*batch _ _"]]:
         """In one pass on a GPU; see :meth:`Projection.compress_with_squares`."""
         # A gather would be written to memory for a TPU, where a product reads G once.
-        forms = {"tpu": functools.partial(_multiply, rank, axis, False)}
+        multiply: Callable[..., Any] = functools.partial(_multiply, rank, axis, False)
+        fits = tpu_kernel.fits(matrix.shape, rank, axis)
+        if matrix.dtype == jnp.float32 and fits and not is_sharded():
+            multiply = functools.partial(_multiply_once, rank, axis)
+        forms = {"tpu": multiply}
         if is_sharded():
             # Slices and gathers along a sharded side would move G between the devices.
             forms["default"] = functools.partial(_multiply, rank, axis, True)
@@ -206,6 +211,23 @@ def _multiply(
         else:
             full = weighed
     return product(full, s.swapaxes(-1, -2), axis), sums_of_squares(weighed, axis)
+
+
+def _multiply_once(
+    rank: int, axis: int, sampled: Any, matrix: jax.Array, weights: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The same in one pass over G, each matrix of a stack by itself."""
+    s = _signed_buckets(sampled, rank)
+    batch = matrix.shape[:-2]
+    if weights is not None:
+        weights = jnp.broadcast_to(weights, (*batch, weights.shape[-1]))
+
+    def each(matrix: jax.Array, weights: jax.Array | None) -> Any:
+        return tpu_kernel.sketch_with_squares(s, matrix, weights, axis)
+
+    for _ in batch:
+        each = jax.vmap(each, in_axes=(0, None if weights is None else 0))
+    return each(matrix, weights)
 
 
 def _add_up(

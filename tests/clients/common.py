@@ -21,6 +21,10 @@ TRANSFORMATIONS = {
     "galore": lambda sketch: fj.galore(RATE, sketch),
     "apollo": lambda sketch: fj.apollo(RATE, sketch),
     "fira_int8": lambda sketch: fj.fira(RATE, sketch, state_dtype="int8"),
+    # In place of the trainer's own accumulation.
+    "accumulation": lambda sketch: fj.compressed_accumulation(
+        fj.flora_adamw(RATE, sketch), 2, sketch
+    ),
 }
 # How many float32 moments each keeps of a sketched leaf; AdamW keeps two.
 MOMENTS = {
@@ -30,6 +34,7 @@ MOMENTS = {
     "galore": 2,
     "apollo": 2,
     "fira_int8": 0.5,
+    "accumulation": 3,
 }
 
 

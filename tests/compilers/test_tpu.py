@@ -6,6 +6,7 @@ It needs the extra `tpu-compiler`, and no TPU.
 import itertools
 import pathlib
 
+import jax
 import pytest
 
 from experiments.accelerators.run import measure
@@ -16,6 +17,12 @@ from tests.experiments.accelerators.test_accelerators import rows
 MEMORY = pathlib.Path(step_memory.__file__).parent / "results" / "steps.jsonl"
 BOTH = ["adamw", "adamw_int8", "flora", "flora_adamw", "apollo", "flora_accumulation"]
 FLOAT32 = ["flora_adamw_int8", "fira", "flora_muon_bfloat16"]
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """As in the commands: other tests have eight CPU devices."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 @pytest.mark.parametrize(

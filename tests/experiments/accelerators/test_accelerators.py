@@ -25,10 +25,10 @@ def rows(**fields):
 MOST = {
     "v5e": {
         "adamw_int8": (5.7, 0.1),
-        "flora": (7.4, 0.15),
-        "flora_adamw": (5.6, 0.15),
-        "flora_adamw_int8": (6.2, 0.15),
-        "apollo": (5.3, 0.15),
+        "flora": (6.4, 0.15),
+        "flora_adamw": (4.9, 0.15),
+        "flora_adamw_int8": (4.9, 0.15),
+        "apollo": (4.6, 0.15),
         "galore": (4.0, 0.15),
         "fira": (5.5, 0.15),
         "flora_accumulation": (1.15, 1.1),

@@ -149,6 +149,12 @@ def test_products():
   %y = f32[32,16]{1,0} parameter(1)
   ROOT %z = f32[64,16]{1,0} dot(%x, %y), lhs_contracting_dims={1}, ALGORITHM
 """.replace("ALGORITHM", "rhs_contracting_dims={0}, algorithm=dot_tf32_tf32_f32_x3")
-    for text, precision in ((convolution, "high"), (dot, "3 of TF32")):
+    kernel = """
+  %x = f32[64,32]{1,0} parameter(0)
+  %y = f32[32,16]{1,0} parameter(1)
+  ROOT %z = f32[64,16]{1,0} custom-call(%x, %y), custom_call_target="k", COST
+""".replace("COST", 'backend_config={"cost_estimate":{"flops":"65536"}}')
+    texts = (convolution, "high"), (dot, "3 of TF32"), (kernel, "bfloat16")
+    for text, precision in texts:
         (product,) = kernels(f"{_HEAD}ENTRY %main () -> f32[] {{{text}}}")
         assert (product.flops, product.precision) == (2 * 64 * 32 * 16, precision)
