@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -153,6 +154,23 @@ def compile_step(
     started = time.process_time()
     compiled = jitted.lower(params, state, params).compile()
     return compiled, round(time.process_time() - started, 1)
+
+
+# What a TPU's compiler says of a program that does not fit.
+_REFUSED = re.compile(r"Ran out of memory.*\(([\d.]+)G\) exceeds")
+
+
+def refused_bytes(error: Exception) -> int | None:
+    """Returns the bytes for want of which a TPU's compiler refuses a program.
+
+    Args:
+        error: of `compile`.
+
+    Returns:
+        All that the program would take; None if something else is wrong.
+    """
+    found = _REFUSED.search(str(error))
+    return None if found is None else round(float(found[1]) * 2**30)
 
 
 def installed(module: str) -> bool:

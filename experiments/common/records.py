@@ -81,8 +81,12 @@ def missing_cases(rows: list[Row], axes: Mapping[str, Iterable[Any]]) -> list[Ro
         axes: by field, its values.
     """
     cases = [dict(zip(axes, each, strict=True)) for each in product(*axes.values())]
-    done = [{name: row[name] for name in axes} for row in rows]
-    return [case for case in cases if case not in done]
+    return not_measured(rows, cases)
+
+
+def not_measured(rows: list[Row], cases: Iterable[Row]) -> list[Row]:
+    """Returns the cases that no row is of."""
+    return [x for x in cases if not any(row.items() >= x.items() for row in rows)]
 
 
 def append_row(path: pathlib.Path, row: Row) -> None:

@@ -25,8 +25,20 @@ class _Computed:
     """Stack the parameters of the blocks and loop over them: compiles faster."""
 
 
+class _HeadWidth:
+    """Of heads that share the width of the model."""
+
+    width: int
+    heads: int
+
+    @property
+    def head_width(self) -> int:
+        """Size of one head's queries, keys and values."""
+        return self.width // self.heads
+
+
 @dataclasses.dataclass(frozen=True)
-class GPT2Config(_Computed):
+class GPT2Config(_Computed, _HeadWidth):
     """The size of the GPT-2, and how it is computed."""
 
     layers: int = 4
@@ -39,6 +51,11 @@ class GPT2Config(_Computed):
     """Tokens that the model sees at once; also the length of a packed example."""
     vocab_size: int = 4096
     """Tokens in the vocabulary."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values: all."""
+        return self.heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +87,7 @@ class T5Config(_Computed):
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig(_Computed):
+class LlamaConfig(_Computed, _HeadWidth):
     """The size of the Llama, and how it is computed."""
 
     layers: int = 2
@@ -93,11 +110,6 @@ class LlamaConfig(_Computed):
     """Added to the mean square in a norm."""
     tied: bool = False
     """The embedding is also the head."""
-
-    @property
-    def head_width(self) -> int:
-        """Size of one head's queries, keys and values."""
-        return self.width // self.heads
 
 
 DecoderConfig = GPT2Config | LlamaConfig

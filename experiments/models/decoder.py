@@ -35,11 +35,36 @@ class Places:
         self.index = index
 
 
+def attend(
+    q: Array, k: Array, v: Array, cache: Cache, places: Places, rate: float, key: Key
+) -> tuple[Array, Cache]:
+    """Attention to the tokens themselves, or to the cache after they are written to it.
+
+    Args:
+        q: queries (B, T, H, D).
+        k: keys (B, T, K, D); each for H / K queries.
+        v: values (B, T, K, D).
+        cache: keys and values of the positions before, if decoding.
+        places: where the tokens stand.
+        rate: dropout of the attention weights.
+        key: its key.
+
+    Returns:
+        (B, T, H * D), and the cache.
+    """
+    if cache is not None:
+        k, v = cache = cache.write(KeysValues(k, v), places.index)
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    # The scale goes on q, which is smaller than the (T, T) scores.
+    q = q * q.shape[-1] ** -0.5
+    return blocks.attend(q, k, v, places.bias, rate, key), cache
+
+
 class Decoder(nnx.Module):
     """A language model: token ids in, logits of the next token out.
 
     Subclasses have `_blocks`, which take an input (B, T, W), a dropout key, a cache and
-    `Places`, and `_cache_heads`, `_embed` and `_logits`.
+    `Places`, and `_embed` and `_logits`.
     """
 
     config: Any
@@ -100,8 +125,7 @@ class Decoder(nnx.Module):
             )
         mask = jnp.ones((rows, length), bool)
         mask = jnp.concatenate([batch["prompt_mask"], mask], axis=1)
-        head_width = config.width // config.heads
-        shape = (config.layers, *mask.shape, self._cache_heads, head_width)
+        shape = (config.layers, *mask.shape, config.kv_heads, config.head_width)
         cache = KeysValues.zeros(shape, config.dtype)
         state = DecodeState(cache, None, mask, jnp.int32(0))
         return self._extend(state, batch["prompt"])

@@ -17,9 +17,9 @@ from flax import nnx
 from jax import Array
 
 from experiments.models import blocks
-from experiments.models.blocks import Cache, Key, KeysValues
+from experiments.models.blocks import Cache, Key
 from experiments.models.config import GPT2Config
-from experiments.models.decoder import Decoder, Places
+from experiments.models.decoder import Decoder, Places, attend
 
 _STD = 0.02
 
@@ -50,27 +50,13 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Array, key: Key, cache: Cache, places: Places
     ) -> tuple[Array, Cache]:
-        """Attends to `x` itself, or to the cache after `x` was written into it.
-
-        Args:
-            x: the input, (B, T, W).
-            key: dropout key of the attention weights.
-            cache: keys and values of the positions before, if decoding.
-            places: where `x` stands.
-
-        Returns:
-            (B, T, W), and the cache.
-        """
+        """Maps (B, T, W) to (B, T, W), and the cache; see `attend`."""
         config = self.config
         q, k, v = (
             part.reshape(*part.shape[:2], config.heads, -1)
             for part in jnp.split(self.c_attn(x), 3, axis=-1)
         )
-        if cache is not None:
-            k, v = cache = cache.write(KeysValues(k, v), places.index)
-        # The scale goes on q, which is smaller than the (T, T) scores.
-        q = q * q.shape[-1] ** -0.5
-        out = blocks.attend(q, k, v, places.bias, config.dropout, key)
+        out, cache = attend(q, k, v, cache, places, config.dropout, key)
         return self.c_proj(out), cache
 
 
@@ -125,10 +111,6 @@ class GPT2(Decoder):
     @property
     def _blocks(self) -> nnx.Module:
         return self.h
-
-    @property
-    def _cache_heads(self) -> int:
-        return self.config.heads
 
     def _embed(self, tokens: Array, places: Places) -> Array:
         return self.wte(tokens) + self.wpe(places.positions)

@@ -16,9 +16,9 @@ from flax import nnx
 from jax import Array
 
 from experiments.models import blocks
-from experiments.models.blocks import Cache, Key, KeysValues
+from experiments.models.blocks import Cache, Key
 from experiments.models.config import LlamaConfig
-from experiments.models.decoder import Decoder, Places
+from experiments.models.decoder import Decoder, Places, attend
 
 _STD = 0.02
 
@@ -70,30 +70,14 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Array, key: Key, cache: Cache, places: Places
     ) -> tuple[Array, Cache]:
-        """Attends to `x` itself, or to the cache after `x` was written into it.
-
-        Args:
-            x: the input, (B, T, W).
-            key: dropout key of the attention weights.
-            cache: keys and values of the positions before, if decoding.
-            places: where `x` stands.
-
-        Returns:
-            (B, T, W), and the cache.
-        """
+        """Maps (B, T, W) to (B, T, W), and the cache; see `attend`."""
         config = self.config
         q, k, v = (
             kernel(x).reshape(*x.shape[:2], -1, config.head_width)
             for kernel in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = (rotated(y, places.positions, config.rope_base) for y in (q, k))
-        if cache is not None:
-            k, v = cache = cache.write(KeysValues(k, v), places.index)
-        group = config.heads // config.kv_heads
-        k, v = (jnp.repeat(y, group, axis=2) for y in (k, v))
-        # The scale goes on q, which is smaller than the (T, T) scores.
-        q = q * config.head_width**-0.5
-        out = blocks.attend(q, k, v, places.bias, config.dropout, key)
+        out, cache = attend(q, k, v, cache, places, config.dropout, key)
         return self.o_proj(out), cache
 
 
@@ -152,10 +136,6 @@ class Llama(Decoder):
     @property
     def _blocks(self) -> nnx.Module:
         return self.layers
-
-    @property
-    def _cache_heads(self) -> int:
-        return self.config.kv_heads
 
     def _embed(self, tokens: Array, places: Places) -> Array:
         del places

@@ -1,7 +1,6 @@
 """The table of optimizer steps on pods."""
 
 import pathlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +31,7 @@ def write(path: pathlib.Path) -> None:
         "largest all-gather, MB": _compiled(lambda row: _megabytes(row["gathered"])),
         "largest sketch, MB": lambda row: _megabytes(row["largest_sketch"]),
         "compilation, processor s": _compiled(lambda row: f"{row['compilation']:.0f}"),
-        "refused": _refused,
+        "refused, would take GB": _refused,
     }
     text = _CAPTION
     for (model, dtype, pod, layout, rank), group in report.grouped(
@@ -47,6 +46,10 @@ def _compiled(cell: Callable[[Row], Any]) -> Callable[[Row], Any]:
     return lambda row: None if "refused" in row else cell(row)
 
 
+def _refused(row: Row) -> str | None:
+    return f"{row['refused'] / 1e9:.1f}" if "refused" in row else None
+
+
 def _sent(kinds: dict[str, int]) -> str:
     return ", ".join(f"{_megabytes(size)} {kind}" for kind, size in kinds.items())
 
@@ -57,12 +60,6 @@ def _over_sketches(row: Row) -> str:
 
 def _megabytes(size: int) -> str:
     return report.megabytes(size, 1)
-
-
-def _refused(row: Row) -> str | None:
-    """What the compiler said of the memory, without the size of the program."""
-    found = re.search(r"Used [\d.]+\w of [\d.]+\w hbm", row.get("refused", ""))
-    return found[0] if found else row.get("refused")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def measure(model: Model, mesh: jax.sharding.Mesh, case: records.Row) -> records
         kind; of the largest array that is gathered (`gathered`); of all sketches
         (`sketches`) and gradients (`gradients`), which are sharded over "tensor" alone,
         and of the `largest_sketch`. Processor seconds of `compilation`. If the
-        compiler refuses, what it says (`refused`).
+        compiler refuses, what the program would take (`refused`).
     """
     # On Explicit axes an optimizer of optax would have to name shardings itself.
     kinds = (jax.sharding.AxisType.Auto,) * 2
@@ -75,9 +75,9 @@ def measure(model: Model, mesh: jax.sharding.Mesh, case: records.Row) -> records
         try:
             compiled, seconds = chips.compile_step(tx, shapes, shardings, states)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if (refused := chips.refused_bytes(error)) is None:
                 raise
-            return found | {"refused": str(error).splitlines()[0]}
+            return found | {"refused": refused}
     memory = compiled.memory_analysis()
     sent = collectives(compiled.as_text())
     gathered = [max(x.sizes) for x in sent if x.kind == "all-gather"]

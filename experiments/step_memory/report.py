@@ -60,7 +60,7 @@ def _short(row: Row) -> str:
     )
 
 
-def _asked(row: Row) -> Row:
+def _with_refused(row: Row) -> Row:
     """The row with temporaries and total of a program that is refused, too."""
     if "refused" not in row:
         return row
@@ -78,9 +78,9 @@ def _gib(name: str):
 
 
 def _draw(rows: list[Row], path: pathlib.Path) -> None:
-    """Draws a panel of bars per model and chip; of a refused program what it asks."""
+    """Draws a panel of bars per model and chip; of refused programs, too."""
     fields = ("chip", "model", "dtype", "batch_size", "source_length", "target_length")
-    groups = report.grouped(list(map(_asked, rows)), *fields, "remat", "scan")
+    groups = report.grouped(list(map(_with_refused, rows)), *fields, "remat", "scan")
     heights = [len(group) + 1.5 for group in groups.values()]
     size, shape = (9, 0.3 * sum(heights) + 1.2), (len(groups), 1)
     with plots.picture(path, size, shape, height_ratios=heights) as panels:

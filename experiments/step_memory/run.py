@@ -8,7 +8,6 @@ the parameters if it ends a cycle: its account is that of the whole cycle.
 import dataclasses
 import functools
 import itertools
-import re
 import time
 from typing import Any
 
@@ -32,8 +31,6 @@ _MICRO_BATCHES = 16
 _EMBEDDINGS = 256
 _LENGTHS = ("batch_size", "source_length", "target_length")
 _SETTINGS = (*_LENGTHS, "projection", "dtype", "accumulator_dtype", "remat", "scan")
-# What the TPU's compiler says, and the GiB that it would take.
-_REFUSED = re.compile(r"Ran out of memory.*\((?P<gib>[\d.]+)G\) exceeds")
 
 
 def run(config: Config) -> None:
@@ -61,9 +58,8 @@ def _missing(config: Config, rows: list[records.Row]) -> list[records.Row]:
             case = {"chip": chip, "model": model, "method": name, "rank": rank}
             case["embeddings"] = config.embeddings and method.compressed
             case |= {field: getattr(config, field) for field in _SETTINGS}
-            if not any(row.items() >= case.items() for row in rows):
-                cases.append(case)
-    return cases
+            cases.append(case)
+    return records.not_measured(rows, cases)
 
 
 def measure(case: records.Row) -> records.Row:
@@ -115,9 +111,9 @@ def measure(case: records.Row) -> records.Row:
     try:
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        if (refusal := _REFUSED.search(str(error))) is None:
+        if (refused := chips.refused_bytes(error)) is None:
             raise
-        return found | {"refused": round(float(refusal["gib"]) * 2**30)}
+        return found | {"refused": refused}
     return found | {
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
         "total": step_bytes(compiled),

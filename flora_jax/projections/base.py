@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 
 from flora_jax import _validation as check
 from flora_jax._typing import KeyData, KeyLike
-from flora_jax.projections.linalg import product, sums_of_squares
+from flora_jax.projections import tpu_kernel
+from flora_jax.projections.linalg import product, product_with_squares
 from flora_jax.random.keys import raw_key
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ class Projection(abc.ABC):
     ) -> tuple[Float[Array, "*batch _ _"], Float[Array, "*batch _ _"]]:
         """The sketch, and sums of squares along the sketched side of what is sketched.
 
-        What optimizers scale or clip by; a subclass may find both in one pass over G.
+        What optimizers scale or clip by; on a single TPU both come of one pass over G.
 
         Args:
           sampled: as for :meth:`compress`.
@@ -99,10 +101,13 @@ class Projection(abc.ABC):
         Returns:
           The sketch, and a float32 array of shape (batch…, n, 1) or (batch…, 1, m).
         """
-        sketch = self.compress(sampled, matrix, rank, axis, weights)
-        full = matrix.astype(jnp.float32)
-        full = full if weights is None else full * along(weights, axis)
-        return sketch, sums_of_squares(full, axis)
+        return jax.lax.platform_dependent(
+            self.as_matrix(sampled, rank, matrix.shape[axis]),
+            matrix,
+            weights,
+            tpu=functools.partial(tpu_kernel.product_with_squares, axis=axis),
+            default=functools.partial(product_with_squares, axis=axis, weigh_s=True),
+        )
 
     def expand(
         self, sampled: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int
@@ -296,8 +301,3 @@ class AdaptiveProjection(Projection):
         """Ones: the rows of S are orthonormal."""
         del width
         return jnp.ones(rank, jnp.float32)
-
-
-def along(vector: Float[Array, "*batch m"], axis: int) -> jax.Array:
-    """Reshapes a vector so that it broadcasts along an axis of a matrix."""
-    return jnp.expand_dims(vector, -3 - axis)

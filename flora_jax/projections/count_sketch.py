@@ -14,8 +14,13 @@ import numpy as np
 from flora_jax._typing import KeyData
 from flora_jax.leaves.mesh import is_sharded
 from flora_jax.projections import tpu_kernel
-from flora_jax.projections.base import ObliviousProjection, along
-from flora_jax.projections.linalg import product, sums_of_squares
+from flora_jax.projections.base import ObliviousProjection
+from flora_jax.projections.linalg import (
+    along,
+    product,
+    product_with_squares,
+    sums_of_squares,
+)
 from flora_jax.random.bits import bits, signs
 
 if TYPE_CHECKING:
@@ -103,14 +108,12 @@ class CountSketch(ObliviousProjection):
     ) -> tuple[Float[Array, "*batch _ _"], Float[Array, "*batch _ _"]]:
         """In one pass on a GPU; see :meth:`Projection.compress_with_squares`."""
         # A gather would be written to memory for a TPU, where a product reads G once.
-        multiply: Callable[..., Any] = functools.partial(_multiply, rank, axis, False)
-        fits = tpu_kernel.fits(matrix.shape, rank, axis)
-        if matrix.dtype == jnp.float32 and fits and not is_sharded():
-            multiply = functools.partial(_multiply_once, rank, axis)
-        forms = {"tpu": multiply}
+        multiply = functools.partial(tpu_kernel.product_with_squares, axis=axis)
+        forms: dict[str, Any] = {"tpu": functools.partial(_multiplied, rank, multiply)}
         if is_sharded():
             # Slices and gathers along a sharded side would move G between the devices.
-            forms["default"] = functools.partial(_multiply, rank, axis, True)
+            multiply = functools.partial(product_with_squares, axis=axis, weigh_s=True)
+            forms["default"] = functools.partial(_multiplied, rank, multiply)
         else:
             full = matrix.shape[axis] // rank
             add_up = functools.partial(_add_up, rank, axis)
@@ -185,49 +188,14 @@ def _signed_buckets(sampled: Any, rank: int) -> jax.Array:
     return one_hot * flips.astype(jnp.bfloat16)
 
 
-def _multiply(
-    rank: int,
-    axis: int,
-    weigh_projection: bool,
-    sampled: Any,
-    matrix: jax.Array,
-    weights: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """The sketch as a product, and the sums of squares.
-
-    Its error on a TPU is that of G alone, as S is exact there.
-
-    Weights multiply the columns of S, or else those of G, which a TPU does as it reads
-    them.
-    """
+def _multiplied(
+    rank: int, multiply: Callable[..., Any], sampled: Any, *arguments: Any
+) -> Any:
+    """The product with S, which is exact in bfloat16: a TPU's error is that of G."""
     # Written out, r·m bfloat16 elements: in the product it would be made anew for each
     # tile, and take longer to compile.
     s = jax.lax.optimization_barrier(_signed_buckets(sampled, rank))
-    full = weighed = matrix.astype(jnp.float32)
-    if weights is not None:
-        weighed = full * along(weights, axis)
-        if weigh_projection:
-            s = s * weights[..., None, :]
-        else:
-            full = weighed
-    return product(full, s.swapaxes(-1, -2), axis), sums_of_squares(weighed, axis)
-
-
-def _multiply_once(
-    rank: int, axis: int, sampled: Any, matrix: jax.Array, weights: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """The same in one pass over G, each matrix of a stack by itself."""
-    s = _signed_buckets(sampled, rank)
-    batch = matrix.shape[:-2]
-    if weights is not None:
-        weights = jnp.broadcast_to(weights, (*batch, weights.shape[-1]))
-
-    def each(matrix: jax.Array, weights: jax.Array | None) -> Any:
-        return tpu_kernel.sketch_with_squares(s, matrix, weights, axis)
-
-    for _ in batch:
-        each = jax.vmap(each, in_axes=(0, None if weights is None else 0))
-    return each(matrix, weights)
+    return multiply(s, *arguments)
 
 
 def _add_up(

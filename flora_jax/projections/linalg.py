@@ -52,6 +52,38 @@ def _float32_on_cuda() -> Any:
     return jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 
+def product_with_squares(
+    s: Float[Array, "*batch r width"],
+    matrix: Float[Array, "*batch n m"],
+    weights: Float[Array, "*batch width"] | None,
+    axis: int,
+    weigh_s: bool,
+) -> tuple[Float[Array, "*batch _ _"], Float[Array, "*batch _ _"]]:
+    """G Sᵀ or S G, and the sums of squares of G along the axis.
+
+    Args:
+      s: S; the same for a batch, or with its axes.
+      matrix: G, to be multiplied by the weights first.
+      weights: one for each column of S, or None.
+      axis: the sketched axis of G, -1 or -2.
+      weigh_s: whether S is multiplied by the weights in place of G in the product: a
+        TPU multiplies G as it reads it.
+    """
+    full = weighed = matrix.astype(jnp.float32)
+    if weights is not None:
+        weighed = full * along(weights, axis)
+        if weigh_s:
+            s = s * weights[..., None, :]
+        else:
+            full = weighed
+    return product(full, s.swapaxes(-1, -2), axis), sums_of_squares(weighed, axis)
+
+
+def along(vector: Float[Array, "*batch m"], axis: int) -> jax.Array:
+    """Reshapes a vector so that it broadcasts along an axis of a matrix."""
+    return jnp.expand_dims(vector, -3 - axis)
+
+
 def sums_of_squares(x: Float[Array, "*batch n m"], axes: Any) -> jax.Array:
     """Of a matrix, along one or both of its axes, which have size 1 in the result."""
     if axes == -1:  # XLA on CPU sums products along rows twice as fast as squares.

@@ -12,7 +12,8 @@ import numpy as np
 
 from flora_jax._typing import KeyData
 from flora_jax.leaves.mesh import is_sharded
-from flora_jax.projections.base import ScaledIsometry, along
+from flora_jax.projections.base import ScaledIsometry
+from flora_jax.projections.linalg import along, sums_of_squares
 from flora_jax.random.bits import bits, signs
 
 if TYPE_CHECKING:
@@ -72,6 +73,20 @@ class SRHT(ScaledIsometry):
         mixed = _transform(flipped, axis, inverse=False)
         kept = jnp.take(mixed, rows, axis=axis, mode="clip")
         return kept * self.row_norm(rank, matrix.shape[axis])
+
+    def compress_with_squares(
+        self,
+        sampled: Any,
+        matrix: Float[Array, "*batch n m"],
+        rank: int,
+        axis: int,
+        weights: Float[Array, "*batch m"] | None = None,
+    ) -> tuple[Float[Array, "*batch _ _"], Float[Array, "*batch _ _"]]:
+        """Without S; see :meth:`Projection.compress_with_squares`."""
+        sketch = self.compress(sampled, matrix, rank, axis, weights)
+        full = matrix.astype(jnp.float32)
+        full = full if weights is None else full * along(weights, axis)
+        return sketch, sums_of_squares(full, axis)
 
     def expand(
         self, sampled: Any, sketch: Float[Array, "*batch _ _"], width: int, axis: int

@@ -1,8 +1,8 @@
 """A sketch and the sums of squares of what it is taken of, in one pass on a TPU.
 
 XLA reads a matrix once for a product and once more for sums of its squares. Here each
-block is read once, split in two bfloat16 parts, and multiplied by a matrix that is
-exact in bfloat16: two products, where "high" precision takes three.
+block is read once, split in two bfloat16 parts, and multiplied by those of S: three
+products, as "high" precision takes, or two where S is exact in bfloat16.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.projections.base import along
-from flora_jax.projections.linalg import product
+from flora_jax.leaves.mesh import is_sharded
+from flora_jax.projections import linalg
+from flora_jax.projections.linalg import along, product
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, BFloat16, Float, Float32
+    from jaxtyping import Array, Float, Float32
 
 # Sides of blocks, the larger first: tiles of a TPU are 8 x 128, of bfloat16 16 x 128.
 _BLOCKS = (512, 256, 128)
@@ -26,26 +27,58 @@ _BLOCKS = (512, 256, 128)
 _MOST = 12 * 2**20
 
 
-def fits(shape: tuple[int, ...], rank: int, axis: int) -> bool:
-    """Whether the kernel takes a matrix of this shape; the last two axes count.
+def product_with_squares(
+    s: Float[Array, "*batch r width"],
+    matrix: Float[Array, "*batch n m"],
+    weights: Float[Array, "*batch width"] | None,
+    axis: int,
+) -> tuple[Float[Array, "*batch _ _"], Float[Array, "*batch _ _"]]:
+    """As ``linalg.product_with_squares``, on a TPU; by the kernel where that fits.
 
-    The compiler cannot partition it: only a process that has one device takes it, not
-    one that compiles for several without ``jax.set_mesh``.
+    The compiler cannot partition the kernel: only a process that has one device takes
+    it, not one that compiles for several without ``jax.set_mesh``.
     """
-    width, other = shape[axis], shape[-3 - axis]
-    step, part = _block(width), _block(other)
-    held = 2 * (2 * rank * width + 4 * step * part + 4 * rank * part)
-    whole = step and part and rank % 128 == 0
-    return bool(whole) and held <= _MOST and jax.device_count() == 1
+    alone = jax.device_count() == 1 and not is_sharded()
+    if not (alone and fits(s, matrix, axis)):
+        return linalg.product_with_squares(s, matrix, weights, axis, weigh_s=False)
+    batch = matrix.shape[:-2]
+    if weights is not None:
+        weights = jnp.broadcast_to(weights, (*batch, weights.shape[-1]))
+
+    def each(s: jax.Array, matrix: jax.Array, weights: jax.Array | None) -> Any:
+        return sketch_with_squares(s, matrix, weights, axis)
+
+    axes = None if s.ndim == 2 else 0, 0, None if weights is None else 0
+    for _ in batch:
+        each = jax.vmap(each, in_axes=axes)
+    return each(s, matrix, weights)
+
+
+def fits(s: jax.Array, matrix: jax.Array, axis: int) -> bool:
+    """Whether the kernel takes these matrices; the last two axes count.
+
+    Of a G in bfloat16 XLA's product and sums move less.
+    """
+    rank, width = s.shape[-2:]
+    step, part = _block(width), _block(matrix.shape[-3 - axis])
+    held = s.dtype.itemsize * rank * width + 4 * step * part + 4 * rank * part
+    divides = bool(step and part) and rank % 128 == 0
+    return divides and 2 * held <= _MOST and matrix.dtype == jnp.float32
 
 
 def _block(size: int) -> int:
     return next((block for block in _BLOCKS if size % block == 0), 0)
 
 
+def _parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two bfloat16 arrays whose sum is the array, to 2⁻¹⁶ of its entries."""
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def sketch_with_squares(
-    s: BFloat16[Array, "r width"],
+    s: Float[Array, "r width"],
     matrix: Float32[Array, "n m"],
     weights: Float32[Array, " width"] | None,
     axis: int,
@@ -54,9 +87,8 @@ def sketch_with_squares(
     """G Sᵀ and the sums of squares of G's rows, or S G and those of its columns.
 
     Args:
-      s: S, bfloat16.
-      matrix: G, to be multiplied by the weights first. In bfloat16 a product of XLA's
-        and sums moved less.
+      s: S, float32, or bfloat16 if it is exact in that.
+      matrix: G, to be multiplied by the weights first.
       weights: one for each column of S, or None.
       axis: the sketched axis of G, -1 or -2.
       interpret: run on any device, slowly.
@@ -93,18 +125,21 @@ def sketch_with_squares(
         block = g_ref[...]
         if weights is not None:
             block = block * refs[0][...]
-        s_block = s_ref[:, pl.ds(i * step, step)]
         contracted = ((1,), (1,)) if columns else ((1,), (0,))
-        pair = (lambda x: (x, s_block)) if columns else (lambda x: (s_block, x))
 
-        def product(x: jax.Array) -> jax.Array:
+        def multiply(x: jax.Array, s: jax.Array) -> jax.Array:
+            pair = (x, s) if columns else (s, x)
             return jax.lax.dot_general(
-                *pair(x), (contracted, ((), ())), preferred_element_type=jnp.float32
+                *pair, (contracted, ((), ())), preferred_element_type=jnp.float32
             )
 
-        high = block.astype(jnp.bfloat16)
-        low = (block - high.astype(jnp.float32)).astype(jnp.bfloat16)
-        sketch = product(high) + product(low)
+        high, low = _parts(block)
+        s_high, s_low = s_ref[:, pl.ds(i * step, step)], None
+        if s.dtype == jnp.float32:
+            s_high, s_low = _parts(s_high)
+        sketch = multiply(high, s_high) + multiply(low, s_high)
+        if s_low is not None:
+            sketch += multiply(high, s_low)
         squares = jnp.sum(block * block, axis, keepdims=True)
         sketch_ref, squares_ref = refs[-2:]
 
@@ -136,7 +171,7 @@ def sketch_with_squares(
             dimension_semantics=("parallel", "arbitrary")
         ),
         cost_estimate=pl.CostEstimate(
-            flops=4 * rank * width * other,
+            flops=(6 if s.dtype == jnp.float32 else 4) * rank * width * other,
             bytes_accessed=matrix.nbytes + s.nbytes + 4 * (rank + 1) * other,
             transcendentals=0,
         ),
@@ -154,7 +189,9 @@ def _differentiated(
         return matrix if weights is None else matrix * along(weights, axis)
 
     s, *others = primals
-    full, change = jax.jvp(weighed, tuple(others), tuple(tangents[1:]))
+    change_of_s, *changes = tangents
+    full, change = jax.jvp(weighed, tuple(others), tuple(changes))
     sketch = product(change, s.astype(jnp.float32).T, axis)
+    sketch += product(full, change_of_s.astype(jnp.float32).T, axis)
     squares = 2 * jnp.sum(full * change, axis, keepdims=True)
     return sketch_with_squares(*primals, axis, interpret), (sketch, squares)

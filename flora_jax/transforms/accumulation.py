@@ -217,7 +217,7 @@ def compressed_accumulation(
 
         def can_loop(plan: LeafPlan) -> bool:
             """Whether a leaf can be expanded layer by layer, where it is read."""
-            return axis_name is None and loop_steps(plan, True) > 0 and not plan.dense
+            return axis_name is None and loop_steps(plan, on_one_device=True) > 0
 
         def end_cycle_in_place(_: Any, operands: tuple[Any, ...]) -> tuple[Any, ...]:
             """All operands after the end of a cycle."""

@@ -176,22 +176,21 @@ def factored_rms_step(
         new = decay * v + (1 - decay) * (full * full + epsilon)
         return grad.times(jax.lax.rsqrt(new)), v_row, v_col, new.astype(v.dtype)
     larger, smaller = plan.larger_smaller
-
-    def means(full: jax.Array, again: jax.Array | None) -> tuple[None, Any]:
-        again = full if again is None else again
-        return None, (
-            jnp.mean(full * full, axis=larger, keepdims=True),
-            jnp.mean(again * again, axis=smaller, keepdims=True),
-        )
-
     if grad.threshold is not None:
         grad = grad.clipped()
     if grad.source is not None and grad.source.plan.batch_axes[0] in plan.batch_axes:
-        _, (row_mean_square, column_mean_square) = grad.by_layers(means)
+
+        def mean_squares(x: jax.Array, _: None) -> tuple[None, list[jax.Array]]:
+            sides = larger, smaller
+            return None, [jnp.mean(x * x, axis=side, keepdims=True) for side in sides]
+
+        _, (row_mean_square, column_mean_square) = grad.by_layers(mean_squares)
     else:
+        full = grad.value()
         # Or XLA on CPU would write the squares, which two reductions read, to memory.
         again = grad._replace(leaf=unshared(grad.leaf)).value()
-        _, (row_mean_square, column_mean_square) = means(grad.value(), again)
+        row_mean_square = jnp.mean(full * full, axis=larger, keepdims=True)
+        column_mean_square = jnp.mean(again * again, axis=smaller, keepdims=True)
     row = decay * v_row + (1 - decay) * (row_mean_square + epsilon)
     column = decay * v_col + (1 - decay) * (column_mean_square + epsilon)
     # V = R C / mean(R); its −½ is applied as two factors, never as a matrix.

@@ -16,8 +16,8 @@ from flora_jax import _validation
 from flora_jax._typing import PyTree
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.trees import cast_like, matching_leaves, rebuild, zero_sketches
-from flora_jax.projections.base import along
 from flora_jax.projections.count_sketch import CountSketch
+from flora_jax.projections.linalg import along
 from flora_jax.random.keys import check_state_key, renewal
 from flora_jax.sketching.sketch import Sketch, check_leaves, resolve
 from flora_jax.sketching.sketcher import (

@@ -30,7 +30,7 @@ MOST = {
         "flora_adamw_int8": (4.9, 0.15),
         "apollo": (4.6, 0.15),
         "galore": (4.0, 0.15),
-        "fira": (5.5, 0.15),
+        "fira": (4.9, 0.15),
         "flora_accumulation": (1.15, 1.1),
     },
     "h100": {
