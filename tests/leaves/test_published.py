@@ -42,6 +42,16 @@ def test_the_state_of_both_layouts_is_of_one_size(name):
         assert found[path] == stacked.shape[1] * experts * math.prod(shape), path
 
 
+@pytest.mark.parametrize("name", ["Llama-3-405B", "Gemma-3-4B", "DeepSeek-V3"])
+def test_the_planner_shows_the_folds(name):
+    params = published.boxed(name)
+    tx = fj.flora(1e-3, fj.Sketch(published.RANK).with_metadata(params))
+    leaves = {leaf.path: leaf for leaf in fj.memory_plan(tx, params).leaves}
+    for path, (_, plan) in published.plans(name).items():
+        shapes = () if plan.dense else (plan.state_shape,)
+        assert leaves[path].sketches == shapes, path
+
+
 @pytest.mark.parametrize("name", published.MODELS)
 def test_what_a_fold_by_shape_alone_would_merge_is_refused(name):
     params = published.boxed(name)

@@ -276,6 +276,18 @@ def test_folds_that_metadata_tell(names, shape, metadata, expected):
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["layer", "layers", "dense_layers", "stack", "stage", "circular_repeats"]
+    + ["exp", "expert", "experts"],
+)
+def test_names_of_stacks(name):
+    """Those that docs/trainers.md lists."""
+    params = stacked(("embed", name, "mlp"), (128, 4, 512))
+    (plan,) = fj.Sketch(16).with_metadata(params).plan(params)
+    assert plan.batch_axes == (1,)
+
+
+@pytest.mark.parametrize(
     ("names", "known", "shards"),
     [
         (("layers", "embed", "mlp"), True, 1),  # As no rule shards them.
