@@ -198,11 +198,11 @@ def run(
 
 
 def _with_own_weights(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The step of a loop that gets a layer's weights on TPUs, and no copy of all.
+    """Wraps the step of a loop so that no TPU copies the weights of all layers.
 
-    Their compiler would round and transpose the weights of all layers before the loop,
-    into arrays of half the parameters' size and more. It does not move a product with
-    what it does not know to be 1, nor a layout that is asked for.
+    Its compiler would round and transpose them before the loop, into arrays of half the
+    parameters' size and more. It moves neither a product with a 1 that it does not know
+    nor a layout constraint out of the loop.
     """
 
     def own(state: Any, i: Array) -> Any:

@@ -16,7 +16,7 @@ from experiments.models.blocks import Batch, Cache, DecodeState, Key, KeysValues
 
 
 class Places:
-    """Where tokens stand, and what each of them may read.
+    """Positions of tokens, and what each may attend to.
 
     Attributes:
         positions: int32, (B, T): padding on the left does not count.

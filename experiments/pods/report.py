@@ -31,7 +31,7 @@ def write(path: pathlib.Path) -> None:
         "largest all-gather, MB": _compiled(lambda row: _megabytes(row["gathered"])),
         "largest sketch, MB": lambda row: _megabytes(row["largest_sketch"]),
         "compilation, processor s": _compiled(lambda row: f"{row['compilation']:.0f}"),
-        "refused, would take GB": _refused,
+        "needed, if refused, GB": _refused,
     }
     text = _CAPTION
     for (model, dtype, pod, layout, rank), group in report.grouped(

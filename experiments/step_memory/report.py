@@ -14,9 +14,9 @@ _CAPTION = """\
 GiB on one chip, by its compiler, of one program that computes a loss and its gradients
 and updates the parameters, donated as the state is. Of an accumulation over 16
 micro-steps it is the program that does both: adds to the accumulator and, at the end of
-a cycle, applies. The optimizer is Adafactor, unless Adam or GaLore (Adam in a subspace)
-is said; its moments have the parameters' type, GaLore's are float32. A v5e offers 15.75
-GiB. The total is the sum of what the compiler says, which may exceed the peak a little.
+a cycle, applies. The optimizer is Adafactor, except for Adam, whose moments have the
+parameters' type, and GaLore (Adam in a subspace, float32 moments). A v5e has 15.75 GiB.
+The total is a sum of the compiler's figures, which may slightly exceed the peak.
 """
 
 
@@ -29,7 +29,7 @@ def write(path: pathlib.Path) -> None:
         "rank": lambda row: row["rank"],
         "tokens": _tokens,
         **{name: _gib(name) for name in (*_PARTS, "total")},
-        "refused, would take": _gib("refused"),
+        "needed, if refused": _gib("refused"),
     }
     text = _CAPTION
     for (chip, dtype, remat, scan), group in report.grouped(

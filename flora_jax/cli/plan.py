@@ -29,7 +29,7 @@ _UNITS = {
 }
 
 
-# As published, in GB of 1e9 bytes. Programs may use about that: 15.75 GiB of a v5e.
+# As published, in GB (1e9 bytes); a program may use about that: 15.75 GiB of a v5e.
 _CHIPS = {
     "v5e": 16,
     "v6e": 32,
@@ -61,7 +61,7 @@ _SHAPES = (
 )
 _OPTIMIZER = "default: flora; adafactor and adamw need --accumulate"
 _BUDGET = "for example 24GiB or 24GB; without --rank, finds the largest rank that fits"
-_CHIP = "a budget by the name of a chip: its memory as published"
+_CHIP = "the published memory of a chip as the budget"
 _RESERVE = "room left for activations and temporaries; default: a tenth of --chip's"
 _ACCUMULATE = "compressed accumulation of K micro-steps around the optimizer"
 _DTYPE = "of parameters and gradients; default: the file's"
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error("give --rank, or --budget or --chip for the largest rank that fits")
     if given.reserve is not None:
         if given.budget is None:
-            error("--reserve needs --budget or --chip, of which it is a part")
+            error("--reserve needs --budget or --chip to be taken from")
         if given.reserve >= given.budget:
             sizes = format_bytes(given.reserve), format_bytes(given.budget)
             error(f"--reserve must leave some of the budget, got {' of '.join(sizes)}")

@@ -24,8 +24,8 @@ class InPlace:
       transform: from some scalars, an update and a parameter to the update that is
         added; or from the same part of both, as it changes each element by itself.
       scalars: those of each leaf, in flattening order.
-      expanded: gradients that have been expanded from sketches, and these; None if they
-        have not been.
+      expanded: the gradients that were expanded from sketches, and for each what it was
+        expanded from; None if there are none.
       for_recipes: whether recipes are to apply theirs, too, or an accumulation alone.
       is_required: whether the two calls of optax would not do in place of this one.
       params: the new parameters; None until a transformation has set them.

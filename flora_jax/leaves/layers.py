@@ -1,4 +1,4 @@
-"""A stacked leaf a few layers at a time, on a mesh or where its estimate is large."""
+"""Stacked leaves, a few layers at a time."""
 
 from __future__ import annotations
 

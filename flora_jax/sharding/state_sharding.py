@@ -25,9 +25,9 @@ def state_sharding(
     Each array of a parameter-shaped tree keeps the parameter's mesh axes on every axis
     that has the parameter's size. An axis of another size, the rank of a sketch, keeps
     them if they divide it; those of axes that are folded to one side, such as (heads,
-    head_dim), move to the one that holds the rank; if it is as long as that axis was,
-    which shapes do not show, of leaves that fold by the default rules. Everything else,
-    counters and keys, is replicated.
+    head_dim), move to the one that holds the rank. Where the rank equals the size of
+    that axis, shapes do not show it: leaves are taken to fold by the default rules.
+    Everything else, counters and keys, is replicated.
     NNX Variables and Linen boxes name such shardings in their metadata, where trainers
     look for them.
 

@@ -104,9 +104,9 @@ class Basis:
             if self.refresh_every is None or not refresh.transport.moves:
                 return sampled, stored, moments
         leaves = list(zip(grads, sampled, stored, moments, strict=True))
-        # Moments of stacked layers on a mesh have a branch of their own: what is made
-        # for it, such as decoded moments, is then freed before the next one is run.
-        # What chooses bases sends less for all of them together.
+        # On a mesh each stacked leaf's moments are moved in a branch of their own, so
+        # that temporaries such as decoded moments are freed before the next. Bases that
+        # are chosen from gradients send less in one branch.
         alone = [not self.is_stored and loop_steps(plan) > 0 for plan in plans]
         branches = {
             i: (self._place(plan), i if alone[i] else -1)

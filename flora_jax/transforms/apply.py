@@ -96,7 +96,7 @@ def apply_updates_of(
                 f" arguments, got {tx}; jit the step around it, or call tx.update and"
                 " optax.apply_updates"
             ) from error
-        # Until then it is the accumulation's own.
+        # An error before the accumulation has applied its updates is its own.
         if request.is_required and request.params is not None:
             raise _not_last() from error
         if request.params is None and not is_refused:

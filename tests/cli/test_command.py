@@ -210,7 +210,10 @@ def test_missing_files(tmp_path, capsys):
     ("arguments", "match"),
     [
         ("", "give --rank, or --budget or --chip for the largest rank that fits"),
-        ("--rank 8 --reserve 1GB", "--reserve needs --budget or --chip"),
+        (
+            "--rank 8 --reserve 1GB",
+            "--reserve needs --budget or --chip to be taken from",
+        ),
         ("--chip v5e --budget 1GB", "--budget: not allowed with argument --chip"),
         ("--chip v5e --reserve 16GB", "must leave some of the budget, got 14.9 GiB"),
         ("--chip v9", "invalid choice: 'v9'"),
