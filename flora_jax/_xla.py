@@ -50,6 +50,18 @@ def materialized(tree: PyTree) -> PyTree:
     )
 
 
+def at_once(value: PyTree, made_of_it: PyTree) -> tuple[PyTree, PyTree]:
+    """A value and what is made of it, on a GPU before anything else reads the value.
+
+    There XLA makes one kernel of the small ones that sketch the activations of many
+    layers, and keeps the activations until it runs. On a TPU it recomputes activations
+    inside the products that read them, which a barrier would prevent.
+    """
+    return jax.lax.platform_dependent(
+        (value, made_of_it), cuda=jax.lax.optimization_barrier, default=_as_it_is
+    )
+
+
 def _as_it_is(tree: PyTree) -> PyTree:
     return tree
 

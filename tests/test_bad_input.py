@@ -81,6 +81,12 @@ def test_ranks_of_every_form():
     ("argument", "value", "error", "match"),
     [
         ("side", "top", ValueError, "`side` must be one of 'smaller', .*side='top'"),
+        ("side", {"*": "top"}, ValueError, "`side` must be one of 'smaller', .*'top'"),
+        ("same_projection", "qkv", TypeError, "`same_projection` must hold groups"),
+        ("same_projection", ["q", "k"], TypeError, "must hold groups of names, got"),
+        ("same_projection", [("a/q", "k")], TypeError, "parts of paths, without slash"),
+        ("same_projection", [("q", 1)], TypeError, "parts of paths, without slashes"),
+        ("same_projection", [("q", "k"), ("k",)], ValueError, "hold each name once"),
         ("min_dim_size", 0, ValueError, "`min_dim_size` must be positive, got"),
         ("min_dim_size", 1.5, TypeError, "`min_dim_size` must be an int"),
         ("max_aspect_ratio", 0.5, ValueError, "`max_aspect_ratio` must be at least 1"),
@@ -93,7 +99,7 @@ def test_ranks_of_every_form():
 def test_rules(argument, value, error, match):
     with pytest.raises(error, match=match):
         fj.Sketch(8, **{argument: value})
-    if argument != "side":
+    if argument not in ("side", "same_projection"):
         with pytest.raises(error, match=match):
             fj.LeafRules(**{argument: value})
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -26,6 +27,10 @@ Batch = dict[str, Array]
 and "target" (B, T), both filled up with token 0. To decode from, "source" for T5; for
 decoders "prompt" (B, S), padded on the left, and "prompt_mask", bool (B, S), False on
 the padding."""
+
+PART = 2**26
+"""Bytes of attention scores, or of logits, that are computed at a time: of as many
+positions as these are enough for, in all examples."""
 
 MASKED = float(np.finfo(np.float32).min)
 """Score of a position that must not be read; finite, so that no row becomes NaN."""
@@ -69,29 +74,98 @@ def dropout(x: Array, rate: float, key: Key) -> Array:
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
+def recomputed(function: Callable[..., Any], config: Config) -> Callable[..., Any]:
+    """The function, of which only the arguments are kept for the backward pass."""
+    # A loop cannot be merged with its recomputation: it needs no barriers.
+    return jax.checkpoint(function, prevent_cse=not config.scan)
+
+
 def attend(
-    q: Array, k: Array, v: Array, bias: Array, rate: float = 0.0, key: Key = None
+    q: Array, k: Array, v: Array, bias: Array, config: Config, key: Key = None
 ) -> Array:
     """Attention: softmax(q k + bias) v, without a scale.
 
     Scores and softmax are float32 also under bfloat16, whose 8 bits are too few for a
-    sum over many positions.
+    sum over many positions. Neither is kept for the backward pass: scores of `PART`
+    bytes are computed again there, and are all that is in memory.
 
     Args:
         q: queries (B, T, H, D), scaled by the caller where the model does.
-        k: keys (B, S, H, D).
-        v: values (B, S, H, D).
+        k: keys (B, S, K, D); each for H / K queries.
+        v: values (B, S, K, D).
         bias: float32, of a shape that broadcasts to (B, H, T, S); `MASKED` hides.
-        rate: dropout of the attention weights.
+        config: whose dropout the attention weights have.
         key: its key.
 
     Returns:
         (B, T, H * D), the heads side by side.
     """
-    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
-    weights = dropout(jax.nn.softmax(scores + bias), rate, key)
-    out = jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
-    return out.reshape(*out.shape[:2], -1)
+    rows, length, heads, _ = q.shape
+    count = _count(length, rows * heads * k.shape[1])
+
+    def attended(q: Array, k: Array, v: Array, bias: Array, key: Key) -> Array:
+        k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
+
+        def some(q: Array, bias: Array, key: Key) -> Array:
+            scores = jnp.einsum(
+                "bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32
+            )
+            weights = dropout(jax.nn.softmax(scores + bias), config.dropout, key)
+            return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
+
+        if count == 1:
+            return some(q, bias, key)
+        keys = None if key is None else jax.random.split(key, count)
+        parts = _parts(q, 1, count), _parts(bias, 2, count), keys
+        return jnp.moveaxis(_map(some, parts), 0, 1)
+
+    out = recomputed(attended, config)(q, k, v, bias, key)
+    return out.reshape(rows, length, -1)
+
+
+def _map(some: Callable[..., Array], parts: tuple[Any, ...]) -> Array:
+    """Applies a function to each part in turn, and again in the backward pass."""
+    some = jax.checkpoint(some, prevent_cse=False)
+    return jax.lax.map(lambda part: some(*part), parts)
+
+
+def _count(length: int, elements: int) -> int:
+    """Into how many equal parts to divide positions of so many float32 each."""
+    least = max(1, -(-4 * elements * length // PART))
+    return next((n for n in range(least, length) if length % n == 0), length)
+
+
+def _parts(x: Array, axis: int, count: int) -> Array:
+    """Splits an axis and puts the parts first; an axis of size 1 is in each of them."""
+    if x.shape[axis] == 1:
+        return jnp.broadcast_to(x, (count, *x.shape))
+    sides = x.shape[:axis], x.shape[axis + 1 :]
+    x = x.reshape(*sides[0], count, x.shape[axis] // count, *sides[1])
+    return jnp.moveaxis(x, axis, 0)
+
+
+def losses(logits: Callable[[Array], Array], x: Array, labels: Array) -> Array:
+    """Cross-entropy of labels, without the logits of all positions in memory.
+
+    Args:
+        logits: maps (B, n, W) to float32 logits (B, n, V), of `PART` bytes at a time,
+            and again in the backward pass if that is not all of them.
+        x: what it is applied to, (B, T, W).
+        labels: ids, (B, T).
+
+    Returns:
+        float32 losses in nats, (B, T).
+    """
+
+    def some(x: Array, labels: Array) -> Array:
+        return optax.softmax_cross_entropy_with_integer_labels(logits(x), labels)
+
+    vocabulary = jax.eval_shape(logits, x).shape[-1]
+    count = _count(x.shape[1], x.shape[0] * vocabulary)
+    if count == 1:
+        return some(x, labels)
+    parts = _parts(x, 1, count), _parts(labels, 1, count)
+    return jnp.moveaxis(_map(some, parts), 0, 1).reshape(labels.shape)
 
 
 class KeysValues(NamedTuple):

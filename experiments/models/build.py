@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from experiments.models.blocks import Batch
+from experiments.models.blocks import Batch, losses
 from experiments.models.config import (
     PUBLISHED,
     Config,
@@ -79,15 +79,15 @@ def token_losses(
     Returns:
         float32 losses in nats and float32 weights, both (B, T); padding weighs 0.
     """
-    logits, labels, weights = nnx.merge(graphdef, params).training(batch, key)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses, weights
+    model = nnx.merge(graphdef, params)
+    x, labels, weights = model.training(batch, key)
+    return losses(model.logits, x, labels), weights
 
 
 def mean_loss(
     graphdef: nnx.GraphDef, params: Params, batch: Batch, key: Array | None = None
 ) -> Array:
     """Weighted mean of `token_losses`, in nats: a scalar, 0 if all weights are 0."""
-    losses, weights = token_losses(graphdef, params, batch, key)
+    each, weights = token_losses(graphdef, params, batch, key)
     total = jnp.maximum(weights.sum(), jnp.finfo(jnp.float32).tiny)
-    return (losses * weights).sum() / total
+    return (each * weights).sum() / total

@@ -36,7 +36,7 @@ class Places:
 
 
 def attend(
-    q: Array, k: Array, v: Array, cache: Cache, places: Places, rate: float, key: Key
+    q: Array, k: Array, v: Array, cache: Cache, places: Places, config: Any, key: Key
 ) -> tuple[Array, Cache]:
     """Attention to the tokens themselves, or to the cache after they are written to it.
 
@@ -46,7 +46,7 @@ def attend(
         v: values (B, T, K, D).
         cache: keys and values of the positions before, if decoding.
         places: where the tokens stand.
-        rate: dropout of the attention weights.
+        config: whose dropout the attention weights have.
         key: its key.
 
     Returns:
@@ -54,17 +54,16 @@ def attend(
     """
     if cache is not None:
         k, v = cache = cache.write(KeysValues(k, v), places.index)
-    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     # The scale goes on q, which is smaller than the (T, T) scores.
     q = q * q.shape[-1] ** -0.5
-    return blocks.attend(q, k, v, places.bias, rate, key), cache
+    return blocks.attend(q, k, v, places.bias, config, key), cache
 
 
 class Decoder(nnx.Module):
     """A language model: token ids in, logits of the next token out.
 
     Subclasses have `_blocks`, which take an input (B, T, W), a dropout key, a cache and
-    `Places`, and `_embed` and `_logits`.
+    `Places`, and `_embed` and `logits`.
     """
 
     config: Any
@@ -82,12 +81,18 @@ class Decoder(nnx.Module):
         Returns:
             float32 logits (B, T, V).
         """
+        return self.logits(self._hidden(tokens, mask, key))
+
+    def _hidden(
+        self, tokens: Array, mask: Array | None = None, key: Key = None
+    ) -> Array:
+        """Maps tokens (B, T) to what `logits` takes, (B, T, W)."""
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         state = DecodeState(None, None, mask, jnp.int32(0))
-        return self._logits(self._run(tokens, state, key)[0])
+        return self._run(tokens, state, key)[0]
 
     def training(self, batch: Batch, key: Key = None) -> tuple[Array, Array, Array]:
-        """Predicts each token of a batch from those before it.
+        """Reads a batch, to predict each token from those before it.
 
         Args:
             batch: "tokens" (B, T + 1) and, if not all labels count alike, float32
@@ -95,12 +100,12 @@ class Decoder(nnx.Module):
             key: dropout key; None drops nothing.
 
         Returns:
-            Logits (B, T, V), labels (B, T) and weights (B, T).
+            What `logits` takes (B, T, W), labels (B, T) and weights (B, T).
         """
         tokens = batch["tokens"]
         labels = tokens[:, 1:]
         weights = batch.get("weights", jnp.ones(labels.shape, jnp.float32))
-        return self(tokens[:, :-1], key=key), labels, weights
+        return self._hidden(tokens[:, :-1], key=key), labels, weights
 
     def start(self, batch: Batch, length: int) -> tuple[Array, DecodeState]:
         """Reads the prompt and makes room for `length` tokens.
@@ -137,7 +142,7 @@ class Decoder(nnx.Module):
     def _extend(self, state: DecodeState, tokens: Array) -> tuple[Array, DecodeState]:
         x, cache = self._run(tokens, state)
         state = state._replace(cache=cache, index=state.index + tokens.shape[1])
-        return self._logits(x[:, -1:])[:, 0], state
+        return self.logits(x[:, -1:])[:, 0], state
 
     def _run(
         self, tokens: Array, state: DecodeState, key: Key = None

@@ -24,6 +24,10 @@ from experiments.models.decoder import Decoder, Places, attend
 _STD = 0.02
 
 
+# The tanh form is what GPT-2 was trained with ("gelu_new").
+_gelu = functools.partial(jax.nn.gelu, approximate=True)
+
+
 def _residual_std(config: GPT2Config) -> float:
     # Every block adds to the residual stream twice; the scale keeps its variance
     # independent of the depth.
@@ -56,7 +60,7 @@ class Attention(nnx.Module):
             part.reshape(*part.shape[:2], config.heads, -1)
             for part in jnp.split(self.c_attn(x), 3, axis=-1)
         )
-        out, cache = attend(q, k, v, cache, places, config.dropout, key)
+        out, cache = attend(q, k, v, cache, places, config, key)
         return self.c_proj(out), cache
 
 
@@ -65,14 +69,14 @@ class MLP(nnx.Module):
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
         """Samples the two kernels."""
+        self.config = config
         width, std = config.width, _residual_std(config)
         self.c_fc = blocks.linear(width, 4 * width, _STD, config, rngs)
         self.c_proj = blocks.linear(4 * width, width, std, config, rngs)
 
     def __call__(self, x: Array) -> Array:
         """Maps (B, T, W) to (B, T, W), each position by itself."""
-        # The tanh form is what GPT-2 was trained with ("gelu_new").
-        return self.c_proj(jax.nn.gelu(self.c_fc(x), approximate=True))
+        return self.c_proj(blocks.recomputed(_gelu, self.config)(self.c_fc(x)))
 
 
 class Block(nnx.Module):
@@ -80,7 +84,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
         """Builds the parts of one block."""
-        self.rate = config.dropout
+        self.config = config
         self.ln_1 = _norm(config, rngs)
         self.attn = Attention(config, rngs=rngs)
         self.ln_2 = _norm(config, rngs)
@@ -90,10 +94,12 @@ class Block(nnx.Module):
         self, x: Array, key: Key, cache: Cache, places: Places
     ) -> tuple[Array, Cache]:
         """Maps (B, T, W) to (B, T, W), and the cache; see `Attention`."""
-        keys = blocks.split_key(key, 3)
-        mixed, cache = self.attn(self.ln_1(x), keys[0], cache, places)
-        x = x + blocks.dropout(mixed, self.rate, keys[1])
-        return x + blocks.dropout(self.mlp(self.ln_2(x)), self.rate, keys[2]), cache
+        keys, rate = blocks.split_key(key, 3), self.config.dropout
+        normed = blocks.recomputed(self.ln_1, self.config)(x)
+        mixed, cache = self.attn(normed, keys[0], cache, places)
+        x = x + blocks.dropout(mixed, rate, keys[1])
+        inner = self.mlp(blocks.recomputed(self.ln_2, self.config)(x))
+        return x + blocks.dropout(inner, rate, keys[2]), cache
 
 
 class GPT2(Decoder):
@@ -115,5 +121,6 @@ class GPT2(Decoder):
     def _embed(self, tokens: Array, places: Places) -> Array:
         return self.wte(tokens) + self.wpe(places.positions)
 
-    def _logits(self, x: Array) -> Array:
+    def logits(self, x: Array) -> Array:
+        """Maps the output of the last block (B, T, W) to float32 logits (B, T, V)."""
         return blocks.logits_of(self.ln_f(x), self.wte)

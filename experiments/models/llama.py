@@ -55,6 +55,10 @@ def rotated(x: Array, positions: Array, base: float) -> Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
+def _gated(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
+
+
 class Attention(nnx.Module):
     """Self-attention in which groups of heads share keys and values."""
 
@@ -77,7 +81,7 @@ class Attention(nnx.Module):
             for kernel in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = (rotated(y, places.positions, config.rope_base) for y in (q, k))
-        out, cache = attend(q, k, v, cache, places, config.dropout, key)
+        out, cache = attend(q, k, v, cache, places, config, key)
         return self.o_proj(out), cache
 
 
@@ -87,13 +91,15 @@ class MLP(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         """Samples the three kernels."""
         width, hidden = config.width, config.hidden
+        self.config = config
         self.gate_proj = _linear(width, hidden, config, rngs)
         self.up_proj = _linear(width, hidden, config, rngs)
         self.down_proj = _linear(hidden, width, config, rngs)
 
     def __call__(self, x: Array) -> Array:
         """Maps (B, T, W) to (B, T, W), each position by itself."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gated = blocks.recomputed(_gated, self.config)
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nnx.Module):
@@ -101,7 +107,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         """Builds the parts of one block."""
-        self.rate = config.dropout
+        self.config = config
         self.input_layernorm = _norm(config, rngs)
         self.self_attn = Attention(config, rngs=rngs)
         self.post_attention_layernorm = _norm(config, rngs)
@@ -111,12 +117,12 @@ class Block(nnx.Module):
         self, x: Array, key: Key, cache: Cache, places: Places
     ) -> tuple[Array, Cache]:
         """Maps (B, T, W) to (B, T, W), and the cache; see `Attention`."""
-        keys = blocks.split_key(key, 3)
-        normed = self.input_layernorm(x)
+        keys, rate = blocks.split_key(key, 3), self.config.dropout
+        normed = blocks.recomputed(self.input_layernorm, self.config)(x)
         mixed, cache = self.self_attn(normed, keys[0], cache, places)
-        x = x + blocks.dropout(mixed, self.rate, keys[1])
-        inner = self.mlp(self.post_attention_layernorm(x))
-        return x + blocks.dropout(inner, self.rate, keys[2]), cache
+        x = x + blocks.dropout(mixed, rate, keys[1])
+        normed = blocks.recomputed(self.post_attention_layernorm, self.config)(x)
+        return x + blocks.dropout(self.mlp(normed), rate, keys[2]), cache
 
 
 class Llama(Decoder):
@@ -141,7 +147,8 @@ class Llama(Decoder):
         del places
         return self.embed_tokens(tokens)
 
-    def _logits(self, x: Array) -> Array:
+    def logits(self, x: Array) -> Array:
+        """Maps the output of the last block (B, T, W) to float32 logits (B, T, V)."""
         x = self.norm(x)
         if self.config.tied:
             return blocks.logits_of(x, self.embed_tokens)

@@ -121,7 +121,7 @@ class Attention(nnx.Module):
         elif index is not None:
             cache = cache.write(self.keys_values(x), index)
         q = self._heads(self.q(x))
-        out = blocks.attend(q, *cache, bias, self.config.dropout, key)
+        out = blocks.attend(q, *cache, bias, self.config, key)
         return self.o(out), cache
 
     def keys_values(self, x: Array) -> KeysValues:
@@ -132,24 +132,29 @@ class Attention(nnx.Module):
         return x.reshape(*x.shape[:2], self.config.heads, self.config.head_width)
 
 
+def _gated(gate: Array, x: Array) -> Array:
+    return jax.nn.gelu(gate, approximate=True) * x
+
+
 class FeedForward(nnx.Module):
     """ReLU(x wi) wo, or the gated (GELU(x wi_0) * (x wi_1)) wo of v1.1."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         """Samples the kernels."""
         width, hidden = config.width, config.hidden
-        self.rate, self.gated = config.dropout, config.gated
+        self.config = config
         for name in ("wi_0", "wi_1") if config.gated else ("wi",):
             setattr(self, name, _linear(width, hidden, width**-0.5, config, rngs))
         self.wo = _linear(hidden, width, hidden**-0.5, config, rngs)
 
     def __call__(self, x: Array, key: Key) -> tuple[Array, None]:
         """Maps (B, T, W) to (B, T, W), each position by itself; nothing is cached."""
-        if self.gated:
-            x = jax.nn.gelu(self.wi_0(x), approximate=True) * self.wi_1(x)
+        if self.config.gated:
+            gated = blocks.recomputed(_gated, self.config)
+            x = gated(self.wi_0(x), self.wi_1(x))
         else:
             x = jax.nn.relu(self.wi(x))
-        return self.wo(blocks.dropout(x, self.rate, key)), None
+        return self.wo(blocks.dropout(x, self.config.dropout, key)), None
 
 
 class Sublayer(nnx.Module):
@@ -157,7 +162,7 @@ class Sublayer(nnx.Module):
 
     def __init__(self, name: str, part: nnx.Module, config: T5Config):
         """Takes over the part, as an attribute called `name`."""
-        self.name, self.rate = name, config.dropout
+        self.name, self.config = name, config
         setattr(self, name, part)
         self.layer_norm = RMSNorm(config)
 
@@ -165,8 +170,9 @@ class Sublayer(nnx.Module):
         """Maps (B, T, W) to (B, T, W), and what the part read; it gets `inputs`."""
         keys = blocks.split_key(key, 2)
         part = getattr(self, self.name)
-        out, read = part(self.layer_norm(x), keys[0], *inputs)
-        return x + blocks.dropout(out, self.rate, keys[1]), read
+        normed = blocks.recomputed(self.layer_norm, self.config)(x)
+        out, read = part(normed, keys[0], *inputs)
+        return x + blocks.dropout(out, self.config.dropout, keys[1]), read
 
 
 class Block(nnx.Module):
@@ -310,13 +316,17 @@ class T5(nnx.Module):
         Returns:
             float32 logits (B, T, V).
         """
+        return self.logits(self._hidden(source, decoder_input, key))
+
+    def _hidden(self, source: Array, decoder_input: Array, key: Key) -> Array:
+        """Maps tokens to what `logits` takes, (B, T, W)."""
         keys = blocks.split_key(key, 2)
         encoded = self.encode(source, keys[0])
         positions = jnp.arange(decoder_input.shape[1])
         bias = self.decoder.causal_bias(positions, positions)
         state = DecodeState(None, None, source != PAD, None)
         x = self.shared(decoder_input)
-        return self._logits(self.decoder(x, bias, keys[1], state, encoded)[0])
+        return self.decoder(x, bias, keys[1], state, encoded)[0]
 
     def encode(self, source: Array, key: Key = None) -> Array:
         """Maps source tokens (B, S) to their encodings (B, S, W)."""
@@ -326,19 +336,20 @@ class T5(nnx.Module):
         return self.encoder(self.shared(source), bias, key)[0]
 
     def training(self, batch: Batch, key: Key = None) -> tuple[Array, Array, Array]:
-        """Predicts each target token from the source and the target before it.
+        """Reads a batch, to predict each target token from what is before it.
 
         Args:
             batch: "source" (B, S) and "target" (B, T), filled up with `PAD`.
             key: dropout key; None drops nothing.
 
         Returns:
-            Logits (B, T, V), labels (B, T) and weights (B, T), 0 for padding.
+            What `logits` takes (B, T, W), labels (B, T), and weights (B, T), 0 for
+            padding.
         """
         target = batch["target"]
         shifted = jnp.pad(target[:, :-1], ((0, 0), (1, 0)), constant_values=PAD)
         weights = (target != PAD).astype(jnp.float32)
-        return self(batch["source"], shifted, key), target, weights
+        return self._hidden(batch["source"], shifted, key), target, weights
 
     def start(self, batch: Batch, length: int) -> tuple[Array, DecodeState]:
         """Encodes "source" (B, S) and makes room for `length` tokens.
@@ -361,9 +372,10 @@ class T5(nnx.Module):
         bias = self.decoder.causal_bias(state.index[None], slots)
         x, cache = self.decoder(self.shared(tokens[:, None]), bias, state=state)
         state = state._replace(cache=cache, index=state.index + 1)
-        return self._logits(x)[:, 0], state
+        return self.logits(x)[:, 0], state
 
-    def _logits(self, x: Array) -> Array:
+    def logits(self, x: Array) -> Array:
+        """Maps the decoder's output (B, T, W) to float32 logits (B, T, V)."""
         if self.config.tied:
             return blocks.logits_of(x * self.config.width**-0.5, self.shared)
         return self.lm_head(x)

@@ -32,6 +32,7 @@ class LeafPlan:
       rank: size r of the sketched side after sketching; 0 for a dense leaf, and where
         leaves are folded without being sketched.
       dense_reason: why the leaf is dense, or None if it is folded.
+      key_path: the path by which its projection is sampled, if it is not its own.
       keep_logical_axes: as in :class:`flora_jax.LeafRules`.
       layer_shards: number of shards of the first batch axis, 0 if unknown.
     """
@@ -44,6 +45,7 @@ class LeafPlan:
     axis: int = -1
     rank: int = 0
     dense_reason: str | None = None
+    key_path: str | None = None
     keep_logical_axes: bool = dataclasses.field(default=False, compare=False)
     layer_shards: int = dataclasses.field(default=0, compare=False)
 
@@ -58,6 +60,11 @@ class LeafPlan:
     def dense(self) -> bool:
         """Whether the leaf is kept as it is."""
         return self.dense_reason is not None
+
+    @functools.cached_property
+    def projection(self) -> tuple[str, int, int]:
+        """Equal for leaves that have the same S: path of its key, rank and width."""
+        return self.key_path or self.path, self.rank, self.width
 
     @functools.cached_property
     def rows(self) -> int:

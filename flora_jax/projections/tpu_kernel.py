@@ -130,7 +130,11 @@ def sketch_with_squares(
         def multiply(x: jax.Array, s: jax.Array) -> jax.Array:
             pair = (x, s) if columns else (s, x)
             return jax.lax.dot_general(
-                *pair, (contracted, ((), ())), preferred_element_type=jnp.float32
+                *pair,
+                (contracted, ((), ())),
+                # Mosaic refuses others, which jax.default_matmul_precision may name.
+                precision=jax.lax.Precision.DEFAULT,
+                preferred_element_type=jnp.float32,
             )
 
         high, low = _parts(block)

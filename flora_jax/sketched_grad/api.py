@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Literal
 
 from flora_jax._typing import PyTree, Shape
 from flora_jax.leaves.boxes import unboxed
@@ -105,12 +106,16 @@ class LeafReport(NamedTuple):
       shape: of the leaf.
       dense_reason: why the leaf is not sketched at all, or None.
       fallbacks: parts of the gradient that are computed in full and then sketched.
+      whole_activations_reason: why the backward pass is given the activations that the
+        gradient depends on, and not their sketches; None if it is given the sketches,
+        or computes the activations again.
     """
 
     path: str
     shape: Shape
     dense_reason: str | None
     fallbacks: tuple[Fallback, ...]
+    whole_activations_reason: str | None
 
     @property
     def sketched_during_backpropagation(self) -> bool:
@@ -126,6 +131,9 @@ class LeafReport(NamedTuple):
             how = "computed in full and then sketched at " + ", ".join(
                 f"{x.primitive} {x.shape} ({x.reason})" for x in self.fallbacks
             )
+        # Of others it goes without saying.
+        if self.sketched_during_backpropagation and self.whole_activations_reason:
+            how += f"; activations are kept whole: {self.whole_activations_reason}"
         return f"{self.path} {self.shape}: {how}"
 
 
@@ -164,14 +172,53 @@ class _TracedGradient(NamedTuple):
     def reports(self) -> list[LeafReport]:
         fallbacks = list(dict.fromkeys(self.program.fallbacks))
         for i, request in self.program.inputs:
-            if request is not None:
+            if request is not None and not request.of_factor:
                 shape, why = jnp.shape(self.params[i]), "it is an argument"
                 fallbacks.append(Fallback(request.leaf, "input", shape, why))
+        kept, whole = self._kept_factors()
         reports = []
         for i, plan in enumerate(self.plans):
             own = tuple(fallback for fallback in fallbacks if fallback.leaf == i)
-            reports.append(LeafReport(plan.path, plan.shape, plan.dense_reason, own))
+            request = self.requests[i]
+            reason = None
+            if request is None or own:
+                reason = "its gradient is computed in full"
+            elif request.projection in whole:
+                reason = "the backward pass reads them for something else as well"
+            elif plan.axis == -1 and request.projection not in kept:
+                reason = (
+                    "the sketched side is that of the cotangents; side='left' sketches"
+                    " the inputs of a kernel (inputs, outputs)"
+                )
+            report = LeafReport(plan.path, plan.shape, plan.dense_reason, own, reason)
+            reports.append(report)
         return reports
+
+    def _kept_factors(self) -> tuple[set[int], set[int]]:
+        """The projections of factors that the forward pass sketches for the backward.
+
+        Returns:
+          Projections, by a leaf, of factors of which sketches are kept, and of factors
+          that are kept in full as well.
+        """
+        program, loss = self.program, self.program.outputs[0]
+        steps = iter(program.steps)
+        forward: set[Any] = {(program.jaxpr.invars[i], r) for i, r in program.inputs}
+        forward |= {(atom, None) for atom in program.jaxpr.constvars}
+        # The loss is the last value of the forward pass.
+        for step in steps:
+            forward |= {*step.results}
+            if loss in step.results:
+                break
+        # Literals are not hashable.
+        operands = [
+            x for step in steps for x in step.operands if not isinstance(x[0], Literal)
+        ]
+        read = {*operands} & forward
+        sketched = {(atom, r) for atom, r in read if r is not None and r.of_factor}
+        kept = {request.projection for _, request in sketched}
+        whole = {r.projection for atom, r in sketched if (atom, None) in read}
+        return kept, whole | {*program.whole}
 
 
 @jax.tree_util.register_static
@@ -214,7 +261,10 @@ def _trace(
     arrays, value, grads = returned
     like, grad_tree = jax.tree.flatten(grads)
     plans = sketcher.plan(grads)
-    requests = [_request(i, plan) for i, plan in enumerate(plans)]
+    first: dict[Any, int] = {}
+    for i, plan in enumerate(plans):
+        first.setdefault(plan.projection, i)
+    requests = [_request(i, p, first[p.projection]) for i, p in enumerate(plans)]
     # The value's arrays come first among the outputs, and are wanted as they are.
     program = Planner().plan(closed, list(enumerate([None] * len(arrays) + requests)))
     return _TracedGradient(
@@ -228,10 +278,10 @@ def _trace(
     )
 
 
-def _request(leaf: int, plan: LeafPlan) -> SketchRequest | None:
+def _request(leaf: int, plan: LeafPlan, projection: int) -> SketchRequest | None:
     # Rules move axes through reshapes, in which axes of size 1 come and go.
     axes = tuple(a for a in plan.sketched_axes if plan.shape[a] != 1)
-    return None if plan.dense else SketchRequest(leaf, axes)
+    return None if plan.dense else SketchRequest(leaf, axes, projection)
 
 
 def _state_shaped(plan: LeafPlan, request: SketchRequest | None, x: Any) -> Any:
@@ -267,7 +317,7 @@ def sketched_value_and_grad(
 
     Key and cycle are read from the state, which has to be one of the transformation
     that is given the sketches. A state with a different key or sketch makes the loss
-    and all gradients NaN, as the key is known only at run time. ``update`` raises if it
+    and all sketches NaN, as the key is known only at run time. ``update`` raises if it
     is given gradients that were sketched with a different sketch.
 
     Call it inside of ``jax.jit``: it traces the function each time that it is called.
@@ -328,7 +378,12 @@ def sketched_value_and_grad(
         (loss, *aux), grads = traced.run(projections)
         # The loss too: apply_if_finite and a skip of what is not finite would hide it.
         agrees = source.agrees(sketcher, plans)
-        loss, *grads = (jnp.where(agrees, x, jnp.nan) for x in (loss, *grads))
+        loss = jnp.where(agrees, loss, jnp.nan)
+        # Not the dense ones, which no sketch changes, and which would be copied.
+        grads = [
+            x if plan.dense else jnp.where(agrees, x, jnp.nan)
+            for plan, x in zip(plans, grads, strict=True)
+        ]
         arrays = iter((loss, *aux))
         value = jax.tree.map(lambda x: next(arrays) if x is _ARRAY else x, traced.value)
         tree = jax.tree.unflatten(traced.grad_tree, grads)

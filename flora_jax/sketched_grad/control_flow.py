@@ -35,6 +35,7 @@ def plan_call(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
         _results(eqn, wanted),
         lambda s, *values: program.run(s, _behind_barrier(values, hidden)),
         program.fallbacks,
+        program.whole,
     )
 
 
@@ -77,7 +78,8 @@ def plan_cond(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
     operands: list[Operand] = [(eqn.invars[0], None)]
     operands += [(eqn.invars[i + 1], request) for i, request in inputs]
     fallbacks = [fallback for p in programs for fallback in p.fallbacks]
-    return Step(operands, _results(eqn, wanted), run, fallbacks)
+    whole = [leaf for p in programs for leaf in p.whole]
+    return Step(operands, _results(eqn, wanted), run, fallbacks, whole)
 
 
 def why_not_in_loop(
@@ -88,10 +90,13 @@ def why_not_in_loop(
     if index >= carries:
         stacked = 0 in request.axes
         return "it sketches the axis that the loop stacks" if stacked else None
+    if request.of_factor:
+        return "it is the last value of a carry"
     # A carry c ← c + g can be carried as S c ← S c + S g, as S is linear and the same
     # in each iteration. If the body reads c itself, only the value can be carried.
     program, _ = _plan_body(eqn, [(index, request)], plan)
-    if program.fallbacks or (index + consts, None) in program.inputs:
+    reads = [r for i, r in program.inputs if i == index + consts]
+    if program.fallbacks or any(r is None or r.of_factor for r in reads):
         return "the loop does more with it than add to it"
     return None
 
@@ -117,8 +122,9 @@ def _plan_body(
     # The set of carries only grows, so this ends.
     while True:
         program = plan(eqn.params["jaxpr"], [*carried, *stacked])
+        # The sketch of a factor that is a carry is taken of its value.
         taken = [
-            (i - consts, request)
+            (i - consts, None if request and request.of_factor else request)
             for i, request in program.inputs
             if consts <= i < consts + carries
         ]
@@ -132,7 +138,7 @@ def _moved(request: SketchRequest | None, by: int) -> SketchRequest | None:
     """The request for a slice of a stacked array (-1), or for the array (+1)."""
     if request is None:
         return None
-    return SketchRequest(request.leaf, tuple(a + by for a in request.axes))
+    return request.along(a + by for a in request.axes)
 
 
 def plan_scan(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
@@ -146,11 +152,19 @@ def plan_scan(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
     program, carried = _plan_body(eqn, wanted, plan)
     fixed = [slot for slot in program.inputs if slot[0] < consts]
     starts = [(i + consts, request) for i, request in carried]
-    sliced = [slot for slot in program.inputs if slot[0] >= consts + carries]
+    sliced, whole = [], list(program.whole)
+    for i, request in program.inputs:
+        if i < consts + carries:
+            continue
+        if request and request.of_factor and (i, None) in program.inputs:
+            # Sketched by the body, which reads the slice itself too: the sketches of
+            # all slices would be kept in addition to them.
+            whole.append(request.projection)
+        else:
+            sliced.append((i, request))
     # jax.lax.scan takes constants, carries and slices apart; the program takes them in
     # the order of its own inputs.
     order = [*fixed, *starts, *sliced]
-    places = [order.index(slot) for slot in program.inputs]
     stacked = [slot for slot in wanted if slot[0] >= carries]
 
     def run(projections: LeafProjections, *values: Any) -> list[Any]:
@@ -159,8 +173,11 @@ def plan_scan(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
         a, b = len(fixed), len(fixed) + len(starts)
 
         def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-            given = [*values[:a], *carry, *x]
-            out = program.run(formed, [given[k] for k in places])
+            given = dict(zip(order, [*values[:a], *carry, *x], strict=True))
+            for i, request in program.inputs:
+                if request is not None and (i, request) not in given:
+                    given[i, request] = formed.sketch(given[i, None], request)
+            out = program.run(formed, [given[slot] for slot in program.inputs])
             return out[: len(carried)], out[len(carried) :]
 
         start, slices = list(values[a:b]), list(values[b:])
@@ -171,7 +188,7 @@ def plan_scan(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
 
     operands = [(eqn.invars[i], request) for i, request in [*fixed, *starts]]
     operands += [(eqn.invars[i], _moved(request, 1)) for i, request in sliced]
-    return Step(operands, _results(eqn, wanted), run, program.fallbacks)
+    return Step(operands, _results(eqn, wanted), run, program.fallbacks, whole)
 
 
 # By primitive name; calls are found by `called_body`, for their names are many.

@@ -21,11 +21,12 @@ from typing import Any, TypeAlias
 from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
+from flora_jax._xla import at_once
 from flora_jax.leaves.mesh import is_explicit
 from flora_jax.sketched_grad import control_flow, rewrites
 from flora_jax.sketched_grad.program import Fallback, Program, Step
 from flora_jax.sketched_grad.rewrites import Operand, SketchRequest, Slot, shape_of
-from flora_jax.sketched_grad.rules import RULES
+from flora_jax.sketched_grad.rules import COPIES, RULES
 
 # What is wanted of each variable, in the order in which it was asked for: a dict, since
 # the order of a set could differ between processes, and with it the compiled program.
@@ -68,7 +69,7 @@ class Planner:
             for atom, request in operands:
                 if not isinstance(atom, Literal) and atom not in constants:
                     requests.setdefault(atom, {})[request] = None
-                elif request is not None:
+                elif request is not None and not request.of_factor:
                     fallback = Fallback(
                         leaf=request.leaf,
                         primitive="constant",
@@ -88,7 +89,8 @@ class Planner:
                 fallbacks.extend(step.fallbacks)
                 steps.append(step)
         inputs = _slots(jaxpr.invars, requests)
-        return Program(inputs, steps[::-1], outputs, fallbacks, jaxpr, consts)
+        whole = [leaf for step in steps for leaf in step.whole]
+        return Program(inputs, steps[::-1], outputs, fallbacks, whole, jaxpr, consts)
 
     def _equation(
         self, eqn: JaxprEqn, wanted: list[Slot], flow: rewrites.DataFlow
@@ -112,6 +114,8 @@ class Planner:
                 reason = "it lies on a mesh with Explicit axes"
             elif body_plan is control_flow.plan_scan:
                 reason = control_flow.why_not_in_loop(eqn, index, request, self.plan)
+            elif body_plan is None and request.of_factor and name not in COPIES:
+                reason = "it computes a factor"
             elif body_plan is None:
                 found = flow.rewrite(eqn, index, request)
                 if isinstance(found, str):
@@ -120,9 +124,13 @@ class Planner:
                     rewrite = found
             fallbacks = []
             if reason is not None:
+                evaluated[index, None] = None
+                if request.of_factor:
+                    # No fallback: a factor is not part of a gradient.
+                    steps.append(_sketched_factor(out, request))
+                    continue
                 fallbacks.append(Fallback(request.leaf, name, shape_of(out), reason))
                 rewrite = _sketch_in_full(out, request)
-                evaluated[index, None] = None
             if rewrite is None:
                 # A body that sketches its own output.
                 evaluated[index, request] = None
@@ -144,6 +152,15 @@ def _slots(variables: Sequence[rewrites.Atom], requests: Requests) -> list[Slot]
 
 def _sketch_in_full(atom: rewrites.Atom, request: SketchRequest) -> rewrites.Rewrite:
     return rewrites.Rewrite([(atom, None)], lambda s, value: s.sketch(value, request))
+
+
+def _sketched_factor(atom: rewrites.Atom, request: SketchRequest) -> Step:
+    """A factor and its sketch, for which all later readers of the factor wait."""
+    return Step(
+        [(atom, None)],
+        [(atom, None), (atom, request)],
+        lambda s, value: at_once(value, s.sketch(value, request)),
+    )
 
 
 def _unchanged(eqn: JaxprEqn, wanted: list[Slot], jaxpr: Jaxpr) -> Step:

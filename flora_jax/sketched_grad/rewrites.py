@@ -33,12 +33,25 @@ class SketchRequest(NamedTuple):
     """Which sketch of a value is wanted.
 
     Attributes:
-      leaf: index of the parameter leaf whose projection S is.
+      leaf: index of the parameter leaf of whose gradient it is part.
       axes: the sketched axes in the order in which they fold; none has size 1.
+      projection: index of the first leaf that has the same S.
+      of_factor: whether it is the sketch of a factor of a product, such as x Sᵀ of
+        activations x, and not of a part of the gradient.
     """
 
     leaf: int
     axes: Axes
+    projection: int
+    of_factor: bool = False
+
+    def along(self, axes: Iterable[int]) -> SketchRequest:
+        """The request for a value that has the sketched axes elsewhere."""
+        return self._replace(axes=tuple(axes))
+
+    def factor(self, axes: Iterable[int]) -> SketchRequest:
+        """The request for a factor: that of any leaf whose S is the same."""
+        return SketchRequest(self.projection, tuple(axes), self.projection, True)
 
 
 # A variable or literal, or an input or output by its index; and which sketch of it, or
@@ -101,7 +114,7 @@ class Target:
 
     def along(self, axes: Iterable[int]) -> SketchRequest:
         """The sketch of an operand by the same S."""
-        return SketchRequest(self.request.leaf, tuple(axes))
+        return self.request.along(axes)
 
     def commutes(self, *requests: SketchRequest | None) -> Rewrite:
         """The equation itself, applied to these sketches of its operands."""
@@ -173,7 +186,7 @@ class DataFlow:
         return all(
             self.reaches_product(atom, request)
             for atom, request in found.operands
-            if request is not None
+            if request is not None and not request.of_factor
         )
 
     def is_zero(self, atom: Atom) -> bool:

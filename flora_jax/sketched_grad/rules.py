@@ -1,4 +1,8 @@
-"""The rules: what moves a value's entries, sums, and products, where a sketch ends."""
+"""The rules: what moves a value's entries, sums, and products, where a sketch ends.
+
+At a product the sketch of one factor is asked for. It is taken where the factor is
+computed, which may be in the forward pass, and moves only through what copies a value.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,11 @@ from flora_jax.sketched_grad import rewrites
 from flora_jax.sketched_grad.rewrites import Atom, Rewrite, Rule, Target, shape_of
 
 RULES: dict[str, Rule] = {}  # By the primitives' names.
+# What the sketch of a factor moves through: its values and dtype stay as they are.
+COPIES = frozenset(
+    ("transpose", "reshape", "squeeze", "copy", "copy_p", "optimization_barrier")
+    + ("sharding_constraint", "layout_constraint")
+)
 _TAKES_A_PART = "it takes a part of sketched axes"
 # The part is smaller than the value that would be computed in full before it.
 _SOURCE_IN_FULL = "it takes a part of a value that is computed in full"
@@ -280,16 +289,14 @@ def _dot_general(target: Target) -> Rewrite | str:
     side = 0 if 0 in sides else 1
     if rewrites.dtype_of(target.operands[side]) not in _WIDE:
         return "its operand is of a dtype too narrow for a sketch"
-    request = target.along(origins[a][1] for a in target.axes)
+    request = target.request.factor(origins[a][1] for a in target.axes)
 
-    def compute(s: Any, *operands: jax.Array) -> jax.Array:
-        pair = list(operands)
-        # Not in float32 for bfloat16 operands: XLA on CPU fails to run some of those.
-        pair[side] = s.sketch(pair[side], request).astype(pair[side].dtype)
-        product = target.eqn.primitive.bind(*pair, **target.params)
-        return product.astype(jnp.float32)
+    def compute(_: Any, *pair: jax.Array) -> jax.Array:
+        return target.eqn.primitive.bind(*pair, **target.params).astype(jnp.float32)
 
-    return Rewrite([(x, None) for x in target.operands], compute)
+    operands: list[rewrites.Operand] = [(x, None) for x in target.operands]
+    operands[side] = target.operands[side], request
+    return Rewrite(operands, compute)
 
 
 @_rule_for("scatter-add")

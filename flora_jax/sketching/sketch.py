@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from flora_jax.projections.base import ObliviousProjection, Projection
 from flora_jax.random.keys import raw_key
 
 _SIDES = ("smaller", "larger", "left", "right")
+_NAME = r"(?<![^/.]){}(?![^/.])"  # A part of a path, between slashes or dots.
 _LEAST_SKETCHED = 0.1  # Of all elements, or init warns.
 
 
@@ -52,9 +54,15 @@ class Sketch(LeafRules):
         salt it with their names; two of the same name in one chain need two keys.
       mask: None, a callable of (path, shape), or a tree of bools: which leaves may be
         sketched. :func:`flora_jax.not_embeddings` suits most models.
-      side: ``"smaller"``, ``"larger"``, ``"left"`` (rows) or ``"right"`` (columns).
-        A square matrix is sketched on its columns by ``"smaller"``, on its rows by
-        ``"larger"``. The smaller side leaves r·max(n, m) elements.
+      side: ``"smaller"``, ``"larger"``, ``"left"`` (rows) or ``"right"`` (columns); or
+        a mapping from path patterns to them. A square matrix is sketched on its columns
+        by ``"smaller"``, on its rows by ``"larger"``. The smaller side leaves
+        r·max(n, m) elements. The rows of a kernel (inputs, outputs) are its input side:
+        :func:`flora_jax.sketched_value_and_grad` then keeps sketches of activations.
+      same_projection: groups of names such as ``[("gate_proj", "up_proj")]``. Leaves
+        whose paths differ in names of one group alone have the same S, if rank and
+        width are equal. Activations that are multiplied with several kernels are then
+        sketched once.
       min_dim_size: smallest side of a matrix that is sketched; 128 as in Adafactor.
       max_aspect_ratio: largest ratio of its sides; 16 as in the paper's accumulation.
       weight_dimension_numbers: which axes form the matrix, in optax's convention; see
@@ -76,7 +84,8 @@ class Sketch(LeafRules):
     rank: RankSpec
     projection: Projection | None = None
     key: KeyLike = 0
-    side: str = dataclasses.field(default="smaller", kw_only=True)
+    side: Any = dataclasses.field(default="smaller", kw_only=True)
+    same_projection: Any = dataclasses.field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         """Raises on bad arguments, and makes all of them hashable."""
@@ -92,7 +101,10 @@ class Sketch(LeafRules):
                 f" {self.projection!r}; pass an instance such as"
                 " flora_jax.CountSketch()"
             )
-        _validation.check_choice("side", self.side, _SIDES)
+        object.__setattr__(self, "side", by_path(self.side, _check_side))
+        if not isinstance(self.side, ByPath):
+            _check_side(self.side)
+        object.__setattr__(self, "same_projection", _groups(self.same_projection))
         object.__setattr__(self, "rank", by_path(rank))
         object.__setattr__(self, "key", _concrete(self.key))
 
@@ -132,9 +144,12 @@ class Sketch(LeafRules):
         if plan.dense:
             return plan
         n, m = plan.rows, plan.columns
+        side = self.side
+        if isinstance(side, ByPath):
+            side = side.find("side", path, shape)
         # A square matrix is sketched on its columns, on its rows by "larger".
         on_columns = {"smaller": m <= n, "larger": m > n, "right": True, "left": False}
-        axis, width = (-1, m) if on_columns[self.side] else (-2, n)
+        axis, width = (-1, m) if on_columns[side] else (-2, n)
         rank = self.rank
         if isinstance(rank, ByPath):
             rank = rank.find("rank", path, shape)
@@ -146,7 +161,12 @@ class Sketch(LeafRules):
         if rank >= width:
             reason = f"{rank=} is not below the sketched side of its {n}x{m} fold"
             return LeafPlan.of(path, shape, reason)
-        return dataclasses.replace(plan, axis=axis, rank=rank)
+        key_path = path
+        for first, *others in self.same_projection:
+            for name in others:
+                key_path = re.sub(_NAME.format(re.escape(name)), first, key_path)
+        key_path = None if key_path == path else key_path
+        return dataclasses.replace(plan, axis=axis, rank=rank, key_path=key_path)
 
 
 def as_sketch(sketch: Sketch | int) -> Sketch:
@@ -303,6 +323,29 @@ def warn_if_dense(name: str, plans: tuple[LeafPlan, ...]) -> None:
         f" dense because {largest.dense_reason}; inspect the leaves with"
         " flora_jax.plan_leaves, or use the plain optax optimizer"
     )
+
+
+def _check_side(side: Any) -> str:
+    _validation.check_choice("side", side, _SIDES)
+    return side
+
+
+def _groups(groups: Any) -> tuple[tuple[str, ...], ...]:
+    """Groups of names as tuples, of which no name is in two."""
+    remedy = 'pass groups such as [("gate_proj", "up_proj")]'
+    given = f"got same_projection={groups!r}; {remedy}"
+    if isinstance(groups, str) or any(isinstance(group, str) for group in groups):
+        raise TypeError(f"`same_projection` must hold groups of names, {given}")
+    found = tuple(tuple(group) for group in groups)
+    names = [name for group in found for name in group]
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch("[^/.]+", name):
+            raise TypeError(
+                f"`same_projection` must hold parts of paths, without slashes, {given}"
+            )
+    if len({*names}) < len(names):
+        raise ValueError(f"`same_projection` must hold each name once, {given}")
+    return found
 
 
 def _check_rank(rank: Any, path: str | None = None) -> int | float:

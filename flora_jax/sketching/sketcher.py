@@ -443,7 +443,7 @@ class Sketcher:
                 groups[plan.rank, plan.width].append(i)
         for (rank, width), members in groups.items():
             own = epoch[np.asarray(members)] if jnp.ndim(epoch) else epoch
-            paths = [plans[i].path for i in members]
+            paths = [plans[i].projection[0] for i in members]
             yield rank, width, members, leaf_keys(root, self.name, paths, own)
 
     def sketch_leaf(
@@ -593,7 +593,11 @@ class Sketcher:
         """A checksum of what the sketches of these leaves mean, but for the key."""
         fields = ("path", "batch_axes", "row_axes", "column_axes", "axis", "rank")
         # Sorted, as the order of the leaves does not change any sketch.
-        meaning = sorted(operator.attrgetter(*fields)(plan) for plan in plans)
+        meaning = sorted(
+            operator.attrgetter(*fields)(plan)
+            + ((plan.key_path,) if plan.key_path else ())
+            for plan in plans
+        )
         text = f"{self.name} {describe(self.projection)} {meaning}"
         return zlib.crc32(text.encode())
 

@@ -80,6 +80,8 @@ def test_dense_reason(shape, rules, reason):
 def test_side(side, tall, wide, square):
     shapes = [(512, 256), (256, 512), (256, 256)]
     assert [one(s, side=side).state_shape for s in shapes] == [tall, wide, square]
+    by_path = {"other": "smaller", "*": side}
+    assert [one(s, side=by_path).state_shape for s in shapes] == [tall, wide, square]
 
 
 @pytest.mark.parametrize(

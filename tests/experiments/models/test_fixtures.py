@@ -39,7 +39,7 @@ def test_logits(case):
         logits = jax.jit(lambda *args: model(*args))(*batch.values())
     else:
         batch = tiny.batch_of(config, seed=3)
-        logits = jax.jit(lambda batch: model.training(batch)[0])(batch)
+        logits = jax.jit(lambda batch: model.logits(model.training(batch)[0]))(batch)
     mask = numbers["mask"]
     assert np.abs(numbers["logits"]).max() > 1
     np.testing.assert_allclose(

@@ -47,18 +47,18 @@ def test_scan_and_remat_change_nothing(config):
 
 @every_model
 def test_remat_recomputes(config):
-    def text(remat):
+    def recomputed(remat):
         chosen = dataclasses.replace(config, remat=remat)
         graphdef, params = build.create(chosen, 0)
-        return str(
-            jax.make_jaxpr(lambda p: build.mean_loss(graphdef, p, batch_of(config)))(
-                params
-            )
-        )
+        program = jax.make_jaxpr(
+            lambda p: build.mean_loss(graphdef, p, batch_of(config))
+        )(params)
+        return sum("prevent_cse" in eqn.params for eqn in program.eqns)
 
     blocks_there = config.layers + getattr(config, "decoder_layers", 0)
-    assert text(True).count("prevent_cse=True") == blocks_there
-    assert "prevent_cse" not in text(False)
+    assert recomputed(True) == blocks_there
+    # Norms, attention and activation functions, each by itself.
+    assert recomputed(False) > 2 * blocks_there
 
 
 @every_model

@@ -48,7 +48,7 @@ def logits_of(config, params):
             tiny.prompts_of(config, seed=3)
         )
     batch = tiny.batch_of(config, seed=3)
-    return jax.jit(lambda batch: model.training(batch)[0])(batch)
+    return jax.jit(lambda batch: model.logits(model.training(batch)[0]))(batch)
 
 
 @pytest.mark.parametrize("scan", [False, True])
