@@ -58,7 +58,7 @@ def leaf_roundings(key: KeyData | None, params: PyTree) -> list[Rounding | None]
     named = named_leaves(params)
     if key is None:
         return [None] * len(named)
-    keys = leaf_keys(jnp.asarray(key), _NAME, [path for path, _ in named], 0)
+    keys = leaf_keys(key, _NAME, [path for path, _ in named], 0)
     return [
         Rounding((own[0], own[1]), _places(leaf.shape))
         if jnp.result_type(leaf) == jnp.bfloat16
@@ -83,7 +83,14 @@ def add_update(
     """The new parameter, or the same part of it; as optax adds it without rounding."""
     if rounding is None:
         return jnp.asarray(param + update).astype(jnp.result_type(param))
-    total = param.astype(jnp.float32) + update.astype(jnp.float32)
+    update = jnp.asarray(update)
+    added = update.astype(jnp.float32)
+    if jnp.issubdtype(update.dtype, jnp.floating) and update.dtype.itemsize < 4:
+        # XLA leaves out conversions to fewer bits and back where it sees both: an
+        # update would depend on what it is compiled with.
+        info = jnp.finfo(update.dtype)
+        added = jax.lax.reduce_precision(added, info.nexp, info.nmant)
+    total = jnp.asarray(param, jnp.float32) + added
     return stochastically_rounded(total, rounding.words())
 
 

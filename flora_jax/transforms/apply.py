@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from flora_jax._typing import KeyData, KeyLike, PyTree
@@ -77,7 +78,7 @@ def apply_updates(params: PyTree, updates: PyTree, key: KeyLike) -> PyTree:
     # Where updates are None the parameters are, too.
     leaves, treedef = jax.tree.flatten(params)
     own = treedef.flatten_up_to(updates)
-    roundings = leaf_roundings(raw_key(key), params)
+    roundings = leaf_roundings(jnp.asarray(raw_key(key)), params)
 
     def add(params: Any, updates: Any, roundings: Any) -> list[jax.Array]:
         return list(map(add_update, params, updates, roundings))
@@ -139,7 +140,7 @@ def update_and_apply(
       >>> grads = {"w": jnp.ones((256, 512))}
       >>> params, state = step(params, tx.init(params), grads)
     """
-    root = None if key is None else raw_key(key)
+    root = None if key is None else jnp.asarray(raw_key(key))
     return apply_updates_of(tx, grads, state, params, root, extra_args, is_strict=True)
 
 
