@@ -145,7 +145,13 @@ def config_of(settings: dict[str, Any]) -> tuple[JobConfig, float | None]:
     dense_rate = fields.pop("dense_learning_rate", None)
     if "dataset" not in fields:
         sizes = dict(fields.pop("model", {}))
-        model = _FAMILIES[sizes.pop("family", "gpt2")](**sizes)
+        family = sizes.pop("family", "gpt2")
+        if family not in _FAMILIES:
+            raise ConfigError(
+                f"`family` of the model must be of {', '.join(_FAMILIES)}, got "
+                f"{family!r}"
+            )
+        model = _FAMILIES[family](**sizes)
         # A grid says where it departs from the paper; the main job's default does.
         fields = {"estimator": "paper"} | fields
         return Config(model=model, **fields), dense_rate
@@ -182,7 +188,9 @@ class Bench:
         self._task = task
         self._parts = task.method.micro_batches(task.config)
         made, state = task.start(0)
-        self._bytes = measure(task.optimizer(1.0, 0), state.params)
+        # The state is that of float32 parameters, however they are kept.
+        full = optax.tree.cast(state.params, "float32")
+        self._bytes = measure(task.optimizer(1.0, 0), full)
 
         def step(
             state: State, frozen: Any, batch: Any, learning_rate: float, key: jax.Array
