@@ -108,21 +108,23 @@ class ScaledLeaf(NamedTuple):
         if self.source is None:
             return apply(arguments, self.value(), param)
         full = self if self.threshold is None else self.clipped()
-        new, _ = full.by_layers(lambda *parts: (apply(*parts), None), arguments, param)
+        new, _ = full.by_layers(
+            lambda x, old, own: (apply(own, x, old), None), param, arguments
+        )
         return new
 
     def by_layers(
         self,
         fn: Callable[..., tuple[Any, Any]],
-        arguments: Any = None,
         param: jax.Array | None = None,
+        arguments: Any = None,
     ) -> tuple[Any, Any]:
-        """``fn`` of arguments, layers of the product, not clipped, and a parameter.
+        """``fn`` of layers of the product, not clipped, a parameter, and arguments.
 
         Args:
           fn: it returns the new parameter, and other arrays of as many axes.
-          arguments: arrays of as many axes, and scalars.
           param: the parameter.
+          arguments: arrays of as many axes, and scalars.
 
         Returns:
           What ``fn`` would return for all of it.
@@ -133,7 +135,7 @@ class ScaledLeaf(NamedTuple):
         def layers(plan: LeafPlan, sampled: Any, arrays: Any, param: Any) -> Any:
             sketch, factors, own = arrays
             leaf = source.sketcher.unsketch_leaf(plan, sampled, sketch).astype(dtype)
-            return fn(own, ScaledLeaf(leaf, factors).value(), param)
+            return fn(ScaledLeaf(leaf, factors).value(), param, own)
 
         arrays = source.sketch, self.factors, arguments
         return source.sketcher.by_layers(
@@ -147,7 +149,7 @@ def _sum_of_squares(full: ScaledLeaf) -> jax.Array:
         product = full.value()
         return jnp.sum(product * product)
     # With an axis for each of the leaf's, along which layers are put together.
-    _, sums = full.by_layers(lambda _, x, __: (None, jnp.sum(x * x, keepdims=True)))
+    _, sums = full.by_layers(lambda x, *_: (None, jnp.sum(x * x, keepdims=True)))
     return jnp.sum(sums)
 
 

@@ -125,10 +125,13 @@ def two(tx, params, state, grads, key):
     return fj.apply_updates(params, updates, key), state
 
 
+RULES = fj.LeafRules(min_dim_size=16)
 METHODS = {
     "flora": lambda: fj.flora(1e-2, SKETCH, weight_decay=0.1),
     "flora_adamw": lambda: fj.flora_adamw(1e-2, SKETCH),
-    "accumulation": lambda: fj.compressed_accumulation(fj.adafactor(0.1), 2, SKETCH),
+    "accumulation": lambda: fj.compressed_accumulation(
+        fj.adafactor(0.1, rules=RULES), 2, SKETCH
+    ),
     "optax": lambda: optax.adamw(1e-2),
 }
 
