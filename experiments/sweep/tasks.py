@@ -50,15 +50,14 @@ class Task:
         """
         self._name, self._rank = cell["method"], cell.get("rank")
         self.method, self._data = METHODS[self._name], data
-        options = dict(cell.get("options", {}))
         # Of bfloat16 parameters: to nearest, or at random; None keeps them in float32.
-        self._rounding = options.pop("rounding", None)
+        self._rounding = cell.get("options", {}).get("rounding")
         if self._rounding not in (None, "nearest", "stochastic"):
             raise ConfigError(
                 "`rounding` of the parameters must be nearest or stochastic, got "
                 f"{self._rounding!r}; leave it out for float32 parameters"
             )
-        self.config, self._settings = split(config, cell | {"options": options})
+        self.config, self._settings = split(config, cell)
         self.config.validate()
         accumulates = self.method.kind == "accumulation"
         if dense_rate is not None and (accumulates or self.method.adapters):
@@ -163,8 +162,9 @@ def config_of(settings: dict[str, Any]) -> tuple[JobConfig, float | None]:
 def split(config: JobConfig, cell: Cell) -> tuple[JobConfig, dict[str, Any]]:
     """Divides a cell between the settings of the job and those of its method.
 
-    An option that the job has a setting of that name for replaces it; the others are
-    arguments of the optimizer. Without a projection each method has its own.
+    An option that the job has a setting of that name for replaces it; the others, but
+    for `rounding`, are arguments of the optimizer. Without a projection each method has
+    its own.
     """
     fields = {field.name for field in dataclasses.fields(config)} - {"projection"}
     of_job: dict[str, Any] = {}
@@ -172,7 +172,7 @@ def split(config: JobConfig, cell: Cell) -> tuple[JobConfig, dict[str, Any]]:
     for name, value in cell.get("options", {}).items():
         if name in fields:
             of_job[name] = value
-        else:
+        elif name != "rounding":
             options[name] = value
     of_job |= {"learning_rate": 1.0, "lora_learning_rate": 1.0}
     of_job["ranks"] = (cell.get("rank", 1),)
