@@ -34,9 +34,11 @@ def apply_updates(params: PyTree, updates: PyTree, key: KeyLike) -> PyTree:
 
     The random bits depend on the key, the leaf's path and each element's place in it,
     and on nothing else: they are the same on all hardware, on any mesh, and for the
-    layers of a stack one by one. A key is for one update: give each another one.
+    layers of a stack one by one. Inside of ``jax.shard_map`` the part of a device is
+    taken for the leaf. A key is for one update: give each another one.
 
-    Memory: no elements; the bits are computed where they are used.
+    Memory: no elements; the bits are computed where they are used, one hash of 20
+    rounds per element.
 
     Args:
       params: the parameters, arrays of any shapes.
@@ -75,7 +77,13 @@ def apply_updates(params: PyTree, updates: PyTree, key: KeyLike) -> PyTree:
       Zamirai et al., `Revisiting BFloat16 Training
       <https://arxiv.org/abs/2010.06192>`_, 2020
     """
-    # Where updates are None the parameters are, too.
+    # Parameters that are None stay so, whatever their updates are, as by optax.
+    updates = jax.tree.map(
+        lambda param, update: None if param is None else update,
+        params,
+        updates,
+        is_leaf=lambda x: x is None,
+    )
     leaves, treedef = jax.tree.flatten(params)
     own = treedef.flatten_up_to(updates)
     roundings = leaf_roundings(jnp.asarray(raw_key(key)), params)
