@@ -65,7 +65,7 @@ from flora_jax.transforms.accumulator import (
     CompressedAccumulatorCarry,
     compressed_accumulator,
 )
-from flora_jax.transforms.apply import update_and_apply
+from flora_jax.transforms.apply import apply_updates, update_and_apply
 from flora_jax.transforms.factored_rms import FactoredRmsState, scale_by_factored_rms
 from flora_jax.transforms.momentum import CompressedMomentumState, compressed_momentum
 from flora_jax.transforms.orthogonalize import (
@@ -116,6 +116,7 @@ __all__ = [
     "adafactor",
     "apollo",
     "apollo_mini",
+    "apply_updates",
     "compressed_accumulation",
     "compressed_accumulator",
     "compressed_momentum",

@@ -13,7 +13,7 @@ import shutil
 import statistics
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
@@ -43,16 +43,18 @@ def training_step(
     frozen: Any,
     batch: Batch,
     key: jax.Array,
+    apply_updates: Callable[[Any, Any], Any] = optax.apply_updates,
 ) -> tuple[State, jax.Array]:
     """One call of the optimizer.
 
     An accumulating optimizer is called for each micro-batch; its updates are zeros
-    until the last one of a cycle.
+    until the last one of a cycle. Gradients and updates are float32, also of parameters
+    that are kept in fewer bits.
     """
-    params, opt_state = state
-    value, grads = problem.value_and_grad(opt_state, params, frozen, batch, key)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return State(optax.apply_updates(params, updates), opt_state), value
+    params = optax.tree.cast(state.params, "float32")
+    value, grads = problem.value_and_grad(state.opt_state, params, frozen, batch, key)
+    updates, opt_state = tx.update(grads, state.opt_state, params)
+    return State(apply_updates(state.params, updates), opt_state), value
 
 
 def runs_of(config: JobConfig, data: Data) -> list[Run]:

@@ -4,7 +4,10 @@ import sys
 
 from experiments.sweep.__main__ import main
 
-GRIDS = ("pareto", "longer", "ablations", "bases", "polar", "codes", "rows")
+GRIDS = (
+    *("pareto", "longer", "ablations", "bases", "polar", "codes", "rows"),
+    *("rounding", "rounding_llama"),
+)
 
 if __name__ == "__main__":
     sys.exit(main(None, "family", *GRIDS))

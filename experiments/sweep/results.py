@@ -18,6 +18,8 @@ _WORDS = {
     "nesterov False": "without look-ahead",
     "method RowNormalization": "row-normalized",
     "lora_tune_rest False": "adapters alone",
+    "rounding nearest": "bfloat16 rounded to nearest",
+    "rounding stochastic": "bfloat16 rounded stochastically",
 }
 
 

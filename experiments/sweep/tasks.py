@@ -1,14 +1,17 @@
 """What one cell of a grid trains, and its runs, by learning rate and seed."""
 
 import dataclasses
+import functools
 import pathlib
 import statistics
 import time
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
+import flora_jax as fj
 from experiments.common import loop, lora, problem, records
 from experiments.common.checkpoints import State
 from experiments.common.config import JobConfig
@@ -21,8 +24,10 @@ from experiments.finetune.config import Config as FinetuneConfig
 from experiments.main_job import run as main_job
 from experiments.main_job.config import Config
 from experiments.models.build import Params, create
-from experiments.models.config import GPT2Config
+from experiments.models.config import GPT2Config, LlamaConfig
 from experiments.sweep.config import Cell
+
+_FAMILIES = {"gpt2": GPT2Config, "llama": LlamaConfig}
 
 
 class Task:
@@ -45,6 +50,13 @@ class Task:
         """
         self._name, self._rank = cell["method"], cell.get("rank")
         self.method, self._data = METHODS[self._name], data
+        # Of bfloat16 parameters: to nearest, or at random; None keeps them in float32.
+        self._rounding = cell.get("options", {}).get("rounding")
+        if self._rounding not in (None, "nearest", "stochastic"):
+            raise ConfigError(
+                "`rounding` of the parameters must be nearest or stochastic, got "
+                f"{self._rounding!r}; leave it out for float32 parameters"
+            )
         self.config, self._settings = split(config, cell)
         self.config.validate()
         accumulates = self.method.kind == "accumulation"
@@ -80,7 +92,16 @@ class Task:
         if getattr(config, "checkpoint", None) is None:
             data = dataclasses.replace(data, params=create(data.model, seed)[1])
         made, (params, _), _ = problem.build(config, data, self._name, self._rank)
-        return made, State(params, self.optimizer(1.0, seed).init(params))
+        opt_state = self.optimizer(1.0, seed).init(params)
+        if self._rounding is not None:
+            params = optax.tree.cast(params, "bfloat16")
+        return made, State(params, opt_state)
+
+    def apply_updates(self, params: Params, updates: Params, key: jax.Array) -> Params:
+        """Returns the new parameters, rounded as the cell says."""
+        if self._rounding == "stochastic":
+            return fj.apply_updates(params, updates, key)
+        return optax.apply_updates(params, updates)
 
     def judge(self, made: Problem, state: State) -> dict[str, float]:
         """Returns metrics at the end; "validation_loss" among them."""
@@ -122,7 +143,14 @@ def config_of(settings: dict[str, Any]) -> tuple[JobConfig, float | None]:
     fields = dict(settings)
     dense_rate = fields.pop("dense_learning_rate", None)
     if "dataset" not in fields:
-        model = GPT2Config(**fields.pop("model", {}))
+        sizes = dict(fields.pop("model", {}))
+        family = sizes.pop("family", "gpt2")
+        if family not in _FAMILIES:
+            raise ConfigError(
+                f"`family` of the model must be of {', '.join(_FAMILIES)}, got "
+                f"{family!r}"
+            )
+        model = _FAMILIES[family](**sizes)
         # A grid says where it departs from the paper; the main job's default does.
         fields = {"estimator": "paper"} | fields
         return Config(model=model, **fields), dense_rate
@@ -134,8 +162,9 @@ def config_of(settings: dict[str, Any]) -> tuple[JobConfig, float | None]:
 def split(config: JobConfig, cell: Cell) -> tuple[JobConfig, dict[str, Any]]:
     """Divides a cell between the settings of the job and those of its method.
 
-    An option that the job has a setting of that name for replaces it; the others are
-    arguments of the optimizer. Without a projection each method has its own.
+    An option that the job has a setting of that name for replaces it; the others, but
+    for `rounding`, are arguments of the optimizer. Without a projection each method has
+    its own.
     """
     fields = {field.name for field in dataclasses.fields(config)} - {"projection"}
     of_job: dict[str, Any] = {}
@@ -143,7 +172,7 @@ def split(config: JobConfig, cell: Cell) -> tuple[JobConfig, dict[str, Any]]:
     for name, value in cell.get("options", {}).items():
         if name in fields:
             of_job[name] = value
-        else:
+        elif name != "rounding":
             options[name] = value
     of_job |= {"learning_rate": 1.0, "lora_learning_rate": 1.0}
     of_job["ranks"] = (cell.get("rank", 1),)
@@ -159,17 +188,22 @@ class Bench:
         self._task = task
         self._parts = task.method.micro_batches(task.config)
         made, state = task.start(0)
-        self._bytes = measure(task.optimizer(1.0, 0), state.params)
+        # The state is that of float32 parameters, however they are kept.
+        full = optax.tree.cast(state.params, "float32")
+        self._bytes = measure(task.optimizer(1.0, 0), full)
 
-        def step(state: State, frozen: Any, batch: Any, learning_rate: float) -> Any:
+        def step(
+            state: State, frozen: Any, batch: Any, learning_rate: float, key: jax.Array
+        ) -> Any:
             tx = task.optimizer(learning_rate, 0)
-            key = jax.random.key(0)  # There is no dropout.
-            return loop.training_step(made, tx, state, frozen, batch, key)
+            apply = functools.partial(task.apply_updates, key=key)
+            return loop.training_step(made, tx, state, frozen, batch, key, apply)
 
         started = time.perf_counter()
         part = problem.micro_batches(made.batches[0], self._parts)[0]
         jitted = jax.jit(step, donate_argnums=0)
-        self._compiled = jitted.lower(state, made.frozen, part, 0.1).compile()
+        key = _key(0, 0)
+        self._compiled = jitted.lower(state, made.frozen, part, 0.1, key).compile()
         self._compile_seconds = time.perf_counter() - started
 
     def train(self, learning_rate: float, seed: int) -> dict[str, Any]:
@@ -181,7 +215,9 @@ class Bench:
             started = time.perf_counter()
             total = 0.0
             for part in parts:
-                state, loss = self._compiled(state, made.frozen, part, learning_rate)
+                state, loss = self._compiled(
+                    state, made.frozen, part, learning_rate, _key(seed, number)
+                )
                 total += float(loss)
             losses.append(total / self._parts)
             seconds.append(time.perf_counter() - started)
@@ -196,6 +232,11 @@ class Bench:
             "matrix_bytes": self._bytes[1],
             "step_bytes": step_bytes(self._compiled),
         }
+
+
+def _key(seed: int, number: int) -> np.ndarray:
+    """Key data of an update; there is no dropout, only rounding."""
+    return np.array([seed, number], np.uint32)
 
 
 def measure(tx: optax.GradientTransformation, params: Params) -> tuple[int, int]:

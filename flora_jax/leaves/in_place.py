@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from flora_jax._typing import PyTree
+from flora_jax._typing import KeyData, PyTree
+from flora_jax.leaves.rounding import Rounding, add_update, leaf_roundings
 
 APPLY = "flora_jax_apply"  # The extra argument of update that is InPlace.
 
@@ -24,6 +24,7 @@ class InPlace:
       transform: from some scalars, an update and a parameter to the update that is
         added; or from the same part of both, as it changes each element by itself.
       scalars: those of each leaf, in flattening order.
+      key: key data for the rounding of bfloat16 parameters; None to round to nearest.
       expanded: the gradients that were expanded from sketches, and for each what it was
         expanded from; None if there are none.
       for_recipes: whether recipes are to apply theirs, too, or an accumulation alone.
@@ -41,12 +42,14 @@ class InPlace:
         transform: Callable[[Any, jax.Array, jax.Array], Any] | None = None,
         scalars: Sequence[Any] | None = None,
         for_recipes: bool = True,
+        key: KeyData | None = None,
     ) -> None:
         """Keeps what is done to each update before it is added."""
         self.given = given
         self.transform = transform
         self.scalars = scalars or len(jax.tree.leaves(given)) * [()]
         self.for_recipes = for_recipes
+        self.key = key
 
     def is_for(self, params: PyTree) -> bool:
         """Whether these are the parameters to add to, and not others in their place."""
@@ -65,8 +68,22 @@ class InPlace:
         """Whether a recipe that is given these parameters is to apply its updates."""
         return self.for_recipes and self.is_for(params)
 
-    def apply(self, scalars: Any, update: jax.Array, param: jax.Array) -> jax.Array:
+    def arguments(self) -> list[tuple[Any, Rounding | None]]:
+        """Scalars and rounding of each leaf, the first argument of :meth:`apply`.
+
+        Arrays of the leaf's number of axes and scalars: a loop slices them with it.
+        """
+        roundings = leaf_roundings(self.key, self.given)
+        return list(zip(self.scalars, roundings, strict=True))
+
+    def apply(
+        self,
+        arguments: tuple[Any, Rounding | None],
+        update: jax.Array,
+        param: jax.Array,
+    ) -> jax.Array:
         """The new parameter, or the same part of it."""
+        scalars, rounding = arguments
         if self.transform is not None:
             update = self.transform(scalars, update, param)
-        return jnp.asarray(param + update).astype(jnp.result_type(param))
+        return add_update(param, update, rounding)

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 Plans: TypeAlias = Sequence[LeafPlan]
-# From scalars, an update and a parameter to the new parameter, or parts of both.
+# From arguments, an update and a parameter to the new parameter, or the same part of
+# them: arrays of the leaf's number of axes, and scalars.
 Apply: TypeAlias = Callable[[Any, jax.Array, jax.Array], jax.Array]
 # Rules that a spec names only where they are others: a new one changes no old state.
 # How a state is sharded does not change what it means.
@@ -102,22 +103,28 @@ class ScaledLeaf(NamedTuple):
         # From the leaf on: the factors alone may overflow where it is zero.
         return functools.reduce(operator.mul, full.factors, leaf)
 
-    def applied(self, apply: Apply, scalars: Any, param: jax.Array) -> jax.Array:
+    def applied(self, apply: Apply, arguments: Any, param: jax.Array) -> jax.Array:
         """The new parameter, if this is its update."""
         if self.source is None:
-            return apply(scalars, self.value(), param)
+            return apply(arguments, self.value(), param)
         full = self if self.threshold is None else self.clipped()
-        new, _ = full.by_layers(lambda x, old: (apply(scalars, x, old), None), param)
+        new, _ = full.by_layers(
+            lambda x, old, own: (apply(own, x, old), None), param, arguments
+        )
         return new
 
     def by_layers(
-        self, fn: Callable[..., tuple[Any, Any]], param: jax.Array | None = None
+        self,
+        fn: Callable[..., tuple[Any, Any]],
+        param: jax.Array | None = None,
+        arguments: Any = None,
     ) -> tuple[Any, Any]:
-        """``fn`` of layers of the product, not clipped, and of a parameter.
+        """``fn`` of layers of the product, not clipped, a parameter, and arguments.
 
         Args:
           fn: it returns the new parameter, and other arrays of as many axes.
           param: the parameter.
+          arguments: arrays of as many axes, and scalars.
 
         Returns:
           What ``fn`` would return for all of it.
@@ -126,11 +133,11 @@ class ScaledLeaf(NamedTuple):
         assert source is not None
 
         def layers(plan: LeafPlan, sampled: Any, arrays: Any, param: Any) -> Any:
-            sketch, factors = arrays
+            sketch, factors, own = arrays
             leaf = source.sketcher.unsketch_leaf(plan, sampled, sketch).astype(dtype)
-            return fn(ScaledLeaf(leaf, factors).value(), param)
+            return fn(ScaledLeaf(leaf, factors).value(), param, own)
 
-        arrays = source.sketch, self.factors
+        arrays = source.sketch, self.factors, arguments
         return source.sketcher.by_layers(
             layers, source.plan, source.sampled, arrays, param, on_one_device=True
         )
@@ -142,7 +149,7 @@ def _sum_of_squares(full: ScaledLeaf) -> jax.Array:
         product = full.value()
         return jnp.sum(product * product)
     # With an axis for each of the leaf's, along which layers are put together.
-    _, sums = full.by_layers(lambda x, _: (None, jnp.sum(x * x, keepdims=True)))
+    _, sums = full.by_layers(lambda x, *_: (None, jnp.sum(x * x, keepdims=True)))
     return jnp.sum(sums)
 
 
@@ -308,16 +315,17 @@ class EstimatedLeaf(NamedTuple):
         estimate = self.sketcher.unsketch_leaf(self.plan, self.sampled, self.sketch)
         return estimate if self.leaf is None else estimate + self.leaf.value()
 
-    def applied(self, apply: Apply, scalars: Any, param: jax.Array) -> jax.Array:
+    def applied(self, apply: Apply, arguments: Any, param: jax.Array) -> jax.Array:
         """The new parameter, if this is its update."""
 
         def renew(
             plan: LeafPlan, sampled: Any, arrays: Any, param: jax.Array
         ) -> tuple[jax.Array, None]:
-            part = EstimatedLeaf(self.sketcher, plan, sampled, *arrays)
-            return apply(scalars, part.value(), param), None
+            sketch, leaf, own = arrays
+            part = EstimatedLeaf(self.sketcher, plan, sampled, sketch, leaf)
+            return apply(own, part.value(), param), None
 
-        arrays = self.sketch, self.leaf
+        arrays = self.sketch, self.leaf, arguments
         return self.sketcher.by_layers(renew, self.plan, self.sampled, arrays, param)[0]
 
 

@@ -249,16 +249,16 @@ def scale_in_subspace(
         new = jax.tree.leaves(directions)
         fields = grads, norms, errors, sampled, sketches, squares, new
         leaves = [LeafInputs(*leaf) for leaf in zip(*fields, strict=True)]
-        apply, own, scalars = None, none, none
+        apply, own, arguments = None, none, none
         if in_place is not None:
             apply, own = in_place.apply, jax.tree.leaves(params)
-            scalars = in_place.scalars
+            arguments = in_place.arguments()
         results = trees.run_sharded(
             functools.partial(_expand_and_add_residual, sketcher, plans, apply),
             list(map(LeafResult, grads if apply is None else own, norms, errors)),
             leaves,
             own,
-            scalars,
+            arguments,
             state.count,
             *jax.tree.map(jnp.float32, (rest, scale)),
         )
@@ -344,7 +344,7 @@ def _expand_and_add_residual(
     apply: Apply | None,
     leaves: Sequence[LeafInputs],
     params: Sequence[Any],
-    scalars: Sequence[Any],
+    arguments: Sequence[Any],
     count: jax.Array,
     residual: Residual,
     scale: Any,
@@ -352,9 +352,9 @@ def _expand_and_add_residual(
     """Updates of all leaves in the full space, or their new parameters."""
     settings = residual, scale, residual.correction(count)
     full_update, results = functools.partial(_full_update, sketcher, *settings), []
-    for plan, leaf, param, own in zip(plans, leaves, params, scalars, strict=True):
-        layers = functools.partial(_update_layers, full_update, apply, own)
-        arrays = leaf._replace(sampled=None)
+    layers = functools.partial(_update_layers, full_update, apply)
+    for plan, leaf, param, own in zip(plans, leaves, params, arguments, strict=True):
+        arrays = leaf._replace(sampled=None), own
         new, result = sketcher.by_layers(layers, plan, leaf.sampled, arrays, param)
         results.append(result if apply is None else result._replace(update=new))
     return results
@@ -363,18 +363,18 @@ def _expand_and_add_residual(
 def _update_layers(
     full_update: Callable[..., LeafResult],
     apply: Apply | None,
-    scalars: Any,
     plan: LeafPlan,
     sampled: Any,
-    leaf: LeafInputs,
+    arrays: tuple[LeafInputs, Any],
     param: Any,
 ) -> tuple[Any, LeafResult]:
     """The new parameter of some layers and the rest of their results, or all of it."""
+    leaf, arguments = arrays
     result = full_update(plan, leaf._replace(sampled=sampled))
     update = result.update.astype(leaf.grad.dtype)
     if apply is None:
         return None, result._replace(update=update)
-    return apply(scalars, update, param), result._replace(update=None)
+    return apply(arguments, update, param), result._replace(update=None)
 
 
 def _full_update(

@@ -221,7 +221,7 @@ def compressed_accumulation(
 
         def end_cycle_in_place(_: Any, operands: tuple[Any, ...]) -> tuple[Any, ...]:
             """All operands after the end of a cycle."""
-            acc, inner_state, sampled, params = operands
+            acc, inner_state, sampled, params, key = operands
             # Or a TPU's compiler would sum up a parameter's squares before the loop.
             params = jax.tree.map(jax.lax.optimization_barrier, params)
             grads = mean_gradients(acc, sampled)
@@ -231,10 +231,10 @@ def compressed_accumulation(
                 for plan, s, leaf in leaves
             ]
             params, new = apply_updates_of(
-                inner, grads, inner_state, params, extra_args, False, sources
+                inner, grads, inner_state, params, key, extra_args, False, sources
             )
             new = jax.tree.map(trees.cast_like, new, inner_state)
-            return [jnp.zeros_like(x) for x in acc], new, sampled, params
+            return [jnp.zeros_like(x) for x in acc], new, sampled, params, key
 
         def within_cycle(
             acc: list[jax.Array], inner_state: PyTree, *rest: Any
@@ -248,8 +248,8 @@ def compressed_accumulation(
         if in_place is not None and in_place.is_for(params):
             # No iteration or one: XLA would copy donated parameters for a branch.
             times = emit.astype(jnp.int32)
-            acc, inner_state, _, in_place.params = jax.lax.fori_loop(
-                0, times, end_cycle_in_place, operands
+            acc, inner_state, _, in_place.params, _ = jax.lax.fori_loop(
+                0, times, end_cycle_in_place, (*operands, in_place.key)
             )
             new_updates = in_place
         else:

@@ -1,4 +1,4 @@
-"""An update and its application to the parameters in one call."""
+"""Updates applied to the parameters: rounded at random, or where they are computed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,93 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from flora_jax._typing import PyTree
+from flora_jax._typing import KeyData, KeyLike, PyTree
 from flora_jax.leaves.in_place import APPLY, InPlace
+from flora_jax.leaves.rounding import add_update, leaf_roundings
+from flora_jax.leaves.trees import run_sharded
+from flora_jax.random.keys import raw_key
+
+
+def apply_updates(params: PyTree, updates: PyTree, key: KeyLike) -> PyTree:
+    r"""``optax.apply_updates``, with bfloat16 parameters rounded stochastically.
+
+    A bfloat16 number has 8 bits: rounded to nearest, a parameter p stays as it is
+    whatever it is added that is below :math:`2^{-9}|p|`, and small updates are lost at
+    every step. Here p + u, added in float32, is rounded to one of the two neighbours
+    :math:`a \le p + u \le b`, at random:
+
+    .. math:: P(b) = rac{p + u - a}{b - a}, \qquad E[p'] = p + u,
+
+    so that updates add up in the mean, at a variance of at most :math:`(b - a)^2/4`.
+    What bfloat16 can represent stays exact. Beyond its largest number, 3.4e38, sums are
+    rounded to nearest; infinities and NaN stay what they are.
+
+    Leaves of other dtypes (float32, float64, float16 too) are added as by optax.
+
+    The random bits depend on the key, the leaf's path and each element's place in it,
+    and on nothing else: they are the same on all hardware, on any mesh, and for the
+    layers of a stack one by one. Inside of ``jax.shard_map`` the part of a device is
+    taken for the leaf. A key is for one update: give each another one.
+
+    Memory: no elements; the bits are computed where they are used, one hash of 20
+    rounds per element.
+
+    Args:
+      params: the parameters, arrays of any shapes.
+      updates: of the same structure and shapes.
+      key: an int seed, a typed threefry2x32 key, or its key data; another one at each
+        step, such as ``jax.random.fold_in(key, step)``. It may be that of a sketch.
+
+    Returns:
+      The new parameters, of the same structure, shapes and dtypes.
+
+    Raises:
+      TypeError: if ``key`` is not a key.
+      ValueError: if ``key`` is an int out of range, or the trees differ.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import flora_jax as fj
+      >>> params = {"w": jnp.ones(1000, jnp.bfloat16)}
+      >>> updates = {"w": jnp.full(1000, 1e-3)}
+      >>> nearest = stochastic = params
+      >>> for step in range(10):
+      ...   nearest = optax.apply_updates(nearest, updates)
+      ...   key = jax.random.fold_in(jax.random.key(0), step)
+      ...   stochastic = fj.apply_updates(stochastic, updates, key)
+      >>> print(f"{jnp.mean(nearest['w'].astype(jnp.float32)):.3f}")
+      1.000
+      >>> print(f"{jnp.mean(stochastic['w'].astype(jnp.float32)):.3f}")
+      1.010
+
+    References:
+      Gupta et al., `Deep Learning with Limited Numerical Precision
+      <https://arxiv.org/abs/1502.02551>`_, 2015
+
+      Zamirai et al., `Revisiting BFloat16 Training
+      <https://arxiv.org/abs/2010.06192>`_, 2020
+    """
+    # Parameters that are None stay so, whatever their updates are, as by optax.
+    updates = jax.tree.map(
+        lambda param, update: None if param is None else update,
+        params,
+        updates,
+        is_leaf=lambda x: x is None,
+    )
+    leaves, treedef = jax.tree.flatten(params)
+    own = treedef.flatten_up_to(updates)
+    roundings = leaf_roundings(jnp.asarray(raw_key(key)), params)
+
+    def add(params: Any, updates: Any, roundings: Any) -> list[jax.Array]:
+        return list(map(add_update, params, updates, roundings))
+
+    new = run_sharded(add, leaves, leaves, own, roundings)
+    return jax.tree.unflatten(treedef, new)
 
 
 def update_and_apply(
@@ -17,11 +100,14 @@ def update_and_apply(
     grads: PyTree,
     state: PyTree,
     params: PyTree,
+    *,
+    key: KeyLike | None = None,
     **extra_args: Any,
 ) -> tuple[PyTree, PyTree]:
     """``tx.update`` and ``optax.apply_updates`` in one call, with less memory.
 
-    The values are those of the two calls. But the recipes of this package and
+    The values are those of the two calls, with a key those of
+    :func:`flora_jax.apply_updates`. But the recipes of this package and
     :func:`flora_jax.compressed_accumulation` apply their updates where they compute
     them: no tree of updates, of the size of the parameters, exists between the two. On
     a mesh (under ``jax.set_mesh``), and by an accumulation around
@@ -37,14 +123,17 @@ def update_and_apply(
       grads: gradients, or what the transformation takes in their place.
       state: its state.
       params: the parameters.
-      **extra_args: for ``tx.update``.
+      key: rounds bfloat16 parameters at random, see :func:`flora_jax.apply_updates`;
+        another one at each step. None rounds to nearest, as optax does.
+      **extra_args: for ``tx.update``; an argument called ``key`` does not reach it.
 
     Returns:
       The new parameters and the new state.
 
     Raises:
       TypeError: if an accumulation is followed or wrapped by what changes its updates,
-        or ``tx.update`` is jitted.
+        ``tx.update`` is jitted, or ``key`` is not a key.
+      ValueError: if ``key`` is an int out of range.
 
     Example:
       >>> import functools
@@ -59,7 +148,8 @@ def update_and_apply(
       >>> grads = {"w": jnp.ones((256, 512))}
       >>> params, state = step(params, tx.init(params), grads)
     """
-    return apply_updates_of(tx, grads, state, params, extra_args, is_strict=True)
+    root = None if key is None else jnp.asarray(raw_key(key))
+    return apply_updates_of(tx, grads, state, params, root, extra_args, is_strict=True)
 
 
 def apply_updates_of(
@@ -67,17 +157,20 @@ def apply_updates_of(
     grads: PyTree,
     state: PyTree,
     params: PyTree,
+    key: KeyData | None,
     extra_args: Mapping[str, Any],
     is_strict: bool,
     sources: Sequence[Any] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """:func:`update_and_apply`; if not strict, also of what takes no request.
 
-    ``sources`` are what gradients were expanded from, if they were.
+    ``key`` is key data. ``sources`` are what gradients were expanded from, if they
+    were.
     """
     update = optax.with_extra_args_support(tx).update
     # Or a recipe that applies in vain would tell of its sketches twice.
-    request = InPlace(params, for_recipes=extra_args.get("on_sketch") is None)
+    for_recipes = extra_args.get("on_sketch") is None
+    request = InPlace(params, for_recipes=for_recipes, key=key)
     if sources is not None:
         request.expanded = jax.tree.leaves(grads), sources
     try:
@@ -87,7 +180,7 @@ def apply_updates_of(
         if request.is_required:
             raise _not_last()
         if request.params is None:
-            return optax.apply_updates(params, updates), new
+            return _applied(params, updates, key), new
     except (AttributeError, TypeError, ValueError) as error:
         is_refused = APPLY in str(error)
         if is_refused and is_strict:
@@ -103,7 +196,13 @@ def apply_updates_of(
             raise
     # What follows a recipe, or wraps it, cannot change what is applied already.
     updates, new = update(grads, state, params, **extra_args)
-    return optax.apply_updates(params, updates), new
+    return _applied(params, updates, key), new
+
+
+def _applied(params: PyTree, updates: PyTree, key: KeyData | None) -> PyTree:
+    if key is None:
+        return optax.apply_updates(params, updates)
+    return apply_updates(params, updates, key)
 
 
 def _not_last() -> TypeError:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import optax
 
-from flora_jax._typing import PyTree
+from flora_jax._typing import KeyData, PyTree
 from flora_jax.leaves.in_place import APPLY, InPlace
 from flora_jax.leaves.trees import rebuild, run_sharded
 from flora_jax.sketching.sketcher import (
@@ -83,7 +83,12 @@ def run_parts(
     arrays, treedef = jax.tree.flatten(states)
 
     def run(
-        grads: Any, sources: Any, arrays: Any, settings: Any, params: Any, scalars: Any
+        grads: Any,
+        sources: Any,
+        arrays: Any,
+        settings: Any,
+        params: Any,
+        arguments: Any,
     ) -> tuple[Any, Any]:
         pairs = zip(grads, sources, strict=True)
         leaves: Sequence[Any] = [ScaledLeaf(x, source=source) for x, source in pairs]
@@ -98,18 +103,18 @@ def run_parts(
             values = [x.value().astype(d) for x, d in zip(leaves, dtypes, strict=True)]
             return values, arrays
         results = []
-        for leaf, *one, each in zip(leaves, scalars, params, like, strict=True):
+        for leaf, *one, each in zip(leaves, arguments, params, like, strict=True):
             apply = functools.partial(_rounded, in_place.apply, each.dtype)
             results.append(leaf.applied(apply, *one))
         return results, arrays
 
     settings = [part.settings for part in parts]
     own = [] if in_place is None else jax.tree.leaves(params)
-    scalars, sources = [], [None] * len(grads)
+    arguments, sources = [], [None] * len(grads)
     if in_place is not None:
-        scalars, sources = in_place.scalars, in_place.sources(grads)
+        arguments, sources = in_place.arguments(), in_place.sources(grads)
     results, arrays = run_sharded(
-        run, (own or like, arrays), grads, sources, arrays, settings, own, scalars
+        run, (own or like, arrays), grads, sources, arrays, settings, own, arguments
     )
     states = jax.tree.unflatten(treedef, arrays)
     if in_place is None:
@@ -119,10 +124,10 @@ def run_parts(
 
 
 def _rounded(
-    apply: Apply, dtype: Any, scalars: Any, update: jax.Array, param: jax.Array
+    apply: Apply, dtype: Any, arguments: Any, update: jax.Array, param: jax.Array
 ) -> jax.Array:
     """The new parameter, from an update in the dtype of the gradient."""
-    return apply(scalars, update.astype(dtype), param)
+    return apply(arguments, update.astype(dtype), param)
 
 
 def chain_parts(
@@ -179,7 +184,7 @@ def chain_parts(
         inner, outer, ends = state[:start], state[start:end], state[end:]
         own = None
         if request is not None and applies and request.is_for_recipe(params):
-            own = _request(last, ends, params)
+            own = _request(last, ends, params, request.key)
             own.expanded = request.expanded
         new_updates = updates
         if parts:
@@ -206,7 +211,9 @@ def chain_parts(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _request(last: Sequence[Elementwise], states: Any, params: PyTree) -> InPlace:
+def _request(
+    last: Sequence[Elementwise], states: Any, params: PyTree, key: KeyData | None
+) -> InPlace:
     """A request to apply updates after the last transformations of a chain."""
     found = [x.scalars(state, params) for x, state in zip(last, states, strict=True)]
 
@@ -216,4 +223,4 @@ def _request(last: Sequence[Elementwise], states: Any, params: PyTree) -> InPlac
             update = each.apply(own, update, param)
         return update.astype(dtype)
 
-    return InPlace(params, transform, list(zip(*found, strict=True)))
+    return InPlace(params, transform, list(zip(*found, strict=True)), key=key)

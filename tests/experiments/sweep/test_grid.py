@@ -98,7 +98,7 @@ def test_hash_of_a_run_stays():
 def test_grids_are_there():
     assert {path.stem for path in GRIDS} == {
         *("pareto", "longer", "ablations", "bases", "polar", "codes"),
-        *("rows", "projections"),
+        *("rows", "rounding", "rounding_llama", "projections"),
         *("gpt2", "t5", "accumulation", "momentum", "resampling"),
     }
     assert Config(tuple(path.stem for path in GRIDS)).paths() == GRIDS

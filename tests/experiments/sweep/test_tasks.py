@@ -191,6 +191,50 @@ def test_the_learning_rate_of_the_matrices_in_a_run(tiny):
     assert losses[0] < first - 0.01
 
 
+@pytest.mark.full
+def test_parameters_in_bfloat16(tiny):
+    """Half the bytes, the same float32 state; what is below half a unit is lost."""
+    data, rows, moved = sources(tiny), {}, {}
+    for rounding in (None, "nearest", "stochastic"):
+        options = {} if rounding is None else {"rounding": rounding}
+        task = data.task({"method": "adamw", "options": options})
+        rows[rounding] = Bench(task).train(1e-3, 0)
+        params = task.start(0)[1].params
+        small = jax.tree.map(lambda x: np.full(x.shape, 1e-5, np.float32), params)
+        new = task.apply_updates(params, small, jax.random.key(0))
+        chosen = zip(
+            *map(jax.tree.leaves, (matrices(params), params, new)), strict=True
+        )
+        moved[rounding] = min(np.mean(x != y) for own, x, y in chosen if own)
+    assert rows[None]["trained_bytes"] == 2 * rows["nearest"]["trained_bytes"]
+    assert len({row["state_bytes"] for row in rows.values()}) == 1
+    assert len({row["validation_loss"] for row in rows.values()}) == 3
+    # A change by 1e-5 is a sixth of a unit in the last place of 0.02.
+    assert moved[None] == 1
+    assert moved["stochastic"] > 0.1
+    assert moved["nearest"] < 0.7
+
+
+@pytest.mark.full
+def test_a_llama(tiny):
+    model = {"family": "llama", "layers": 1, "width": 128, "heads": 2, "hidden": 128}
+    model |= {"context": TINY.model.context, "vocab_size": TINY.model.vocab_size}
+    task = sources(tiny, model=model).task({"method": "adamw"})
+    assert "layers" in task.start(0)[1].params
+    assert Bench(task).train(1e-3, 0)["validation_loss"] < np.log(300) + 0.1
+
+
+def test_another_family_of_models(tiny):
+    with pytest.raises(ConfigError, match="`family` .* gpt2, llama, got 'mamba'"):
+        sources(tiny, model={"family": "mamba"})
+
+
+def test_another_rounding(tiny):
+    cell = {"method": "adamw", "options": {"rounding": "up"}}
+    with pytest.raises(ConfigError, match="`rounding` .* stochastic, got 'up'"):
+        sources(tiny).task(cell)
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("method", ["full_accumulation", "lora_momentum"])
 def test_a_dense_learning_rate_is_for_whole_optimizers(method, tiny):

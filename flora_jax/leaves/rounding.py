@@ -1,0 +1,117 @@
+"""Updates added to parameters, of which bfloat16 ones are rounded at random.
+
+The bits depend on a key, on the path of the leaf and on each element's place in it. So
+neither a mesh nor a loop over layers changes them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax._typing import KeyData, PyTree, Shape
+from flora_jax.leaves.paths import named_leaves
+from flora_jax.random.bits import threefry_2x32
+from flora_jax.random.keys import leaf_keys
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, BFloat16, Float, UInt32
+
+_NAME = "apply_updates"
+
+
+class Rounding(NamedTuple):
+    """What the random bits of a leaf, or of some of its layers, are made from.
+
+    Attributes:
+      key: the leaf's, to be sampled from: two scalars, which a loop over layers leaves
+        as they are.
+      places: one array per axis, of size 1 along all others, whose sum is the place of
+        each element in the leaf in row-major order. A loop over layers slices them as
+        it slices the leaf.
+    """
+
+    key: tuple[jax.Array, jax.Array]
+    places: tuple[jax.Array, ...]
+
+    def words(self) -> UInt32[Array, "..."]:
+        """A uniform word for each element."""
+        zero = jnp.uint32(0)
+        counter = functools.reduce(operator.add, self.places, zero)
+        x0, x1 = threefry_2x32(self.key, counter, zero)
+        return x0 ^ x1
+
+
+def leaf_roundings(key: KeyData | None, params: PyTree) -> list[Rounding | None]:
+    """How each leaf is rounded, in flattening order; None for rounding to nearest.
+
+    Args:
+      key: key data; None to round no leaf at random.
+      params: the parameters.
+    """
+    named = named_leaves(params)
+    if key is None:
+        return [None] * len(named)
+    keys = leaf_keys(key, _NAME, [path for path, _ in named], 0)
+    return [
+        Rounding((own[0], own[1]), _places(leaf.shape))
+        if jnp.result_type(leaf) == jnp.bfloat16
+        else None
+        for own, (_, leaf) in zip(keys, named, strict=True)
+    ]
+
+
+def _places(shape: Shape) -> tuple[jax.Array, ...]:
+    places = []
+    for axis, size in enumerate(shape):
+        along = [size if i == axis else 1 for i in range(len(shape))]
+        # Modulo 2³²: elements of a leaf that are so far apart have the same bits.
+        stride = np.uint32(math.prod(shape[axis + 1 :]) % 2**32)
+        places.append(jax.lax.broadcasted_iota(jnp.uint32, along, axis) * stride)
+    return tuple(places)
+
+
+def add_update(
+    param: jax.Array, update: jax.Array, rounding: Rounding | None = None
+) -> jax.Array:
+    """The new parameter, or the same part of it; as optax adds it without rounding."""
+    if rounding is None:
+        return jnp.asarray(param + update).astype(jnp.result_type(param))
+    update = jnp.asarray(update)
+    added = update.astype(jnp.float32)
+    if jnp.issubdtype(update.dtype, jnp.floating) and update.dtype.itemsize < 4:
+        # XLA leaves out conversions to fewer bits and back where it sees both: an
+        # update would depend on what it is compiled with.
+        info = jnp.finfo(update.dtype)
+        added = jax.lax.reduce_precision(added, info.nexp, info.nmant)
+    total = jnp.asarray(param, jnp.float32) + added
+    return stochastically_rounded(total, rounding.words())
+
+
+def stochastically_rounded(
+    x: Float[Array, "..."], words: UInt32[Array, "..."]
+) -> BFloat16[Array, "..."]:
+    """Rounds to one of the two bfloat16 neighbours, so that the mean is exact.
+
+    bfloat16 is the upper half of float32, for subnormal numbers too. The lower half, in
+    units of 2⁻¹⁶ of the distance of the neighbours, is how far x lies beyond the one
+    nearer to zero; a uniform number of 16 bits added to it carries with just this
+    probability.
+
+    Args:
+      x: float32.
+      words: uint32 of the same shape, of which the upper halves are used.
+    """
+    pattern = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    upper = ((pattern + (words >> 16)) >> 16).astype(jnp.uint16)
+    rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+    # A carry would make infinity of what lies beyond the largest number, and of NaN
+    # another number.
+    is_between = jnp.abs(x) < np.float32(jnp.finfo(jnp.bfloat16).max)
+    return jnp.where(is_between, rounded, x.astype(jnp.bfloat16))
