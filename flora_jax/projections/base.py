@@ -285,7 +285,7 @@ class AdaptiveProjection(Projection):
 
         Args:
           key: key data, uint32 of shape (2,), for choices that are random.
-          matrix: shape (batch…, n, m), float32.
+          matrix: shape (batch…, n, m), of a floating dtype.
           rank: r.
           axis: the sketched side, -1 or -2.
 

@@ -80,7 +80,7 @@ class TopDCT(AdaptiveProjection):
         width, other = matrix.shape[axis], -3 - axis
         matrix = sharded_along(matrix, other, unsharded=axis)
         everything = _cosines(jnp.arange(width, dtype=jnp.int32), width)
-        transformed = product(matrix, everything.T, axis)
+        transformed = product(matrix.astype(jnp.float32), everything.T, axis)
         power = jnp.abs if self.norm == "l1" else jnp.square
         norms = power(transformed).sum(other)
         rows = jnp.sort(jax.lax.top_k(norms, rank)[1].astype(jnp.int32))

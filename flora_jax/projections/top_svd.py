@@ -80,6 +80,7 @@ class TopSVD(AdaptiveProjection):
     ) -> Float[Array, "*batch _ _"]:
         """Singular vectors, (batch…, r, m) for axis -1 or (batch…, n, r) for -2."""
         if self.method == "exact":
+            matrix = matrix.astype(jnp.float32)
             left, _, right = jnp.linalg.svd(matrix, full_matrices=False)
             return left[..., :rank] if axis == -2 else right[..., :rank, :]
         if axis == -1:
@@ -112,11 +113,13 @@ class TopSVD(AdaptiveProjection):
         start = start + zeros
 
         def step(_: jax.Array, x: jax.Array) -> jax.Array:
-            across = product(matrix, x, -2).swapaxes(-1, -2)
+            # Here and not before the loop, which would be given a second copy of G.
+            full = matrix.astype(jnp.float32)
+            across = product(full, x, -2).swapaxes(-1, -2)
             across = across / _largest(across, (-2, -1))
             # X ← G Gᵀ X, turned so that its columns tend to the singular vectors, of
             # falling singular value (Rayleigh and Ritz), then of norm 1.
-            x = product(matrix, across, -1)
+            x = product(full, across, -1)
             x = product(x, eigenvectors(product(across, across, -2)), -1)
             # More than rounding where G has fewer directions than there are columns.
             x = x / _largest(x, (-2, -1)) + _FILL * start

@@ -170,7 +170,7 @@ class Basis:
         choose = self.sketcher.projection.choose
 
         def layers(plan: LeafPlan, grad: jax.Array, *_: None) -> tuple[None, jax.Array]:
-            matrix = plan.fold(grad.astype(jnp.float32))
+            matrix = plan.fold(grad)
             chosen = choose(key, matrix, plan.rank, plan.axis)
             return None, plan.unfold(chosen, self.stored_shape(plan))
 
