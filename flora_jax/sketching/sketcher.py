@@ -451,7 +451,7 @@ class Sketcher:
                 groups[plan.rank, plan.width].append(i)
         for (rank, width), members in groups.items():
             own = epoch[np.asarray(members)] if jnp.ndim(epoch) else epoch
-            paths = [plans[i].projection[0] for i in members]
+            paths = [plans[i].key_path or plans[i].path for i in members]
             yield rank, width, members, leaf_keys(root, self.name, paths, own)
 
     def sketch_leaf(
