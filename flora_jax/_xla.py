@@ -57,8 +57,9 @@ def at_once(value: PyTree, made_of_it: PyTree) -> tuple[PyTree, PyTree]:
     layers, and keeps the activations until it runs. On a TPU it recomputes activations
     inside the products that read them, which a barrier would prevent.
     """
+    barrier = jax.lax.optimization_barrier
     return jax.lax.platform_dependent(
-        (value, made_of_it), cuda=jax.lax.optimization_barrier, default=_as_it_is
+        (value, made_of_it), cuda=barrier, rocm=barrier, default=_as_it_is
     )
 
 

@@ -85,9 +85,10 @@ def add_update(
         return jnp.asarray(param + update).astype(jnp.result_type(param))
     update = jnp.asarray(update)
     added = update.astype(jnp.float32)
-    if jnp.issubdtype(update.dtype, jnp.floating) and update.dtype.itemsize < 4:
+    if update.dtype == jnp.bfloat16:
         # XLA leaves out conversions to fewer bits and back where it sees both: an
-        # update would depend on what it is compiled with.
+        # update would depend on what it is compiled with. Not for float16, whose
+        # subnormal numbers this would make zero.
         info = jnp.finfo(update.dtype)
         added = jax.lax.reduce_precision(added, info.nexp, info.nmant)
     total = jnp.asarray(param, jnp.float32) + added

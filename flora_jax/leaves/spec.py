@@ -37,7 +37,8 @@ _LONGEST_VALUE = 64  # The settings of one transformation share about 240 bytes.
 _INTERVALS = ("resample_every", "refresh_every")
 _IN_A_WORD = "in a word"
 # Settings that act through the leaf plans alone, which the identity covers.
-_PLANNING = {"rank", "side", *(field.name for field in dataclasses.fields(LeafRules))}
+_RULES = {field.name for field in dataclasses.fields(LeafRules)}
+_PLANNING = {"rank", "side", "same_projection"} | _RULES
 
 
 def make_spec(name: str, key: Any, identity: int = 0, **settings: Any) -> jax.Array:

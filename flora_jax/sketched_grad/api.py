@@ -20,7 +20,7 @@ from flora_jax.projections.count_sketch import CountSketch
 from flora_jax.random.keys import check_state_key
 from flora_jax.sketched_grad.planner import Planner
 from flora_jax.sketched_grad.program import Fallback, LeafProjections, Program
-from flora_jax.sketched_grad.rewrites import SketchRequest
+from flora_jax.sketched_grad.rewrites import Operand, SketchRequest
 from flora_jax.sketching.sketch import Sketch, SketchCycle, resolve
 from flora_jax.sketching.sketcher import SketchedGradients, Sketcher
 from flora_jax.transforms import accumulation, momentum
@@ -106,16 +106,15 @@ class LeafReport(NamedTuple):
       shape: of the leaf.
       dense_reason: why the leaf is not sketched at all, or None.
       fallbacks: parts of the gradient that are computed in full and then sketched.
-      whole_activations_reason: why the backward pass is given the activations that the
-        gradient depends on, and not their sketches; None if it is given the sketches,
-        or computes the activations again.
+      unsketched_activations: why the forward pass keeps no sketches in place of the
+        activations that the gradient depends on; None if it does.
     """
 
     path: str
     shape: Shape
     dense_reason: str | None
     fallbacks: tuple[Fallback, ...]
-    whole_activations_reason: str | None
+    unsketched_activations: str | None
 
     @property
     def sketched_during_backpropagation(self) -> bool:
@@ -132,8 +131,8 @@ class LeafReport(NamedTuple):
                 f"{x.primitive} {x.shape} ({x.reason})" for x in self.fallbacks
             )
         # Of others it goes without saying.
-        if self.sketched_during_backpropagation and self.whole_activations_reason:
-            how += f"; activations are kept whole: {self.whole_activations_reason}"
+        if self.sketched_during_backpropagation and self.unsketched_activations:
+            how += f"; not its activations: {self.unsketched_activations}"
         return f"{self.path} {self.shape}: {how}"
 
 
@@ -175,7 +174,8 @@ class _TracedGradient(NamedTuple):
             if request is not None and not request.of_factor:
                 shape, why = jnp.shape(self.params[i]), "it is an argument"
                 fallbacks.append(Fallback(request.leaf, "input", shape, why))
-        kept, whole = self._kept_factors()
+        sketched, _ = _kept_factors(self.program)
+        kept = {request.projection for _, request in sketched if request is not None}
         reports = []
         for i, plan in enumerate(self.plans):
             own = tuple(fallback for fallback in fallbacks if fallback.leaf == i)
@@ -183,42 +183,40 @@ class _TracedGradient(NamedTuple):
             reason = None
             if request is None or own:
                 reason = "its gradient is computed in full"
-            elif request.projection in whole:
+            elif request.projection in self.program.whole:
                 reason = "the backward pass reads them for something else as well"
-            elif plan.axis == -1 and request.projection not in kept:
-                reason = (
-                    "the sketched side is that of the cotangents; side='left' sketches"
-                    " the inputs of a kernel (inputs, outputs)"
-                )
+            elif request.projection not in kept:
+                reason = "recomputed, or the sketched side is that of the cotangents"
             report = LeafReport(plan.path, plan.shape, plan.dense_reason, own, reason)
             reports.append(report)
         return reports
 
-    def _kept_factors(self) -> tuple[set[int], set[int]]:
-        """The projections of factors that the forward pass sketches for the backward.
 
-        Returns:
-          Projections, by a leaf, of factors of which sketches are kept, and of factors
-          that are kept in full as well.
-        """
-        program, loss = self.program, self.program.outputs[0]
-        steps = iter(program.steps)
-        forward: set[Any] = {(program.jaxpr.invars[i], r) for i, r in program.inputs}
-        forward |= {(atom, None) for atom in program.jaxpr.constvars}
-        # The loss is the last value of the forward pass.
-        for step in steps:
-            forward |= {*step.results}
-            if loss in step.results:
-                break
-        # Literals are not hashable.
-        operands = [
-            x for step in steps for x in step.operands if not isinstance(x[0], Literal)
-        ]
-        read = {*operands} & forward
-        sketched = {(atom, r) for atom, r in read if r is not None and r.of_factor}
-        kept = {request.projection for _, request in sketched}
-        whole = {r.projection for atom, r in sketched if (atom, None) in read}
-        return kept, whole | {*program.whole}
+def _kept_factors(program: Program) -> tuple[set[Operand], set[Operand]]:
+    """Sketches of factors that the forward pass makes and the backward pass reads.
+
+    Returns:
+      The sketches, and those of them whose factors the backward pass reads, too.
+    """
+    loss, steps = program.outputs[0], iter(program.steps)
+    forward: set[Operand] = {(program.jaxpr.invars[i], r) for i, r in program.inputs}
+    # The loss is the last value of the forward pass.
+    for step in steps:
+        forward |= {*step.results}
+        if loss in step.results:
+            break
+    # Literals are not hashable.
+    read = {x for step in steps for x in step.operands if not isinstance(x[0], Literal)}
+    constants = {*program.jaxpr.constvars}
+    sketched: set[Operand] = {
+        (atom, request)
+        for atom, request in read
+        if request is not None
+        and request.of_factor
+        and ((atom, request) in forward or atom in constants)
+    }
+    whole = {(atom, r) for atom, r in sketched if (atom, None) in read}
+    return sketched, whole
 
 
 @jax.tree_util.register_static
@@ -266,7 +264,11 @@ def _trace(
         first.setdefault(plan.projection, i)
     requests = [_request(i, p, first[p.projection]) for i, p in enumerate(plans)]
     # The value's arrays come first among the outputs, and are wanted as they are.
-    program = Planner().plan(closed, list(enumerate([None] * len(arrays) + requests)))
+    planner, wanted = Planner(), list(enumerate([None] * len(arrays) + requests))
+    program = planner.plan(closed, wanted)
+    # What is kept in full in any case is sketched where the sketch is read.
+    if whole := frozenset(atom for atom, _ in _kept_factors(program)[1]):
+        program = planner.plan(closed, wanted, whole)
     return _TracedGradient(
         program=program,
         params=jax.tree.leaves(params),

@@ -64,6 +64,7 @@ def plan_cond(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
     programs = [plan(branch, wanted) for branch in eqn.params["branches"]]
     # The union: a branch ignores what only another one reads.
     inputs = list(dict.fromkeys(slot for p in programs for slot in p.inputs))
+    platforms = eqn.params.get("branches_platforms")
 
     def run(projections: LeafProjections, index: Any, *values: Any) -> list[Any]:
         # Outside of the branches, so that S is formed once for all of them.
@@ -73,7 +74,16 @@ def plan_cond(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
             places = [inputs.index(slot) for slot in program.inputs]
             return lambda *given: program.run(formed, [given[k] for k in places])
 
-        return jax.lax.switch(index, [branch(p) for p in programs], *values)
+        branches = [branch(p) for p in programs]
+        if platforms is None:
+            return jax.lax.switch(index, branches, *values)
+        # As a switch all of them would be lowered for a platform that knows only one.
+        by_name = {
+            name: branch
+            for names, branch in zip(platforms, branches, strict=True)
+            for name in names or ("default",)
+        }
+        return jax.lax.platform_dependent(*values, **by_name)
 
     operands: list[Operand] = [(eqn.invars[0], None)]
     operands += [(eqn.invars[i + 1], request) for i, request in inputs]

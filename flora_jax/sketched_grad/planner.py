@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import jax
 from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
@@ -38,14 +39,20 @@ class Planner:
 
     def __init__(self) -> None:
         """Starts with no programs."""
-        self._programs: dict[tuple[Any, tuple[Slot, ...]], Program] = {}
+        self._programs: dict[tuple[Any, tuple[Slot, ...], Any], Program] = {}
 
-    def plan(self, body: Any, wanted: Sequence[Slot]) -> Program:
+    def plan(
+        self,
+        body: Any,
+        wanted: Sequence[Slot],
+        whole: frozenset[rewrites.Atom] = frozenset(),
+    ) -> Program:
         """Plans the program that computes what is wanted of a jaxpr's outputs.
 
         Args:
           body: the jaxpr, closed if it has constants.
           wanted: indices of outputs, with a sketch or None for the value itself.
+          whole: variables that are to be sketched where their sketches are read.
 
         Returns:
           The program; its outputs are in the order of ``wanted``.
@@ -53,13 +60,17 @@ class Planner:
         # A loop asks for its body's plan once per carry to find out whether the carry
         # may be sketched, and again for all of them: unless they are kept, plans of
         # nested loops would multiply.
-        key = body, tuple(wanted)
+        key = body, tuple(wanted), whole
         if key not in self._programs:
-            self._programs[key] = self._planned(*rewrites.opened(body), wanted)
+            self._programs[key] = self._planned(*rewrites.opened(body), wanted, whole)
         return self._programs[key]
 
     def _planned(
-        self, jaxpr: Jaxpr, consts: Sequence[Any], wanted: Sequence[Slot]
+        self,
+        jaxpr: Jaxpr,
+        consts: Sequence[Any],
+        wanted: Sequence[Slot],
+        whole: frozenset[rewrites.Atom],
     ) -> Program:
         flow, steps, fallbacks = rewrites.DataFlow(jaxpr, RULES), [], []
         requests: Requests = {}
@@ -85,12 +96,17 @@ class Planner:
         for eqn in reversed(jaxpr.eqns):
             slots = _slots(eqn.outvars, requests)
             for step in self._equation(eqn, slots, flow):
-                read(step.operands)
+                here = [x for x in step.operands if _is_factor_of(x, whole)]
+                read([x for x in step.operands if x not in here])
+                read([(atom, None) for atom, _ in here])
                 fallbacks.extend(step.fallbacks)
                 steps.append(step)
+                steps += [_sketched_late(*x) for x in here]
         inputs = _slots(jaxpr.invars, requests)
-        whole = [leaf for step in steps for leaf in step.whole]
-        return Program(inputs, steps[::-1], outputs, fallbacks, whole, jaxpr, consts)
+        read_whole = [i for step in steps for i in step.whole]
+        return Program(
+            inputs, steps[::-1], outputs, fallbacks, read_whole, jaxpr, consts
+        )
 
     def _equation(
         self, eqn: JaxprEqn, wanted: list[Slot], flow: rewrites.DataFlow
@@ -114,7 +130,7 @@ class Planner:
                 reason = "it lies on a mesh with Explicit axes"
             elif body_plan is control_flow.plan_scan:
                 reason = control_flow.why_not_in_loop(eqn, index, request, self.plan)
-            elif body_plan is None and request.of_factor and name not in COPIES:
+            elif request.of_factor and _computes_as_it_is(eqn, body_plan):
                 reason = "it computes a factor"
             elif body_plan is None:
                 found = flow.rewrite(eqn, index, request)
@@ -145,6 +161,15 @@ class Planner:
         return steps
 
 
+def _computes_as_it_is(eqn: JaxprEqn, body_plan: Any) -> bool:
+    """Whether a factor is sketched after an equation, and not inside or before it."""
+    if body_plan is None:
+        return eqn.primitive.name not in COPIES
+    # A body that is planned anew would lose the shardings that the user gave it.
+    given = (*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ()))
+    return any(isinstance(x, jax.sharding.Sharding) for x in given)
+
+
 def _slots(variables: Sequence[rewrites.Atom], requests: Requests) -> list[Slot]:
     """What is wanted of some variables, by their indices."""
     return [(i, r) for i, v in enumerate(variables) for r in requests.get(v, ())]
@@ -152,6 +177,22 @@ def _slots(variables: Sequence[rewrites.Atom], requests: Requests) -> list[Slot]
 
 def _sketch_in_full(atom: rewrites.Atom, request: SketchRequest) -> rewrites.Rewrite:
     return rewrites.Rewrite([(atom, None)], lambda s, value: s.sketch(value, request))
+
+
+def _is_factor_of(operand: Operand, whole: frozenset[rewrites.Atom]) -> bool:
+    atom, request = operand
+    is_factor = request is not None and request.of_factor
+    return is_factor and not isinstance(atom, Literal) and atom in whole
+
+
+def _sketched_late(atom: rewrites.Atom, request: Any) -> Step:
+    """The sketch of a factor right before it is read."""
+    return Step(
+        [(atom, None)],
+        [(atom, request)],
+        lambda s, value: [s.sketch(value, request)],
+        whole=[request.projection],
+    )
 
 
 def _sketched_factor(atom: rewrites.Atom, request: SketchRequest) -> Step:

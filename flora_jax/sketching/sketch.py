@@ -60,9 +60,9 @@ class Sketch(LeafRules):
         r·max(n, m) elements. The rows of a kernel (inputs, outputs) are its input side:
         :func:`flora_jax.sketched_value_and_grad` then keeps sketches of activations.
       same_projection: groups of names such as ``[("gate_proj", "up_proj")]``. Leaves
-        whose paths differ in names of one group alone have the same S, if rank and
-        width are equal. Activations that are multiplied with several kernels are then
-        sketched once.
+        whose paths are equal but for names of one group have the same random S, if rank
+        and width are equal. Activations that are multiplied with several kernels are
+        then sketched once.
       min_dim_size: smallest side of a matrix that is sketched; 128 as in Adafactor.
       max_aspect_ratio: largest ratio of its sides; 16 as in the paper's accumulation.
       weight_dimension_numbers: which axes form the matrix, in optax's convention; see
@@ -164,7 +164,8 @@ class Sketch(LeafRules):
         key_path = path
         for first, *others in self.same_projection:
             for name in others:
-                key_path = re.sub(_NAME.format(re.escape(name)), first, key_path)
+                pattern = _NAME.format(re.escape(name))
+                key_path = re.sub(pattern, lambda _, first=first: first, key_path)
         key_path = None if key_path == path else key_path
         return dataclasses.replace(plan, axis=axis, rank=rank, key_path=key_path)
 
@@ -334,9 +335,12 @@ def _groups(groups: Any) -> tuple[tuple[str, ...], ...]:
     """Groups of names as tuples, of which no name is in two."""
     remedy = 'pass groups such as [("gate_proj", "up_proj")]'
     given = f"got same_projection={groups!r}; {remedy}"
-    if isinstance(groups, str) or any(isinstance(group, str) for group in groups):
+    lists = tuple, list
+    if not isinstance(groups, lists) or not all(isinstance(x, lists) for x in groups):
         raise TypeError(f"`same_projection` must hold groups of names, {given}")
     found = tuple(tuple(group) for group in groups)
+    if not all(found):
+        raise ValueError(f"`same_projection` must hold no empty group, {given}")
     names = [name for group in found for name in group]
     for name in names:
         if not isinstance(name, str) or not re.fullmatch("[^/.]+", name):

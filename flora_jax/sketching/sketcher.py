@@ -397,15 +397,16 @@ class Sketcher:
           One tree per leaf, which determines its S.
         """
         sampled: list[Any] = [None] * len(plans)
-        for rank, width, members, keys in self._groups(plans, root, epoch):
+        for rank, width, groups, keys in self._groups(plans, root, epoch):
             sample = functools.partial(self.projection.sample, rank=rank, width=width)
             # Written to memory once: every element of G reads a sign or a bucket.
             together = materialized(jax.vmap(sample)(keys))
-            for place, i in enumerate(members):
-                sampled[i] = jax.tree.map(operator.itemgetter(place), together)
-                # Each by itself: leaves of one group may differ in their mesh axes.
-                if is_sharded():
-                    sampled[i] = jax.tree.map(replicated, sampled[i])
+            for place, members in enumerate(groups):
+                for i in members:
+                    sampled[i] = jax.tree.map(operator.itemgetter(place), together)
+                    # Each by itself: leaves of equal size may differ in mesh axes.
+                    if is_sharded():
+                        sampled[i] = jax.tree.map(replicated, sampled[i])
         return sampled
 
     def transfers(
@@ -426,7 +427,7 @@ class Sketcher:
           One r x r matrix per leaf, float32; None for dense leaves.
         """
         matrices: list[Any] = [None] * len(plans)
-        for rank, width, members, keys in self._groups(plans, root, epoch):
+        for rank, width, groups, keys in self._groups(plans, root, epoch):
 
             def matrix(pair: Any, rank: int = rank, width: int = width) -> jax.Array:
                 old, key = pair
@@ -434,25 +435,27 @@ class Sketcher:
                 return self.projection.transfer(old, new, rank, width)
 
             # jax.lax.map and not vmap: one S′ in memory at a time.
-            own = [sampled[i] for i in members]
+            own = [sampled[members[0]] for members in groups]
             old = jax.tree.map(lambda *arrays: jnp.stack(arrays), *own)
             together = jax.lax.map(matrix, (old, keys))
-            for place, i in enumerate(members):
-                matrices[i] = together[place]
+            for place, members in enumerate(groups):
+                for i in members:
+                    matrices[i] = together[place]
         return matrices
 
     def _groups(
         self, plans: Plans, root: jax.Array, epoch: Any
-    ) -> Iterator[tuple[int, int, list[int], jax.Array]]:
-        """Each rank and width, with places and keys of the leaves that have them."""
-        groups = collections.defaultdict(list)
+    ) -> Iterator[tuple[int, int, list[list[int]], jax.Array]]:
+        """Each rank and width, with the leaves that share a projection, and its key."""
+        sizes = collections.defaultdict(lambda: collections.defaultdict(list))
         for i, plan in enumerate(plans):
             if not plan.dense:
-                groups[plan.rank, plan.width].append(i)
-        for (rank, width), members in groups.items():
-            own = epoch[np.asarray(members)] if jnp.ndim(epoch) else epoch
-            paths = [plans[i].key_path or plans[i].path for i in members]
-            yield rank, width, members, leaf_keys(root, self.name, paths, own)
+                sizes[plan.rank, plan.width][plan.key_path or plan.path].append(i)
+        for (rank, width), by_path in sizes.items():
+            groups = list(by_path.values())
+            first = np.asarray([members[0] for members in groups])
+            own = epoch[first] if jnp.ndim(epoch) else epoch
+            yield rank, width, groups, leaf_keys(root, self.name, list(by_path), own)
 
     def sketch_leaf(
         self, plan: LeafPlan, sampled: Any, leaf: ScaledLeaf

@@ -24,7 +24,7 @@ def apply_updates(params: PyTree, updates: PyTree, key: KeyLike) -> PyTree:
     every step. Here p + u, added in float32, is rounded to one of the two neighbours
     :math:`a \le p + u \le b`, at random:
 
-    .. math:: P(b) = rac{p + u - a}{b - a}, \qquad E[p'] = p + u,
+    .. math:: P(b) = \frac{p + u - a}{b - a}, \qquad E[p'] = p + u,
 
     so that updates add up in the mean, at a variance of at most :math:`(b - a)^2/4`.
     What bfloat16 can represent stays exact. Beyond its largest number, 3.4e38, sums are

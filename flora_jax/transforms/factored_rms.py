@@ -180,7 +180,7 @@ def factored_rms_step(
         grad = grad.clipped()
     if grad.source is not None and grad.source.plan.batch_axes[0] in plan.batch_axes:
 
-        def mean_squares(x: jax.Array, *_: None) -> tuple[None, list[jax.Array]]:
+        def mean_squares(x: jax.Array, *_: Any) -> tuple[None, list[jax.Array]]:
             sides = larger, smaller
             return None, [jnp.mean(x * x, axis=side, keepdims=True) for side in sides]
 

@@ -142,3 +142,28 @@ def test_layers_have_masks_of_their_own(config):
     keys = jax.random.split(jax.random.key(0), config.layers)
     blocks.run(stacked, apply, jnp.zeros(1), (keys,))
     assert len(np.unique(seen, axis=0)) == config.layers
+
+
+@every_model
+@pytest.mark.parametrize("part", [1, 1000])
+def test_attention_and_logits_in_parts(config, part, monkeypatch):
+    params = randomized(build.create(config, 1)[1])
+    expected = loss_and_gradients(config, params, None)
+    counts = []
+
+    def count(length, elements):
+        counts.append(real(length, elements))
+        return counts[-1]
+
+    real = blocks._count
+    monkeypatch.setattr(blocks, "_count", count)
+    monkeypatch.setattr(blocks, "PART", part)
+    assert_close(loss_and_gradients(config, params, None), expected)
+    assert max(counts) > 1
+
+
+def test_parts_of_positions(monkeypatch):
+    monkeypatch.setattr(blocks, "PART", 4096)
+    # 1, 2 and 8 of at most 4096 bytes; a prime length has parts of one position alone.
+    assert [blocks._count(64, n) for n in (16, 32, 100)] == [1, 2, 8]
+    assert blocks._count(61, 32) == 61
