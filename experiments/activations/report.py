@@ -89,7 +89,11 @@ def _label(case: Row) -> str:
 def _draw(path: pathlib.Path, cases: list[Row]) -> None:
     """Dots: temporaries of full and of sketched gradients, with a line between them."""
     y = range(len(cases))
-    with plots.picture(path, (8, 1.2 + 0.26 * len(cases)), title=_TITLE) as panels:
+    title = (
+        "On an H100 sketches save a quarter to a third of the temporaries; on a v5e\n"
+        "a fifth, a third with products in float32, and nothing in unrolled layers"
+    )
+    with plots.picture(path, (8, 1.4 + 0.26 * len(cases)), title=title) as panels:
         axes = panels[0, 0]
         sizes = {
             kind: [case[kind] / _GIB for case in cases] for kind in ("full", "sketched")
@@ -113,9 +117,6 @@ def _draw(path: pathlib.Path, cases: list[Row]) -> None:
         axes.set_xlim(0, 1.1 * max(map(max, sizes.values())))
         axes.set_xlabel("GiB of temporaries; beside the dots: sketched over full")
         plots.legend_below(axes)
-
-
-_TITLE = "Sketches in place of activations"
 
 
 if __name__ == "__main__":

@@ -27,18 +27,16 @@ def check(chip, method, dtype):
     return found
 
 
-def check_activations(chip, precision, most):
+def check_activations(chip, most):
     """Sketches of activations take what the committed row says, and less than these.
 
     Args:
         chip: what is compiled for.
-        precision: of products.
         most: bound on temporaries of sketched gradients, over those of full ones.
     """
-    fields = {"chip": chip, "model": "gpt2", "layers": "scanned"}
+    fields = {"model": "gpt2", "layers": "scanned", "precision": "default"}
     full, expected = (
-        row(**fields, precision=precision, gradients=kind)
-        for kind in ("full", "sketched")
+        row(chip=chip, **fields, gradients=kind) for kind in ("full", "sketched")
     )
     found = activations.measure(expected)["temporaries"]
     assert found <= 1.03 * expected["temporaries"]

@@ -23,4 +23,4 @@ def test_products_with_stored_bases_use_tensor_cores():
 
 
 def test_sketches_take_less_than_activations():
-    check_activations("h100", "default", 0.75)
+    check_activations("h100", 0.75)

@@ -57,6 +57,6 @@ def test_t5_3b_trains_on_one_chip():
     assert measure(expected)["total"] <= 1.01 * expected["total"]
 
 
-@pytest.mark.parametrize(("precision", "most"), [("default", 0.80), ("highest", 0.75)])
-def test_sketches_take_less_than_activations(precision, most):
-    check_activations("v5e", precision, most)
+def test_sketches_take_less_than_activations():
+    # Of these, what products read is kept in bfloat16: on a GPU there is more to save.
+    check_activations("v5e", 0.8)
