@@ -119,6 +119,25 @@ def topology(platform: str, name: str) -> Any:
     return topologies.get_topology_desc(name, "tpu")
 
 
+def placed_on(chip: Chip, shapes: Any) -> Any:
+    """Returns arguments to lower a function for one device of a chip.
+
+    Args:
+        chip: what it is compiled for.
+        shapes: a tree of arrays, or of what has their shape and dtype.
+
+    Raises:
+        ConfigError: the chip's compiler is not installed.
+    """
+    import jax
+
+    device = topology(chip.platform, chip.topology).devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
+    )
+
+
 def compile_step(
     tx: Any, shapes: Any, shardings: Any, states: Any, one_call: bool = True
 ) -> tuple[Any, float]:

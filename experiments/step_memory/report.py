@@ -1,6 +1,7 @@
 """The table and the picture of the memory of a training step."""
 
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from experiments.common.records import Row, read_rows
 
 _GIB = 2**30
 _PARTS = ("parameters", "state", "temporaries")
+_TITLES = ("parameters", "state", "temporaries: gradients, activations")
 _CAPTION = """\
 GiB on one chip, by its compiler, of one program that computes a loss and its gradients
 and updates the parameters, donated as the state is. Of an accumulation over 16
@@ -57,6 +59,7 @@ def _short(row: Row) -> str:
         _title(row)
         .replace("LoRA accumulation", "LoRA")
         .replace("FLORA accumulation", "FLORA")
+        .replace("gradients, embeddings too", "gradients + embeddings")
     )
 
 
@@ -78,25 +81,50 @@ def _gib(name: str):
 
 
 def _draw(rows: list[Row], path: pathlib.Path) -> None:
-    """Draws a panel of bars per model and chip; of refused programs, too."""
-    fields = ("chip", "model", "dtype", "batch_size", "source_length", "target_length")
+    """Draws bars in parts, of refused programs as well: models by chips."""
+    fields = ("model", "dtype", "batch_size", "source_length", "target_length")
     groups = report.grouped(list(map(_with_refused, rows)), *fields, "remat", "scan")
-    heights = [len(group) + 1.5 for group in groups.values()]
-    size, shape = (9, 0.3 * sum(heights) + 1.2), (len(groups), 1)
-    with plots.picture(path, size, shape, height_ratios=heights) as panels:
-        for axes, (case, group) in zip(panels[:, 0], groups.items(), strict=True):
-            labels = [report.ranked(_short(row), row["rank"]) for row in group]
-            parts = {x: np.array([row[x] for row in group]) / _GIB for x in _PARTS}
-            plots.bars(axes, labels, parts)
-            totals = [
-                f"{row['total'] / _GIB:.1f}" + " (refused)" * ("refused" in row)
-                for row in group
-            ]
-            axes.bar_label(axes.containers[-1], totals, padding=3, fontsize=8)
-            axes.set_title(f"{', '.join(case[:3])}, {_tokens(group[0])}", fontsize=10)
-            axes.margins(x=0.22)
-        axes.set_xlabel("GiB of one chip")
-        plots.legend_below(axes)
+    chips = list(dict.fromkeys(row["chip"] for row in rows))
+    labels = [list(dict.fromkeys(map(_label, group))) for group in groups.values()]
+    heights = [len(each) + 1.5 for each in labels]
+    size = 3 + 3.3 * len(chips), 0.22 * sum(heights) + 1
+    shape = len(groups), len(chips)
+    options = {"height_ratios": heights, "sharey": "row", "sharex": "row"}
+    with plots.picture(path, size, shape, **options) as panels:
+        for row_of_panels, group, names in zip(
+            panels, groups.values(), labels, strict=True
+        ):
+            for axes, chip in zip(row_of_panels, chips, strict=True):
+                of_chip = [row for row in group if row["chip"] == chip]
+                _bars(axes, names, {_label(row): row for row in of_chip})
+                case = f"{group[0]['model']}, {group[0]['dtype']}, {_tokens(group[0])}"
+                axes.set_title(f"{chip}: {case}", fontsize=8)
+            row_of_panels[0].invert_yaxis()
+        for axes in panels[-1]:
+            axes.set_xlabel("GiB of one chip", fontsize=8)
+        plots.legend_below(panels[0, 0])
+
+
+def _label(row: Row) -> str:
+    return report.ranked(_short(row), row["rank"])
+
+
+def _bars(axes: Any, names: list[str], by_name: dict[str, Row]) -> None:
+    """Draws one panel; nothing where a chip has no row."""
+    found = [by_name.get(name, {}) for name in names]
+    parts = {
+        title: np.array([row.get(part, 0) for row in found]) / _GIB
+        for part, title in zip(_PARTS, _TITLES, strict=True)
+    }
+    plots.bars(axes, names, parts)
+    axes.invert_yaxis()  # Panels of one row share the axis, which is inverted once.
+    totals = [
+        f"{row['total'] / _GIB:.1f}" + " (refused)" * ("refused" in row) if row else ""
+        for row in found
+    ]
+    axes.bar_label(axes.containers[-1], totals, padding=3, fontsize=7)
+    axes.tick_params(labelsize=7)
+    axes.margins(x=0.35)
 
 
 if __name__ == "__main__":

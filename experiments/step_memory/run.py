@@ -94,13 +94,9 @@ def measure(case: records.Row) -> records.Row:
         value, grads = method.value_and_grad(loss, sketch, *given)
         return *fj.update_and_apply(tx, grads, state, trained), value
 
-    chip = CHIPS[case["chip"]]
-    device = chips.topology(chip.platform, chip.topology).devices[0]
-    place = jax.sharding.SingleDeviceSharding(device)
     state = jax.eval_shape(tx.init, trained)
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        (trained, state, frozen, _batch(case, sizes)),
+    arguments = chips.placed_on(
+        CHIPS[case["chip"]], (trained, state, frozen, _batch(case, sizes))
     )
     found = {
         "parameters": tree_bytes((trained, frozen)),

@@ -1,7 +1,9 @@
-"""A step on one matrix, compiled again."""
+"""A step on one matrix, and sketched gradients of a model, compiled again."""
 
 from experiments.accelerators.run import measure
+from experiments.activations import run as activations
 from tests.experiments.accelerators.test_accelerators import rows
+from tests.experiments.activations.test_activations import row
 
 # With rows in float32 and in bfloat16.
 METHODS = [
@@ -23,3 +25,19 @@ def check(chip, method, dtype):
     assert found["seconds"] <= 1.03 * expected["seconds"]
     assert found["temporaries"] <= expected["temporaries"] + 0.03 * found["parameters"]
     return found
+
+
+def check_activations(chip, most):
+    """Sketches of activations take what the committed row says, and less than these.
+
+    Args:
+        chip: what is compiled for.
+        most: bound on temporaries of sketched gradients, over those of full ones.
+    """
+    fields = {"model": "gpt2", "layers": "scanned", "precision": "default"}
+    full, expected = (
+        row(chip=chip, **fields, gradients=kind) for kind in ("full", "sketched")
+    )
+    found = activations.measure(expected)["temporaries"]
+    assert found <= 1.03 * expected["temporaries"]
+    assert found <= most * full["temporaries"]

@@ -1,4 +1,4 @@
-"""The GPU's compiler still says what the committed table says of a step on one matrix.
+"""The GPU's compiler still says what the committed tables say.
 
 Run by hand, in the environment that ``python -m experiments.accelerators --chips h100``
 asks for, without a GPU; the output is in tests/results.
@@ -6,7 +6,7 @@ asks for, without a GPU; the output is in tests/results.
 
 import pytest
 
-from tests.compilers.common import METHODS, check
+from tests.compilers.common import METHODS, check, check_activations
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="it needs the GPU's compiler")
 
@@ -20,3 +20,7 @@ def test_a_step_moves_and_holds_no_more(method, dtype):
 def test_products_with_stored_bases_use_tensor_cores():
     found = check("h100", "galore", "float32")
     assert set(found["flops"]) == {"3 of TF32"}
+
+
+def test_sketches_take_less_than_activations():
+    check_activations("h100", 0.75)

@@ -1,0 +1,1 @@
+"""Memory of the backward pass: `python -m experiments.activations`."""
