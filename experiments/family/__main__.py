@@ -5,8 +5,8 @@ import sys
 from experiments.sweep.__main__ import main
 
 GRIDS = (
-    *("pareto", "longer", "ablations", "bases", "polar", "codes", "rows"),
-    *("rounding", "rounding_llama"),
+    *("pareto", "longer", "ablations", "bases", "polar", "polar_longer", "codes"),
+    *("rows", "rounding", "rounding_llama"),
 )
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ def test_hash_of_a_run_stays():
 
 def test_grids_are_there():
     assert {path.stem for path in GRIDS} == {
-        *("pareto", "longer", "ablations", "bases", "polar", "codes"),
-        *("rows", "rounding", "rounding_llama", "projections"),
+        *("pareto", "longer", "ablations", "bases", "polar", "polar_longer"),
+        *("codes", "rows", "rounding", "rounding_llama", "projections"),
         *("gpt2", "t5", "accumulation", "momentum", "resampling"),
     }
     assert Config(tuple(path.stem for path in GRIDS)).paths() == GRIDS
