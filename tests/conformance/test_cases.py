@@ -20,6 +20,7 @@ from tests.conformance.states import SKETCHES, TREES, own_states, own_trees
 
 # Public functions that make no transformation. Whatever else is public is in the list.
 OTHERS = {
+    "apply_updates",
     "compressed_accumulator",
     "compressed_pmean",
     "diagnostics",

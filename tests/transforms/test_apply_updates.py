@@ -163,8 +163,9 @@ def test_one_call_equals_the_two(name, on_mesh, dtype):
     """Bit for bit; on a mesh, and by an accumulation, layer by layer."""
     tx, start = METHODS[name](), tree(0)
     ours = theirs = start, tx.init(start)
-    mesh = jax.set_mesh(mesh_of(jax.sharding.AxisType.Auto))
-    with mesh if on_mesh else contextlib.nullcontext():
+    mesh = mesh_of(jax.sharding.AxisType.Auto)
+    # Called, jax.set_mesh sets the mesh at once, and without `with` for good.
+    with jax.set_mesh(mesh) if on_mesh else contextlib.nullcontext():
         for i in range(4):
             key = jax.random.fold_in(KEY, i)
             grads = tree(i + 1, dtype)
