@@ -259,6 +259,7 @@ axes.grid(alpha=0.3)
 # [documentation](../docs/benchmarks/memory.md) has the conditions and a picture of what fills the
 # memory.
 
+
 # %%
 def layers(params, x):
     def layer(h, p):
