@@ -247,17 +247,18 @@ axes.grid(alpha=0.3)
 # %% [markdown]
 # ## Activations
 #
-# Of $y = xW$ the backward pass needs $x$ for the gradient of $W$ alone. If that is sketched along
-# $W$'s inputs (`side="left"`), it needs only $x S^\top$, and `sketched_value_and_grad` frees $x$ in
-# the forward pass: a scan over layers stacks sketches in place of activations. Here nothing is
-# recomputed but the activation function, whose input stays. `explain_sketched_gradients` says of
-# each leaf whether its activations are kept whole, and why.
+# Of $y = xW$ the backward pass needs $x$ for the gradient of $W$ alone. If that is
+# sketched along $W$'s inputs (`side="left"`), it needs only $x S^\top$, and
+# `sketched_value_and_grad` frees $x$ in the forward pass: a scan over layers stacks
+# sketches in place of activations. Here nothing is recomputed but the activation
+# function, whose input stays. `explain_sketched_gradients` says of each leaf whether
+# its activations are kept whole, and why.
 #
-# On a v5e (15.75 GiB) a whole training step on all parameters of T5-3B in float32, for one example,
-# its layers recomputed, takes 11.6 GiB at rank 16 and 12.5 at rank 64 by the TPU's compiler; one on
-# LoRA's adapters takes 11.4 and 13.4, with full accumulation it needs 28. The
-# [documentation](../docs/benchmarks/memory.md) has the conditions and a picture of what fills the
-# memory.
+# On a v5e (15.75 GiB) a whole training step on all parameters of T5-3B in float32,
+# for one example, its layers recomputed, takes 11.6 GiB at rank 16 and 12.5 at rank
+# 64 by the TPU's compiler; one on LoRA's adapters takes 11.4 and 13.4, with full
+# accumulation it needs 28. The [documentation](../docs/benchmarks/memory.md) has the
+# conditions and a picture of what fills the memory.
 
 
 # %%
