@@ -50,16 +50,16 @@ def materialized(tree: PyTree) -> PyTree:
     )
 
 
-def at_once(value: PyTree, made_of_it: PyTree) -> tuple[PyTree, PyTree]:
-    """A value and what is made of it, on a GPU before anything else reads the value.
+def computed_first(value: PyTree, derived: PyTree) -> tuple[PyTree, PyTree]:
+    """A value, and what is derived from it before anything else reads it on a GPU.
 
-    There XLA makes one kernel of the small ones that sketch the activations of many
-    layers, and keeps the activations until it runs. On a TPU it recomputes activations
-    inside the products that read them, which a barrier would prevent.
+    There XLA fuses the kernels that sketch the activations of many layers into one, and
+    keeps the activations until it runs. On a TPU it recomputes activations inside the
+    products that read them, which a barrier would prevent.
     """
     barrier = jax.lax.optimization_barrier
     return jax.lax.platform_dependent(
-        (value, made_of_it), cuda=barrier, rocm=barrier, default=_as_it_is
+        (value, derived), cuda=barrier, rocm=barrier, default=_as_it_is
     )
 
 

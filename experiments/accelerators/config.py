@@ -16,6 +16,8 @@ _DEFAULT = (
     "flora",
     "flora_gaussian",
     "flora_rademacher",
+    "flora_orthogonal",
+    "flora_srht",
     "flora_adamw",
     "flora_adamw_int8",
     "flora_muon",

@@ -4,13 +4,13 @@ import collections
 
 import jax
 import jax.numpy as jnp
-from rich.progress import track
 
 import flora_jax as fj
 from experiments.accelerators import report
 from experiments.accelerators.config import Config
 from experiments.common import chips, records
 from experiments.common.chips import CHIPS
+from experiments.common.compiled import measure_missing
 from experiments.common.methods import METHODS, Settings
 from experiments.common.state_bytes import tree_bytes
 from experiments.common.traffic import Kernel, kernels
@@ -24,7 +24,6 @@ def run(config: Config) -> None:
         ConfigError: a chip's compiler is not installed.
     """
     path = config.output_dir / "steps.jsonl"
-    rows = records.resume_rows(path)
     axes = {
         "chip": config.chips,
         "problem": config.problems,
@@ -33,10 +32,7 @@ def run(config: Config) -> None:
         "calls": config.calls,
         "rank": (config.rank,),
     }
-    for case in track(records.missing_cases(rows, axes), "compiling"):
-        measured = measure(case)
-        versions = records.versions() | chips.versions(CHIPS[case["chip"]].platform)
-        records.append_row(path, case | measured | versions)
+    measure_missing(path, lambda rows: records.missing_cases(rows, axes), measure)
     report.write(path)
 
 

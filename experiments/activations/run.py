@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.progress import track
 
 import flora_jax as fj
 from experiments.activations import report
 from experiments.activations.config import Config
 from experiments.common import chips, records
 from experiments.common.chips import CHIPS
+from experiments.common.compiled import measure_missing
 from experiments.models.build import Params, create, mean_loss
 from experiments.models.config import PUBLISHED
 
@@ -31,7 +31,6 @@ def run(config: Config) -> None:
         ConfigError: a chip's compiler is not installed.
     """
     path = config.output_dir / "gradients.jsonl"
-    rows = records.resume_rows(path)
     axes = {
         "chip": config.chips,
         "model": config.models,
@@ -42,10 +41,7 @@ def run(config: Config) -> None:
         "batch_size": (config.batch_size,),
         "length": (config.length,),
     }
-    for case in track(records.missing_cases(rows, axes), "compiling"):
-        measured = measure(case)
-        versions = records.versions() | chips.versions(CHIPS[case["chip"]].platform)
-        records.append_row(path, case | measured | versions)
+    measure_missing(path, lambda rows: records.missing_cases(rows, axes), measure)
     report.write(path)
 
 

@@ -396,7 +396,7 @@ _VARIANTS = (
             "adafactor",
             {"projection": name},
         )
-        for name in ("Gaussian", "Rademacher")
+        for name in ("Gaussian", "Rademacher", "Orthogonal", "SRHT")
     ),
 )
 METHODS = {method.name: method for method in (*_OF_A_BASE, *_COMPLETE, *_VARIANTS)}

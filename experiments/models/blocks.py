@@ -103,10 +103,10 @@ def attend(
     rows, length, heads, _ = q.shape
     count = _count(length, rows * heads * k.shape[1])
 
-    def attended(q: Array, k: Array, v: Array, bias: Array, key: Key) -> Array:
+    def attention(q: Array, k: Array, v: Array, bias: Array, key: Key) -> Array:
         k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
 
-        def some(q: Array, bias: Array, key: Key) -> Array:
+        def of_part(q: Array, bias: Array, key: Key) -> Array:
             scores = jnp.einsum(
                 "bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32
             )
@@ -114,19 +114,19 @@ def attend(
             return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
 
         if count == 1:
-            return some(q, bias, key)
+            return of_part(q, bias, key)
         keys = None if key is None else jax.random.split(key, count)
         parts = _parts(q, 1, count), _parts(bias, 2, count), keys
-        return jnp.moveaxis(_map(some, parts), 0, 1)
+        return jnp.moveaxis(_in_turn(of_part, parts), 0, 1)
 
-    out = recomputed(attended, config)(q, k, v, bias, key)
+    out = recomputed(attention, config)(q, k, v, bias, key)
     return out.reshape(rows, length, -1)
 
 
-def _map(some: Callable[..., Array], parts: tuple[Any, ...]) -> Array:
+def _in_turn(of_part: Callable[..., Array], parts: tuple[Any, ...]) -> Array:
     """Applies a function to each part in turn, and again in the backward pass."""
-    some = jax.checkpoint(some, prevent_cse=False)
-    return jax.lax.map(lambda part: some(*part), parts)
+    of_part = jax.checkpoint(of_part, prevent_cse=False)
+    return jax.lax.map(lambda part: of_part(*part), parts)
 
 
 def _count(length: int, elements: int) -> int:
@@ -157,15 +157,15 @@ def losses(logits: Callable[[Array], Array], x: Array, labels: Array) -> Array:
         float32 losses in nats, (B, T).
     """
 
-    def some(x: Array, labels: Array) -> Array:
+    def of_part(x: Array, labels: Array) -> Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits(x), labels)
 
     vocabulary = jax.eval_shape(logits, x).shape[-1]
     count = _count(x.shape[1], x.shape[0] * vocabulary)
     if count == 1:
-        return some(x, labels)
+        return of_part(x, labels)
     parts = _parts(x, 1, count), _parts(labels, 1, count)
-    return jnp.moveaxis(_map(some, parts), 0, 1).reshape(labels.shape)
+    return jnp.moveaxis(_in_turn(of_part, parts), 0, 1).reshape(labels.shape)
 
 
 class KeysValues(NamedTuple):

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from rich.progress import track
 
 import flora_jax as fj
 from experiments.common import chips, records
 from experiments.common.collectives import Collective, collectives, total
+from experiments.common.compiled import measure_missing
 from experiments.common.methods import METHODS, Settings
 from experiments.pods import report
 from experiments.pods.config import LAYOUTS, MODELS, Config, Model
@@ -25,7 +25,6 @@ def run(config: Config) -> None:
         ConfigError: the TPU's compiler is not installed.
     """
     path = config.output_dir / "pods.jsonl"
-    rows = records.resume_rows(path)
     axes = {
         "model": config.models,
         "dtype": config.dtypes,
@@ -34,13 +33,14 @@ def run(config: Config) -> None:
         "method": config.methods,
         "rank": (config.rank,),
     }
-    for case in track(records.missing_cases(rows, axes), "compiling"):
+
+    def on_mesh(case: records.Row) -> records.Row:
         pod = chips.topology("tpu", case["pod"])
         shape = LAYOUTS[case["pod"]][case["layout"]]
         mesh = topologies.make_mesh(pod, shape, ("fsdp", "tensor"))
-        measured = measure(MODELS[case["model"]], mesh, case)
-        versions = records.versions() | chips.versions("tpu")
-        records.append_row(path, case | measured | versions)
+        return measure(MODELS[case["model"]], mesh, case)
+
+    measure_missing(path, lambda rows: records.missing_cases(rows, axes), on_mesh)
     report.write(path)
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from rich.progress import track
 
 import flora_jax as fj
 from experiments.common import chips, lora, records
 from experiments.common.chips import CHIPS
+from experiments.common.compiled import measure_missing
 from experiments.common.methods import METHODS, Method, Settings, built
 from experiments.common.state_bytes import step_bytes, tree_bytes
 from experiments.models.build import create, mean_loss
@@ -40,11 +40,7 @@ def run(config: Config) -> None:
         ConfigError: a chip's compiler is not installed.
     """
     path = config.output_dir / "steps.jsonl"
-    rows = records.resume_rows(path)
-    for case in track(_missing(config, rows), "compiling"):
-        measured = measure(case)
-        versions = records.versions() | chips.versions(CHIPS[case["chip"]].platform)
-        records.append_row(path, case | measured | versions)
+    measure_missing(path, lambda rows: _missing(config, rows), measure)
     report.write(path)
 
 

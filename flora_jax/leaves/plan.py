@@ -32,7 +32,7 @@ class LeafPlan:
       rank: size r of the sketched side after sketching; 0 for a dense leaf, and where
         leaves are folded without being sketched.
       dense_reason: why the leaf is dense, or None if it is folded.
-      key_path: the path by which its projection is sampled, if it is not its own.
+      key_path: the path from which its projection is sampled; empty without one.
       keep_logical_axes: as in :class:`flora_jax.LeafRules`.
       layer_shards: number of shards of the first batch axis, 0 if unknown.
     """
@@ -45,7 +45,7 @@ class LeafPlan:
     axis: int = -1
     rank: int = 0
     dense_reason: str | None = None
-    key_path: str | None = None
+    key_path: str = ""
     keep_logical_axes: bool = dataclasses.field(default=False, compare=False)
     layer_shards: int = dataclasses.field(default=0, compare=False)
 
@@ -60,11 +60,6 @@ class LeafPlan:
     def dense(self) -> bool:
         """Whether the leaf is kept as it is."""
         return self.dense_reason is not None
-
-    @functools.cached_property
-    def projection(self) -> tuple[str, int, int]:
-        """Equal for leaves that have the same S: path of its key, rank and width."""
-        return self.key_path or self.path, self.rank, self.width
 
     @functools.cached_property
     def rows(self) -> int:

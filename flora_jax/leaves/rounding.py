@@ -1,7 +1,7 @@
-"""Updates added to parameters, of which bfloat16 ones are rounded at random.
+"""Adds updates to parameters, with stochastic rounding of those in bfloat16.
 
-The bits depend on a key, on the path of the leaf and on each element's place in it. So
-neither a mesh nor a loop over layers changes them.
+The random bits are a function of a key, the leaf's path and the element's index, so
+that neither a mesh nor a loop over layers changes them.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ class Rounding(NamedTuple):
     Attributes:
       key: the leaf's, to be sampled from: two scalars, which a loop over layers leaves
         as they are.
-      places: one array per axis, of size 1 along all others, whose sum is the place of
-        each element in the leaf in row-major order. A loop over layers slices them as
-        it slices the leaf.
+      offsets: one array per axis, of size 1 along all others, whose sum is each
+        element's index in the leaf in row-major order. A loop over layers slices them
+        as it slices the leaf.
     """
 
     key: tuple[jax.Array, jax.Array]
-    places: tuple[jax.Array, ...]
+    offsets: tuple[jax.Array, ...]
 
     def words(self) -> UInt32[Array, "..."]:
         """A uniform word for each element."""
         zero = jnp.uint32(0)
-        counter = functools.reduce(operator.add, self.places, zero)
+        counter = functools.reduce(operator.add, self.offsets, zero)
         x0, x1 = threefry_2x32(self.key, counter, zero)
         return x0 ^ x1
 
@@ -52,7 +52,7 @@ def leaf_roundings(key: KeyData | None, params: PyTree) -> list[Rounding | None]
     """How each leaf is rounded, in flattening order; None for rounding to nearest.
 
     Args:
-      key: key data; None to round no leaf at random.
+      key: key data; None to round all leaves to nearest.
       params: the parameters.
     """
     named = named_leaves(params)
@@ -60,21 +60,21 @@ def leaf_roundings(key: KeyData | None, params: PyTree) -> list[Rounding | None]
         return [None] * len(named)
     keys = leaf_keys(key, _NAME, [path for path, _ in named], 0)
     return [
-        Rounding((own[0], own[1]), _places(leaf.shape))
+        Rounding((own[0], own[1]), _offsets(leaf.shape))
         if jnp.result_type(leaf) == jnp.bfloat16
         else None
         for own, (_, leaf) in zip(keys, named, strict=True)
     ]
 
 
-def _places(shape: Shape) -> tuple[jax.Array, ...]:
-    places = []
+def _offsets(shape: Shape) -> tuple[jax.Array, ...]:
+    offsets = []
     for axis, size in enumerate(shape):
         along = [size if i == axis else 1 for i in range(len(shape))]
         # Modulo 2³²: elements of a leaf that are so far apart have the same bits.
         stride = np.uint32(math.prod(shape[axis + 1 :]) % 2**32)
-        places.append(jax.lax.broadcasted_iota(jnp.uint32, along, axis) * stride)
-    return tuple(places)
+        offsets.append(jax.lax.broadcasted_iota(jnp.uint32, along, axis) * stride)
+    return tuple(offsets)
 
 
 def add_update(
@@ -98,12 +98,11 @@ def add_update(
 def stochastically_rounded(
     x: Float[Array, "..."], words: UInt32[Array, "..."]
 ) -> BFloat16[Array, "..."]:
-    """Rounds to one of the two bfloat16 neighbours, so that the mean is exact.
+    """Rounds to one of the two bfloat16 neighbours, unbiased.
 
-    bfloat16 is the upper half of float32, for subnormal numbers too. The lower half, in
-    units of 2⁻¹⁶ of the distance of the neighbours, is how far x lies beyond the one
-    nearer to zero; a uniform number of 16 bits added to it carries with just this
-    probability.
+    bfloat16 is the upper half of float32, for subnormal numbers too. The lower half is
+    the distance of x from the neighbour nearer to zero, in units of 2⁻¹⁶ of the gap;
+    adding a uniform 16-bit integer to it carries with just that probability.
 
     Args:
       x: float32.
@@ -112,7 +111,7 @@ def stochastically_rounded(
     pattern = jax.lax.bitcast_convert_type(x, jnp.uint32)
     upper = ((pattern + (words >> 16)) >> 16).astype(jnp.uint16)
     rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
-    # A carry would make infinity of what lies beyond the largest number, and of NaN
-    # another number.
+    # A carry would turn values beyond the largest finite one into infinity, and change
+    # NaN.
     is_between = jnp.abs(x) < np.float32(jnp.finfo(jnp.bfloat16).max)
     return jnp.where(is_between, rounded, x.astype(jnp.bfloat16))

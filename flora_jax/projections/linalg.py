@@ -71,7 +71,7 @@ def product_with_squares(
     """
     full = weighed = matrix.astype(jnp.float32)
     if weights is not None:
-        weighed = full * jnp.expand_dims(weights, -3 - axis)
+        weighed = full * along(weights, axis)
         if weigh_s:
             s = s * weights[..., None, :]
         else:

@@ -26,7 +26,9 @@ class Orthogonal(ScaledIsometry, DenseProjection):
     and its estimate.
 
     Costs r·m normals, their decomposition (about 4·m·r² operations, serial on most
-    devices: the slowest projection here) and products as Gaussian.
+    devices) and products as Gaussian. By their compilers a step of
+    :func:`flora_jax.flora` with it moves as much as with :class:`CountSketch` on a
+    v5e, 1.5 times as much on an H100, where the estimate is written to memory.
 
     Raises:
       ValueError: for an unknown normalization.

@@ -175,7 +175,7 @@ class _TracedGradient(NamedTuple):
                 shape, why = jnp.shape(self.params[i]), "it is an argument"
                 fallbacks.append(Fallback(request.leaf, "input", shape, why))
         sketched, _ = _kept_factors(self.program)
-        kept = {request.projection for _, request in sketched if request is not None}
+        kept = {request.leaf for _, request in sketched if request is not None}
         reports = []
         for i, plan in enumerate(self.plans):
             own = tuple(fallback for fallback in fallbacks if fallback.leaf == i)
@@ -183,9 +183,9 @@ class _TracedGradient(NamedTuple):
             reason = None
             if request is None or own:
                 reason = "its gradient is computed in full"
-            elif request.projection in self.program.whole:
+            elif request.same_as in self.program.read_in_full:
                 reason = "the backward pass reads them for something else as well"
-            elif request.projection not in kept:
+            elif request.same_as not in kept:
                 reason = "recomputed, or the sketched side is that of the cotangents"
             report = LeafReport(plan.path, plan.shape, plan.dense_reason, own, reason)
             reports.append(report)
@@ -196,7 +196,7 @@ def _kept_factors(program: Program) -> tuple[set[Operand], set[Operand]]:
     """Sketches of factors that the forward pass makes and the backward pass reads.
 
     Returns:
-      The sketches, and those of them whose factors the backward pass reads, too.
+      The sketches, and those whose factors the backward pass reads in full as well.
     """
     loss, steps = program.outputs[0], iter(program.steps)
     forward: set[Operand] = {(program.jaxpr.invars[i], r) for i, r in program.inputs}
@@ -215,8 +215,7 @@ def _kept_factors(program: Program) -> tuple[set[Operand], set[Operand]]:
         and request.of_factor
         and ((atom, request) in forward or atom in constants)
     }
-    whole = {(atom, r) for atom, r in sketched if (atom, None) in read}
-    return sketched, whole
+    return sketched, {(atom, r) for atom, r in sketched if (atom, None) in read}
 
 
 @jax.tree_util.register_static
@@ -259,16 +258,17 @@ def _trace(
     arrays, value, grads = returned
     like, grad_tree = jax.tree.flatten(grads)
     plans = sketcher.plan(grads)
-    first: dict[Any, int] = {}
-    for i, plan in enumerate(plans):
-        first.setdefault(plan.projection, i)
-    requests = [_request(i, p, first[p.projection]) for i, p in enumerate(plans)]
+    first: dict[Any, int] = {}  # Of the leaves that have the same S.
+    requests = [
+        _request(i, p, first.setdefault((p.key_path, p.rank, p.width), i))
+        for i, p in enumerate(plans)
+    ]
     # The value's arrays come first among the outputs, and are wanted as they are.
     planner, wanted = Planner(), list(enumerate([None] * len(arrays) + requests))
     program = planner.plan(closed, wanted)
     # What is kept in full in any case is sketched where the sketch is read.
-    if whole := frozenset(atom for atom, _ in _kept_factors(program)[1]):
-        program = planner.plan(closed, wanted, whole)
+    if late := frozenset(atom for atom, _ in _kept_factors(program)[1]):
+        program = planner.plan(closed, wanted, late)
     return _TracedGradient(
         program=program,
         params=jax.tree.leaves(params),
@@ -280,10 +280,10 @@ def _trace(
     )
 
 
-def _request(leaf: int, plan: LeafPlan, projection: int) -> SketchRequest | None:
+def _request(leaf: int, plan: LeafPlan, same_as: int) -> SketchRequest | None:
     # Rules move axes through reshapes, in which axes of size 1 come and go.
     axes = tuple(a for a in plan.sketched_axes if plan.shape[a] != 1)
-    return None if plan.dense else SketchRequest(leaf, axes, projection)
+    return None if plan.dense else SketchRequest(leaf, axes, same_as)
 
 
 def _state_shaped(plan: LeafPlan, request: SketchRequest | None, x: Any) -> Any:

@@ -35,7 +35,7 @@ def plan_call(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
         _results(eqn, wanted),
         lambda s, *values: program.run(s, _behind_barrier(values, hidden)),
         program.fallbacks,
-        program.whole,
+        program.read_in_full,
     )
 
 
@@ -88,8 +88,8 @@ def plan_cond(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
     operands: list[Operand] = [(eqn.invars[0], None)]
     operands += [(eqn.invars[i + 1], request) for i, request in inputs]
     fallbacks = [fallback for p in programs for fallback in p.fallbacks]
-    whole = [leaf for p in programs for leaf in p.whole]
-    return Step(operands, _results(eqn, wanted), run, fallbacks, whole)
+    in_full = [leaf for p in programs for leaf in p.read_in_full]
+    return Step(operands, _results(eqn, wanted), run, fallbacks, in_full)
 
 
 def why_not_in_loop(
@@ -162,14 +162,14 @@ def plan_scan(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
     program, carried = _plan_body(eqn, wanted, plan)
     fixed = [slot for slot in program.inputs if slot[0] < consts]
     starts = [(i + consts, request) for i, request in carried]
-    sliced, whole = [], list(program.whole)
+    sliced, in_full = [], list(program.read_in_full)
     for i, request in program.inputs:
         if i < consts + carries:
             continue
         if request and request.of_factor and (i, None) in program.inputs:
             # Sketched by the body, which reads the slice itself too: the sketches of
             # all slices would be kept in addition to them.
-            whole.append(request.projection)
+            in_full.append(request.leaf)
         else:
             sliced.append((i, request))
     # jax.lax.scan takes constants, carries and slices apart; the program takes them in
@@ -198,7 +198,7 @@ def plan_scan(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
 
     operands = [(eqn.invars[i], request) for i, request in [*fixed, *starts]]
     operands += [(eqn.invars[i], _moved(request, 1)) for i, request in sliced]
-    return Step(operands, _results(eqn, wanted), run, program.fallbacks, whole)
+    return Step(operands, _results(eqn, wanted), run, program.fallbacks, in_full)
 
 
 # By primitive name; calls are found by `called_body`, for their names are many.

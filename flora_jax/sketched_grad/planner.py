@@ -15,6 +15,7 @@ for their bodies.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -22,7 +23,7 @@ import jax
 from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-from flora_jax._xla import at_once
+from flora_jax._xla import computed_first
 from flora_jax.leaves.mesh import is_explicit
 from flora_jax.sketched_grad import control_flow, rewrites
 from flora_jax.sketched_grad.program import Fallback, Program, Step
@@ -45,14 +46,15 @@ class Planner:
         self,
         body: Any,
         wanted: Sequence[Slot],
-        whole: frozenset[rewrites.Atom] = frozenset(),
+        late: frozenset[rewrites.Atom] = frozenset(),
     ) -> Program:
         """Plans the program that computes what is wanted of a jaxpr's outputs.
 
         Args:
           body: the jaxpr, closed if it has constants.
           wanted: indices of outputs, with a sketch or None for the value itself.
-          whole: variables that are to be sketched where their sketches are read.
+          late: factors that are to be sketched where their sketches are read, as what
+            reads them in full keeps them until then.
 
         Returns:
           The program; its outputs are in the order of ``wanted``.
@@ -60,9 +62,9 @@ class Planner:
         # A loop asks for its body's plan once per carry to find out whether the carry
         # may be sketched, and again for all of them: unless they are kept, plans of
         # nested loops would multiply.
-        key = body, tuple(wanted), whole
+        key = body, tuple(wanted), late
         if key not in self._programs:
-            self._programs[key] = self._planned(*rewrites.opened(body), wanted, whole)
+            self._programs[key] = self._planned(*rewrites.opened(body), wanted, late)
         return self._programs[key]
 
     def _planned(
@@ -70,7 +72,7 @@ class Planner:
         jaxpr: Jaxpr,
         consts: Sequence[Any],
         wanted: Sequence[Slot],
-        whole: frozenset[rewrites.Atom],
+        late: frozenset[rewrites.Atom],
     ) -> Program:
         flow, steps, fallbacks = rewrites.DataFlow(jaxpr, RULES), [], []
         requests: Requests = {}
@@ -96,17 +98,14 @@ class Planner:
         for eqn in reversed(jaxpr.eqns):
             slots = _slots(eqn.outvars, requests)
             for step in self._equation(eqn, slots, flow):
-                here = [x for x in step.operands if _is_factor_of(x, whole)]
+                here = [x for x in step.operands if _is_factor_of(x, late)]
                 read([x for x in step.operands if x not in here])
                 read([(atom, None) for atom, _ in here])
                 fallbacks.extend(step.fallbacks)
-                steps.append(step)
-                steps += [_sketched_late(*x) for x in here]
+                steps += [step, *itertools.starmap(_sketched_late, here)]
         inputs = _slots(jaxpr.invars, requests)
-        read_whole = [i for step in steps for i in step.whole]
-        return Program(
-            inputs, steps[::-1], outputs, fallbacks, read_whole, jaxpr, consts
-        )
+        in_full = [leaf for step in steps for leaf in step.read_in_full]
+        return Program(inputs, steps[::-1], outputs, fallbacks, in_full, jaxpr, consts)
 
     def _equation(
         self, eqn: JaxprEqn, wanted: list[Slot], flow: rewrites.DataFlow
@@ -179,20 +178,16 @@ def _sketch_in_full(atom: rewrites.Atom, request: SketchRequest) -> rewrites.Rew
     return rewrites.Rewrite([(atom, None)], lambda s, value: s.sketch(value, request))
 
 
-def _is_factor_of(operand: Operand, whole: frozenset[rewrites.Atom]) -> bool:
+def _is_factor_of(operand: Operand, factors: frozenset[rewrites.Atom]) -> bool:
     atom, request = operand
     is_factor = request is not None and request.of_factor
-    return is_factor and not isinstance(atom, Literal) and atom in whole
+    return is_factor and not isinstance(atom, Literal) and atom in factors
 
 
 def _sketched_late(atom: rewrites.Atom, request: Any) -> Step:
     """The sketch of a factor right before it is read."""
-    return Step(
-        [(atom, None)],
-        [(atom, request)],
-        lambda s, value: [s.sketch(value, request)],
-        whole=[request.projection],
-    )
+    made = _sketch_in_full(atom, request)
+    return Step(made.operands, [(atom, request)], made.run, (), [request.leaf])
 
 
 def _sketched_factor(atom: rewrites.Atom, request: SketchRequest) -> Step:
@@ -200,7 +195,7 @@ def _sketched_factor(atom: rewrites.Atom, request: SketchRequest) -> Step:
     return Step(
         [(atom, None)],
         [(atom, None), (atom, request)],
-        lambda s, value: at_once(value, s.sketch(value, request)),
+        lambda s, value: computed_first(value, s.sketch(value, request)),
     )
 
 

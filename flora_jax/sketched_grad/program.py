@@ -52,7 +52,7 @@ class LeafProjections:
     def resized(self, shape: Sequence[int], request: SketchRequest) -> Shape:
         """The shape of a value's sketch: r on the first sketched axis, 1 on others."""
         new = [1 if a in request.axes else n for a, n in enumerate(shape)]
-        new[request.axes[0]] = self.plans[request.projection].rank
+        new[request.axes[0]] = self.plans[request.same_as].rank
         return tuple(new)
 
     def with_matrices(self, wanted: Sequence[Slot]) -> LeafProjections:
@@ -64,7 +64,7 @@ class LeafProjections:
         if not isinstance(self.projection, DenseProjection):
             return self
         formed, requests = list(self.sampled), [request for _, request in wanted]
-        for i in sorted({request.projection for request in requests if request}):
+        for i in sorted({request.same_as for request in requests if request}):
             size = self.plans[i].rank, self.plans[i].width
             formed[i] = self.projection.as_matrix(self.sampled[i], *size)
         return LeafProjections(self.plans, _Formed(), formed)
@@ -80,12 +80,12 @@ class LeafProjections:
             kept = (None if i in request.axes else x for i, x in enumerate(names))
             out = jax.NamedSharding(sharding.mesh, jax.P(*kept))
             apply = jax.sharding.auto_axes(apply, out_sharding=out)
-        small = apply(value, self.sampled[request.projection])
+        small = apply(value, self.sampled[request.same_as])
         # Not in float32 for bfloat16 factors: XLA on CPU fails to run some products.
         return small.astype(value.dtype) if request.of_factor else small
 
     def _apply(self, request: SketchRequest, value: jax.Array, s: Any) -> jax.Array:
-        axes, plan = request.axes, self.plans[request.projection]
+        axes, plan = request.axes, self.plans[request.same_as]
         first, last, compress = axes[0], axes[-1], self.projection.compress
         if axes == tuple(range(first, last + 1)) and last < value.ndim - 1:
             # Rows are sketched in place: a transpose would copy the value.
@@ -117,14 +117,14 @@ class Step(NamedTuple):
       results: what it computes.
       run: from (LeafProjections, *operands) to the results.
       fallbacks: what it computes in full only to sketch it.
-      whole: projections, by a leaf, of factors that a loop reads in full as well.
+      read_in_full: leaves of whose factors it reads more than the sketches.
     """
 
     operands: Sequence[Operand]
     results: Sequence[Operand]
     run: Callable[..., Sequence[Any]]
     fallbacks: Sequence[Fallback] = ()
-    whole: Sequence[int] = ()
+    read_in_full: Sequence[int] = ()
 
 
 class Program(NamedTuple):
@@ -135,7 +135,7 @@ class Program(NamedTuple):
       steps: in the order in which they run.
       outputs: what it returns.
       fallbacks: what it computes in full only to sketch it.
-      whole: as in :class:`Step`.
+      read_in_full: leaves of whose factors a step reads more than the sketches.
       jaxpr: the jaxpr.
       consts: values of its constants.
     """
@@ -144,7 +144,7 @@ class Program(NamedTuple):
     steps: list[Step]
     outputs: list[Operand]
     fallbacks: list[Fallback]
-    whole: list[int]
+    read_in_full: list[int]
     jaxpr: Jaxpr
     consts: Sequence[Any]
 

@@ -35,14 +35,14 @@ class SketchRequest(NamedTuple):
     Attributes:
       leaf: index of the parameter leaf of whose gradient it is part.
       axes: the sketched axes in the order in which they fold; none has size 1.
-      projection: index of the first leaf that has the same S.
+      same_as: index of the first leaf that has the same S.
       of_factor: whether it is the sketch of a factor of a product, such as x Sᵀ of
         activations x, and not of a part of the gradient.
     """
 
     leaf: int
     axes: Axes
-    projection: int
+    same_as: int
     of_factor: bool = False
 
     def along(self, axes: Iterable[int]) -> SketchRequest:
@@ -51,7 +51,7 @@ class SketchRequest(NamedTuple):
 
     def factor(self, axes: Iterable[int]) -> SketchRequest:
         """The request for a factor: that of any leaf whose S is the same."""
-        return SketchRequest(self.projection, tuple(axes), self.projection, True)
+        return SketchRequest(self.same_as, tuple(axes), self.same_as, of_factor=True)
 
 
 # A variable or literal, or an input or output by its index; and which sketch of it, or

@@ -166,7 +166,6 @@ class Sketch(LeafRules):
             for name in others:
                 pattern = _NAME.format(re.escape(name))
                 key_path = re.sub(pattern, lambda _, first=first: first, key_path)
-        key_path = None if key_path == path else key_path
         return dataclasses.replace(plan, axis=axis, rank=rank, key_path=key_path)
 
 

@@ -6,12 +6,11 @@ keys), and what stands for the gradients of a tree (:class:`SketchedGradients`).
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import operator
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
@@ -445,17 +444,21 @@ class Sketcher:
 
     def _groups(
         self, plans: Plans, root: jax.Array, epoch: Any
-    ) -> Iterator[tuple[int, int, list[list[int]], jax.Array]]:
+    ) -> list[tuple[int, int, list[list[int]], jax.Array]]:
         """Each rank and width, with the leaves that share a projection, and its key."""
-        sizes = collections.defaultdict(lambda: collections.defaultdict(list))
+        sizes: dict[tuple[int, int], dict[str, list[int]]] = {}
         for i, plan in enumerate(plans):
             if not plan.dense:
-                sizes[plan.rank, plan.width][plan.key_path or plan.path].append(i)
+                by_path = sizes.setdefault((plan.rank, plan.width), {})
+                by_path.setdefault(plan.key_path, []).append(i)
+        found = []
         for (rank, width), by_path in sizes.items():
             groups = list(by_path.values())
             first = np.asarray([members[0] for members in groups])
             own = epoch[first] if jnp.ndim(epoch) else epoch
-            yield rank, width, groups, leaf_keys(root, self.name, list(by_path), own)
+            keys = leaf_keys(root, self.name, list(by_path), own)
+            found.append((rank, width, groups, keys))
+        return found
 
     def sketch_leaf(
         self, plan: LeafPlan, sampled: Any, leaf: ScaledLeaf
@@ -606,7 +609,7 @@ class Sketcher:
         # Sorted, as the order of the leaves does not change any sketch.
         meaning = sorted(
             operator.attrgetter(*fields)(plan)
-            + ((plan.key_path,) if plan.key_path else ())
+            + ((plan.key_path,) if plan.key_path != plan.path else ())
             for plan in plans
         )
         text = f"{self.name} {describe(self.projection)} {meaning}"

@@ -210,7 +210,7 @@ class Basis:
         """
         if not self.stagger or self.refresh_every is None:
             return 0
-        return zlib.crc32((plan.key_path or plan.path).encode()) % _GROUPS
+        return zlib.crc32(plan.key_path.encode()) % _GROUPS
 
     def _offset(self, place: Any) -> Any:
         """By how many steps a group is ahead: T·place/16, without overflow."""

@@ -1,4 +1,4 @@
-"""Updates applied to the parameters: rounded at random, or where they are computed."""
+"""Applies updates: with stochastic rounding, or where they are computed."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ from flora_jax.random.keys import raw_key
 def apply_updates(params: PyTree, updates: PyTree, key: KeyLike) -> PyTree:
     r"""``optax.apply_updates``, with bfloat16 parameters rounded stochastically.
 
-    A bfloat16 number has 8 bits: rounded to nearest, a parameter p stays as it is
-    whatever it is added that is below :math:`2^{-9}|p|`, and small updates are lost at
-    every step. Here p + u, added in float32, is rounded to one of the two neighbours
-    :math:`a \le p + u \le b`, at random:
+    bfloat16 has 8 bits of precision: with rounding to nearest an update below
+    :math:`2^{-9}|p|` leaves the parameter p unchanged, at every step. Here p + u is
+    computed in float32 and rounded at random to one of its two neighbours
+    :math:`a \le p + u \le b`:
 
     .. math:: P(b) = \frac{p + u - a}{b - a}, \qquad E[p'] = p + u,
 
-    so that updates add up in the mean, at a variance of at most :math:`(b - a)^2/4`.
-    What bfloat16 can represent stays exact. Beyond its largest number, 3.4e38, sums are
-    rounded to nearest; infinities and NaN stay what they are.
+    so that updates are unbiased, with a variance of at most :math:`(b - a)^2/4`. Values
+    that bfloat16 represents are exact. Sums beyond its largest finite value, 3.4e38,
+    are rounded to nearest; infinities and NaN propagate. Leaves of other dtypes,
+    float16 included, are updated as by optax.
 
-    Leaves of other dtypes (float32, float64, float16 too) are added as by optax.
-
-    The random bits depend on the key, the leaf's path and each element's place in it,
-    and on nothing else: they are the same on all hardware, on any mesh, and for the
-    layers of a stack one by one. Inside of ``jax.shard_map`` the part of a device is
-    taken for the leaf. A key is for one update: give each another one.
+    The random bits are a function of the key, the leaf's path and the element's index:
+    they are the same on all hardware, on any mesh, and if the layers of a stack are
+    updated one by one. Inside ``jax.shard_map`` a device's shard counts as the leaf.
+    Use a new key for each update.
 
     Memory: no elements; the bits are computed where they are used, one hash of 20
     rounds per element.
@@ -123,8 +122,8 @@ def update_and_apply(
       grads: gradients, or what the transformation takes in their place.
       state: its state.
       params: the parameters.
-      key: rounds bfloat16 parameters at random, see :func:`flora_jax.apply_updates`;
-        another one at each step. None rounds to nearest, as optax does.
+      key: of the stochastic rounding of bfloat16 parameters, a new one for each step,
+        see :func:`flora_jax.apply_updates`; None rounds to nearest, as optax does.
       **extra_args: for ``tx.update``; an argument called ``key`` does not reach it.
 
     Returns:

@@ -106,14 +106,14 @@ def test_words_are_those_of_the_first_release():
 
 
 def test_words_of_a_part_are_those_of_the_leaf():
-    """The places of an element are all that its word depends on, besides the key."""
+    """The index of an element is all that its word depends on, besides the key."""
     (whole,) = leaf_roundings(
         np.array([1, 2], np.uint32), {"w": jnp.ones((4, 3, 5), BFLOAT16)}
     )
     words = np.asarray(whole.words())
     for axis in range(3):
-        places = list(whole.places)
-        places[axis] = jnp.take(places[axis], jnp.array([2, 0]), axis)
-        part = whole._replace(places=tuple(places)).words()
+        offsets = list(whole.offsets)
+        offsets[axis] = jnp.take(offsets[axis], jnp.array([2, 0]), axis)
+        part = whole._replace(offsets=tuple(offsets)).words()
         np.testing.assert_array_equal(part, np.take(words, [2, 0], axis))
     assert len(set(words.ravel())) == words.size

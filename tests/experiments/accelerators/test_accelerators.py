@@ -8,6 +8,7 @@ from experiments.accelerators import report
 from experiments.accelerators.__main__ import main
 from experiments.common import chips, records
 from experiments.common.chips import CHIPS
+from tests.experiments.commands import assert_same_table
 
 RESULTS = pathlib.Path(report.__file__).parent / "results" / "steps.jsonl"
 
@@ -56,11 +57,7 @@ def test_a_step_moves_little_and_holds_no_copy(chip, method):
 
 
 def test_the_committed_table_is_that_of_the_rows(tmp_path):
-    path = tmp_path / "steps.jsonl"
-    path.write_text(RESULTS.read_text())
-    report.write(path)
-    written = RESULTS.with_suffix(".md").read_text()
-    assert path.with_suffix(".md").read_text() == written
+    assert_same_table(report, RESULTS, tmp_path)
     for chip in CHIPS:
         adamw = rows(chip=chip, problem="leaf", dtype="float32")["adamw"]
         assert adamw["step"] == pytest.approx(7 * adamw["parameters"], rel=1e-3)

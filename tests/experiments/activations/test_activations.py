@@ -1,7 +1,6 @@
 """What sketches in place of activations save, as committed, and the command."""
 
 import pathlib
-import re
 import types
 
 import jax
@@ -12,6 +11,7 @@ from experiments.activations import report
 from experiments.activations.run import measure
 from experiments.common import chips, records
 from experiments.models.config import PUBLISHED, GPT2Config
+from tests.experiments.commands import assert_refused, assert_same_table
 
 RESULTS = pathlib.Path(report.__file__).parent / "results" / "gradients.jsonl"
 
@@ -55,12 +55,7 @@ def test_sketches_save_operations(model):
 
 
 def test_the_committed_table_is_that_of_the_rows(tmp_path):
-    path = tmp_path / "gradients.jsonl"
-    path.write_text(RESULTS.read_text())
-    report.write(path)
-    committed = RESULTS.with_suffix(".md").read_text()
-    assert path.with_suffix(".md").read_text() == committed
-    assert path.with_suffix(".png").stat().st_size > 10_000
+    assert_same_table(report, RESULTS, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -73,10 +68,7 @@ def test_the_committed_table_is_that_of_the_rows(tmp_path):
     ],
 )
 def test_bad_settings_are_one_line(arguments, message, capsys):
-    assert command.main(arguments.split()) == 2
-    errors = capsys.readouterr().err
-    assert errors.count("\n") == 1
-    assert re.match("error: " + message, errors)
+    assert_refused(command.main, arguments.split(), message, capsys)
 
 
 def test_without_a_compiler_the_command_says_what_to_install(

@@ -29,6 +29,7 @@ from experiments.models.build import create, mean_loss
 from experiments.models.config import T5Config
 from experiments.models.hugging_face import load, read_config, save
 from tests.common import process_environment
+from tests.experiments.commands import assert_refused
 
 # One worker runs them all, and makes data and programs once.
 pytestmark = pytest.mark.xdist_group("finetune")
@@ -294,10 +295,7 @@ def _run_and_kill(arguments, folder, rows, settings):
     ],
 )
 def test_bad_settings_are_one_line(arguments, message, capsys):
-    assert main(["docstrings", *arguments.split()]) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith(f"error: {message}")
-    assert errors.count("\n") == 1
+    assert_refused(main, ["docstrings", *arguments.split()], message, capsys)
 
 
 @pytest.mark.full

@@ -12,6 +12,7 @@ from experiments.common.display import Bar, bars
 from experiments.common.errors import ConfigError
 from experiments.common.methods import MAIN
 from experiments.main_job.config import Config
+from tests.experiments.commands import assert_refused
 
 
 def test_help_names_every_setting(capsys):
@@ -69,10 +70,7 @@ def test_help_names_every_setting(capsys):
     ],
 )
 def test_bad_settings_are_one_line(arguments, message, capsys):
-    assert main(arguments.split()) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith(f"error: {message}")
-    assert errors.count("\n") == 1
+    assert_refused(main, arguments.split(), message, capsys)
 
 
 @pytest.mark.parametrize(

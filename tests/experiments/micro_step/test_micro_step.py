@@ -7,6 +7,7 @@ import pytest
 from experiments.micro_step import __main__ as command
 from experiments.micro_step.run import buffers
 from experiments.models.config import PUBLISHED, GPT2Config, T5Config
+from tests.experiments.commands import assert_refused
 
 PROGRAM = """
 %fused (p: f32[768,3072]) -> f32[3072,768] {
@@ -74,7 +75,4 @@ def test_rows_table_and_picture(model, tiny, tmp_path, capsys):
     ],
 )
 def test_bad_settings_are_one_line(arguments, message, capsys):
-    assert command.main(arguments.split()) == 2
-    errors = capsys.readouterr().err
-    assert errors.count("\n") == 1
-    assert errors.startswith("error: " + message)
+    assert_refused(command.main, arguments.split(), message, capsys)

@@ -1,7 +1,6 @@
 """The memory command: known sizes of state, and what the chips' compilers accepted."""
 
 import pathlib
-import re
 import types
 
 import jax
@@ -16,6 +15,7 @@ from experiments.step_memory import __main__ as command
 from experiments.step_memory import report
 from experiments.step_memory.config import Config
 from experiments.step_memory.run import _missing, measure, optimizer, parameters
+from tests.experiments.commands import assert_refused, assert_same_table
 
 GIB = 2**30
 RESULTS = pathlib.Path(report.__file__).parent / "results" / "steps.jsonl"
@@ -69,13 +69,7 @@ def test_a_chip_refuses_what_does_not_fit():
 
 
 def test_the_committed_table_is_that_of_the_rows(tmp_path):
-    path = tmp_path / "steps.jsonl"
-    path.write_text(RESULTS.read_text())
-    report.write(path)
-    for suffix in (".md",):
-        committed = RESULTS.with_suffix(suffix).read_text()
-        assert path.with_suffix(suffix).read_text() == committed
-    assert path.with_suffix(".png").stat().st_size > 10_000
+    assert_same_table(report, RESULTS, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -91,10 +85,7 @@ def test_the_committed_table_is_that_of_the_rows(tmp_path):
     ],
 )
 def test_bad_settings_are_one_line(arguments, message, capsys):
-    assert command.main(arguments.split()) == 2
-    errors = capsys.readouterr().err
-    assert errors.count("\n") == 1
-    assert re.match("error: " + message, errors)
+    assert_refused(command.main, arguments.split(), message, capsys)
 
 
 def test_without_a_compiler_the_command_says_what_to_install(

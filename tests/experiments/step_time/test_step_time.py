@@ -14,6 +14,7 @@ from experiments.step_time import report
 from experiments.step_time import run as step_time
 from experiments.step_time.__main__ import main
 from experiments.step_time.config import Config
+from tests.experiments.commands import assert_refused
 
 
 @pytest.fixture
@@ -152,7 +153,4 @@ def test_compile_times_allocate_nothing(small):
     ],
 )
 def test_bad_settings_are_one_line(arguments, message, capsys):
-    assert main(arguments.split()) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith(f"error: {message}")
-    assert errors.count("\n") == 1
+    assert_refused(main, arguments.split(), message, capsys)

@@ -14,6 +14,7 @@ from experiments.sweep.__main__ import main
 from experiments.sweep.config import Config
 from experiments.sweep.results import best_learning_rate, beyond, read
 from tests.common import process_environment
+from tests.experiments.commands import assert_refused
 from tests.experiments.job import TINY
 
 RANK = 16
@@ -171,10 +172,7 @@ def test_only_what_is_asked_for(tmp_path, tiny, monkeypatch, capsys):
     ],
 )
 def test_bad_settings_are_one_line(arguments, message, capsys):
-    assert main(["--grids", "pareto", *arguments.split()]) == 2
-    errors = capsys.readouterr().err
-    assert errors.count("\n") == 1
-    assert errors.startswith("error: " + message)
+    assert_refused(main, ["--grids", "pareto", *arguments.split()], message, capsys)
 
 
 def test_questions_that_are_grids():
