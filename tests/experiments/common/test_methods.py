@@ -141,6 +141,12 @@ RECIPES = {
     "flora_rademacher": lambda: fj.flora(
         1.0, projected(fj.Rademacher()), resample_every=20, estimator="paper"
     ),
+    "flora_orthogonal": lambda: fj.flora(
+        1.0, projected(fj.Orthogonal()), resample_every=20, estimator="paper"
+    ),
+    "flora_srht": lambda: fj.flora(
+        1.0, projected(fj.SRHT()), resample_every=20, estimator="paper"
+    ),
     "adamw_int8": lambda: fj.quantize_state(
         optax.adamw(1.0, b2=0.9, weight_decay=0.0), "int8"
     ),
