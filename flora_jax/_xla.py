@@ -7,11 +7,13 @@ save: memory for bfloat16 leaves, and the time of hashing.
 
 from __future__ import annotations
 
+import functools
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flora_jax._typing import PyTree
 
@@ -48,6 +50,26 @@ def materialized(tree: PyTree) -> PyTree:
     return jax.lax.platform_dependent(
         tree, cpu=_negated_twice, default=jax.lax.optimization_barrier
     )
+
+
+def unstacked(tree: PyTree) -> list[PyTree]:
+    """The rows of stacked arrays, which XLA compiles alike, with all that reads them.
+
+    On CPU by an index that it does not know. Kernels that are fused with the slice of a
+    row would be compiled anew for each.
+    """
+    (size,) = {x.shape[0] for x in jax.tree.leaves(tree)}
+    places: list[Any] = [np.int32(i) for i in range(size)]
+    if size > 1:
+        places = jax.lax.platform_dependent(
+            places, cpu=_negated_twice, default=_as_it_is
+        )
+    take = functools.partial(
+        jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False
+    )
+    return [
+        jax.tree.map(functools.partial(take, index=place), tree) for place in places
+    ]
 
 
 def computed_first(value: PyTree, derived: PyTree) -> tuple[PyTree, PyTree]:

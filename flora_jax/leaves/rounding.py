@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax._typing import KeyData, PyTree, Shape
+from flora_jax._xla import unstacked
 from flora_jax.leaves.paths import named_leaves
 from flora_jax.random.bits import threefry_2x32
 from flora_jax.random.keys import leaf_keys
@@ -58,7 +59,7 @@ def leaf_roundings(key: KeyData | None, params: PyTree) -> list[Rounding | None]
     named = named_leaves(params)
     if key is None:
         return [None] * len(named)
-    keys = leaf_keys(key, _NAME, [path for path, _ in named], 0)
+    keys = unstacked(leaf_keys(key, _NAME, [path for path, _ in named], 0))
     return [
         Rounding((own[0], own[1]), _offsets(leaf.shape))
         if jnp.result_type(leaf) == jnp.bfloat16

@@ -13,6 +13,7 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import KeyLike, PyTree, Shape
+from flora_jax._xla import unstacked
 from flora_jax.leaves import trees
 from flora_jax.leaves.in_place import InPlace
 from flora_jax.leaves.moments import KINDS, SECOND, find_moments, replace_moments
@@ -254,7 +255,7 @@ def _encode(
         keys = [None] * len(named)
         if rounding is not None:
             root, count = rounding
-            keys = list(leaf_keys(root, _NAME, [path for path, _ in named], count))
+            keys = unstacked(leaf_keys(root, _NAME, [path for path, _ in named], count))
         coded = [
             _encode_leaf(codec, signed, x.astype(s.dtype), s, key)
             for (_, signed), x, s, key in zip(named, moments, scales, keys, strict=True)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax._typing import PyTree
-from flora_jax._xla import materialized, unshared, widened
+from flora_jax._xla import materialized, unshared, unstacked, widened
 from flora_jax.leaves.layers import by_layers, loop_steps
 from flora_jax.leaves.mesh import is_sharded, replicated, replicated_along
 from flora_jax.leaves.plan import LeafPlan
@@ -376,9 +376,10 @@ class Sketcher:
           TypeError: for a leaf that is not an array of a real floating dtype.
           ValueError: if sketches were made in another way than this one's.
         """
-        plans = self.sketch.plan(gradient_shapes(gradients))
-        if isinstance(gradients, SketchedGradients):
-            gradients.check(self.name, self.sketch, plans)
+        if not isinstance(gradients, SketchedGradients):
+            return self.sketch.plan(gradients)
+        plans = self.sketch.plan(gradients.shapes())
+        gradients.check(self.name, self.sketch, plans)
         return plans
 
     def sample(self, plans: Plans, root: jax.Array, epoch: Any) -> list[Any]:
@@ -400,9 +401,9 @@ class Sketcher:
             sample = functools.partial(self.projection.sample, rank=rank, width=width)
             # Written to memory once: every element of G reads a sign or a bucket.
             together = materialized(jax.vmap(sample)(keys))
-            for place, members in enumerate(groups):
+            for own, members in zip(unstacked(together), groups, strict=True):
                 for i in members:
-                    sampled[i] = jax.tree.map(operator.itemgetter(place), together)
+                    sampled[i] = own
                     # Each by itself: leaves of equal size may differ in mesh axes.
                     if is_sharded():
                         sampled[i] = jax.tree.map(replicated, sampled[i])
@@ -437,9 +438,9 @@ class Sketcher:
             own = [sampled[members[0]] for members in groups]
             old = jax.tree.map(lambda *arrays: jnp.stack(arrays), *own)
             together = jax.lax.map(matrix, (old, keys))
-            for place, members in enumerate(groups):
+            for own, members in zip(unstacked(together), groups, strict=True):
                 for i in members:
-                    matrices[i] = together[place]
+                    matrices[i] = own
         return matrices
 
     def _groups(

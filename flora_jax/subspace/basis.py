@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax._typing import PyTree, Shape
+from flora_jax._xla import unstacked
 from flora_jax.leaves.layers import by_layers, loop_steps
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.projections.base import AdaptiveProjection
@@ -142,7 +143,7 @@ class Basis:
         new = stored
         if self.is_stored:
             paths = [plan.path for plan in plans]
-            keys = leaf_keys(key, self.sketcher.name, paths, count)
+            keys = unstacked(leaf_keys(key, self.sketcher.name, paths, count))
             new = list(map(self._choose, plans, keys, grads))
         if not transport.moves:
             return list(zip(new, moments, strict=True))
