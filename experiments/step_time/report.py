@@ -20,7 +20,10 @@ _TICKS = [x * 10**k for k in range(6) for x in (1, 3)]
 def write(path: pathlib.Path) -> None:
     """Writes the table (.md) and the picture (.png) next to the data."""
     result = json.loads(path.read_text())
-    path.with_suffix(".md").write_text(table(result["steps"]))
+    text = table(result["steps"])
+    if "compile" in result:
+        text += "\n" + _compilation(result["compile"])
+    path.with_suffix(".md").write_text(text)
     _draw(result, path.with_suffix(".png"))
 
 
@@ -53,6 +56,18 @@ def table(rows: list[Row]) -> str:
         "temporaries, MB": lambda r: report.megabytes(r["temp_bytes"], 1),
     }
     return report.markdown(columns, [row for row in rows if row["kind"] != "renewal"])
+
+
+def _compilation(rows: list[Row]) -> str:
+    columns = {
+        "tree": lambda r: r["tree"],
+        "optimizer": lambda r: f"`{r['name']}`",
+        "rank": lambda r: r["rank"],
+        "tracing, s": lambda r: f"{r['trace_seconds']:.1f}",
+        "compilation, s": lambda r: f"{r['compile_seconds']:.1f}",
+        "temporaries, MB": lambda r: report.megabytes(r["temp_bytes"], 1),
+    }
+    return report.markdown(columns, rows)
 
 
 def _suffix(row: Row) -> str:

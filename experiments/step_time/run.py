@@ -165,6 +165,9 @@ def compiled_only(rank: int = 64) -> Contenders:
     yield from map(_peer, ("adafactor", "adafactor_momentum"))
     for name in PROJECTIONS[:2]:
         yield _optimizer("flora", rank, f"flora({name})", projection=name)
+    yield _optimizer("flora_adamw", rank)
+    yield _optimizer("flora_adamw", rank, "flora_adamw(int8)", state_dtype="int8")
+    yield _optimizer("galore", rank, "galore(randomized)")
 
 
 def run(config: Config) -> None:
