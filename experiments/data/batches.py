@@ -6,7 +6,7 @@ A decoder-only model reads source, separator, target and end in one row:
 
     prefix source =>  target <eos> <pad> ... <pad>
 
-The parts are tokenized apart, so that the prompt of a generation is, token by token,
+or, of a model that was trained to answer, in its own format of a conversation. The parts are tokenized apart, so that the prompt of a generation is, token by token,
 what stood before the target in training.
 """
 
@@ -21,9 +21,6 @@ from experiments.common.errors import ConfigError
 from experiments.data.pairs import Pair
 from experiments.data.vocabulary import Vocabulary
 
-SEPARATOR = " =>"
-"""Stands between source and target; the target then begins with a space."""
-
 Example = dict[str, np.ndarray]
 
 
@@ -35,7 +32,7 @@ class Layout:
         vocabulary: tokenizes both sides.
         prefix: text that says the task, before each source.
         source_length: S; longer sources lose their end. Of a decoder-only model it
-            counts the separator as well.
+            counts what stands around them as well.
         target_length: T, with `eos`; longer targets lose their end.
     """
 
@@ -78,7 +75,8 @@ class Layout:
             ConfigError: `source_length` is too small.
         """
         vocabulary, length = self.vocabulary, self.source_length + self.target_length
-        targets = vocabulary.encode([" " + pair.target for pair in pairs])
+        lead = vocabulary.frame().lead
+        targets = vocabulary.encode([lead + pair.target for pair in pairs])
         examples = []
         for head, target in zip(self._prompts(pairs), targets, strict=True):
             tail = [*target[: self.target_length - 1], vocabulary.eos]
@@ -114,15 +112,16 @@ class Layout:
         return self.vocabulary.encode([self.prefix + pair.source for pair in pairs])
 
     def _prompts(self, pairs: Sequence[Pair]) -> list[list[int]]:
-        """Returns prefix, source and separator of each pair, at most S tokens."""
-        [separator] = self.vocabulary.encode([SEPARATOR])
-        room = self.source_length - len(separator)
+        """Returns all that stands before the target of each pair, at most S tokens."""
+        before, after, _ = self.vocabulary.frame()
+        room = self.source_length - len(before) - len(after)
         if room <= 0:
             raise ConfigError(
-                f"`--source-length` must be at least {len(separator) + 1} (the "
-                f"separator and a token), got {self.source_length}"
+                f"`--source-length` must be at least {self.source_length - room + 1} "
+                "(what stands around a source, and a token of it), got "
+                f"{self.source_length}"
             )
-        return [source[:room] + separator for source in self._sources(pairs)]
+        return [before + source[:room] + after for source in self._sources(pairs)]
 
     def _ended(self, ids: Sequence[int], length: int) -> np.ndarray:
         end = self.vocabulary.eos

@@ -9,12 +9,38 @@ import io
 import itertools
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import sentencepiece as spm
 from tokenizers import Tokenizer, models
 
 from experiments.common.errors import ConfigError
 from experiments.data import corpus
+
+
+SEPARATOR = " =>"
+"""Stands between source and target; the target then begins with a space."""
+
+_ENDS = (corpus.END_OF_TEXT, "<|end_of_text|>", "</s>")
+_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+_CHAT = (
+    f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n<|im_start|>user\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+)
+
+
+class Frame(NamedTuple):
+    """How a decoder-only model is asked.
+
+    Attributes:
+        before: tokens before the source.
+        after: tokens between the source and the target.
+        lead: text with which the target begins.
+    """
+
+    before: list[int]
+    after: list[int]
+    lead: str
 
 
 class Vocabulary:
@@ -35,6 +61,10 @@ class Vocabulary:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, without `eos`."""
         raise NotImplementedError
+
+    def frame(self) -> Frame:
+        """Returns what stands around the source."""
+        return Frame([], self.encode([SEPARATOR])[0], " ")
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes the file that the model's name for it goes by into `folder`."""
@@ -81,12 +111,12 @@ class SentencePiece(Vocabulary):
 class BytePair(Vocabulary):
     """A byte-level BPE in which one token ends texts and fills up rows, as GPT-2's."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        """Takes over a tokenizer that has the token `<|endoftext|>`."""
+    def __init__(self, tokenizer: Tokenizer, end_token: str = corpus.END_OF_TEXT):
+        """Takes over a tokenizer that has the token which ends texts."""
         # "<|endoftext|>" in a text is text, never the end of it.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
-        end = tokenizer.token_to_id(corpus.END_OF_TEXT)
+        end = tokenizer.token_to_id(end_token)
         content = tokenizer.to_str().encode()
         super().__init__(tokenizer.get_vocab_size(), end, end, content)
 
@@ -102,6 +132,21 @@ class BytePair(Vocabulary):
     def decode(self, rows: Iterable[Sequence[int]]) -> list[str]:
         """See `Vocabulary`."""
         return self._tokenizer.decode_batch(self._texts(rows))
+
+
+class Chat(BytePair):
+    """The tokenizer of a model that was trained to answer, in the format of ChatML."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        """Takes over a tokenizer that has the tokens `<|im_start|>` and `<|im_end|>`."""
+        # Before they are text: see `BytePair`.
+        parts = tokenizer.encode_batch(list(_CHAT), add_special_tokens=False)
+        self._parts = [part.ids for part in parts]
+        super().__init__(tokenizer, "<|im_end|>")
+
+    def frame(self) -> Frame:
+        """See `Vocabulary`: the turns of the system, the user and the assistant."""
+        return Frame(*self._parts, "")
 
 
 def sentencepiece(texts: Iterable[str], size: int) -> SentencePiece:
@@ -180,7 +225,7 @@ def byte_pair(texts: Iterable[str], size: int) -> BytePair:
 
 
 def load_byte_pair(path: pathlib.Path) -> BytePair:
-    """Reads the vocabulary of a GPT-2.
+    """Reads the vocabulary of a GPT-2 or a Llama.
 
     Args:
         path: a tokenizer.json, or a folder with one or with vocab.json and merges.txt.
@@ -188,7 +233,7 @@ def load_byte_pair(path: pathlib.Path) -> BytePair:
     Raises:
         ConfigError: there are no such files, or they are no such vocabulary.
     """
-    remedy = "give the tokenizer.json of a GPT-2, or a folder with it"
+    remedy = "give the tokenizer.json of a GPT-2 or a Llama, or a folder with it"
     file = path / "tokenizer.json" if path.is_dir() else path
     parts = [path / "vocab.json", path / "merges.txt"]
     if not file.is_file() and not all(part.is_file() for part in parts):
@@ -204,6 +249,9 @@ def load_byte_pair(path: pathlib.Path) -> BytePair:
                 tokenizer.add_special_tokens([corpus.END_OF_TEXT])
     except Exception as error:  # the library raises nothing more particular
         raise ConfigError(f"{path} is no byte-level BPE: {error}; {remedy}") from error
-    if tokenizer.token_to_id(corpus.END_OF_TEXT) is None:
-        raise ConfigError(f"{path} lacks the token {corpus.END_OF_TEXT}; {remedy}")
-    return BytePair(tokenizer)
+    if tokenizer.token_to_id("<|im_end|>") is not None:
+        return Chat(tokenizer)
+    for end in _ENDS:
+        if tokenizer.token_to_id(end) is not None:
+            return BytePair(tokenizer, end)
+    raise ConfigError(f"{path} has none of the tokens {', '.join(_ENDS)}; {remedy}")

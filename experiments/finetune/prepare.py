@@ -14,7 +14,7 @@ from experiments.data import vocabulary as vocabularies
 from experiments.data.pairs import Splits
 from experiments.data.registry import DATASETS, Dataset
 from experiments.finetune.config import Config
-from experiments.models import hugging_face
+from experiments.models import hugging_face, pretrained
 from experiments.models.build import create
 from experiments.models.config import PUBLISHED, DecoderConfig, GPT2Config, T5Config
 from experiments.models.config import Config as ModelConfig
@@ -41,6 +41,9 @@ def prepare(config: Config) -> Prepared:
     dataset = DATASETS[config.dataset]
     with processes.first_goes_first():
         splits = dataset.load(config.data_dir, download=config.download)
+        if config.checkpoint is None and config.model in pretrained.PACKAGES:
+            folder = pretrained.unpack(config.model, config.data_dir)
+            config = dataclasses.replace(config, checkpoint=folder)
     model = _sizes(config)
     vocabulary = _vocabulary(config, model, splits)
     _check_fit(config, model, vocabulary.size)

@@ -8,16 +8,16 @@ from experiments.data import batches, vocabulary
 from experiments.data.pairs import Pair
 
 
-class Letters:
+class Letters(vocabulary.Vocabulary):
     """One token a letter: pad 0, eos 1, then "a" is 2. Other characters are dropped."""
 
     size, pad, eos, fingerprint = 28, 0, 1, "letters"
 
+    def __init__(self):
+        """There is nothing to take over."""
+
     def encode(self, texts):
         return [[ord(c) - 95 for c in text if c.isalpha()] for text in texts]
-
-    def decode(self, rows):
-        raise NotImplementedError
 
 
 class Spaced(Letters):
@@ -89,9 +89,25 @@ def test_a_prompt_is_what_stood_before_the_target():
         assert vocab.decode([labels]) == [" The dog barks"]
 
 
+def test_asked_in_a_format_of_its_own():
+    class Asked(Spaced):
+        def frame(self):
+            return vocabulary.Frame([9, 9], [8], "x")
+
+    layout = batches.Layout(Asked(), "z", source_length=7, target_length=4)
+    row, long, _ = layout.decoder_only(PAIRS)
+    np.testing.assert_array_equal(row["tokens"], [9, 9, 27, 2, 3, 8, 25, 4, 1, 1, 1, 1])
+    np.testing.assert_array_equal(row["weights"], [0] * 5 + [1] * 3 + [0] * 3)
+    np.testing.assert_array_equal(long["tokens"][:7], [9, 9, 27, 2, 3, 4, 8])
+    start = layout.prompts(PAIRS)[0]
+    np.testing.assert_array_equal(
+        start["prompt"][start["prompt_mask"]], row["tokens"][:6]
+    )
+
+
 def test_sources_are_too_short():
     layout = batches.Layout(Spaced(), "", source_length=3, target_length=2)
-    message = r"`--source-length` must be at least 4 \(th"
+    message = r"`--source-length` must be at least 4 \(what"
     for function in (layout.prompts, layout.decoder_only):
         with pytest.raises(ConfigError, match=message):
             function(PAIRS)

@@ -178,5 +178,5 @@ def test_no_byte_pair(tmp_path):
     with pytest.raises(ConfigError, match=r"is no byte-level BPE: .*; give the"):
         vocabulary.load_byte_pair(tmp_path)
     Tokenizer(models.BPE()).save(str(file))
-    with pytest.raises(ConfigError, match=r"lacks the token <\|endoftext\|>; give"):
+    with pytest.raises(ConfigError, match=r"has none of the tokens <\|endoftext\|>, "):
         vocabulary.load_byte_pair(tmp_path)

