@@ -372,6 +372,7 @@ _INT8 = {"state_dtype": "int8"}
 # Complete ones with options, as a grid of a sweep states them.
 _VARIANTS = (
     Method("adamw_int8", "AdamW, int8", _adamw, options=_INT8),
+    Method("lora_adamw", "LoRA", _adamw, keeps="adapters"),
     Method(
         "flora_muon_rows",
         "FLORA-Muon, row-normalized",

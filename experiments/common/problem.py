@@ -63,6 +63,7 @@ class Data:
         validation: the examples of the validation.
         tokens: in an example, padding included.
         fingerprint: identifies vocabulary and examples.
+        pretrained: whether the parameters were read, and not drawn by a seed.
     """
 
     model: ModelConfig
@@ -72,6 +73,7 @@ class Data:
     validation: Sequence[batches.Example]
     tokens: int
     fingerprint: str
+    pretrained: bool = False
 
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:

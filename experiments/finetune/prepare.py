@@ -75,6 +75,7 @@ def prepare(config: Config) -> Prepared:
         validation=make(held_out),
         tokens=sum(lengths),
         fingerprint=fingerprint,
+        pretrained=config.checkpoint is not None,
     )
 
 

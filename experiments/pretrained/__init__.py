@@ -1,0 +1,1 @@
+"""A pretrained model: what FLORA, GaLore and LoRA do to it."""
