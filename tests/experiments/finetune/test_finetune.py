@@ -19,15 +19,19 @@ from experiments.common.errors import ConfigError
 from experiments.common.loop import training_step
 from experiments.common.methods import FINETUNE, METHODS
 from experiments.common.problem import build
+from experiments.data import corpus
 from experiments.data.registry import DATASETS
+from experiments.data.vocabulary import Chat
 from experiments.finetune import prepare as prepare_module
 from experiments.finetune.__main__ import main
 from experiments.finetune.config import PRESETS, Config
 from experiments.finetune.prepare import prepare
 from experiments.finetune.run import run
+from experiments.models import pretrained
 from experiments.models.build import create, mean_loss
-from experiments.models.config import T5Config
+from experiments.models.config import LlamaConfig, T5Config
 from experiments.models.hugging_face import load, read_config, save
+from experiments.sweep.tasks import Task
 from tests.common import process_environment
 from tests.experiments.commands import assert_refused
 
@@ -169,6 +173,36 @@ def test_a_checkpoint_without_its_tokenizer(tmp_path):
     config = dataclasses.replace(TINY, checkpoint=tmp_path)
     with pytest.raises(ConfigError, match=r"has no spiece.model; fetch it .* or give"):
         prepare_module._vocabulary(config, prepare_module._TINY[config.model], {})
+
+
+def test_a_pretrained_model_is_asked_in_its_own_way(data_dir, tmp_path, monkeypatch):
+    words = [text for pair in few_pairs("phrases", data_dir)["train"] for text in pair]
+    tokenizer = corpus.train_tokenizer(words, 400)
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    vocabulary = Chat(tokenizer)
+    before, after, _ = vocabulary.frame()
+    room = len(before) + len(after) + 12
+    model = LlamaConfig(1, 24, 40, 6, 2, room + 12, vocabulary.size, tied=True)
+    params = create(model, 3)[1]
+    save(params, model, tmp_path)
+    vocabulary.save(tmp_path)
+    unpack = {"smollm2-135m": tmp_path}
+    monkeypatch.setattr(pretrained, "unpack", lambda name, folder: unpack[name])
+    config = dataclasses.replace(
+        TINY, model="smollm2-135m", dropout=0.0, data_dir=data_dir, source_length=room
+    )
+    prepared = prepare(config)
+    jax.tree.map(np.testing.assert_array_equal, prepared.params, params)
+    row = prepared.train[0]["tokens"]
+    np.testing.assert_array_equal(row[: len(before)], before)
+    target = prepared.train[0]["weights"] == 1
+    (text,) = vocabulary.decode([row[1:][target]])
+    assert text == prepared.splits["train"][0].target[: len(text)]
+    assert text
+    # Another seed draws other parameters of a model that is trained from scratch.
+    task = Task(config, None, prepared, {"method": "adamw"})
+    started = task.start(1)[1].params
+    jax.tree.map(np.testing.assert_array_equal, started, params)
 
 
 @pytest.mark.full
