@@ -1,5 +1,6 @@
 """Table and picture of what sketches in place of activations save."""
 
+import operator
 import pathlib
 
 from experiments.common import plots, report
@@ -67,7 +68,7 @@ def pairs(rows: list[Row]) -> list[Row]:
             | {"operations": counts[1] / counts[0] if all(counts) else None}
             | {"seconds": [row["compilation"] for row in both]}
         )
-    return found
+    return sorted(found, key=operator.itemgetter("chip", "model", "precision"))
 
 
 def _operations(case: Row) -> str | None:
@@ -90,8 +91,8 @@ def _draw(path: pathlib.Path, cases: list[Row]) -> None:
     """Dots: temporaries of full and of sketched gradients, with a line between them."""
     y = range(len(cases))
     title = (
-        "On an H100 sketches save a quarter to a third of the temporaries; on a v5e\n"
-        "a fifth, a third with products in float32, and nothing in unrolled layers"
+        "On an H100 sketches save a quarter to a third of the temporaries;\n"
+        "of scanned layers on a v5e a fifth, or a third with products in float32"
     )
     with plots.picture(path, (8, 1.4 + 0.26 * len(cases)), title=title) as panels:
         axes = panels[0, 0]
