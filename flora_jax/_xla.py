@@ -1,8 +1,9 @@
 """Workarounds for the compiler.
 
 :func:`unshared` is obsolete once ``test_a_step_writes_no_second_copy_of_a_gradient``
-(``tests/optimizers/test_flora.py``) passes without it. No test measures what the others
-save: memory for bfloat16 leaves, and the time of hashing.
+(``tests/optimizers/test_flora.py``) passes without it, :func:`unstacked` once
+``tests/conformance/test_compilation.py`` does. No test measures what the others save:
+memory for bfloat16 leaves and of activations on a GPU, and the time of hashing.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ def materialized(tree: PyTree) -> PyTree:
 
 
 def unstacked(tree: PyTree) -> list[PyTree]:
-    """The rows of stacked arrays, which XLA compiles alike, with all that reads them.
+    """The rows of stacked arrays, so that equal readers of them share kernels on CPU.
 
-    On CPU by an index that it does not know. Kernels that are fused with the slice of a
-    row would be compiled anew for each.
+    There the index of a row is one that XLA does not know: kernels that are fused with
+    the slice of a row would be compiled anew for each.
     """
     (size,) = {x.shape[0] for x in jax.tree.leaves(tree)}
     places: list[Any] = [np.int32(i) for i in range(size)]

@@ -14,7 +14,7 @@ def measure_missing(
     missing: Callable[[list[Row]], list[Row]],
     measure: Callable[[Row], Row],
 ) -> None:
-    """Compiles each case that no row of a file is of, and appends its row.
+    """Compiles each case that a file has no row for, and appends its row.
 
     Args:
         path: of the rows.

@@ -63,7 +63,7 @@ class Data:
         validation: the examples of the validation.
         tokens: in an example, padding included.
         fingerprint: identifies vocabulary and examples.
-        pretrained: whether the parameters were read, and not drawn by a seed.
+        pretrained: whether the parameters were read from a checkpoint.
     """
 
     model: ModelConfig

@@ -7,6 +7,7 @@ published. Nothing is downloaded.
 import hashlib
 import io
 import itertools
+import json
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -22,10 +23,12 @@ SEPARATOR = " =>"
 
 _ENDS = (corpus.END_OF_TEXT, "<|end_of_text|>", "</s>")
 _SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-_CHAT = (
-    f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n<|im_start|>user\n",
+_TURNS = (
+    f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n",
+    "<|im_start|>user\n",
     "<|im_end|>\n<|im_start|>assistant\n",
 )
+_SETTINGS = "tokenizer_config.json"
 
 
 class Frame(NamedTuple):
@@ -136,16 +139,37 @@ class BytePair(Vocabulary):
 class Chat(BytePair):
     """The tokenizer of a model that was trained to answer, in the format of ChatML."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        """Takes over a tokenizer that has `<|im_start|>` and `<|im_end|>`."""
+    def __init__(self, tokenizer: Tokenizer, template: str):
+        """Takes over a tokenizer, and the template that its model was trained with.
+
+        Args:
+            tokenizer: one that has `<|im_start|>` and `<|im_end|>`.
+            template: Jinja's; one with SmolLM's system prompt has a turn of the system.
+        """
+        self._template = template
         # Before they are text: see `BytePair`.
-        parts = tokenizer.encode_batch(list(_CHAT), add_special_tokens=False)
-        self._parts = [part.ids for part in parts]
+        parts = tokenizer.encode_batch(list(_TURNS), add_special_tokens=False)
+        system, self._before, self._after = (part.ids for part in parts)
+        if _SYSTEM in template:
+            self._before = system + self._before
         super().__init__(tokenizer, "<|im_end|>")
 
     def frame(self) -> Frame:
-        """See `Vocabulary`: the turns of the system, the user and the assistant."""
-        return Frame(*self._parts, "")
+        """See `Vocabulary`: turns of the system, the user and the assistant."""
+        return Frame(self._before, self._after, "")
+
+    def save(self, folder: pathlib.Path) -> None:
+        """See `Vocabulary`: tokenizer.json, and the template as transformers reads it."""
+        super().save(folder)
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "chat_template": self._template,
+            "bos_token": "<|im_start|>",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|im_end|>",
+        }
+        text = json.dumps(settings, indent=2) + "\n"
+        (folder / _SETTINGS).write_text(text, encoding="utf-8")
 
 
 def sentencepiece(texts: Iterable[str], size: int) -> SentencePiece:
@@ -248,8 +272,11 @@ def load_byte_pair(path: pathlib.Path) -> BytePair:
                 tokenizer.add_special_tokens([corpus.END_OF_TEXT])
     except Exception as error:  # the library raises nothing more particular
         raise ConfigError(f"{path} is no byte-level BPE: {error}; {remedy}") from error
-    if tokenizer.token_to_id("<|im_end|>") is not None:
-        return Chat(tokenizer)
+    settings = file.parent / _SETTINGS
+    if settings.is_file():
+        template = json.loads(settings.read_text("utf-8")).get("chat_template")
+        if isinstance(template, str) and "<|im_start|>" in template:
+            return Chat(tokenizer, template)
     for end in _ENDS:
         if tokenizer.token_to_id(end) is not None:
             return BytePair(tokenizer, end)

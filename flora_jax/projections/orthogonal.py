@@ -10,7 +10,7 @@ import jax
 from flora_jax.leaves.mesh import replicated
 from flora_jax.projections.base import DenseProjection, ScaledIsometry
 from flora_jax.projections.linalg import orthonormalized
-from flora_jax.random.bits import normals
+from flora_jax.random.bits import normals, random_matrix
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -49,7 +49,7 @@ class Orthogonal(ScaledIsometry, DenseProjection):
     def as_matrix(self, sampled: Any, rank: int, width: int) -> Float[Array, "r m"]:
         """S, float32 of shape (rank, width)."""
         # R's diagonal is positive: with other signs Q would not be uniform.
-        columns = normals(sampled, (width, rank), 0) / width**0.5
+        columns = random_matrix(normals, sampled, (width, rank)) / width**0.5
         # Replicated on a mesh: partial sums would be rounded differently. Without the
         # barrier XLA keeps S replicated, and gathers gradients to multiply by it.
         q = replicated(orthonormalized(replicated(columns)))

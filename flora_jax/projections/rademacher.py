@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from flora_jax.projections.base import IndependentEntries
-from flora_jax.random.bits import signs
+from flora_jax.random.bits import random_matrix, signs
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -38,4 +38,4 @@ class Rademacher(IndependentEntries):
 
     def as_matrix(self, sampled: Any, rank: int, width: int) -> Float[Array, "r m"]:
         """S, float32 of shape (rank, width)."""
-        return signs(sampled, (rank, width), 0) * rank**-0.5
+        return random_matrix(signs, sampled, (rank, width)) * rank**-0.5

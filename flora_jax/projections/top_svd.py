@@ -12,7 +12,7 @@ from flora_jax import _validation as check
 from flora_jax._typing import KeyData
 from flora_jax.projections.base import AdaptiveProjection
 from flora_jax.projections.linalg import eigenvectors, orthonormalized, product
-from flora_jax.random.bits import normals
+from flora_jax.random.bits import normals, random_matrix
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -107,7 +107,7 @@ class TopSVD(AdaptiveProjection):
         # the last tile of an accelerator's 128 lanes has room for.
         columns = min(rank + min(_OVERSAMPLING, -rank % 128), *matrix.shape[-2:])
         rows = matrix.shape[-2]
-        start = normals(key, (rows, columns), 0) / rows**0.5
+        start = random_matrix(normals, key, (rows, columns)) / rows**0.5
         # For each matrix, varying over the same mesh axes inside of jax.shard_map.
         zeros = jax.lax.full_like(matrix, 0, jnp.float32, (*matrix.shape[:-1], columns))
         start = start + zeros

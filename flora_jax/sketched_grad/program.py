@@ -117,7 +117,7 @@ class Step(NamedTuple):
       results: what it computes.
       run: from (LeafProjections, *operands) to the results.
       fallbacks: what it computes in full only to sketch it.
-      read_in_full: leaves of whose factors it reads more than the sketches.
+      read_in_full: leaves whose factors it reads in full, too.
     """
 
     operands: Sequence[Operand]
@@ -135,7 +135,7 @@ class Program(NamedTuple):
       steps: in the order in which they run.
       outputs: what it returns.
       fallbacks: what it computes in full only to sketch it.
-      read_in_full: leaves of whose factors a step reads more than the sketches.
+      read_in_full: leaves whose factors a step reads in full, too.
       jaxpr: the jaxpr.
       consts: values of its constants.
     """

@@ -610,7 +610,7 @@ class Sketcher:
         # Sorted, as the order of the leaves does not change any sketch.
         meaning = sorted(
             operator.attrgetter(*fields)(plan)
-            + ((plan.key_path,) if plan.key_path != plan.path else ())
+            + ((plan.key_path,) if plan.key_path not in ("", plan.path) else ())
             for plan in plans
         )
         text = f"{self.name} {describe(self.projection)} {meaning}"

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import flora_jax as fj
+from flora_jax.sketching.sketcher import Sketcher
 from tests.common import SKETCHED, every_fold
 
 # Shape, batch, rows and columns of the fold at the defaults.
@@ -179,3 +180,16 @@ def test_a_parameter_called_value_keeps_its_name():
 def test_plan_is_hashable_and_equal():
     assert hash(one((256, 512))) == hash(one((256, 512)))
     assert one((256, 512)) != one((256, 513))
+
+
+def test_what_sketches_mean_keeps_its_checksum():
+    """It is in the states of checkpoints: those of before are still known by it."""
+    params = {
+        "gate_proj": {"kernel": jnp.ones((16, 24)), "bias": jnp.ones(24)},
+        "up_proj": {"kernel": jnp.ones((16, 32))},
+    }
+    shared = [("gate_proj", "up_proj")]
+    for groups, expected in (((), 178133755), (shared, 3994884993)):
+        sketch = fj.Sketch(4, fj.Gaussian(), min_dim_size=8, same_projection=groups)
+        sketcher = Sketcher("compressed_momentum", sketch)
+        assert sketcher.identity(sketcher.plan(params)) == expected

@@ -70,6 +70,18 @@ def test_sharded_samples_are_the_same(sample):
     assert "all-gather" not in sharded.lower(KEY).compile().as_text()
 
 
+@pytest.mark.parametrize("shape", [(24, 130), (7, 5), (1, 3)])
+def test_a_matrix_by_rows_is_that_at_once(shape):
+    key = jnp.array([3, 2**31], jnp.uint32)
+    words = [bits.by_rows(bits.bits, key, shape), bits.bits(key, shape, 0)]
+    np.testing.assert_array_equal(*words)
+    for sample in (bits.signs, bits.normals):
+        at_once = bits.random_matrix(sample, key, shape)
+        np.testing.assert_array_equal(at_once, sample(key, shape, 0))
+        by_rows = bits.by_rows(sample, key, shape)
+        np.testing.assert_allclose(by_rows, at_once, rtol=1e-6)
+
+
 def test_streams_shapes_and_keys_differ():
     one = np.asarray(_bits(KEY, (64,), 0))
     assert (one != _bits(KEY, (64,), 1)).all()

