@@ -159,7 +159,7 @@ class Chat(BytePair):
         return Frame(self._before, self._after, "")
 
     def save(self, folder: pathlib.Path) -> None:
-        """See `Vocabulary`: tokenizer.json, and the template as transformers reads it."""
+        """See `Vocabulary`: tokenizer.json, and the template for transformers."""
         super().save(folder)
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -50,6 +50,11 @@ def test_a_refresh_compiles_soon():
     assert found["compilation"] <= 100
 
 
+def test_a_random_matrix_compiles_soon():
+    """In a loop over rows: its hash, unrolled, would take ten times as long."""
+    assert check("v6e", "flora_gaussian", "float32")["compilation"] <= 30
+
+
 def test_t5_3b_trains_on_one_chip():
     """All parameters, in float32: the compiler refuses what does not fit."""
     fields = {"method": "sketched_accumulation", "rank": 16, "embeddings": False}

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from flora_jax.random.bits import bits as _bits
-from flora_jax.random.bits import normals, signs, threefry_2x32
+from flora_jax.random.bits import (
+    by_rows,
+    normals,
+    random_matrix,
+    signs,
+    threefry_2x32,
+)
 from flora_jax.random.keys import leaf_keys
 from tests.common import assert_close
 
@@ -73,13 +79,11 @@ def test_sharded_samples_are_the_same(sample):
 @pytest.mark.parametrize("shape", [(24, 130), (7, 5), (1, 3)])
 def test_a_matrix_by_rows_is_that_at_once(shape):
     key = jnp.array([3, 2**31], jnp.uint32)
-    words = [bits.by_rows(bits.bits, key, shape), bits.bits(key, shape, 0)]
-    np.testing.assert_array_equal(*words)
-    for sample in (bits.signs, bits.normals):
-        at_once = bits.random_matrix(sample, key, shape)
+    np.testing.assert_array_equal(by_rows(_bits, key, shape), _bits(key, shape, 0))
+    for sample in (signs, normals):
+        at_once = random_matrix(sample, key, shape)
         np.testing.assert_array_equal(at_once, sample(key, shape, 0))
-        by_rows = bits.by_rows(sample, key, shape)
-        np.testing.assert_allclose(by_rows, at_once, rtol=1e-6)
+        np.testing.assert_allclose(by_rows(sample, key, shape), at_once, rtol=1e-6)
 
 
 def test_streams_shapes_and_keys_differ():
