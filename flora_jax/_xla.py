@@ -54,10 +54,10 @@ def materialized(tree: PyTree) -> PyTree:
 
 
 def unstacked(tree: PyTree) -> list[PyTree]:
-    """The rows of stacked arrays, so that equal readers of them share kernels on CPU.
+    """The rows of stacked arrays; on CPU what reads them shares compiled kernels.
 
-    There the index of a row is one that XLA does not know: kernels that are fused with
-    the slice of a row would be compiled anew for each.
+    There XLA does not know a row's index: slices at constant indices would be fused
+    into what reads them, and each such kernel compiled by itself.
     """
     (size,) = {x.shape[0] for x in jax.tree.leaves(tree)}
     places: list[Any] = [np.int32(i) for i in range(size)]

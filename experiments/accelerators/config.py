@@ -60,4 +60,4 @@ class Config:
             ConfigError: naming the argument, its value, and what to give instead.
         """
         config.check_at_least(self, ("rank",))
-        config.check_some(self, ("chips", "problems", "dtypes", "methods", "calls"))
+        config.check_some(self)

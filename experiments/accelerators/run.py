@@ -32,7 +32,7 @@ def run(config: Config) -> None:
         "calls": config.calls,
         "rank": (config.rank,),
     }
-    measure_missing(path, lambda rows: records.missing_cases(rows, axes), measure)
+    measure_missing(path, records.combinations(axes), measure)
     report.write(path)
 
 

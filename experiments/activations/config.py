@@ -50,6 +50,5 @@ class Config:
         config.check_choices(self)
         config.check_at_least(self, ("batch_size", "length"))
         config.check(self, ("rank",), "above 0 and below 1", lambda x: 0 < x < 1)
-        axes = ("chips", "models", "layers", "gradients", "precisions")
-        config.check_some(self, axes)
+        config.check_some(self)
         check_context(self.models, "`--length`", self.length)

@@ -41,7 +41,7 @@ def run(config: Config) -> None:
         "batch_size": (config.batch_size,),
         "length": (config.length,),
     }
-    measure_missing(path, lambda rows: records.missing_cases(rows, axes), measure)
+    measure_missing(path, records.combinations(axes), measure)
     report.write(path)
 
 

@@ -1,7 +1,7 @@
 """Rows that the chips' compilers fill in, one program after the other."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from rich.progress import track
 
@@ -10,22 +10,20 @@ from experiments.common.records import Row
 
 
 def measure_missing(
-    path: pathlib.Path,
-    missing: Callable[[list[Row]], list[Row]],
-    measure: Callable[[Row], Row],
+    path: pathlib.Path, cases: Iterable[Row], measure: Callable[[Row], Row]
 ) -> None:
     """Compiles each case that a file has no row for, and appends its row.
 
     Args:
         path: of the rows.
-        missing: from the rows to the cases that are not among them, each with its
-            `chip`, or the name of a TPU `pod`.
+        cases: each with its `chip`, or the name of a TPU `pod`.
         measure: compiles a case and returns what its row holds besides.
 
     Raises:
         ConfigError: a chip's compiler is not installed.
     """
-    for case in track(missing(records.resume_rows(path)), "compiling"):
+    missing = records.not_measured(records.resume_rows(path), cases)
+    for case in track(missing, "compiling"):
         measured = measure(case)
         platform = "tpu" if "pod" in case else chips.CHIPS[case["chip"]].platform
         versions = records.versions() | chips.versions(platform)

@@ -216,15 +216,10 @@ def check_choices(config: Any) -> None:
             check(config, (name,), wanted, choices.__contains__)
 
 
-def check_some(config: Any, names: Iterable[str]) -> None:
-    """Refuses tuples that are empty.
-
-    Args:
-        config: the settings.
-        names: the fields.
-    """
-    for name in names:
-        if not getattr(config, name):
+def check_some(config: Any) -> None:
+    """Refuses tuples that are empty."""
+    for name, value in vars(config).items():
+        if value == ():
             raise ConfigError(f"`{flag(name)}` must name at least one, got none")
 
 

@@ -73,19 +73,13 @@ def resume_rows(path: pathlib.Path) -> list[Row]:
     return rows
 
 
-def missing_cases(rows: list[Row], axes: Mapping[str, Iterable[Any]]) -> list[Row]:
-    """Returns the combinations that no row is of.
-
-    Args:
-        rows: what has been measured.
-        axes: by field, its values.
-    """
-    cases = [dict(zip(axes, each, strict=True)) for each in product(*axes.values())]
-    return not_measured(rows, cases)
+def combinations(axes: Mapping[str, Iterable[Any]]) -> list[Row]:
+    """Returns one case for each combination of the values that each field has."""
+    return [dict(zip(axes, each, strict=True)) for each in product(*axes.values())]
 
 
 def not_measured(rows: list[Row], cases: Iterable[Row]) -> list[Row]:
-    """Returns the cases that no row is of."""
+    """Returns the cases that have no row."""
     return [x for x in cases if not any(row.items() >= x.items() for row in rows)]
 
 

@@ -58,4 +58,4 @@ class Config:
             ConfigError: naming the argument, its value, and what to give instead.
         """
         check_at_least(self, ("updates", "rank"))
-        check_some(self, ("sgd_learning_rates",))
+        check_some(self)

@@ -43,5 +43,5 @@ class Config:
         config.check_choices(self)
         config.check_at_least(self, ("ranks", "blocks", "batch_size", "length"))
         config.check_at_least(self, ("rounds",), least=2)  # For a median and quartiles.
-        config.check_some(self, ("models", "ranks", "projections"))
+        config.check_some(self)
         check_context(self.models, "`--length`", self.length)

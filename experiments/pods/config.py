@@ -75,5 +75,4 @@ class Config:
             ConfigError: naming the argument, its value, and what to give instead.
         """
         config.check_at_least(self, ("rank",))
-        names = ("models", "pods", "layouts", "dtypes", "methods")
-        config.check_some(self, names)
+        config.check_some(self)

@@ -40,7 +40,7 @@ def run(config: Config) -> None:
         mesh = topologies.make_mesh(pod, shape, ("fsdp", "tensor"))
         return measure(MODELS[case["model"]], mesh, case)
 
-    measure_missing(path, lambda rows: records.missing_cases(rows, axes), on_mesh)
+    measure_missing(path, records.combinations(axes), on_mesh)
     report.write(path)
 
 

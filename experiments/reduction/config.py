@@ -41,7 +41,7 @@ class Config:
         Raises:
             ConfigError: naming the argument, its value, and what to give instead.
         """
-        check_some(self, ("ranks", "learning_rates", "seeds"))
+        check_some(self)
         self.job().validate()
 
     def job(self) -> MainConfig:

@@ -65,6 +65,6 @@ class Config:
         config.check_at_least(
             self, ("ranks", "batch_size", "source_length", "target_length")
         )
-        config.check_some(self, ("chips", "models", "methods", "ranks"))
+        config.check_some(self)
         flags = "`--source-length` and `--target-length` together"
         check_context(self.models, flags, self.source_length + self.target_length)

@@ -40,12 +40,12 @@ def run(config: Config) -> None:
         ConfigError: a chip's compiler is not installed.
     """
     path = config.output_dir / "steps.jsonl"
-    measure_missing(path, lambda rows: _missing(config, rows), measure)
+    measure_missing(path, _cases(config), measure)
     report.write(path)
 
 
-def _missing(config: Config, rows: list[records.Row]) -> list[records.Row]:
-    """Combinations that no row is of; without rank where none is chosen."""
+def _cases(config: Config) -> list[records.Row]:
+    """All combinations; without a rank where none is chosen."""
     cases = []
     each = itertools.product(config.chips, config.models, config.methods)
     for chip, model, name in each:
@@ -55,7 +55,7 @@ def _missing(config: Config, rows: list[records.Row]) -> list[records.Row]:
             case["embeddings"] = config.embeddings and method.compressed
             case |= {field: getattr(config, field) for field in _SETTINGS}
             cases.append(case)
-    return records.not_measured(rows, cases)
+    return cases
 
 
 def measure(case: records.Row) -> records.Row:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt32
 
 _PARITY = np.uint32(0x1BD11BDA)
-_ROWS = 8  # As many as one register of a TPU has.
+_ROWS = 8  # Of a TPU's vector register.
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
@@ -75,7 +75,7 @@ def hashes(
       key: key data, uint32 of shape (2,).
       shape: shape of the results, of fewer than 2**32 elements.
       stream: number of an independent stream of this key.
-      first: place of the first element, if these are a part of a larger array.
+      first: index of the first element, if these are part of a larger array.
 
     Returns:
       Two uint32 arrays of the given shape.
@@ -125,7 +125,7 @@ def normals(
 def random_matrix(
     sample: Callable[..., jax.Array], key: KeyData, shape: tuple[int, int]
 ) -> Float[Array, "n m"]:
-    """Stream 0 of a key as a matrix.
+    """A matrix of samples, from stream 0 of a key.
 
     Args:
       sample: :func:`signs` or :func:`normals`.
@@ -144,8 +144,8 @@ def by_rows(
 ) -> Float[Array, "n m"]:
     """:func:`random_matrix`, a few rows at a time.
 
-    A TPU's compiler unrolls the hash over all of what it keeps in its fast memory: half
-    a minute for a matrix that a loop of few rows makes in a fraction of a second.
+    A TPU's compiler unrolls the hash over all that it keeps in VMEM, for half a minute;
+    the loop compiles in a fraction of a second.
     """
     rows, columns = shape
     step = math.gcd(rows, _ROWS)

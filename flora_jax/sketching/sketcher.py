@@ -435,8 +435,8 @@ class Sketcher:
                 return self.projection.transfer(old, new, rank, width)
 
             # jax.lax.map and not vmap: one S′ in memory at a time.
-            own = [sampled[members[0]] for members in groups]
-            old = jax.tree.map(lambda *arrays: jnp.stack(arrays), *own)
+            each = [sampled[members[0]] for members in groups]
+            old = jax.tree.map(lambda *arrays: jnp.stack(arrays), *each)
             together = jax.lax.map(matrix, (old, keys))
             for own, members in zip(unstacked(together), groups, strict=True):
                 for i in members:

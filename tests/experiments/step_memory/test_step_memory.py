@@ -9,12 +9,13 @@ import pytest
 import flora_jax as fj
 from experiments.common import chips, records
 from experiments.common.methods import METHODS
+from experiments.common.records import not_measured
 from experiments.common.state_bytes import tree_bytes
 from experiments.models.config import PUBLISHED, T5Config
 from experiments.step_memory import __main__ as command
 from experiments.step_memory import report
 from experiments.step_memory.config import Config
-from experiments.step_memory.run import _missing, measure, optimizer, parameters
+from experiments.step_memory.run import _cases, measure, optimizer, parameters
 from tests.experiments.commands import assert_refused, assert_same_table
 
 GIB = 2**30
@@ -105,7 +106,7 @@ def test_the_account_adds_up(monkeypatch, tmp_path):
     monkeypatch.setattr(chips, "topology", lambda *_: here)
     names = ("adam", "flora_accumulation", "sketched_accumulation", "lora_accumulation")
     config = Config(models=("t5-small",), methods=names, ranks=(16,), remat=False)
-    found = {case["method"]: measure(case) for case in _missing(config, [])}
+    found = {case["method"]: measure(case) for case in _cases(config)}
     adam, flora, sketched, lora = (found[name] for name in names)
     for row in found.values():
         held = row["parameters"] + row["state"] + row["temporaries"]
@@ -119,5 +120,6 @@ def test_the_account_adds_up(monkeypatch, tmp_path):
 
 def test_rows_are_not_measured_twice():
     config = Config(ranks=(16,), models=("t5-3b",), methods=("adam", "galore"))
-    assert _missing(config, rows(chip="v5e", model="t5-3b")) == []
-    assert len(_missing(config, [])) == 2
+    assert len(_cases(config)) == 2
+    measured = rows(chip="v5e", model="t5-3b")
+    assert not_measured(measured, _cases(config)) == []
