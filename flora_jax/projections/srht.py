@@ -34,8 +34,9 @@ class SRHT(ScaledIsometry):
     Costs 2·m random words and 2·n·m·(a + b) operations for a sketch, whatever the rank,
     and temporary memory of G's size; 2·n·m² for a prime m. By their compilers a step of
     :func:`flora_jax.flora` with it moves 19 times the float32 parameters on a v5e and
-    an H100, with :class:`CountSketch` 6 and 7 times: it is here for comparison. Under ``jax.set_mesh`` with several devices S is applied as a matrix, by which a
-    sharded side stays sharded.
+    an H100, with :class:`CountSketch` 6 and 7 times: it is here for comparison. Under
+    ``jax.set_mesh`` with several devices S is applied as a matrix, by which a sharded
+    side stays sharded.
 
     Raises:
       ValueError: for an unknown normalization.
