@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -71,6 +72,23 @@ def unstacked(tree: PyTree) -> list[PyTree]:
     return [
         jax.tree.map(functools.partial(take, index=place), tree) for place in places
     ]
+
+
+def renewed_if(
+    due: jax.Array, renew: Callable[[jax.Array, PyTree], PyTree], old: PyTree
+) -> PyTree:
+    """``renew(0, old)`` if that is due, else ``old``.
+
+    A loop of one iteration or none: a branch would return a copy of ``old``. Out of a
+    loop XLA takes what depends neither on ``old`` nor on the number of the iteration,
+    which is that 0; so the keys of what is sampled are to depend on it.
+
+    Args:
+      due: a bool scalar.
+      renew: returns a tree of the same structure, shapes and dtypes.
+      old: a tree of arrays.
+    """
+    return jax.lax.fori_loop(0, due.astype(jnp.int32), renew, old)
 
 
 def computed_first(value: PyTree, derived: PyTree) -> tuple[PyTree, PyTree]:

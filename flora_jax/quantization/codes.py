@@ -152,7 +152,9 @@ def encode(
         return _to_bfloat16(full, bits), jnp.zeros((1,) * x.ndim, x.dtype)
     grid = _GRIDS[code, signed]
     sizes = jnp.abs(full) if signed else jnp.where(full < 0, jnp.nan, full)
-    tops = jnp.max(sizes, axis=_axis(x.shape), keepdims=True)
+    # In the dtype of x, exactly: TPUs then do not read x once more for it.
+    tops = jnp.max(sizes.astype(x.dtype), axis=_axis(x.shape), keepdims=True)
+    tops = tops.astype(jnp.float32)
     floor = max(grid.floor, float(jnp.finfo(x.dtype).tiny))
     scales = jnp.where(jnp.isfinite(tops), jnp.maximum(tops, floor), jnp.nan)
     parts = sizes / scales

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax._typing import PyTree, Shape
-from flora_jax._xla import unstacked
-from flora_jax.leaves.layers import by_layers, loop_steps
+from flora_jax._xla import renewed_if, unstacked
+from flora_jax.leaves.layers import by_layers
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.projections.base import AdaptiveProjection
 from flora_jax.random.keys import leaf_keys, renewal
@@ -104,27 +104,21 @@ class Basis:
             sampled = self.sketcher.sample(plans, refresh.key, epochs)
             if self.refresh_every is None or not refresh.transport.moves:
                 return sampled, stored, moments
-        leaves = list(zip(grads, sampled, stored, moments, strict=True))
-        # On a mesh each stacked leaf's moments are moved in a branch of their own, so
-        # that temporaries such as decoded moments are freed before the next. Bases that
-        # are chosen from gradients send less in one branch.
-        alone = [not self.is_stored and loop_steps(plan) > 0 for plan in plans]
-        branches = {
-            i: (self._place(plan), i if alone[i] else -1)
-            for i, plan in enumerate(plans)
-            if not plan.dense
-        }
-        for branch in dict.fromkeys(branches.values()):
-            members = [i for i, own in branches.items() if own == branch]
-            offset = self._offset(branch[0])
-            renewed = jax.lax.cond(
-                self._is_due(offset, refresh.count),
-                functools.partial(self._renewed, [plans[i] for i in members], offset),
-                lambda leaves, _: [(stored, moments) for *_, stored, moments in leaves],
-                [leaves[i] for i in members],
+        sketched = [(i, plan) for i, plan in enumerate(plans) if not plan.dense]
+        places = {i: self._place(plan) for i, plan in sketched}
+        for place in dict.fromkeys(places.values()):
+            members = [i for i, own in places.items() if own == place]
+            offset = self._offset(place)
+            renew = functools.partial(
+                self._renewed,
+                [plans[i] for i in members],
+                offset,
+                [(grads[i], sampled[i]) for i in members],
                 refresh,
             )
-            for i, new in zip(members, renewed, strict=True):
+            due = self._is_due(offset, refresh.count)
+            old = [(stored[i], moments[i]) for i in members]
+            for i, new in zip(members, renewed_if(due, renew, old), strict=True):
                 stored[i], moments[i] = new
         if self.is_stored:
             sampled = self._read(plans, stored)
@@ -134,12 +128,16 @@ class Basis:
         self,
         plans: Sequence[LeafPlan],
         offset: Any,
-        leaves: Sequence[tuple[Any, ...]],
+        leaves: Sequence[tuple[Any, Any]],
         refresh: Refresh,
+        zero: jax.Array,
+        old: Sequence[tuple[Any, list[Moments]]],
     ) -> list[tuple[Any, list[Moments]]]:
         """New bases and moments of sketched leaves that are all due."""
-        grads, sampled, stored, moments = zip(*leaves, strict=True)
+        grads, sampled = zip(*leaves, strict=True)
+        stored, moments = zip(*old, strict=True)
         transport, key, count = refresh
+        count = count + zero
         new = stored
         if self.is_stored:
             paths = [plan.path for plan in plans]

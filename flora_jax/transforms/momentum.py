@@ -14,6 +14,7 @@ import optax
 
 from flora_jax import _validation
 from flora_jax._typing import PyTree
+from flora_jax._xla import renewed_if
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.trees import cast_like, matching_leaves, rebuild, zero_sketches
 from flora_jax.projections.count_sketch import CountSketch
@@ -237,17 +238,19 @@ def momentum_step(
         _, due = renewal(count, resample_every)
         epoch = epoch + due.astype(jnp.int32)
 
-        def transferred(momentum: dict[int, jax.Array]) -> dict[int, jax.Array]:
+        def transferred(
+            zero: jax.Array, momentum: dict[int, jax.Array]
+        ) -> dict[int, jax.Array]:
             # M ← M S S′ᵀ: the old S decompresses, the new one compresses.
-            matrices = sketcher.transfers(plans, sampled, state.key, epoch)
+            matrices = sketcher.transfers(plans, sampled, state.key, epoch + zero)
             return {
                 i: cast_like(moved_sketch(plans[i], matrices[i], m), m)
                 for i, m in momentum.items()
             }
 
         sketched = {i: m for i, m in enumerate(momentum) if not plans[i].dense}
-        # A branch: other updates do not pay for S′.
-        sketched = jax.lax.cond(due, transferred, lambda same: same, sketched)
+        # Other updates do not pay for S′.
+        sketched = renewed_if(due, transferred, sketched)
         momentum = [sketched.get(i, m) for i, m in enumerate(momentum)]
     return updates, state._replace(
         count=count, epoch=epoch, momentum=rebuild(state.momentum, momentum)
