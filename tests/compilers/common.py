@@ -1,7 +1,13 @@
 """A step on one matrix, and sketched gradients of a model, compiled again."""
 
-from experiments.accelerators.run import measure
+import jax
+import numpy as np
+
+import flora_jax as fj
+from experiments.accelerators.run import measure, split
 from experiments.activations import run as activations
+from experiments.common.chips import CHIPS, placed_on
+from experiments.common.traffic import kernels
 from tests.experiments.accelerators.test_accelerators import rows
 from tests.experiments.activations.test_activations import row
 
@@ -25,6 +31,20 @@ def check(chip, method, dtype):
     assert found["seconds"] <= 1.03 * expected["seconds"]
     assert found["temporaries"] <= expected["temporaries"] + 0.03 * found["parameters"]
     return found
+
+
+def check_accumulator(chip):
+    """A micro-step reads the gradient once, besides the sketch."""
+    accumulator = fj.compressed_accumulator(256)
+    grads = jax.ShapeDtypeStruct((4096, 11008), "float32")
+    carry = jax.eval_shape(accumulator.init, grads)
+    carry, grads = placed_on(CHIPS[chip], (carry, grads))
+    add = jax.jit(accumulator.update, donate_argnums=0)
+    compiled = add.lower(carry, grads, np.int32(3)).compile()
+    always, _ = split(kernels(compiled.as_text()))
+    size = 4 * grads.size
+    assert sum(each.nbytes for each in always) <= 1.15 * size
+    assert compiled.memory_analysis().temp_size_in_bytes <= 0.15 * size
 
 
 def check_activations(chip, most):

@@ -6,7 +6,7 @@ asks for, without a GPU; the output is in tests/results.
 
 import pytest
 
-from tests.compilers.common import METHODS, check, check_activations
+from tests.compilers.common import METHODS, check, check_accumulator, check_activations
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="it needs the GPU's compiler")
 
@@ -20,6 +20,10 @@ def test_a_step_moves_and_holds_no_more(method, dtype):
 def test_products_with_stored_bases_use_tensor_cores():
     found = check("h100", "galore", "float32")
     assert set(found["flops"]) == {"3 of TF32"}
+
+
+def test_an_accumulator_reads_the_gradient_once():
+    check_accumulator("h100")
 
 
 def test_sketches_take_less_than_activations():

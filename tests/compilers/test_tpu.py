@@ -10,7 +10,7 @@ import pytest
 
 from experiments.accelerators.run import measure as measure_leaf
 from experiments.step_memory.run import measure
-from tests.compilers.common import METHODS, check, check_activations
+from tests.compilers.common import METHODS, check, check_accumulator, check_activations
 from tests.experiments.accelerators.test_accelerators import rows as rows_of_a_leaf
 from tests.experiments.step_memory.test_step_memory import rows
 
@@ -60,6 +60,10 @@ def test_t5_3b_trains_on_one_chip():
     fields = {"method": "sketched_accumulation", "rank": 16, "embeddings": False}
     (expected,) = rows(chip="v5e", model="t5-3b", **fields)
     assert measure(expected)["total"] <= 1.01 * expected["total"]
+
+
+def test_an_accumulator_reads_the_gradient_once():
+    check_accumulator("v5e")
 
 
 def test_sketches_take_less_than_activations():
