@@ -125,7 +125,7 @@ def build(
         frozen=frozen,
         batches=examples.map(_with_share),
         tokens=config.batch_size * data.tokens,
-        evaluate=_evaluation(config, data, graphdef),
+        evaluate=evaluation(config, data, graphdef),
         merged=merged,
     )
     tx = method.optimizer(learning_rate(config, name), settings)
@@ -160,8 +160,14 @@ def _sums_per_row(sharding: jax.sharding.Sharding) -> Callable[..., Any]:
     return sums
 
 
-def _evaluation(config: JobConfig, data: Data, graphdef: nnx.GraphDef) -> Evaluate:
-    """Returns a function of parameters: loss and perplexity per token."""
+def evaluation(config: JobConfig, data: Data, graphdef: nnx.GraphDef) -> Evaluate:
+    """Returns a function of parameters: loss and perplexity per token.
+
+    Args:
+        config: whose batch size is taken.
+        data: whose validation is taken.
+        graphdef: static part of the model that has these parameters.
+    """
     held_out = data.validation
     chunks = batches.in_order(held_out, min(config.batch_size, len(held_out)))
 

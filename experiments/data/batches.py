@@ -31,14 +31,14 @@ class Layout:
 
     Attributes:
         vocabulary: tokenizes both sides.
-        prefix: text that says the task, before each source.
+        prefix: text that says the task, before each source; None for plain texts.
         source_length: S; longer sources lose their end. Of a decoder-only model it
             counts what stands around them as well.
         target_length: T, with `eos`; longer targets lose their end.
     """
 
     vocabulary: Vocabulary
-    prefix: str
+    prefix: str | None
     source_length: int
     target_length: int
 
@@ -70,12 +70,16 @@ class Layout:
         Returns:
             int32 "tokens" (L + 1,), right-padded, of which all but the last are inputs
             and all but the first are labels; float32 "weights" (L,) of the labels: 1
-            for the tokens of the target and its `eos`, 0 elsewhere.
+            for the tokens of the target and its `eos`, 0 elsewhere. Plain texts have
+            neither prompt nor `eos`, and lose what is beyond L + 1 tokens.
 
         Raises:
             ConfigError: `source_length` is too small.
         """
         vocabulary, length = self.vocabulary, self.source_length + self.target_length
+        if self.prefix is None:
+            texts = vocabulary.encode([pair.target for pair in pairs])
+            return [self._plain(text, length) for text in texts]
         lead = vocabulary.frame().lead
         targets = vocabulary.encode([lead + pair.target for pair in pairs])
         examples = []
@@ -109,8 +113,14 @@ class Layout:
             examples.append({"prompt": prompt.copy(), "prompt_mask": mask})
         return examples
 
+    def _plain(self, text: list[int], length: int) -> Example:
+        weights = (np.arange(1, length + 1) < len(text)).astype(np.float32)
+        tokens = _padded(text[: length + 1], length + 1, self.vocabulary.pad)
+        return {"tokens": tokens, "weights": weights}
+
     def _sources(self, pairs: Sequence[Pair]) -> list[list[int]]:
-        return self.vocabulary.encode([self.prefix + pair.source for pair in pairs])
+        prefix = self.prefix or ""
+        return self.vocabulary.encode([prefix + pair.source for pair in pairs])
 
     def _prompts(self, pairs: Sequence[Pair]) -> list[list[int]]:
         """Returns all that stands before the target of each pair, at most S tokens."""

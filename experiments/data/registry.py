@@ -29,13 +29,14 @@ class Dataset:
     Attributes:
         description: for people.
         load: reads it.
-        prefix: text that stands before each source and tells the model its task.
+        prefix: text that stands before each source and tells the model its task; None
+            for plain texts, which are targets without sources.
         metrics: names that `experiments.data.metrics.score` knows.
     """
 
     description: str
     load: Load
-    prefix: str
+    prefix: str | None
     metrics: tuple[str, ...]
 
 
@@ -72,6 +73,18 @@ DATASETS = {
         _loader("verses:load"),
         prefix="Rewrite in modern English: ",
         metrics=("bleu", "chrf"),
+    ),
+    "prose": Dataset(
+        "Plain English to continue: Python's language reference.",
+        _loader("texts:load_prose"),
+        prefix=None,
+        metrics=(),
+    ),
+    "code": Dataset(
+        "Plain code to continue: the sources of the installed jax.",
+        _loader("texts:load_code"),
+        prefix=None,
+        metrics=(),
     ),
     "xsum": _summaries(
         "BBC articles and their one-sentence summaries (Narayan et al., 2018), fetched "

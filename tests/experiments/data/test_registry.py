@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from experiments.common.errors import ConfigError
-from experiments.data import builders, docstrings, iwslt, metrics, phrases
+from experiments.data import builders, docstrings, iwslt, metrics, phrases, texts
 from experiments.data.registry import DATASETS
 
 
@@ -15,6 +15,8 @@ def test_names():
         "docstrings",
         "phrases",
         "verses",
+        "prose",
+        "code",
         "xsum",
         "billsum",
         "iwslt2017",
@@ -25,10 +27,13 @@ def test_names():
 def test_metrics_exist_and_fit():
     for dataset in DATASETS.values():
         assert set(dataset.metrics) <= set(metrics.METRICS)
+        if dataset.prefix is None:
+            assert not dataset.metrics
+            continue
         summaries = "rougeL" in dataset.metrics
         assert summaries != ("bleu" in dataset.metrics)
         assert summaries == (dataset.prefix == "summarize: ")
-    german = {name for name, x in DATASETS.items() if "German" in x.prefix}
+    german = {name for name, x in DATASETS.items() if "German" in (x.prefix or "")}
     assert german == {"phrases", "iwslt2017", "opus"}
 
 
@@ -51,6 +56,8 @@ def test_published_data_sets_are_not_fetched_unasked(tmp_path):
     [
         ("docstrings", docstrings, "load"),
         ("phrases", phrases, "load"),
+        ("prose", texts, "load_prose"),
+        ("code", texts, "load_code"),
         ("xsum", builders, "load_xsum"),
         ("billsum", builders, "load_billsum"),
         ("iwslt2017", iwslt, "load"),

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from experiments.common.errors import ConfigError, NonFiniteLossError
+from experiments.common.spectra import decompose
 from experiments.dynamics import run as dynamics
 from experiments.dynamics.config import Config, Run
-from experiments.dynamics.run import decompose
 from experiments.finetune.config import Config as FinetuneConfig
 from experiments.finetune.prepare import prepare
 from experiments.models.hugging_face import save
@@ -51,6 +51,12 @@ def test_an_intruder_has_no_cosine_of_one_half(slope, intruders):
     change = np.zeros_like(before)
     change[30, 0] = slope * before[0, 0]
     assert decompose(before, before + change)["intruders"] == intruders
+
+
+def test_no_change():
+    found = decompose(np.eye(20), np.eye(20))
+    assert found["relative_change"] == found["intruders"] == 0
+    assert found["effective_rank"] == 1
 
 
 def test_new_directions_below_the_first_ten_do_not_count():

@@ -206,6 +206,43 @@ def test_a_pretrained_model_is_asked_in_its_own_way(data_dir, tmp_path, monkeypa
 
 
 @pytest.mark.full
+def test_what_is_forgotten(data_dir, tmp_path):
+    """Plain texts are trained on, and other data sets are looked at in the end."""
+    config = dataclasses.replace(
+        TINY,
+        dataset="prose",
+        model="gpt2-tiny",
+        methods=("flora_momentum",),
+        also=("code", "phrases"),
+        data_dir=data_dir,
+        output_dir=tmp_path,
+    )
+    (row,) = run(config)
+    assert row["validation_loss"] < np.log(400)
+    assert row["code_loss"] > row["validation_loss"]
+    assert 1 < row["phrases_loss"] < 20
+    assert (tmp_path / "flora_momentum-r8/samples.txt").read_text().strip() == ""
+    prepared = prepare(config)
+    cell = {"method": "flora_momentum", "rank": 8}
+    task = Task(config, None, prepared, cell)
+    made, state = task.start(0)
+    before = task.judge(made, state)
+    assert before["relative_change"] == before["intruders"] == 0
+    assert before["phrases_loss"] > 1
+    state = state._replace(params=jax.tree.map(lambda x: 1.5 * x, state.params))
+    assert task.judge(made, state)["relative_change"] == pytest.approx(0.5)
+
+
+def test_a_t5_continues_no_plain_texts(data_dir):
+    for fields in ({"dataset": "prose"}, {"also": ("prose",)}):
+        config = dataclasses.replace(TINY, data_dir=data_dir, **fields)
+        with pytest.raises(
+            ConfigError, match="no plain texts to continue, got 'prose'"
+        ):
+            prepare(config)
+
+
+@pytest.mark.full
 def test_from_a_checkpoint(data_dir, tmp_path):
     """Loads what transformers would, and refuses a vocabulary that does not fit."""
     config = dataclasses.replace(TINY, data_dir=data_dir, output_dir=tmp_path / "out")
