@@ -114,7 +114,8 @@ def scale_in_subspace(
       sketch: the sketch, or its rank; ``CountSketch(normalization="isometric")`` unless
         it has a projection, which may be oblivious, ``TopSVD()`` or ``TopDCT()``.
       refresh_every: T, in updates; it may be traced but must not change. None keeps the
-        first basis.
+        first basis. Updates that replace or move anything cannot be differentiated in
+        reverse mode.
       residual: how the component of G outside the subspace is handled; one of the
         above, or another :class:`flora_jax.Residual`.
       transport: how ``inner``'s moments are carried over when S is replaced; one of the

@@ -194,6 +194,24 @@ def test_is_not_differentiable_in_reverse_mode():
         jax.grad(loss)(params, tx.init(params))
 
 
+def test_updates_that_resample_are_differentiable_in_forward_mode():
+    params = tree(0)
+
+    def loss(scale, resample_every):
+        tx = fj.compressed_momentum(0.9, SKETCH, resample_every=resample_every)
+        state = tx.init(params)
+        for _ in range(2):
+            grads = jax.tree.map(lambda x: scale * x, params)
+            updates, state = tx.update(grads, state)
+        return optax.tree.sum(updates)
+
+    slope = jax.grad(loss)(1.0, None)
+    np.testing.assert_allclose(jax.jacfwd(loss)(1.0, None), slope, rtol=1e-5)
+    assert np.isfinite(jax.jacfwd(loss)(1.0, 20))
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        jax.jit(jax.grad(functools.partial(loss, resample_every=20)))(1.0)
+
+
 def test_other_errors_are_their_own():
     tx, params = accumulation(), tree(0)
     with pytest.raises(ValueError, match="`updates` has leaf 'b'"):
