@@ -3,7 +3,9 @@
 import dataclasses
 import pathlib
 
-from experiments.common.config import MethodName, check_at_least, check_some
+from experiments.common.config import MethodName, check_at_least
+from experiments.common.errors import ConfigError
+from experiments.finetune.config import DatasetName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,12 @@ class Config:
     """Where dynamics.json, the table and the pictures go."""
     data_dir: pathlib.Path = pathlib.Path("runs/data")
     """Where data sets are kept."""
+    dataset: DatasetName = "phrases"
+    """What is trained on."""
+    source_length: int = 48
+    """Tokens of the input."""
+    target_length: int = 32
+    """Tokens of the output."""
     rank: int = 16
     """LoRA's rank in the first measurement."""
     sgd_learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
@@ -41,7 +49,7 @@ class Config:
         Run("flora_accumulation", 64, 0.08),
     )
     """Runs of the second measurement, at the learning rates that were best in
-    experiments/claims/results/gpt2.md."""
+    experiments/claims/results/gpt2.md; none leaves it out."""
     updates: int = 300
     """Of every run."""
     batch_size: int = 16
@@ -58,4 +66,5 @@ class Config:
             ConfigError: naming the argument, its value, and what to give instead.
         """
         check_at_least(self, ("updates", "rank"))
-        check_some(self)
+        if not self.sgd_learning_rates:
+            raise ConfigError("`--sgd-learning-rates` must name at least one, got none")

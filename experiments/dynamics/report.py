@@ -11,13 +11,15 @@ from experiments.common.methods import METHODS
 
 
 def write(path: pathlib.Path) -> None:
-    """Writes the tables (.md), cosine.png and spectra.png next to the data."""
+    """Writes the tables (.md), cosine.png and perhaps spectra.png next to the data."""
     results = json.loads(path.read_text())
     traces, spectra = results["traces"], results["spectra"]
-    tables = report.markdown(_TRACES, traces), report.markdown(_SPECTRA, spectra)
-    path.with_suffix(".md").write_text("\n".join(tables))
+    tables = [report.markdown(_TRACES, traces)]
     _cosines(traces, path.parent / "cosine.png")
-    _spectra(spectra, path.parent / "spectra.png")
+    if spectra:
+        tables.append(report.markdown(_SPECTRA, spectra))
+        _spectra(spectra, path.parent / "spectra.png")
+    path.with_suffix(".md").write_text("\n".join(tables))
 
 
 def _cosine(trace: dict[str, Any], share: float) -> str:

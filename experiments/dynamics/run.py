@@ -39,11 +39,10 @@ def run(config: Config) -> None:
         ConfigError: the settings make no sense.
         NonFiniteLossError: a run diverged.
     """
-    names = ("checkpoint", "data_dir", "updates", "batch_size", "micro_batches", "seed")
-    fields = {name: getattr(config, name) for name in names}
-    # As in the grid that the learning rates come from.
-    fields |= {"dataset": "phrases", "source_length": 48, "target_length": 32}
-    task = FinetuneConfig(**fields)
+    shared = {field.name for field in dataclasses.fields(FinetuneConfig)}
+    names = shared & {field.name for field in dataclasses.fields(Config)}
+    names -= {"ranks", "output_dir"}
+    task = FinetuneConfig(**{name: getattr(config, name) for name in names})
     task.validate()
     prepared, learning_rate = prepare(task), config.adafactor_learning_rate
     optimizers = {f"SGD, {x:g}": optax.sgd(x) for x in config.sgd_learning_rates}

@@ -146,6 +146,18 @@ def test_from_a_checkpoint_to_the_pictures(config):
         assert (config.output_dir / f"{name}.png").stat().st_size > 10_000
 
 
+@pytest.mark.full
+def test_the_first_measurement_alone(config):
+    dynamics.run(dataclasses.replace(config, runs=()))
+    found = json.loads((config.output_dir / "dynamics.json").read_text())
+    assert found["spectra"] == []
+    assert [trace["title"] for trace in found["traces"]] == [
+        "SGD, 0.03",
+        "Adafactor, 0.1",
+    ]
+    assert not (config.output_dir / "spectra.png").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
