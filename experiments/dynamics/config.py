@@ -3,8 +3,7 @@
 import dataclasses
 import pathlib
 
-from experiments.common.config import MethodName, check_at_least
-from experiments.common.errors import ConfigError
+from experiments.common.config import MethodName, check_at_least, check_some
 from experiments.finetune.config import DatasetName
 
 
@@ -49,7 +48,9 @@ class Config:
         Run("flora_accumulation", 64, 0.08),
     )
     """Runs of the second measurement, at the learning rates that were best in
-    experiments/claims/results/gpt2.md; none leaves it out."""
+    experiments/claims/results/gpt2.md."""
+    traces_only: bool = False
+    """Leave the second measurement out."""
     updates: int = 300
     """Of every run."""
     batch_size: int = 16
@@ -66,5 +67,4 @@ class Config:
             ConfigError: naming the argument, its value, and what to give instead.
         """
         check_at_least(self, ("updates", "rank"))
-        if not self.sgd_learning_rates:
-            raise ConfigError("`--sgd-learning-rates` must name at least one, got none")
+        check_some(self)

@@ -49,7 +49,8 @@ def run(config: Config) -> None:
     optimizers[f"Adafactor, {learning_rate:g}"] = optax.adafactor(learning_rate)
     trace = functools.partial(_trace, task, prepared, config.rank)
     traces = list(itertools.starmap(trace, optimizers.items()))
-    spectra = [_spectrum(task, prepared, run) for run in config.runs]
+    runs = () if config.traces_only else config.runs
+    spectra = [_spectrum(task, prepared, run) for run in runs]
     results = {"traces": traces, "spectra": spectra}
     publish(config.output_dir / "dynamics.json", config, results, report.write)
 

@@ -148,7 +148,7 @@ def test_from_a_checkpoint_to_the_pictures(config):
 
 @pytest.mark.full
 def test_the_first_measurement_alone(config):
-    dynamics.run(dataclasses.replace(config, runs=()))
+    dynamics.run(dataclasses.replace(config, traces_only=True))
     found = json.loads((config.output_dir / "dynamics.json").read_text())
     assert found["spectra"] == []
     assert [trace["title"] for trace in found["traces"]] == [
