@@ -27,11 +27,13 @@ def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:
     # Accelerators multiply float32 in bfloat16 or TF32 unless told otherwise.
     subscripts = "...nm,...mr->...nr" if axis == -1 else "...nm,...nr->...rm"
     multiply = functools.partial(jnp.einsum, subscripts)
+    # A product with a vector is a sum, which needs no tensor cores.
+    on_cuda = "highest" if 1 in right.shape[-2:] else _float32_on_cuda()
     return jax.lax.platform_dependent(
         x,
         right,
         tpu=functools.partial(multiply, precision="high"),
-        cuda=functools.partial(multiply, precision=_float32_on_cuda()),
+        cuda=functools.partial(multiply, precision=on_cuda),
         default=functools.partial(multiply, precision="highest"),
     )
 
