@@ -12,6 +12,7 @@ _METRICS = {
     "rouge1": "ROUGE-1",
     "rougeL": "ROUGE-L",
     "bleu": "BLEU",
+    "chrf": "chrF",
     "exact_match": "exact match (%)",
 }
 

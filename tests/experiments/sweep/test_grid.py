@@ -18,6 +18,8 @@ from experiments.sweep.tasks import config_of, split
 EXPERIMENTS = pathlib.Path(grids.__file__).parent.parent
 GRIDS = [path.with_suffix(".json") for path in EXPERIMENTS.glob("*/results/*.jsonl")]
 GRIDS = sorted(path for path in GRIDS if path.exists())
+# Grids that take days: the rest of their runs is still missing.
+UNFINISHED = {"tuning"}
 
 
 def test_cells():
@@ -100,13 +102,16 @@ def test_grids_are_there():
     assert {path.stem for path in GRIDS} == {
         *("pareto", "longer", "ablations", "bases", "polar", "polar_longer"),
         *("codes", "rows", "rounding", "rounding_llama", "projections"),
+        *UNFINISHED,
         *("gpt2", "t5", "accumulation", "momentum", "resampling"),
     }
     assert Config(tuple(path.stem for path in GRIDS)).paths() == GRIDS
 
 
 @pytest.mark.parametrize(
-    "path", [*GRIDS, *Config(pretrained.GRIDS).paths()], ids=lambda path: path.stem
+    "path",
+    sorted({*GRIDS, *Config(pretrained.GRIDS).paths()}),
+    ids=lambda path: path.stem,
 )
 def test_grids_make_sense(path):
     """Found out before the hours that they take."""
@@ -131,7 +136,7 @@ def test_results_in_the_repository_are_those_of_their_grid(path):
     axes = ("method", "projection", "rank", "b2", "options")
     found = [{key: row[key] for key in axes if key in row} for row in rows]
     assert all(cell in known for cell in found)
-    assert all(cell in found for cell in known)
+    assert path.stem in UNFINISHED or all(cell in found for cell in known)
     shared = grid["settings"]
     assert all(
         row[key] == shared[key] for row in rows for key in shared if key not in axes
