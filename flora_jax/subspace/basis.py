@@ -142,7 +142,14 @@ class Basis:
         if self.is_stored:
             paths = [plan.path for plan in plans]
             keys = unstacked(leaf_keys(key, self.sketcher.name, paths, count))
-            new = list(map(self._choose, plans, keys, grads))
+
+            def choose(grads: Sequence[jax.Array]) -> list[jax.Array]:
+                return list(map(self._choose, plans, keys, grads))
+
+            if self.sketcher.projection.reads_key:
+                new = choose(grads)
+            else:  # XLA would take it out of the loop, but not out of a branch.
+                new = jax.lax.cond(zero < 1, choose, lambda _: list(stored), grads)
         if not transport.moves:
             return list(zip(new, moments, strict=True))
         if self.is_stored:

@@ -8,7 +8,11 @@ import itertools
 import jax
 import pytest
 
+import flora_jax as fj
 from experiments.accelerators.run import measure as measure_leaf
+from experiments.accelerators.run import split
+from experiments.common import chips
+from experiments.common.traffic import kernels
 from experiments.step_memory.run import measure
 from tests.compilers.common import METHODS, check, check_accumulator, check_activations
 from tests.experiments.accelerators.test_accelerators import rows as rows_of_a_leaf
@@ -48,6 +52,24 @@ def test_a_refresh_compiles_soon():
     assert found["temporaries"] <= 0.15 * found["parameters"]
     # Of a few dozen processor seconds: reflections and QDWH would take hundreds.
     assert found["compilation"] <= 100
+
+
+def test_a_basis_is_chosen_only_when_it_is_due():
+    """One product with S sketches and one expands; the DCT of G waits for its turn."""
+    n, m, rank, chip = 512, 1024, 64, chips.CHIPS["v5e"]
+    sketch = fj.Sketch(rank, projection=fj.TopDCT())
+    tx = fj.galore(1e-3, sketch=sketch, refresh_every=10)
+    shapes = {"kernel": jax.ShapeDtypeStruct((n, m), "float32")}
+    device = chips.topology(chip.platform, chip.topology).devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    places, states = (
+        jax.tree.map(lambda _: place, tree)
+        for tree in (shapes, jax.eval_shape(tx.init, shapes))
+    )
+    found = kernels(chips.compile_step(tx, shapes, places, states)[0].as_text())
+    always = sum(each.flops for each in split(found)[0])
+    assert always <= 1.1 * 2 * (2 * n * m * rank)
+    assert sum(each.flops for each in found) >= 2 * always
 
 
 def test_a_random_matrix_compiles_soon():
