@@ -79,9 +79,9 @@ def renewed_if(
 ) -> PyTree:
     """``renew(0, old)`` if that is due, else ``old``.
 
-    A loop of one iteration or none: a branch would return a copy of ``old``. Out of a
-    loop XLA takes what depends neither on ``old`` nor on the number of the iteration,
-    which is that 0; so the keys of what is sampled are to depend on it.
+    A loop of one iteration or none: a branch would return a copy of ``old``. XLA moves
+    out of the loop, and so into every step, what depends neither on ``old`` nor on the
+    index, which is that 0: let all that is expensive depend on it.
 
     Args:
       due: a bool scalar.

@@ -275,11 +275,6 @@ class AdaptiveProjection(Projection):
         """Raises ValueError for another normalization."""
         check.check_choice("normalization", self.normalization, ("isometric",))
 
-    @property
-    def reads_key(self) -> bool:
-        """Whether :meth:`choose` reads its key."""
-        return False
-
     @abc.abstractmethod
     def stored_sizes(self, rank: int) -> tuple[int | None, int]:
         """Sizes of the sketched and the other side of what is kept; None: as it is."""

@@ -67,11 +67,6 @@ class TopSVD(AdaptiveProjection):
         check.check_choice("method", self.method, ("exact", "randomized"))
         check.check_positive_int("iterations", self.iterations, "3 suits gradients")
 
-    @property
-    def reads_key(self) -> bool:
-        """Whether the method is randomized."""
-        return self.method == "randomized"
-
     def stored_sizes(self, rank: int) -> tuple[None, int]:
         """S or Sᵀ: the other side becomes r."""
         return None, rank

@@ -130,14 +130,14 @@ class Basis:
         offset: Any,
         leaves: Sequence[tuple[Any, Any]],
         refresh: Refresh,
-        zero: jax.Array,
+        index: jax.Array,
         old: Sequence[tuple[Any, list[Moments]]],
     ) -> list[tuple[Any, list[Moments]]]:
         """New bases and moments of sketched leaves that are all due."""
         grads, sampled = zip(*leaves, strict=True)
         stored, moments = zip(*old, strict=True)
         transport, key, count = refresh
-        count = count + zero
+        count = count + index
         new = stored
         if self.is_stored:
             paths = [plan.path for plan in plans]
@@ -146,10 +146,9 @@ class Basis:
             def choose(grads: Sequence[jax.Array]) -> list[jax.Array]:
                 return list(map(self._choose, plans, keys, grads))
 
-            if self.sketcher.projection.reads_key:
-                new = choose(grads)
-            else:  # XLA would take it out of the loop, but not out of a branch.
-                new = jax.lax.cond(zero < 1, choose, lambda _: list(stored), grads)
+            # XLA would move what depends on gradients alone out of the loop, and so
+            # into every step, but moves nothing out of a branch.
+            new = jax.lax.cond(index < 1, choose, lambda _: list(stored), grads)
         if not transport.moves:
             return list(zip(new, moments, strict=True))
         if self.is_stored:
@@ -212,7 +211,7 @@ class Basis:
         """Which group of staggered leaves a leaf is in.
 
         By path, so that a mask does not move the others; and in few groups, since each
-        is a branch to compile.
+        is a loop to compile.
         """
         if not self.stagger or self.refresh_every is None:
             return 0

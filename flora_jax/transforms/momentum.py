@@ -239,10 +239,10 @@ def momentum_step(
         epoch = epoch + due.astype(jnp.int32)
 
         def transferred(
-            zero: jax.Array, momentum: dict[int, jax.Array]
+            index: jax.Array, momentum: dict[int, jax.Array]
         ) -> dict[int, jax.Array]:
             # M ← M S S′ᵀ: the old S decompresses, the new one compresses.
-            matrices = sketcher.transfers(plans, sampled, state.key, epoch + zero)
+            matrices = sketcher.transfers(plans, sampled, state.key, epoch + index)
             return {
                 i: cast_like(moved_sketch(plans[i], matrices[i], m), m)
                 for i, m in momentum.items()
