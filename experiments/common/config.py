@@ -31,6 +31,7 @@ _NOT_PART_OF_A_RUN = frozenset(
         "overwrite",
         "stop_after",
         "samples",
+        "also",
         "beams",
         "decode_examples",
         "learning_rate",

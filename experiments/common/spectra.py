@@ -16,16 +16,23 @@ def changes(before: Any, after: Any) -> dict[str, dict[str, Any]]:
     """Takes the change of every matrix apart, see `decompose`; by path.
 
     Args:
-        before: parameters, of which kernels that are no embeddings are looked at.
+        before: parameters, of which kernels that are no embeddings are looked at; those
+            of stacked layers one by one.
         after: the same after training.
     """
-    flat = (traverse_util.flatten_dict(tree) for tree in (before, after))
-    old, new = ({"/".join(map(str, k)): x for k, x in tree.items()} for tree in flat)
-    return {
-        path: decompose(np.asarray(kernel), np.asarray(new[path]))
-        for path, kernel in old.items()
-        if path.endswith("kernel") and fj.not_embeddings(path, kernel.shape)
-    }
+    old, new = map(_matrices, (before, after))
+    return {path: decompose(matrix, new[path]) for path, matrix in old.items()}
+
+
+def _matrices(params: Any) -> dict[str, np.ndarray]:
+    found = {}
+    for names, leaf in traverse_util.flatten_dict(params).items():
+        path = "/".join(map(str, names))
+        if path.endswith("kernel") and fj.not_embeddings(path, leaf.shape):
+            layers = np.asarray(leaf).reshape(-1, *leaf.shape[-2:])
+            stacked = leaf.ndim > 2
+            found |= {path + f"/{i}" * stacked: x for i, x in enumerate(layers)}
+    return found
 
 
 def decompose(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:

@@ -20,8 +20,7 @@ BLOCK = 600
 def load_prose(data_dir: pathlib.Path, download: bool = False) -> Splits:
     """Returns blocks of the language reference, split by pages of five of them."""
     del data_dir, download  # nothing to fetch
-    chapters = pydoc_data.topics.topics.values()
-    return split(page for text in chapters for page in blocks(text, 5 * BLOCK))
+    return split(blocks("\n".join(pydoc_data.topics.topics.values()), 5 * BLOCK))
 
 
 def load_code(data_dir: pathlib.Path, download: bool = False) -> Splits:
@@ -47,7 +46,7 @@ def split(documents: Iterable[str]) -> Splits:
 
 
 def blocks(text: str, size: int) -> Iterator[str]:
-    """Yields blocks of whole lines, but for what is left at the end.
+    """Yields blocks of whole lines; the rest at the end, shorter than one, is dropped.
 
     Args:
         text: the text.

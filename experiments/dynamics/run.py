@@ -39,9 +39,8 @@ def run(config: Config) -> None:
         ConfigError: the settings make no sense.
         NonFiniteLossError: a run diverged.
     """
-    shared = {field.name for field in dataclasses.fields(FinetuneConfig)}
-    names = shared & {field.name for field in dataclasses.fields(Config)}
-    names -= {"ranks", "output_dir"}
+    names = ("checkpoint", "data_dir", "updates", "batch_size", "micro_batches", "seed")
+    names += ("dataset", "source_length", "target_length")
     task = FinetuneConfig(**{name: getattr(config, name) for name in names})
     task.validate()
     prepared, learning_rate = prepare(task), config.adafactor_learning_rate

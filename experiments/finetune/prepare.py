@@ -59,8 +59,9 @@ def prepare(config: Config) -> Prepared:
     layout = batches.Layout(vocabulary, dataset.prefix, *lengths)
     make = _maker(config.dataset, model, layout)
     held_out = batches.spread(splits["validation"], config.eval_examples)
+    also = {name: _held_out(config, name) for name in config.also}
     digest = hashlib.sha256(vocabulary.fingerprint.encode())
-    for pairs in (splits["train"], held_out):
+    for pairs in (splits["train"], held_out, *also.values()):
         digest.update(json.dumps(pairs).encode())
     fingerprint = digest.hexdigest()[:12]
     processes.check_same("the data", fingerprint)
@@ -69,7 +70,7 @@ def prepare(config: Config) -> Prepared:
         splits=splits,
         vocabulary=vocabulary,
         layout=layout,
-        also={name: _held_out(config, name, model, layout) for name in config.also},
+        also={name: _maker(name, model, layout)(pairs) for name, pairs in also.items()},
         model=model,
         graphdef=graphdef,
         params=jax.device_get(params),
@@ -85,9 +86,10 @@ def _maker(
     name: str, model: ModelConfig, layout: batches.Layout
 ) -> Callable[[Sequence[Pair]], list[batches.Example]]:
     """What makes examples of a data set's pairs, for the model."""
+    layout = dataclasses.replace(layout, prefix=DATASETS[name].prefix)
     if not isinstance(model, T5Config):
         return layout.decoder_only
-    if DATASETS[name].prefix is None:
+    if layout.prefix is None:
         raise ConfigError(
             f"a T5 has no plain texts to continue, got {name!r}; choose a data set of "
             "pairs, or another --model"
@@ -95,14 +97,10 @@ def _maker(
     return layout.encoder_decoder
 
 
-def _held_out(
-    config: Config, name: str, model: ModelConfig, layout: batches.Layout
-) -> list[batches.Example]:
+def _held_out(config: Config, name: str) -> list[Pair]:
     """The validation of another data set."""
     splits = DATASETS[name].load(config.data_dir, download=config.download)
-    pairs = batches.spread(splits["validation"], config.eval_examples)
-    layout = dataclasses.replace(layout, prefix=DATASETS[name].prefix)
-    return _maker(name, model, layout)(pairs)
+    return batches.spread(splits["validation"], config.eval_examples)
 
 
 def _sizes(config: Config) -> ModelConfig:

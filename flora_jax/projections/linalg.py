@@ -21,13 +21,13 @@ def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:
 
     There float32 in full takes six products of bfloat16 parts, as long as all else that
     an optimizer's step does, and longer to compile; this takes three. On an NVIDIA GPU
-    it takes three of TF32 parts, where tensor cores have these.
+    it takes three of TF32 parts, where tensor cores have these; but not with vectors.
     """
     chex.assert_axis_dimension(x, axis, right.shape[-2])
     # Accelerators multiply float32 in bfloat16 or TF32 unless told otherwise.
     subscripts = "...nm,...mr->...nr" if axis == -1 else "...nm,...nr->...rm"
     multiply = functools.partial(jnp.einsum, subscripts)
-    # A product with a vector is a sum, which needs no tensor cores.
+    # Products with a vector, or of two, have nothing for tensor cores to do.
     on_cuda = "highest" if 1 in right.shape[-2:] else _float32_on_cuda()
     return jax.lax.platform_dependent(
         x,

@@ -98,10 +98,11 @@ def scale_in_subspace(
 
     Leaves that are not sketched are given to ``inner`` as they are.
 
-    A refresh is a branch that runs when it is due; under ``optax.MultiSteps``, which
-    runs its inner transformation at every micro-step, and under ``jax.vmap``, which
-    runs both branches, it is paid for more often: prefer
-    :func:`flora_jax.compressed_accumulation`.
+    A refresh runs when it is due; under ``optax.MultiSteps``, which runs its inner
+    transformation at every micro-step, and under ``jax.vmap``, which runs it for all if
+    it is due for one, it is paid for more often: prefer
+    :func:`flora_jax.compressed_accumulation`. In ``jax.jit`` an update with a stored
+    basis, or whose moments move, cannot be differentiated in reverse mode.
 
     Memory: what ``inner`` keeps for r·max(n, m) elements instead of n·m
     (``side="smaller"``), a stored basis of ``TopSVD`` (r·width elements) or ``TopDCT``
@@ -114,8 +115,7 @@ def scale_in_subspace(
       sketch: the sketch, or its rank; ``CountSketch(normalization="isometric")`` unless
         it has a projection, which may be oblivious, ``TopSVD()`` or ``TopDCT()``.
       refresh_every: T, in updates; it may be traced but must not change. None keeps the
-        first basis. Updates that replace or move anything cannot be differentiated in
-        reverse mode.
+        first basis.
       residual: how the component of G outside the subspace is handled; one of the
         above, or another :class:`flora_jax.Residual`.
       transport: how ``inner``'s moments are carried over when S is replaced; one of the

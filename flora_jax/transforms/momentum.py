@@ -111,7 +111,8 @@ def compressed_momentum(
       sketch: the sketch, or its rank; CountSketch unless it names a projection
         (``Gaussian()`` is the paper's).
       resample_every: κ, in updates; 1000 as in the paper. It may be traced. None keeps
-        one projection; only then can updates be differentiated in reverse mode.
+        one projection; in ``jax.jit`` updates can be differentiated in reverse mode
+        only then.
       estimator: ``"nesterov"``, ``"paper"``, ``"fresh"`` or ``"residual"``. The default
         reached the lowest loss of those that this project has measured.
       dtype: dtype of the momentum; arithmetic is in float32.

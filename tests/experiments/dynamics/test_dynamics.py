@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.common.errors import ConfigError, NonFiniteLossError
-from experiments.common.spectra import decompose
+from experiments.common.spectra import changes, decompose
 from experiments.dynamics import run as dynamics
 from experiments.dynamics.config import Config, Run
 from experiments.finetune.config import Config as FinetuneConfig
@@ -51,6 +51,19 @@ def test_an_intruder_has_no_cosine_of_one_half(slope, intruders):
     change = np.zeros_like(before)
     change[30, 0] = slope * before[0, 0]
     assert decompose(before, before + change)["intruders"] == intruders
+
+
+def test_layers_that_are_stacked_are_taken_one_by_one():
+    rng = np.random.default_rng(0)
+    before, after = rng.normal(size=(2, 3, 20, 10))
+    found = changes(
+        {"h": {"mlp": {"kernel": before}}}, {"h": {"mlp": {"kernel": after}}}
+    )
+    expected = {
+        f"h/mlp/kernel/{i}": decompose(*pair)
+        for i, pair in enumerate(zip(before, after, strict=True))
+    }
+    assert found == expected
 
 
 def test_no_change():
