@@ -118,7 +118,12 @@ class Basis:
             )
             due = self._is_due(offset, refresh.count)
             old = [(stored[i], moments[i]) for i in members]
-            for i, new in zip(members, renewed_if(due, renew, old), strict=True):
+            if self.is_stored:  # Out of a loop XLA would move what reads gradients.
+                choose = functools.partial(renew, 0)
+                renewed = jax.lax.cond(due, choose, lambda same: same, old)
+            else:
+                renewed = renewed_if(due, renew, old)
+            for i, new in zip(members, renewed, strict=True):
                 stored[i], moments[i] = new
         if self.is_stored:
             sampled = self._read(plans, stored)
@@ -130,7 +135,7 @@ class Basis:
         offset: Any,
         leaves: Sequence[tuple[Any, Any]],
         refresh: Refresh,
-        index: jax.Array,
+        index: jax.typing.ArrayLike,
         old: Sequence[tuple[Any, list[Moments]]],
     ) -> list[tuple[Any, list[Moments]]]:
         """New bases and moments of sketched leaves that are all due."""
@@ -142,13 +147,7 @@ class Basis:
         if self.is_stored:
             paths = [plan.path for plan in plans]
             keys = unstacked(leaf_keys(key, self.sketcher.name, paths, count))
-
-            def choose(grads: Sequence[jax.Array]) -> list[jax.Array]:
-                return list(map(self._choose, plans, keys, grads))
-
-            # XLA would move what depends on gradients alone out of the loop, and so
-            # into every step, but moves nothing out of a branch.
-            new = jax.lax.cond(index < 1, choose, lambda _: list(stored), grads)
+            new = list(map(self._choose, plans, keys, grads))
         if not transport.moves:
             return list(zip(new, moments, strict=True))
         if self.is_stored:
@@ -211,7 +210,7 @@ class Basis:
         """Which group of staggered leaves a leaf is in.
 
         By path, so that a mask does not move the others; and in few groups, since each
-        is a loop to compile.
+        is a branch or a loop to compile.
         """
         if not self.stagger or self.refresh_every is None:
             return 0

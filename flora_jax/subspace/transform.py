@@ -101,8 +101,8 @@ def scale_in_subspace(
     A refresh runs when it is due; under ``optax.MultiSteps``, which runs its inner
     transformation at every micro-step, and under ``jax.vmap``, which runs it for all if
     it is due for one, it is paid for more often: prefer
-    :func:`flora_jax.compressed_accumulation`. In ``jax.jit`` an update with a stored
-    basis, or whose moments move, cannot be differentiated in reverse mode.
+    :func:`flora_jax.compressed_accumulation`. In ``jax.jit`` an update that may
+    move moments to another random basis cannot be differentiated in reverse mode.
 
     Memory: what ``inner`` keeps for r·max(n, m) elements instead of n·m
     (``side="smaller"``), a stored basis of ``TopSVD`` (r·width elements) or ``TopDCT``
