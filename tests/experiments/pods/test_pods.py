@@ -65,7 +65,7 @@ def test_the_committed_table_holds_its_bounds(tmp_path):
                 share = 0.2 if "int8" in row["method"] else 0.1
                 # bfloat16 halves the arguments, and not float32 temporaries.
                 if (row["model"], row["dtype"]) == ("llama-2-7b", "bfloat16"):
-                    share = 0.21
+                    share = max(share, 0.15)
                 assert row["temporaries"] <= share * row["arguments"]
 
 

@@ -83,7 +83,7 @@ def test_a_fine_tuning(tmp_path, monkeypatch):
     table = output.with_suffix(".md").read_text()
     assert f"| FLORA accumulation, r={rank} | 0.05 | " in table
     assert f"| LoRA accumulation, r={rank} | 0.05 | " in table
-    assert "| validation loss | BLEU | exact match | trained, MB |" in table
+    assert "| validation loss | BLEU | chrF | exact match | trained, MB |" in table
     assert output.with_suffix(".png").stat().st_size > 10_000
 
 
