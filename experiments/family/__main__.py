@@ -6,7 +6,7 @@ from experiments.sweep.__main__ import main
 
 GRIDS = (
     *("pareto", "longer", "ablations", "bases", "polar", "polar_longer", "codes"),
-    *("rows", "rounding", "rounding_llama"),
+    *("rows", "rounding", "rounding_llama", "rounding_llama_low"),
 )
 
 if __name__ == "__main__":
