@@ -58,14 +58,8 @@ def measure(case: records.Row) -> records.Row:
     sketch = fj.Sketch(case["rank"], mask=fj.not_embeddings)
     settings = Settings(sketch, micro_batches=16, estimator="nesterov")
     tx = METHODS[case["method"]].optimizer(1e-3, settings)
-    device = chips.topology(chip.platform, chip.topology).devices[0]
-    there = jax.sharding.SingleDeviceSharding(device)
-    shardings, states = (
-        jax.tree.map(lambda _: there, tree)
-        for tree in (shapes, jax.eval_shape(tx.init, shapes))
-    )
     one_call = case["calls"] == "one"
-    compiled, seconds = chips.compile_step(tx, shapes, shardings, states, one_call)
+    compiled, seconds = chips.compile_on_one(chip, tx, shapes, one_call)
     always, besides = split(kernels(compiled.as_text()))
     memory = compiled.memory_analysis()
     return {

@@ -175,6 +175,21 @@ def compile_step(
     return compiled, round(time.process_time() - started, 1)
 
 
+def compile_on_one(
+    chip: Chip, tx: Any, shapes: Any, one_call: bool = True
+) -> tuple[Any, float]:
+    """Compiles update and application for one device of a chip, see `compile_step`."""
+    import jax
+
+    device = topology(chip.platform, chip.topology).devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    shardings, states = (
+        jax.tree.map(lambda _: place, tree)
+        for tree in (shapes, jax.eval_shape(tx.init, shapes))
+    )
+    return compile_step(tx, shapes, shardings, states, one_call)
+
+
 # What a TPU's compiler says of a program that does not fit.
 _REFUSED = re.compile(r"Ran out of memory.*\(([\d.]+)G\) exceeds")
 

@@ -31,7 +31,7 @@ _NOT_PART_OF_A_RUN = frozenset(
         "overwrite",
         "stop_after",
         "samples",
-        "also",
+        "eval_datasets",
         "beams",
         "decode_examples",
         "learning_rate",

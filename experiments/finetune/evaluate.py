@@ -27,7 +27,7 @@ def evaluate(
         token; and the first pairs with their outputs, none of plain texts.
     """
     scores = {}
-    for name, examples in prepared.also.items():
+    for name, examples in prepared.eval_datasets.items():
         other = dataclasses.replace(prepared, validation=examples)
         found = evaluation(config, other, prepared.graphdef)(params, {})
         scores[f"{name}_loss"] = found["validation_loss"]

@@ -1,9 +1,10 @@
 """From the settings to a model, a vocabulary and the pairs to train on."""
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 
@@ -31,7 +32,7 @@ class Prepared(Data):
     splits: Splits
     vocabulary: vocabularies.Vocabulary
     layout: batches.Layout
-    also: dict[str, list[batches.Example]]
+    eval_datasets: dict[str, list[batches.Example]]
 
 
 def prepare(config: Config) -> Prepared:
@@ -57,11 +58,11 @@ def prepare(config: Config) -> Prepared:
         params = hugging_face.load(config.checkpoint, model)
     lengths = (config.source_length, config.target_length)
     layout = batches.Layout(vocabulary, dataset.prefix, *lengths)
-    make = _maker(config.dataset, model, layout)
+    make = functools.partial(_examples, layout, model)
     held_out = batches.spread(splits["validation"], config.eval_examples)
-    also = {name: _held_out(config, name) for name in config.also}
+    others = {name: _held_out(config, name) for name in config.eval_datasets}
     digest = hashlib.sha256(vocabulary.fingerprint.encode())
-    for pairs in (splits["train"], held_out, *also.values()):
+    for pairs in (splits["train"], held_out, *others.values()):
         digest.update(json.dumps(pairs).encode())
     fingerprint = digest.hexdigest()[:12]
     processes.check_same("the data", fingerprint)
@@ -70,31 +71,31 @@ def prepare(config: Config) -> Prepared:
         splits=splits,
         vocabulary=vocabulary,
         layout=layout,
-        also={name: _maker(name, model, layout)(pairs) for name, pairs in also.items()},
+        eval_datasets={name: make(name, pairs) for name, pairs in others.items()},
         model=model,
         graphdef=graphdef,
         params=jax.device_get(params),
-        train=make(splits["train"]),
-        validation=make(held_out),
+        train=make(config.dataset, splits["train"]),
+        validation=make(config.dataset, held_out),
         tokens=sum(lengths),
         fingerprint=fingerprint,
         pretrained=config.checkpoint is not None,
     )
 
 
-def _maker(
-    name: str, model: ModelConfig, layout: batches.Layout
-) -> Callable[[Sequence[Pair]], list[batches.Example]]:
-    """What makes examples of a data set's pairs, for the model."""
+def _examples(
+    layout: batches.Layout, model: ModelConfig, name: str, pairs: Sequence[Pair]
+) -> list[batches.Example]:
+    """A data set's pairs as the model reads them."""
     layout = dataclasses.replace(layout, prefix=DATASETS[name].prefix)
     if not isinstance(model, T5Config):
-        return layout.decoder_only
+        return layout.decoder_only(pairs)
     if layout.prefix is None:
         raise ConfigError(
             f"a T5 has no plain texts to continue, got {name!r}; choose a data set of "
             "pairs, or another --model"
         )
-    return layout.encoder_decoder
+    return layout.encoder_decoder(pairs)
 
 
 def _held_out(config: Config, name: str) -> list[Pair]:

@@ -78,8 +78,8 @@ def _report(config: Config, prepared: Prepared, console: Console) -> None:
         "state (bytes)": lambda row: f"{row['state_bytes']:,}",
         "s/update": lambda row: f"{row['step_seconds']:.2f}",
     }
-    also = [f"{name}_loss" for name in prepared.also]
-    for name in ("validation_loss", "perplexity", *prepared.dataset.metrics, *also):
+    others = [f"{name}_loss" for name in config.eval_datasets]
+    for name in ("validation_loss", "perplexity", *prepared.dataset.metrics, *others):
         columns[name] = lambda row, name=name: f"{row[name]:.3f}"
     display.table(console, columns, rows)
     (config.output_dir / "report.md").write_text(markdown(columns, rows))

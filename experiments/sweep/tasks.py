@@ -110,7 +110,8 @@ class Task:
             return {"validation_loss": scores["validation_loss"]}
         params = made.merged(state.params, made.frozen)
         scores |= evaluate.evaluate(self.config, self._data, params)[0]
-        if self._data.also and self._data.pretrained:  # What happened to the weights.
+        if self._data.eval_datasets and self._data.pretrained:
+            # What happened to the weights.
             changed = list(spectra.changes(self._data.params, params).values())
             for name in ("effective_rank", "intruders", "relative_change"):
                 scores[name] = statistics.mean(each[name] for each in changed)

@@ -12,6 +12,7 @@ import optax
 
 from flora_jax import _validation
 from flora_jax._typing import AxisNames, PyTree
+from flora_jax._xla import renewed_if
 from flora_jax.leaves import trees
 from flora_jax.leaves.boxes import unboxed
 from flora_jax.leaves.in_place import APPLY
@@ -246,10 +247,8 @@ def compressed_accumulation(
         if in_place is not None:
             in_place.is_required = True
         if in_place is not None and in_place.is_for(params):
-            # No iteration or one: XLA would copy donated parameters for a branch.
-            times = emit.astype(jnp.int32)
-            acc, inner_state, _, in_place.params, _ = jax.lax.fori_loop(
-                0, times, end_cycle_in_place, (*operands, in_place.key)
+            acc, inner_state, _, in_place.params, _ = renewed_if(
+                emit, end_cycle_in_place, (*operands, in_place.key)
             )
             new_updates = in_place
         else:

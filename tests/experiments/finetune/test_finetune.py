@@ -213,7 +213,7 @@ def test_what_is_forgotten(data_dir, tmp_path):
         dataset="prose",
         model="gpt2-tiny",
         methods=("flora_momentum",),
-        also=("code", "phrases"),
+        eval_datasets=("code", "phrases"),
         data_dir=data_dir,
         output_dir=tmp_path,
     )
@@ -241,7 +241,7 @@ def test_what_is_forgotten(data_dir, tmp_path):
 
 
 def test_a_t5_continues_no_plain_texts(data_dir):
-    for fields in ({"dataset": "prose"}, {"also": ("prose",)}):
+    for fields in ({"dataset": "prose"}, {"eval_datasets": ("prose",)}):
         config = dataclasses.replace(TINY, data_dir=data_dir, **fields)
         with pytest.raises(
             ConfigError, match="no plain texts to continue, got 'prose'"
