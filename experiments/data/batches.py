@@ -69,9 +69,10 @@ class Layout:
 
         Returns:
             int32 "tokens" (L + 1,), right-padded, of which all but the last are inputs
-            and all but the first are labels; float32 "weights" (L,) of the labels: 1
-            for the tokens of the target and its `eos`, 0 elsewhere. Plain texts have
-            neither prompt nor `eos`, and lose what is beyond L + 1 tokens.
+            and all but the first are labels; int32 "first", the label with which the
+            target begins, and float32 "weights" (T,) of the labels from there on: 1 for
+            the target and its `eos`, 0 behind them. Plain texts have neither prompt nor
+            `eos`, lose what is beyond L + 1 tokens, and have "weights" (L,).
 
         Raises:
             ConfigError: `source_length` is too small.
@@ -85,11 +86,10 @@ class Layout:
         examples = []
         for head, target in zip(self._prompts(pairs), targets, strict=True):
             tail = [*target[: self.target_length - 1], vocabulary.eos]
-            weights = np.zeros(length, np.float32)
-            # Label i is token i + 1.
-            weights[len(head) - 1 : len(head) + len(tail) - 1] = 1
+            first = np.int32(len(head) - 1)  # Label i is token i + 1.
+            weights = (np.arange(self.target_length) < len(tail)).astype(np.float32)
             tokens = _padded([*head, *tail], length + 1, vocabulary.pad)
-            examples.append({"tokens": tokens, "weights": weights})
+            examples.append({"tokens": tokens, "first": first, "weights": weights})
         return examples
 
     def prompts(self, pairs: Sequence[Pair]) -> list[Example]:

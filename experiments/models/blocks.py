@@ -23,10 +23,10 @@ from experiments.models.config import Config
 Key = Array | None
 
 Batch = dict[str, Array]
-"""For decoders "tokens" (B, T + 1) and perhaps "weights" (B, T); for T5 "source" (B, S)
-and "target" (B, T), both filled up with token 0. To decode from, "source" for T5; for
-decoders "prompt" (B, S), padded on the left, and "prompt_mask", bool (B, S), False on
-the padding."""
+"""For decoders "tokens" (B, T + 1) and perhaps "weights" and "first", see
+`Decoder.training`; for T5 "source" (B, S) and "target" (B, T), both filled up with
+token 0. To decode from, "source" for T5; for decoders "prompt" (B, S), padded on the
+left, and "prompt_mask", bool (B, S), False on the padding."""
 
 PART = 2**26
 """Bytes of attention scores, or of logits, that are computed at a time: of as many

@@ -96,16 +96,20 @@ class Decoder(nnx.Module):
 
         Args:
             batch: "tokens" (B, T + 1) and, if not all labels count alike, float32
-                "weights" (B, T).
+                "weights" (B, N), of N = T labels or of N from int "first" (B,) on.
             key: dropout key; None drops nothing.
 
         Returns:
-            What `logits` takes (B, T, W), labels (B, T) and weights (B, T).
+            What `logits` takes (B, N, W), labels (B, N) and weights (B, N).
         """
         tokens = batch["tokens"]
-        labels = tokens[:, 1:]
+        x, labels = self._hidden(tokens[:, :-1], key=key), tokens[:, 1:]
         weights = batch.get("weights", jnp.ones(labels.shape, jnp.float32))
-        return self._hidden(tokens[:, :-1], key=key), labels, weights
+        if "first" in batch:  # No logits of the prompt, which nobody asks for.
+            at = batch["first"][:, None] + jnp.arange(weights.shape[1])
+            x = jnp.take_along_axis(x, at[..., None], axis=1)
+            labels = jnp.take_along_axis(labels, at, axis=1)
+        return x, labels, weights
 
     def start(self, batch: Batch, length: int) -> tuple[Array, DecodeState]:
         """Reads the prompt and makes room for `length` tokens.

@@ -52,14 +52,15 @@ def test_decoder_only():
     first, long, empty = layout.decoder_only(PAIRS)
     row = [27, 2, 3, *ARROW, SPACE, 4, 1, 1, 1, 1]  # z ab =>  c, end, padding
     np.testing.assert_array_equal(first["tokens"], row)
-    np.testing.assert_array_equal(first["weights"], [0] * 5 + [1, 1, 1] + [0] * 3)
+    np.testing.assert_array_equal(first["weights"], [1, 1, 1, 0])
     row = [27, 2, 3, 4, *ARROW, SPACE, 8, 9, 1, 1]  # both are cut, the arrow is not
     np.testing.assert_array_equal(long["tokens"], row)
-    np.testing.assert_array_equal(long["weights"], [0] * 6 + [1] * 4 + [0])
+    np.testing.assert_array_equal(long["weights"], [1] * 4)
     row = [27, *ARROW, SPACE, 1, 1, 1, 1, 1, 1, 1]
     np.testing.assert_array_equal(empty["tokens"], row)
-    np.testing.assert_array_equal(empty["weights"], [0] * 3 + [1, 1] + [0] * 6)
-    assert first["tokens"].dtype == np.int32
+    np.testing.assert_array_equal(empty["weights"], [1, 1, 0, 0])
+    assert [each["first"] for each in (first, long, empty)] == [5, 6, 3]
+    assert first["tokens"].dtype == first["first"].dtype == np.int32
     assert first["weights"].dtype == np.float32
 
 
@@ -93,8 +94,8 @@ def test_a_prompt_is_what_stood_before_the_target():
     for row, start in zip(rows, layout.prompts(pairs), strict=True):
         prompt = start["prompt"][start["prompt_mask"]]
         np.testing.assert_array_equal(row["tokens"][: len(prompt)], prompt)
-        assert np.argmax(row["weights"]) == len(prompt) - 1
-        labels = row["tokens"][1:][row["weights"] == 1]
+        assert row["first"] == len(prompt) - 1
+        labels = row["tokens"][len(prompt) :][: int(row["weights"].sum())]
         assert vocab.decode([labels]) == [" The dog barks"]
 
 
@@ -106,7 +107,8 @@ def test_asked_in_a_format_of_its_own():
     layout = batches.Layout(Asked(), "z", source_length=7, target_length=4)
     row, long, _ = layout.decoder_only(PAIRS)
     np.testing.assert_array_equal(row["tokens"], [9, 9, 27, 2, 3, 8, 25, 4, 1, 1, 1, 1])
-    np.testing.assert_array_equal(row["weights"], [0] * 5 + [1] * 3 + [0] * 3)
+    assert row["first"] == 5
+    np.testing.assert_array_equal(row["weights"], [1, 1, 1, 0])
     np.testing.assert_array_equal(long["tokens"][:7], [9, 9, 27, 2, 3, 4, 8])
     start = layout.prompts(PAIRS)[0]
     np.testing.assert_array_equal(

@@ -193,10 +193,10 @@ def test_a_pretrained_model_is_asked_in_its_own_way(data_dir, tmp_path, monkeypa
     )
     prepared = prepare(config)
     jax.tree.map(np.testing.assert_array_equal, prepared.params, params)
-    row = prepared.train[0]["tokens"]
+    example = prepared.train[0]
+    row, first = example["tokens"], example["first"] + 1
     np.testing.assert_array_equal(row[: len(before)], before)
-    target = prepared.train[0]["weights"] == 1
-    (text,) = vocabulary.decode([row[1:][target]])
+    (text,) = vocabulary.decode([row[first:][: int(example["weights"].sum())]])
     assert text == prepared.splits["train"][0].target[: len(text)]
     assert text
     # Another seed draws other parameters of a model that is trained from scratch.

@@ -120,6 +120,14 @@ def test_losses_are_cross_entropies(model):
     expected = np.average(log_sums - chosen, weights=weights)
     assert float(build.mean_loss(*model, batch)) == pytest.approx(expected, rel=1e-5)
     assert build.mean_loss(*model, batch | {"weights": 0 * weights}) == 0
+    # Of some labels, the same as of all with the others' weights at 0.
+    first = np.int32([0, 5, 12])
+    some = {"tokens": tokens, "first": first, "weights": weights[:, :4]}
+    every = np.zeros_like(weights)
+    for row, start in enumerate(first):
+        every[row, start : start + 4] = weights[row, :4]
+    expected = build.mean_loss(*model, batch | {"weights": every})
+    np.testing.assert_allclose(build.mean_loss(*model, some), expected, rtol=1e-6)
 
 
 def test_prompt_and_tokens_must_fit_the_context(model):
