@@ -128,8 +128,6 @@ KEYED = pytest.mark.parametrize(
 def test_key(key, error, match):
     with pytest.raises(error, match=match):
         fj.Sketch(8, key=key)
-    with pytest.raises(error, match=match):
-        fj.quantize_state(optax.adam(1e-3), key=key)
 
 
 def test_what_is_traced_is_refused():

@@ -91,7 +91,7 @@ TRANSFORMATIONS = {
     "subspace": fj.scale_in_subspace(
         AVERAGE, SKETCH, EVERY, transport=fj.Squared(), stagger=True
     ),
-    "quantized": fj.quantize_state(AVERAGE, min_size=1, stochastic_rounding=True),
+    "quantized": fj.quantize_state(AVERAGE, min_size=1),
     "factored-rms": fj.scale_by_factored_rms(rules=fj.LeafRules(min_dim_size=2)),
 }
 SMALL = {"w": jnp.zeros((2, 4)), "b": jnp.zeros(2)}

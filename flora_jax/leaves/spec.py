@@ -21,7 +21,7 @@ from flora_jax import _validation as check
 from flora_jax.leaves.paths import abstract_state, is_masked, named_arrays
 from flora_jax.leaves.rules import LeafRules
 
-FORMAT = 5
+FORMAT = 6
 _WORDS = 64
 # Format, checksum of the whole text, identity, two words of the root key, interval.
 _HEADER = 6

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flora_jax import _validation as check
-from flora_jax._typing import KeyLike, PyTree, Shape
-from flora_jax._xla import unstacked
+from flora_jax._typing import PyTree, Shape
 from flora_jax.leaves import trees
 from flora_jax.leaves.in_place import InPlace
 from flora_jax.leaves.moments import KINDS, SECOND, find_moments, replace_moments
@@ -21,11 +21,12 @@ from flora_jax.leaves.paths import named_leaves
 from flora_jax.leaves.rules import LeafRules
 from flora_jax.leaves.spec import make_spec
 from flora_jax.quantization import codes as coding
-from flora_jax.random.bits import bits
-from flora_jax.random.keys import check_state_key, leaf_keys, raw_key
 from flora_jax.sketching.sketcher import gradient_shapes
 
 _NAME = "quantize_state"
+_RENEW_EVERY = 16  # Updates between two changes of the columns' exponents.
+# 2³² divided by the golden ratio: its multiples are evenly spread, however many.
+_STRIDE = 2654435769
 # Path of each leaf of moments, and whether its code is signed.
 Leaves: TypeAlias = list[tuple[str, bool]]
 
@@ -35,18 +36,18 @@ class QuantizedState(NamedTuple):
 
     Attributes:
       count: number of updates so far, int32.
-      key: root key data, uint32 of shape (2,); it never changes.
       spec: what the state means, for :func:`flora_jax.verify_state`.
       inner: state of the inner transformation, with codes in place of the moments.
       scales: for each tree of moments that is coded, in the order of ``inner``, a tree
-        of scales, one array per parameter leaf.
+        of the rows' scales, one array per parameter leaf.
+      exponents: likewise, of the columns' exponents of two, int8.
     """
 
     count: Any
-    key: jax.Array
     spec: jax.Array
     inner: Any
     scales: tuple[Any, ...]
+    exponents: tuple[Any, ...]
 
 
 def quantize_state(
@@ -54,9 +55,7 @@ def quantize_state(
     dtype: Any = "int8",
     *,
     min_size: int = 4096,
-    stochastic_rounding: bool = False,
     fields: Collection[str] | None = None,
-    key: KeyLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the moments of a transformation in codes of 8 or 16 bits.
 
@@ -66,20 +65,24 @@ def quantize_state(
     ``nu`` an unsigned one; sketches under these names as well. Their leaves have the
     paths and numbers of axes of the parameters; a field of such a name that holds
     anything else stays as it is. The elements of a row, along the last axis of a leaf,
-    share a scale; see :func:`flora_jax.quantization.codes.encode` for the codes and
-    their errors. Leaves of fewer than ``min_size`` elements, or of fewer than two axes
-    longer than 1, stay as they are.
+    share a scale, and those of a column, along the longest of the other axes, a power
+    of two that adapts every 16 updates, so that gradients whose rows or columns differ
+    by orders of magnitude keep their accuracy; see
+    :func:`flora_jax.quantization.codes.encode` for the codes and their errors. Leaves
+    of fewer than ``min_size`` elements, or of fewer than two axes longer than 1, stay
+    as they are.
 
-    A change of a moment is kept only if it is above half a step, up to 1.2% of the
-    row's largest entry for int8. The decay of a whole row is in its scale and always
-    kept. With b2 = 0.999, a second moment that grows by less per update than half a
-    step to the next code stays behind, unless ``stochastic_rounding`` keeps it right in
-    the mean. Rows with an infinite or undefined entry become NaN.
+    First moments are rounded to the nearest code. Second moments change by less than
+    half a step in most updates, all of which would be lost: they are rounded up from a
+    threshold that runs through all parts of a step, the multiples of the golden ratio,
+    so that they are right in the mean over a few updates. The decay of a whole row is
+    in its scale. Rows with an infinite or undefined entry become NaN.
 
-    Memory: one byte per element of a moment (two for bfloat16) and one scale of the
-    moment's dtype per row: 4/m bytes per element if rows have m. If m is under 32, rows
-    run along the longest axis instead. On a mesh that shards the rows, each device
-    keeps the scales of all of them, and m is its share of a row.
+    Memory: one byte per element of a moment (two for bfloat16), one scale of the
+    moment's dtype per row, and a byte per column: 4/m + 1/n bytes per element of an n x
+    m matrix. If m is under 32, rows run along the longest axis instead. On a mesh that
+    shards the rows, each device keeps the scales of all of them, and m is its share of
+    a row; likewise for columns.
 
     Args:
       inner: the transformation, for example optax.adam(1e-3); also one whose state is
@@ -87,11 +90,7 @@ def quantize_state(
       dtype: ``"int8"``, ``"float8_e4m3fn"`` or ``"bfloat16"``.
       min_size: fewest elements of a leaf that is coded; 4096 as in GaLore's 8-bit
         moments.
-      stochastic_rounding: round at random to one of the two nearest values, so that
-        the mean is exact, and not to the nearest.
       fields: names of the fields to code, for example ``("mu",)``; None for all.
-      key: int seed, typed threefry2x32 key, or its key data, for stochastic rounding;
-        it is in the state without that, too.
 
     Returns:
       The gradient transformation. It passes parameters and extra arguments on to
@@ -99,7 +98,7 @@ def quantize_state(
 
     Raises:
       TypeError: for arguments of a wrong type; from init, for leaves that are not
-        arrays and for moments of integers; from update, if the key was cast.
+        arrays and for moments of integers.
       ValueError: for arguments out of range; from init, if there are no moments; from
         update, if the state was made under other settings.
 
@@ -112,8 +111,8 @@ def quantize_state(
       >>> adam = state.inner[0]
       >>> adam.mu["w"].dtype.name, adam.nu["w"].dtype.name
       ('int8', 'uint8')
-      >>> state.scales[0]["w"].shape
-      (256, 1)
+      >>> state.scales[0]["w"].shape, state.exponents[0]["w"].shape
+      ((256, 1), (1, 512))
 
     References:
       Dettmers et al., `8-bit Optimizers via Block-wise Quantization
@@ -124,8 +123,6 @@ def quantize_state(
         check.check_positive_int("min_size", min_size, "use 1 to code every matrix"),
         _check_fields(fields),
     )
-    check.check_bool("stochastic_rounding", stochastic_rounding)
-    root = raw_key(key)
     inner = check.check_transformation("inner", inner)
 
     def init_fn(params: PyTree) -> QuantizedState:
@@ -134,39 +131,44 @@ def quantize_state(
         names, moments = codec.find(inner_state, params)
         _check_moments(codec, names, moments)
         scales = [_empty_scales(codec, tree) for tree in moments]
+        exponents = [_empty_exponents(codec, tree) for tree in moments]
         named = _named_leaves(names, moments)
-        codes, scales = _encode(codec, named, _hidden(moments), moments, scales)
+        start = _hidden(moments)
+        codes, scales = _encode(codec, named, start, moments, scales, exponents, None)
         return QuantizedState(
             count=jnp.zeros([], jnp.int32),
-            key=jnp.array(root),
-            spec=make_spec(_NAME, root, **codec._asdict()),
+            spec=make_spec(_NAME, np.zeros(2, np.uint32), **codec._asdict()),
             inner=codec.replace(inner_state, params, codes),
             scales=tuple(scales),
+            exponents=tuple(exponents),
         )
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[Any, QuantizedState]:
-        check_state_key(_NAME, state.key)
         like = gradient_shapes(updates)
         names, codes = codec.find(state.inner, like)
         named = _named_leaves(names, codes)
-        _check_coded(codec, names, named, codes, state.scales)
-        decoded = _decode(codec, named, codes, state.scales)
+        old = state.scales, state.exponents
+        _check_coded(codec, names, named, codes, *old)
+        decoded = _decode(codec, named, codes, *old)
+        exponents = _renewed(codec, named, codes, *old, state.count)
         new_updates, new_inner = inner.update(
             updates, codec.replace(state.inner, like, decoded), params, **extra_args
         )
         _, moments = codec.find(new_inner, like)
-        rounding = (state.key, state.count) if stochastic_rounding else None
-        codes, scales = _encode(codec, named, moments, codes, state.scales, rounding)
+        word = state.count.astype(jnp.uint32) * np.uint32(_STRIDE)
+        codes, scales = _encode(
+            codec, named, moments, codes, state.scales, exponents, word
+        )
         if not isinstance(new_updates, InPlace):
             new_updates = optax.tree.cast_like(new_updates, like)
         return new_updates, QuantizedState(
             count=optax.safe_increment(state.count),
-            key=state.key,
             spec=state.spec,
             inner=codec.replace(new_inner, like, codes),
             scales=tuple(scales),
+            exponents=tuple(exponents),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -194,12 +196,13 @@ class MomentCodec(NamedTuple):
         matrix = sum(n > 1 for n in shape) >= 2 and math.prod(shape) >= self.min_size
         return not (matrix and jnp.issubdtype(dtype, jnp.floating))
 
-    def types(self, signed: bool, shape: Shape, dtype: Any) -> tuple[Any, Shape]:
-        """Dtype of the codes and shape of the scales of a leaf of moments."""
+    def types(self, signed: bool, shape: Shape, dtype: Any) -> tuple[Any, Shape, Shape]:
+        """Dtype of the codes, shapes of scales and exponents, of a leaf of moments."""
         if self.is_exact(shape, dtype):
-            return dtype, (1,) * len(shape)
+            return dtype, (1,) * len(shape), (1,) * len(shape)
         scales = coding.scale_shape(shape, self.dtype)
-        return coding.code_dtype(self.dtype, signed), scales
+        exponents = coding.column_shape(shape, self.dtype)
+        return coding.code_dtype(self.dtype, signed), scales, exponents
 
 
 def _empty_scales(codec: MomentCodec, tree: Any) -> Any:
@@ -214,6 +217,13 @@ def _empty_scales(codec: MomentCodec, tree: Any) -> Any:
     zeros = trees.zeros_tree(tree, None, shapes, jnp.float32)
     own = map(trees.cast_like, jax.tree.leaves(zeros), leaves)
     return trees.rebuild(zeros, list(own))
+
+
+def _empty_exponents(codec: MomentCodec, tree: Any) -> Any:
+    """Zeros in place of a tree's exponents, in its boxes, with its sharding."""
+    leaves = jax.tree.leaves(tree)
+    shapes = [codec.types(True, x.shape, x.dtype)[2] for x in leaves]
+    return trees.zeros_tree(tree, None, shapes, jnp.int8)
 
 
 def _hidden(moments: list[Any]) -> list[Any]:
@@ -235,7 +245,8 @@ def _encode(
     moments: list[Any],
     codes: list[Any],
     scales: Sequence[Any],
-    rounding: tuple[jax.Array, jax.Array] | None = None,
+    exponents: Sequence[Any],
+    word: jax.Array | None,
 ) -> tuple[list[Any], Sequence[Any]]:
     """Codes and scales of trees of moments.
 
@@ -245,54 +256,80 @@ def _encode(
       moments: the trees.
       codes: trees of codes, or of moments, whose structure and sharding to take.
       scales: trees of scales, for the same; their dtype is the moments'.
-      rounding: root key and count of a random rounding; None to round to the nearest.
+      exponents: trees of exponents.
+      word: the threshold of second moments; None to round to the nearest.
 
     Returns:
       The trees of codes and those of scales.
     """
 
-    def run(moments: Any, scales: Any, rounding: Any) -> list[Any]:
-        keys = [None] * len(named)
-        if rounding is not None:
-            root, count = rounding
-            keys = unstacked(leaf_keys(root, _NAME, [path for path, _ in named], count))
-        coded = [
-            _encode_leaf(codec, signed, x.astype(s.dtype), s, key)
-            for (_, signed), x, s, key in zip(named, moments, scales, keys, strict=True)
-        ]
+    def run(moments: Any, scales: Any, exponents: Any, word: Any) -> list[Any]:
+        coded = []
+        for (_, signed), x, *own in zip(named, moments, scales, exponents, strict=True):
+            x = x.astype(own[0].dtype)
+            if not codec.is_exact(x.shape, x.dtype):
+                given = None if signed else word
+                x, own[0] = coding.encode(x, own[1], codec.dtype, signed, given)
+            coded.append((x, own[0]))
         return [x for x, _ in coded] + [scale for _, scale in coded]
 
     like, old = jax.tree.leaves((codes, scales)), jax.tree.leaves(scales)
-    new = trees.run_sharded(run, like, jax.tree.leaves(moments), old, rounding)
+    arrays = jax.tree.leaves(moments), old, jax.tree.leaves(exponents), word
+    new = trees.run_sharded(run, like, *arrays)
     return trees.rebuild((codes, scales), list(map(_place, new, like)))
 
 
-def _encode_leaf(
-    codec: MomentCodec, signed: bool, x: jax.Array, scale: jax.Array, key: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Codes and scales of one leaf, or the leaf and its unused scale."""
-    if codec.is_exact(x.shape, x.dtype):
-        return x, scale
-    words = None if key is None else bits(key, x.shape, 0)
-    return coding.encode(x, codec.dtype, signed, words)
-
-
 def _decode(
-    codec: MomentCodec, named: Leaves, codes: list[Any], scales: Sequence[Any]
+    codec: MomentCodec,
+    named: Leaves,
+    codes: list[Any],
+    scales: Sequence[Any],
+    exponents: Sequence[Any],
 ) -> list[Any]:
     """The trees of moments."""
 
-    def run(codes: Any, scales: Any) -> list[Any]:
+    def run(*coded: Any) -> list[Any]:
         return [
             x
             if codec.is_exact(x.shape, scale.dtype)
-            else coding.decode(x, scale, codec.dtype, signed)
-            for (_, signed), x, scale in zip(named, codes, scales, strict=True)
+            else coding.decode(x, scale, own, codec.dtype, signed)
+            for (_, signed), x, scale, own in zip(named, *coded, strict=True)
         ]
 
-    old = jax.tree.leaves(codes)
-    new = trees.run_sharded(run, old, old, jax.tree.leaves(scales))
+    arrays = list(map(jax.tree.leaves, (codes, scales, exponents)))
+    new = trees.run_sharded(run, arrays[0], *arrays)
     return trees.rebuild(codes, new)
+
+
+def _renewed(
+    codec: MomentCodec,
+    named: Leaves,
+    codes: list[Any],
+    scales: Sequence[Any],
+    exponents: Sequence[Any],
+    count: jax.Array,
+) -> Sequence[Any]:
+    """The trees of exponents for the next codes: new ones in every 16th update."""
+
+    def run(codes: Any, scales: Any, exponents: Any, count: Any) -> list[Any]:
+        # The first codes are those of the first update; all columns adapt to them.
+        fall = jnp.where(count == 1, -coding.LEAST_EXPONENT, 1)
+
+        def renew() -> list[Any]:
+            return [
+                own
+                if codec.is_exact(x.shape, scale.dtype)
+                else coding.renewed_exponents(x, scale, own, codec.dtype, signed, fall)
+                for (_, signed), x, scale, own in zip(
+                    named, codes, scales, exponents, strict=True
+                )
+            ]
+
+        return jax.lax.cond(count % _RENEW_EVERY == 1, renew, lambda: exponents)
+
+    arrays = list(map(jax.tree.leaves, (codes, scales, exponents)))
+    new = trees.run_sharded(run, arrays[2], *arrays, count)
+    return trees.rebuild(exponents, list(map(_place, new, arrays[2])))
 
 
 def _named_leaves(names: Sequence[str], moments: Sequence[Any]) -> Leaves:
@@ -314,25 +351,33 @@ def _place(new: Any, old: Any) -> Any:
 
 
 def _check_coded(
-    codec: MomentCodec, names: Sequence[str], named: Leaves, codes: Any, scales: Any
+    codec: MomentCodec,
+    names: Sequence[str],
+    named: Leaves,
+    codes: Any,
+    scales: Any,
+    exponents: Any,
 ) -> None:
     """Raises if codes and scales are not those of the settings; by static facts."""
-    counts = [[len(jax.tree.leaves(tree)) for tree in x] for x in (codes, scales)]
-    if counts[0] != counts[1]:
+    every = codes, scales, exponents
+    counts = [[len(jax.tree.leaves(tree)) for tree in x] for x in every]
+    if not counts[0] == counts[1] == counts[2]:
         raise ValueError(
-            f"`state` of {_NAME} must have scales for each array of {names}, got"
-            f" {counts[1]} arrays in its trees of scales for {counts[0]}; it was made"
-            " with other `fields` or parameters: init again, or restore the settings"
+            f"`state` of {_NAME} must have scales and exponents for each array of"
+            f" {names}, got {counts[1]} and {counts[2]} arrays in their trees for"
+            f" {counts[0]}; it was made with other `fields` or parameters: init again,"
+            " or restore the settings"
         )
-    coded = map(jax.tree.leaves, (codes, scales))
-    for (path, signed), x, scale in zip(named, *coded, strict=True):
+    coded = map(jax.tree.leaves, every)
+    for (path, signed), x, scale, own in zip(named, *coded, strict=True):
         expected = codec.types(signed, x.shape, scale.dtype)
-        if (x.dtype, scale.shape) != expected:
+        if (x.dtype, scale.shape, own.shape) != expected or own.dtype != jnp.int8:
             raise ValueError(
-                f"`state` of {_NAME} must have codes of dtype {expected[0]} and scales"
-                f" of shape {expected[1]} at {path!r}, got {x.dtype} and"
-                f" {scale.shape}; it was made with other settings than {codec}, or"
-                " cast: init again, or restore it"
+                f"`state` of {_NAME} must have codes of dtype {expected[0]}, scales of"
+                f" shape {expected[1]} and int8 exponents of shape {expected[2]} at"
+                f" {path!r}, got {x.dtype}, {scale.shape} and {own.dtype} of"
+                f" {own.shape}; it was made with other settings than {codec}, or cast:"
+                " init again, or restore it"
             )
 
 

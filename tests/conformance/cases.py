@@ -60,8 +60,7 @@ class Case:
     @property
     def keys(self):
         """The number of states that have a root key."""
-        coded = self.options.get("state_dtype") is not None
-        return 2 if coded or self.factory is fj.quantize_state else int(self.sketches)
+        return int(self.sketches or self.factory is fj.quantize_state)
 
     @property
     def accumulates(self):

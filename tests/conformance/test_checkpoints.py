@@ -84,7 +84,7 @@ OTHERS = [
     ("flora-weight-decay", "resample_every", 5, RESAMPLE_EVERY),
     ("galore", "refresh_every", 5, RESAMPLE_EVERY),
     ("accumulation-adam", "key", 7, 0),
-    ("quantized", "key", 7, 0),
+    ("quantized", "min_size", 3, 1),
 ]
 
 

@@ -254,7 +254,6 @@ def _quantized(draw, tree, seed):
         draw,
         dtype=("int8", "float8_e4m3fn", "bfloat16"),
         min_size=(1, 64),
-        stochastic_rounding=(True, False),
     )
     leaves, dtypes = jax.tree.leaves(tree), []
     if draw(st.booleans()):

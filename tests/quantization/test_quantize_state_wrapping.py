@@ -209,7 +209,7 @@ def test_sharded_parameters(kind):
     """The same numbers; codes lie where the parameter does, also after an update."""
     types = (jax.sharding.AxisType[kind],) * 2
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=types)
-    tx = quantize_state(optax.adam(0.1), min_size=64, stochastic_rounding=True)
+    tx = quantize_state(optax.adam(0.1), min_size=64)
     whole = {"w": gradients(0)["w"][:32]}
     with jax.set_mesh(mesh):
         sharding = jax.NamedSharding(mesh, jax.P("a", "b"))
@@ -221,6 +221,10 @@ def test_sharded_parameters(kind):
             assert tree["w"].shape == (32, 1)
             rows = jax.NamedSharding(mesh, jax.P("a"))
             assert tree["w"].sharding.is_equivalent_to(rows, 2)
+        for tree in state.exponents:
+            assert tree["w"].shape == (1, 128)
+            columns = jax.NamedSharding(mesh, jax.P(None, "b"))
+            assert tree["w"].sharding.is_equivalent_to(columns, 2)
         updates, new = jax.jit(tx.update)(grads, state)
         if kind == "Explicit":
             assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
