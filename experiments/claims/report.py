@@ -1,10 +1,11 @@
 """Metrics and memory of each method: a table, and a panel of dots for each metric."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from experiments.common import plots, report
 from experiments.common.report import megabytes
+from experiments.data.registry import DATASETS
 from experiments.sweep.results import Result, finished, read
 
 _METRICS = {
@@ -14,6 +15,13 @@ _METRICS = {
     "bleu": "BLEU",
     "chrf": "chrF",
     "exact_match": "exact match (%)",
+    **{f"{name}_loss": f"loss on {name}" for name in DATASETS},
+}
+# Of the change of pretrained weights, means over the matrices; in the table alone.
+_CHANGES = {
+    "effective_rank": ("effective rank", 1),
+    "intruders": ("intruder dimensions", 2),
+    "relative_change": ("relative change", 4),
 }
 
 
@@ -24,8 +32,8 @@ def write(path: pathlib.Path) -> None:
     draw(results, path.with_suffix(".png"))
 
 
-def _metrics(results: Sequence[Result]) -> list[str]:
-    return [name for name in _METRICS if all(name in r.rows[0] for r in results)]
+def _measured(results: Sequence[Result], names: Iterable[str]) -> list[str]:
+    return [name for name in names if all(name in r.rows[0] for r in results)]
 
 
 def table(results: Sequence[Result]) -> str:
@@ -34,10 +42,15 @@ def table(results: Sequence[Result]) -> str:
         "method": lambda r: r.ranked_title,
         "learning rate": lambda r: f"{r.learning_rate:g}",
     }
-    for name in _metrics(results):
-        digits = 3 if name == "validation_loss" else 1
+    for name in _measured(results, _METRICS):
+        digits = 3 if name.endswith("_loss") else 1
         columns[_METRICS[name].split(" (")[0]] = lambda r, name=name, digits=digits: (
             report.written(r.values(name), digits)
+        )
+    for name in _measured(results, _CHANGES):
+        title, digits = _CHANGES[name]
+        columns[title] = lambda r, name=name, digits=digits: report.written(
+            r.values(name), digits
         )
     for name in ("trained", "state", "step"):
         columns[f"{name}, MB"] = lambda r, name=name: megabytes(
@@ -51,7 +64,7 @@ def draw(results: Sequence[Result], path: pathlib.Path) -> None:
     results = finished(results)
     if not results:
         return  # The table says so.
-    names = _metrics(results)
+    names = _measured(results, _METRICS)
     titles = [result.ranked_title for result in results]
     longest = 0.085 * max(map(len, titles))  # Inches.
     size = longest + 3.2 * len(names), 1.2 + 0.28 * len(titles)

@@ -226,7 +226,7 @@ def renewed_exponents(
     exponents: Int8[Array, "..."],
     code: str,
     signed: bool,
-    fall: jax.typing.ArrayLike = -LEAST_EXPONENT,
+    fall: int | jax.Array = -LEAST_EXPONENT,
 ) -> Int8[Array, "..."]:
     """Exponents under which the largest entry of each column is at least a half of s.
 

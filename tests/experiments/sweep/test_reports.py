@@ -1,5 +1,6 @@
 """Tables and pictures of grids, by numbers that are right in one's head."""
 
+import dataclasses
 import json
 
 import pytest
@@ -146,6 +147,26 @@ def test_claims(tmp_path):
     assert last == "| Full momentum | 0.1 | diverged | 3.00 | 1.50 | 9.00 |"
     claims_report.draw([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_claims_about_a_pretrained_model():
+    """What was forgotten, and what happened to the weights."""
+    seen = {"prose_loss": 2.5, "effective_rank": 33.33, "intruders": 0.5}
+    found = result([1.0, 3.0], method="adamw")
+    rows = tuple(row | seen | {"relative_change": 0.0123} for row in found.rows)
+    lines = claims_report.table([dataclasses.replace(found, rows=rows)]).splitlines()
+    assert lines[0].split(" | ")[3:7] == [
+        "loss on prose",
+        "effective rank",
+        "intruder dimensions",
+        "relative change",
+    ]
+    assert lines[2].split(" | ")[3:7] == [
+        "2.500 ± 0.000",
+        "33.3 ± 0.0",
+        "0.50 ± 0.00",
+        "0.0123 ± 0.0000",
+    ]
 
 
 def write_rows(path, rows):
