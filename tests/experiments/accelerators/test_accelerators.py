@@ -63,6 +63,54 @@ def test_the_committed_table_is_that_of_the_rows(tmp_path):
         assert adamw["step"] == pytest.approx(7 * adamw["parameters"], rel=1e-3)
 
 
+DOCUMENT = pathlib.Path(report.__file__).parents[2] / "docs/benchmarks/accelerators.md"
+# What its table calls them.
+DOCUMENTED = {
+    "`optax.adamw`": "adamw",
+    "`optax.adafactor(momentum=0.9)`": "adafactor_momentum",
+    "`flora`": "flora",
+    "`flora`, `Gaussian`": "flora_gaussian",
+    "`flora`, `Orthogonal`": "flora_orthogonal",
+    "`flora`, `SRHT`": "flora_srht",
+    "`flora_adamw`": "flora_adamw",
+    "`flora_adamw`, int8": "flora_adamw_int8",
+    "`apollo`": "apollo",
+    "`apollo_mini`": "apollo_mini",
+    "`galore`, between refreshes": "galore",
+    "`fira`, between refreshes": "fira",
+    "`quantize_state(adamw)`": "adamw_int8",
+    "`optax.contrib.muon`": "muon",
+    "`flora_muon`": "flora_muon",
+    '`flora_muon(method=fj.NewtonSchulz(dtype="bfloat16"))`': "flora_muon_bfloat16",
+    "`flora_muon(method=fj.RowNormalization())`": "flora_muon_rows",
+    "`optax.MultiSteps(adafactor)`, 16": "full_accumulation",
+    "`compressed_accumulation(adafactor)`, 16": "flora_accumulation",
+    "… with `update` and `apply_updates`": "flora_accumulation",
+}
+
+
+def test_the_table_of_the_documentation_is_that_of_the_rows():
+    lines = [x for x in DOCUMENT.read_text().splitlines() if x.startswith("| ")]
+    cells = [[x.strip() for x in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[0] for row in cells] == list(DOCUMENTED)
+    for name, *given in cells:
+        expected = []
+        for chip in ("v5e", "h100"):
+            fields = {"chip": chip, "problem": "leaf", "dtype": "float32"}
+            adamw = rows(**fields)["adamw"]
+            found = [rows(**fields, calls=calls) for calls in ("two", "one")]
+            if name.startswith("…"):
+                found.reverse()
+            row = {**found[0], **found[1]}[DOCUMENTED[name]]
+            size = row["parameters"]
+            expected += [
+                f"{row['step'] / size:.2f}",
+                f"{row['temporaries'] / size:.3f}",
+                f"{row['seconds'] / adamw['seconds']:.2f}",
+            ]
+        assert given[:6] == expected, name
+
+
 def test_the_least_time_is_that_of_memory_or_of_products():
     chip = CHIPS["v5e"]
     assert chip.seconds(819e9, 0, "") == 1
