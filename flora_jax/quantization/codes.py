@@ -176,12 +176,13 @@ def encode(
         return _to_bfloat16(full, word), jnp.zeros((1,) * x.ndim, x.dtype)
     grid = _GRIDS[code, signed]
     sizes = jnp.abs(full) if signed else jnp.where(full < 0, jnp.nan, full)
+    sizes = sizes * _power(-exponents)
     # In the dtype of x, exactly: TPUs then do not read x once more for it.
-    tops = (sizes * _power(-exponents)).astype(x.dtype)
-    tops = jnp.max(tops, axis=_row_axis(x.shape), keepdims=True).astype(jnp.float32)
+    tops = jnp.max(sizes.astype(x.dtype), axis=_row_axis(x.shape), keepdims=True)
+    tops = tops.astype(jnp.float32)
     floor = _floor(grid, x.dtype)
     scales = jnp.where(jnp.isfinite(tops), jnp.maximum(tops, floor), jnp.nan)
-    parts = sizes / jnp.maximum(scales * _power(exponents), floor)
+    parts = sizes / scales
     # Also where the part is not a number: a cast of it would differ by device.
     codes = _round(jnp.where(parts <= 1, parts, 1.0), grid, word)
     if signed:
