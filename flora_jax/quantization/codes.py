@@ -1,10 +1,9 @@
 """Codes of 8 bits for arrays, and bfloat16 as an alternative.
 
-Each row, along the last axis, has one scale, and each column a power of two by which
-that is multiplied, so that entries keep their accuracy where whole rows or whole
-columns are small. Rows are not cut into blocks: a TPU would write the array to memory
-to reshape it, and on a mesh blocks may cross shards. Codes are found by arithmetic
-alone: tables are slow to search on a CPU and on a TPU.
+Each row, along the last axis, has one scale s, its largest magnitude. Rows are not cut
+into blocks: a TPU would write the array to memory to reshape it, and on a mesh blocks
+may cross shards. Codes are found by arithmetic alone: tables are slow to search on a
+CPU and on a TPU.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 from flora_jax._typing import Shape
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int8, UInt32
+    from jaxtyping import Array, Float, UInt32
 
 CODES = ("int8", "float8_e4m3fn", "bfloat16")
 
@@ -28,7 +27,6 @@ _SHORTEST = 32
 # So many bits of a threshold that a value which is a code already, up to roundings of
 # float32, lies outside all thresholds and stays that code.
 _THRESHOLD_BITS = 13
-LEAST_EXPONENT = -40  # Of a column.
 
 
 class _Grid(NamedTuple):
@@ -88,38 +86,19 @@ def scale_shape(shape: Shape, code: str) -> Shape:
     """
     if code == "bfloat16":
         return (1,) * len(shape)
-    axis = _row_axis(shape)
-    return (*shape[:axis], 1, *shape[axis + 1 :])
-
-
-def column_shape(shape: Shape, code: str) -> Shape:
-    """Shape of the exponents of an array: one per column.
-
-    Args:
-      shape: the array's shape.
-      code: one of :data:`CODES`; bfloat16 has no exponents, and zeros here.
-
-    Returns:
-      The shape with 1 in place of the longest axis but that of the rows. All ones if
-      that is short.
-    """
-    axis = _column_axis(shape)
-    if code == "bfloat16" or axis is None:
-        return (1,) * len(shape)
+    axis = _axis(shape)
     return (*shape[:axis], 1, *shape[axis + 1 :])
 
 
 def encode(
     x: Float[Array, "..."],
-    exponents: Int8[Array, "..."],
     code: str,
     signed: bool,
     word: UInt32[Array, ""] | None = None,
 ) -> tuple[Array, Float[Array, "..."]]:
     """Codes and scales of an array.
 
-    With s = t·2ᵉ, t the scale of an entry's row and e the exponent of its column, x =
-    s·f(q) for the code q:
+    With s the scale of an entry's row, x = s·f(q) for the code q:
 
     - int8, signed: f = (q/127)³, an int8. The error |x′ − x| is at most
       1.5·∛(s·x²)/127 + 1.5·∛(s²·|x|)/127² + s/(2·127³).
@@ -131,40 +110,39 @@ def encode(
       and √s/(448·2⁹), and a positive v never becomes 0.
     - bfloat16: x itself, |x′ − x| ≤ |x|/2⁸; no scale.
 
-    Up to roundings of float32: zero stays zero, the entry of a row that is largest in
-    units of 2ᵉ is exact, and what was decoded is encoded to the codes it came from, so
-    that a state that is not changed does not drift. t and s are at least 2⁻⁹⁰ to 2⁻¹⁰⁸,
-    by the grid, and of float16 moments 2⁻¹⁴. All this is for float32 moments: narrower
-    ones are rounded to their dtype besides.
+    Up to roundings of float32: zero stays zero, a row's largest entry is exact, and
+    what was decoded is encoded to the codes it came from, so that a state that is
+    not changed does not drift. A scale is at least 2⁻⁹⁰ to 2⁻¹⁰⁸, by the grid, and of
+    float16 moments 2⁻¹⁴. All this is for float32 moments: narrower ones are rounded to
+    their dtype besides.
 
     A row with an infinite or undefined entry, or with a negative one if unsigned, has
     the scale NaN: all of it is decoded to NaN. bfloat16 keeps such entries.
 
-    Given a word w, x becomes the upper one of the two nearest values if it is above
-    them by more than w/2³² of their distance. If the words of many calls are evenly
-    spread, that is right in the mean: exactly for bfloat16, else to 2⁻¹⁴ of the
+    Given a word w, x becomes the upper one of the two nearest values if it is above the
+    lower one by more than w/2³² of their distance. If the words of many calls are
+    evenly spread, that is right in the mean: exactly for bfloat16, else to 2⁻¹⁴ of the
     distance. Errors are then up to twice those above. Unsigned values below the
-    smallest code become that code here, too.
+    smallest code become that code here, too. Moments narrower than float32 are rounded
+    to the nearest nevertheless: what was decoded is a code only up to their roundings.
 
     Args:
       x: real floating array of at least one axis, none of size zero.
-      exponents: e, of :func:`column_shape`; see :func:`renewed_exponents`.
       code: one of :data:`CODES`.
       signed: whether the values have signs.
       word: w, or None to round to the nearest: in x, or in √x if unsigned.
 
     Returns:
-      Codes of x's shape, and scales t of :func:`scale_shape` and x's dtype: that holds
-      t exactly, and tells :func:`decode` what to return.
+      Codes of x's shape, and scales of :func:`scale_shape` and x's dtype: that holds s
+      exactly, and tells :func:`decode` what to return.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flora_jax.quantization.codes import decode, encode
-      >>> zero = jnp.zeros(1, jnp.int8)
-      >>> codes, scales = encode(jnp.array([-2.0, 0.5, 0.0]), zero, "int8", True)
+      >>> codes, scales = encode(jnp.array([-2.0, 0.5, 0.0]), "int8", True)
       >>> codes.tolist(), scales.tolist()
       ([-127, 80, 0], [2.0])
-      >>> decode(codes, scales, zero, "int8", True).round(3).tolist()
+      >>> decode(codes, scales, "int8", True).round(3).tolist()
       [-2.0, 0.5, 0.0]
 
     References:
@@ -176,14 +154,14 @@ def encode(
         return _to_bfloat16(full, word), jnp.zeros((1,) * x.ndim, x.dtype)
     grid = _GRIDS[code, signed]
     sizes = jnp.abs(full) if signed else jnp.where(full < 0, jnp.nan, full)
-    sizes = sizes * _power(-exponents)
     # In the dtype of x, exactly: TPUs then do not read x once more for it.
-    tops = jnp.max(sizes.astype(x.dtype), axis=_row_axis(x.shape), keepdims=True)
+    tops = jnp.max(sizes.astype(x.dtype), axis=_axis(x.shape), keepdims=True)
     tops = tops.astype(jnp.float32)
-    floor = _floor(grid, x.dtype)
+    floor = max(grid.floor, float(jnp.finfo(x.dtype).tiny))
     scales = jnp.where(jnp.isfinite(tops), jnp.maximum(tops, floor), jnp.nan)
     parts = sizes / scales
     # Also where the part is not a number: a cast of it would differ by device.
+    word = word if x.dtype == jnp.float32 else None
     codes = _round(jnp.where(parts <= 1, parts, 1.0), grid, word)
     if signed:
         codes = jnp.where(full < 0, -codes, codes)
@@ -193,18 +171,13 @@ def encode(
 
 
 def decode(
-    codes: Array,
-    scales: Float[Array, "..."],
-    exponents: Int8[Array, "..."],
-    code: str,
-    signed: bool,
+    codes: Array, scales: Float[Array, "..."], code: str, signed: bool
 ) -> Float[Array, "..."]:
     """The array that codes and scales stand for; see :func:`encode`.
 
     Args:
       codes: what :func:`encode` returned.
       scales: the same.
-      exponents: what it was given.
       code: as in :func:`encode`.
       signed: as in :func:`encode`.
 
@@ -215,67 +188,14 @@ def decode(
         return codes.astype(scales.dtype)
     grid = _GRIDS[code, signed]
     q = codes.astype(jnp.float32)
-    parts = _parts(jnp.abs(q), grid)
-    full = jnp.where(q < 0, -parts, parts)
-    wide = scales.astype(jnp.float32) * _power(exponents)
-    return (full * jnp.maximum(wide, _floor(grid, scales.dtype))).astype(scales.dtype)
-
-
-def renewed_exponents(
-    codes: Array,
-    scales: Float[Array, "..."],
-    exponents: Int8[Array, "..."],
-    code: str,
-    signed: bool,
-    fall: int | jax.Array = -LEAST_EXPONENT,
-) -> Int8[Array, "..."]:
-    """Exponents under which the largest entry of each column is at least a half of s.
-
-    Args:
-      codes: what :func:`encode` returned.
-      scales: the same.
-      exponents: what it was given.
-      code: as in :func:`encode`.
-      signed: as in :func:`encode`.
-      fall: by how much an exponent may fall. When a column that was at rest comes back,
-        it raises the scales of all rows by what it fell: others lose accuracy.
-
-    Returns:
-      New exponents, for the next call of it; the largest is 0, and -40 the least. A
-      column of zeros keeps its own, and all do of float16 moments, whose range is
-      small, and of arrays whose columns have no exponents.
-    """
-    axis = _column_axis(codes.shape)
-    if code == "bfloat16" or axis is None or scales.dtype == jnp.float16:
-        return exponents
-    largest = jnp.max(jnp.abs(codes.astype(jnp.float32)), axis, keepdims=True)
-    # Of the largest part, which is from 1/2 to 1 times two to the power of it.
-    _, own = jnp.frexp(_parts(largest, _GRIDS[code, signed]))
-    new = exponents + jnp.clip(own, -fall, 0)
-    known = jnp.where(largest > 0, new, LEAST_EXPONENT)
-    top = jnp.max(known, _row_axis(codes.shape), keepdims=True)
-    new = jnp.where(largest > 0, new - top, exponents)
-    return jnp.maximum(new, LEAST_EXPONENT).astype(jnp.int8)
-
-
-def _power(exponents: jax.Array) -> jax.Array:
-    """2ᵉ, exactly: the exponent of a float32."""
-    bits = (exponents.astype(jnp.int32) + 127) << 23
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _floor(grid: _Grid, dtype: Any) -> float:
-    """The smallest scale of moments of a dtype."""
-    return max(grid.floor, float(jnp.finfo(dtype).tiny))
-
-
-def _parts(sizes: jax.Array, grid: _Grid) -> jax.Array:
-    """The multiples of a scale that codes stand for, from their magnitudes."""
-    parts = sizes**grid.curve * np.float32(1 / grid.top**grid.curve)
-    if grid.power != grid.curve:
+    size = jnp.abs(q)
+    parts = size**grid.curve * np.float32(1 / grid.top**grid.curve)
+    if not signed:
         parts = parts * parts
     # Exactly 1 for the largest entry; XLA may multiply in another order.
-    return jnp.where(sizes == grid.top, 1.0, parts)
+    parts = jnp.where(size == grid.top, 1.0, parts)
+    full = jnp.where(q < 0, -parts, parts)
+    return (full * scales.astype(jnp.float32)).astype(scales.dtype)
 
 
 def _round(parts: jax.Array, grid: _Grid, word: jax.Array | None) -> jax.Array:
@@ -313,14 +233,7 @@ def _to_bfloat16(x: jax.Array, word: jax.Array | None) -> jax.Array:
     return x.astype(jnp.bfloat16)
 
 
-def _row_axis(shape: Shape) -> int:
+def _axis(shape: Shape) -> int:
     """The axis that rows run along."""
     last = len(shape) - 1
     return last if shape[last] >= _SHORTEST else shape.index(max(shape))
-
-
-def _column_axis(shape: Shape) -> int | None:
-    """The axis that columns run along; None if there is no other long one."""
-    row = _row_axis(shape)
-    others = [(n, i) for i, n in enumerate(shape) if i != row and n >= _SHORTEST]
-    return max(others)[1] if others else None

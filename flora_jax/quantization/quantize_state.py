@@ -24,7 +24,6 @@ from flora_jax.quantization import codes as coding
 from flora_jax.sketching.sketcher import gradient_shapes
 
 _NAME = "quantize_state"
-_RENEW_EVERY = 16  # Updates between two changes of the columns' exponents.
 # 2³² divided by the golden ratio: its multiples are evenly spread, however many.
 _STRIDE = 2654435769
 # Path of each leaf of moments, and whether its code is signed.
@@ -39,15 +38,13 @@ class QuantizedState(NamedTuple):
       spec: what the state means, for :func:`flora_jax.verify_state`.
       inner: state of the inner transformation, with codes in place of the moments.
       scales: for each tree of moments that is coded, in the order of ``inner``, a tree
-        of the rows' scales, one array per parameter leaf.
-      exponents: likewise, of the columns' exponents of two, int8.
+        of scales, one array per parameter leaf.
     """
 
     count: Any
     spec: jax.Array
     inner: Any
     scales: tuple[Any, ...]
-    exponents: tuple[Any, ...]
 
 
 def quantize_state(
@@ -65,24 +62,21 @@ def quantize_state(
     ``nu`` an unsigned one; sketches under these names as well. Their leaves have the
     paths and numbers of axes of the parameters; a field of such a name that holds
     anything else stays as it is. The elements of a row, along the last axis of a leaf,
-    share a scale, and those of a column, along the longest of the other axes, a power
-    of two that adapts every 16 updates, so that gradients whose rows or columns differ
-    by orders of magnitude keep their accuracy; see
-    :func:`flora_jax.quantization.codes.encode` for the codes and their errors. Leaves
-    of fewer than ``min_size`` elements, or of fewer than two axes longer than 1, stay
-    as they are.
+    share a scale; see :func:`flora_jax.quantization.codes.encode` for the codes and
+    their errors. Leaves of fewer than ``min_size`` elements, or of fewer than two axes
+    longer than 1, stay as they are.
 
     First moments are rounded to the nearest code. Second moments change by less than
-    half a step in most updates, all of which would be lost: they are rounded up from a
-    threshold that runs through all parts of a step, the multiples of the golden ratio,
-    so that they are right in the mean over a few updates. The decay of a whole row is
-    in its scale. Rows with an infinite or undefined entry become NaN.
+    half a step in most updates, all of which would be lost: float32 ones are rounded up
+    from a threshold that runs through all parts of a step, the multiples of the golden
+    ratio, so that they are right in the mean over a few updates. The decay of a whole
+    row is in its scale. Quantize inside an accumulation, not around it: micro-steps
+    count as updates. Rows with an infinite or undefined entry become NaN.
 
-    Memory: one byte per element of a moment (two for bfloat16), one scale of the
-    moment's dtype per row, and a byte per column: 4/m + 1/n bytes per element of an n x
-    m matrix. If m is under 32, rows run along the longest axis instead. On a mesh that
-    shards the rows, each device keeps the scales of all of them, and m is its share of
-    a row; likewise for columns.
+    Memory: one byte per element of a moment (two for bfloat16) and one scale of the
+    moment's dtype per row: 4/m bytes per element if rows have m. If m is under 32, rows
+    run along the longest axis instead. On a mesh that shards the rows, each device
+    keeps the scales of all of them, and m is its share of a row.
 
     Args:
       inner: the transformation, for example optax.adam(1e-3); also one whose state is
@@ -111,8 +105,8 @@ def quantize_state(
       >>> adam = state.inner[0]
       >>> adam.mu["w"].dtype.name, adam.nu["w"].dtype.name
       ('int8', 'uint8')
-      >>> state.scales[0]["w"].shape, state.exponents[0]["w"].shape
-      ((256, 1), (1, 512))
+      >>> state.scales[0]["w"].shape
+      (256, 1)
 
     References:
       Dettmers et al., `8-bit Optimizers via Block-wise Quantization
@@ -131,16 +125,13 @@ def quantize_state(
         names, moments = codec.find(inner_state, params)
         _check_moments(codec, names, moments)
         scales = [_empty_scales(codec, tree) for tree in moments]
-        exponents = [_empty_exponents(codec, tree) for tree in moments]
         named = _named_leaves(names, moments)
-        start = _hidden(moments)
-        codes, scales = _encode(codec, named, start, moments, scales, exponents, None)
+        codes, scales = _encode(codec, named, _hidden(moments), moments, scales)
         return QuantizedState(
             count=jnp.zeros([], jnp.int32),
             spec=make_spec(_NAME, np.zeros(2, np.uint32), **codec._asdict()),
             inner=codec.replace(inner_state, params, codes),
             scales=tuple(scales),
-            exponents=tuple(exponents),
         )
 
     def update_fn(
@@ -149,18 +140,14 @@ def quantize_state(
         like = gradient_shapes(updates)
         names, codes = codec.find(state.inner, like)
         named = _named_leaves(names, codes)
-        old = state.scales, state.exponents
-        _check_coded(codec, names, named, codes, *old)
-        decoded = _decode(codec, named, codes, *old)
-        exponents = _renewed(codec, named, codes, *old, state.count)
+        _check_coded(codec, names, named, codes, state.scales)
+        decoded = _decode(codec, named, codes, state.scales)
         new_updates, new_inner = inner.update(
             updates, codec.replace(state.inner, like, decoded), params, **extra_args
         )
         _, moments = codec.find(new_inner, like)
         word = state.count.astype(jnp.uint32) * np.uint32(_STRIDE)
-        codes, scales = _encode(
-            codec, named, moments, codes, state.scales, exponents, word
-        )
+        codes, scales = _encode(codec, named, moments, codes, state.scales, word)
         if not isinstance(new_updates, InPlace):
             new_updates = optax.tree.cast_like(new_updates, like)
         return new_updates, QuantizedState(
@@ -168,7 +155,6 @@ def quantize_state(
             spec=state.spec,
             inner=codec.replace(new_inner, like, codes),
             scales=tuple(scales),
-            exponents=tuple(exponents),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -196,13 +182,12 @@ class MomentCodec(NamedTuple):
         matrix = sum(n > 1 for n in shape) >= 2 and math.prod(shape) >= self.min_size
         return not (matrix and jnp.issubdtype(dtype, jnp.floating))
 
-    def types(self, signed: bool, shape: Shape, dtype: Any) -> tuple[Any, Shape, Shape]:
-        """Dtype of the codes, shapes of scales and exponents, of a leaf of moments."""
+    def types(self, signed: bool, shape: Shape, dtype: Any) -> tuple[Any, Shape]:
+        """Dtype of the codes and shape of the scales of a leaf of moments."""
         if self.is_exact(shape, dtype):
-            return dtype, (1,) * len(shape), (1,) * len(shape)
+            return dtype, (1,) * len(shape)
         scales = coding.scale_shape(shape, self.dtype)
-        exponents = coding.column_shape(shape, self.dtype)
-        return coding.code_dtype(self.dtype, signed), scales, exponents
+        return coding.code_dtype(self.dtype, signed), scales
 
 
 def _empty_scales(codec: MomentCodec, tree: Any) -> Any:
@@ -217,13 +202,6 @@ def _empty_scales(codec: MomentCodec, tree: Any) -> Any:
     zeros = trees.zeros_tree(tree, None, shapes, jnp.float32)
     own = map(trees.cast_like, jax.tree.leaves(zeros), leaves)
     return trees.rebuild(zeros, list(own))
-
-
-def _empty_exponents(codec: MomentCodec, tree: Any) -> Any:
-    """Zeros in place of a tree's exponents, in its boxes, with its sharding."""
-    leaves = jax.tree.leaves(tree)
-    shapes = [codec.types(True, x.shape, x.dtype)[2] for x in leaves]
-    return trees.zeros_tree(tree, None, shapes, jnp.int8)
 
 
 def _hidden(moments: list[Any]) -> list[Any]:
@@ -245,8 +223,7 @@ def _encode(
     moments: list[Any],
     codes: list[Any],
     scales: Sequence[Any],
-    exponents: Sequence[Any],
-    word: jax.Array | None,
+    word: jax.Array | None = None,
 ) -> tuple[list[Any], Sequence[Any]]:
     """Codes and scales of trees of moments.
 
@@ -256,80 +233,49 @@ def _encode(
       moments: the trees.
       codes: trees of codes, or of moments, whose structure and sharding to take.
       scales: trees of scales, for the same; their dtype is the moments'.
-      exponents: trees of exponents.
       word: the threshold of second moments; None to round to the nearest.
 
     Returns:
       The trees of codes and those of scales.
     """
 
-    def run(moments: Any, scales: Any, exponents: Any, word: Any) -> list[Any]:
-        coded = []
-        for (_, signed), x, *own in zip(named, moments, scales, exponents, strict=True):
-            x = x.astype(own[0].dtype)
-            if not codec.is_exact(x.shape, x.dtype):
-                given = None if signed else word
-                x, own[0] = coding.encode(x, own[1], codec.dtype, signed, given)
-            coded.append((x, own[0]))
+    def run(moments: Any, scales: Any, word: Any) -> list[Any]:
+        coded = [
+            _encode_leaf(codec, signed, x.astype(s.dtype), s, None if signed else word)
+            for (_, signed), x, s in zip(named, moments, scales, strict=True)
+        ]
         return [x for x, _ in coded] + [scale for _, scale in coded]
 
     like, old = jax.tree.leaves((codes, scales)), jax.tree.leaves(scales)
-    arrays = jax.tree.leaves(moments), old, jax.tree.leaves(exponents), word
-    new = trees.run_sharded(run, like, *arrays)
+    new = trees.run_sharded(run, like, jax.tree.leaves(moments), old, word)
     return trees.rebuild((codes, scales), list(map(_place, new, like)))
 
 
+def _encode_leaf(
+    codec: MomentCodec, signed: bool, x: jax.Array, scale: jax.Array, word: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of one leaf, or the leaf and its unused scale."""
+    if codec.is_exact(x.shape, x.dtype):
+        return x, scale
+    return coding.encode(x, codec.dtype, signed, word)
+
+
 def _decode(
-    codec: MomentCodec,
-    named: Leaves,
-    codes: list[Any],
-    scales: Sequence[Any],
-    exponents: Sequence[Any],
+    codec: MomentCodec, named: Leaves, codes: list[Any], scales: Sequence[Any]
 ) -> list[Any]:
     """The trees of moments."""
 
-    def run(*coded: Any) -> list[Any]:
+    def run(codes: Any, scales: Any) -> list[Any]:
         return [
             x
             if codec.is_exact(x.shape, scale.dtype)
-            else coding.decode(x, scale, own, codec.dtype, signed)
-            for (_, signed), x, scale, own in zip(named, *coded, strict=True)
+            else coding.decode(x, scale, codec.dtype, signed)
+            for (_, signed), x, scale in zip(named, codes, scales, strict=True)
         ]
 
-    arrays = list(map(jax.tree.leaves, (codes, scales, exponents)))
-    new = trees.run_sharded(run, arrays[0], *arrays)
+    old = jax.tree.leaves(codes)
+    new = trees.run_sharded(run, old, old, jax.tree.leaves(scales))
     return trees.rebuild(codes, new)
-
-
-def _renewed(
-    codec: MomentCodec,
-    named: Leaves,
-    codes: list[Any],
-    scales: Sequence[Any],
-    exponents: Sequence[Any],
-    count: jax.Array,
-) -> Sequence[Any]:
-    """The trees of exponents for the next codes: new ones in every 16th update."""
-
-    def run(codes: Any, scales: Any, exponents: Any, count: Any) -> list[Any]:
-        # The first codes are those of the first update; all columns adapt to them.
-        fall = jnp.where(count == 1, -coding.LEAST_EXPONENT, 1)
-
-        def renew() -> list[Any]:
-            return [
-                own
-                if codec.is_exact(x.shape, scale.dtype)
-                else coding.renewed_exponents(x, scale, own, codec.dtype, signed, fall)
-                for (_, signed), x, scale, own in zip(
-                    named, codes, scales, exponents, strict=True
-                )
-            ]
-
-        return jax.lax.cond(count % _RENEW_EVERY == 1, renew, lambda: exponents)
-
-    arrays = list(map(jax.tree.leaves, (codes, scales, exponents)))
-    new = trees.run_sharded(run, arrays[2], *arrays, count)
-    return trees.rebuild(exponents, list(map(_place, new, arrays[2])))
 
 
 def _named_leaves(names: Sequence[str], moments: Sequence[Any]) -> Leaves:
@@ -351,33 +297,25 @@ def _place(new: Any, old: Any) -> Any:
 
 
 def _check_coded(
-    codec: MomentCodec,
-    names: Sequence[str],
-    named: Leaves,
-    codes: Any,
-    scales: Any,
-    exponents: Any,
+    codec: MomentCodec, names: Sequence[str], named: Leaves, codes: Any, scales: Any
 ) -> None:
     """Raises if codes and scales are not those of the settings; by static facts."""
-    every = codes, scales, exponents
-    counts = [[len(jax.tree.leaves(tree)) for tree in x] for x in every]
-    if not counts[0] == counts[1] == counts[2]:
+    counts = [[len(jax.tree.leaves(tree)) for tree in x] for x in (codes, scales)]
+    if counts[0] != counts[1]:
         raise ValueError(
-            f"`state` of {_NAME} must have scales and exponents for each array of"
-            f" {names}, got {counts[1]} and {counts[2]} arrays in their trees for"
-            f" {counts[0]}; it was made with other `fields` or parameters: init again,"
-            " or restore the settings"
+            f"`state` of {_NAME} must have scales for each array of {names}, got"
+            f" {counts[1]} arrays in its trees of scales for {counts[0]}; it was made"
+            " with other `fields` or parameters: init again, or restore the settings"
         )
-    coded = map(jax.tree.leaves, every)
-    for (path, signed), x, scale, own in zip(named, *coded, strict=True):
+    coded = map(jax.tree.leaves, (codes, scales))
+    for (path, signed), x, scale in zip(named, *coded, strict=True):
         expected = codec.types(signed, x.shape, scale.dtype)
-        if (x.dtype, scale.shape, own.shape) != expected or own.dtype != jnp.int8:
+        if (x.dtype, scale.shape) != expected:
             raise ValueError(
-                f"`state` of {_NAME} must have codes of dtype {expected[0]}, scales of"
-                f" shape {expected[1]} and int8 exponents of shape {expected[2]} at"
-                f" {path!r}, got {x.dtype}, {scale.shape} and {own.dtype} of"
-                f" {own.shape}; it was made with other settings than {codec}, or cast:"
-                " init again, or restore it"
+                f"`state` of {_NAME} must have codes of dtype {expected[0]} and scales"
+                f" of shape {expected[1]} at {path!r}, got {x.dtype} and"
+                f" {scale.shape}; it was made with other settings than {codec}, or"
+                " cast: init again, or restore it"
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,9 +77,8 @@ def state_sharding(
         elif path is None or len(leaf.shape) != len(shapes[path]):
             places.append(replicated)
         else:
-            old, fit = shapes[path], fit_sharding
-            if field in ("scales", "exponents") and leaf.shape:
-                fit = functools.partial(_fit_scales, rows=field == "scales")
+            of_scales = field == "scales" and leaf.shape
+            fit, old = _fit_scales if of_scales else fit_sharding, shapes[path]
             groups = folds.get(path, ())
             groups = [x for x in groups if _holds_equal_rank(x, old, leaf.shape)]
             places.append(fit(given[path], old, leaf.shape, axes, groups))
@@ -100,21 +98,16 @@ def _holds_equal_rank(group: Axes, old: Shape, new: Shape) -> bool:
 
 
 def _fit_scales(
-    sharding: Any,
-    old: Shape,
-    new: Shape,
-    axes: MeshAxes,
-    groups: Sequence[Axes],
-    rows: bool,
+    sharding: Any, old: Shape, new: Shape, axes: MeshAxes, groups: Sequence[Axes]
 ) -> Any:
-    """The sharding of a code's scales or exponents, from that of its parameter.
+    """The sharding of a code's scales, from that of its parameter.
 
     They have the axes of the moment but for that of the rows, the last or the longest,
-    or that of the columns, the longest other one; the names of these move nowhere.
+    whose names move nowhere.
     """
     every = range(len(new))
-    gone = max(every, key=lambda i: (new[i] == 1, rows and i == every[-1], old[i]))
-    moment = (*new[:gone], old[gone], *new[gone + 1 :])
+    row = max(every, key=lambda i: (new[i] == 1, i == every[-1], old[i]))
+    moment = (*new[:row], old[row], *new[row + 1 :])
     fitted = fit_sharding(sharding, old, moment, axes, groups)
     named = isinstance(fitted, jax.NamedSharding)
     spec = fitted.spec if named else fitted

@@ -17,7 +17,7 @@ TREES = {
         "limiter",
         "error",
     ),
-    fj.QuantizedState: ("scales", "exponents"),
+    fj.QuantizedState: ("scales",),
 }
 # Those that hold sketches.
 SKETCHES = ("momentum", "acc_grads", "inner.mu", "inner.nu", "inner.trace")
@@ -70,5 +70,5 @@ def _found(field, own):
 
 def _trees(field, value):
     """The trees in a field: one, none where it is (), or one for each tree of codes."""
-    trees = value if field in ("scales", "exponents") else (value,)
+    trees = value if field == "scales" else (value,)
     return [tree for tree in trees if not (isinstance(tree, tuple) and not tree)]

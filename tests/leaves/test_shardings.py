@@ -502,7 +502,6 @@ def test_rules_without_a_mesh():
     with linen.logical_axis_rules(rules):
         state = jax.eval_shape(coded.init, stacked(*matrix))
     assert state.scales[0]["w"].get_metadata("out_sharding") == ("embed", None)
-    assert state.exponents[0]["w"].get_metadata("out_sharding") == (None, "mlp")
 
 
 def test_metadata_beside_dimension_numbers():

@@ -57,8 +57,8 @@ def test_shapes_dtypes_and_bytes_of_the_state():
     assert (moments.mu["w"].dtype, moments.nu["w"].dtype) == (jnp.int8, jnp.uint8)
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
     numbers = 64 * 512
-    # Two moments with scales and exponents; two counters and the spec.
-    assert sum(sizes) == 2 * (numbers + 4 * 64 + 512) + 4 + 4 + 4 * 64
+    # Two moments with scales; two counters and the spec.
+    assert sum(sizes) == 2 * (numbers + 4 * 64) + 4 + 4 + 4 * 64
     assert types(tx.init(shape)) == types(state)
 
 
@@ -72,7 +72,7 @@ def test_small_and_one_dimensional_leaves_are_exact(dtype):
         for field in ("mu", "nu"):
             kept = getattr(states[-1].inner[0], field)[name]
             assert_close(kept, getattr(theirs[-1][0], field)[name])
-        for tree in states[-1].scales + states[-1].exponents:
+        for tree in states[-1].scales:
             assert tree[name].shape == (1,) * len(SHAPES[name])
     assert states[-1].inner[0].mu["stack"].dtype == jnp.dtype(dtype)
 
@@ -87,18 +87,16 @@ def test_one_step_is_that_of_the_inner_transformation(dtype):
     updates, _ = tx.update(gradients(0), states[0])
     assert_close(updates, expected)
     state, moments = states[1], []
-    for field, *own in zip(("mu", "nu"), state.scales, state.exponents, strict=True):
+    for field, scales in zip(("mu", "nu"), state.scales, strict=True):
         tree = dict(getattr(state.inner[0], field))
         for name in ("w", "stack"):
-            given = [each[name] for each in own]
-            tree[name] = decode(tree[name], *given, dtype, field == "mu")
+            tree[name] = decode(tree[name], scales[name], dtype, field == "mu")
         moments.append(tree)
     inner = state.inner[0]._replace(mu=moments[0], nu=moments[1])
     expected, new = plain.update(gradients(1), (inner, *state.inner[1:]))
     updates, ours = tx.update(gradients(1), state)
     assert_close(updates, expected)
-    coded = ours.inner[0].mu["w"], ours.scales[0]["w"], ours.exponents[0]["w"]
-    back = decode(*coded, dtype, True)
+    back = decode(ours.inner[0].mu["w"], ours.scales[0]["w"], dtype, True)
     worst = {"int8": 1.6 / 127, "float8_e4m3fn": 1 / 16, "bfloat16": 1 / 256}[dtype]
     error = np.abs(np.asarray(back) - np.asarray(new[0].mu["w"])).max()
     assert 0 < error <= worst * np.abs(np.asarray(new[0].mu["w"])).max()
@@ -212,7 +210,8 @@ def test_int8_stays_within_two_percent_of_float32(kind):
     exact = parameters(tx, held_out(kind))
     coded = parameters(fj.quantize_state(tx), held_out(kind))
     error = np.linalg.norm(coded - exact) / np.linalg.norm(exact)
-    assert 0.005 < error < 0.02
+    # With columns of one scale, but not where these differ by three decades.
+    assert 0.005 < error < (0.1 if kind == "column scales" else 0.02)
 
 
 @pytest.mark.full
@@ -249,8 +248,7 @@ def test_second_moments_keep_what_the_nearest_code_loses():
 
     run = jax.jit(lambda state: jax.lax.scan(body, state, length=steps)[0])
     state = run(tx.init({"w": jnp.zeros(shape)}))
-    coded = state.inner.nu["w"], state.scales[0]["w"], state.exponents[0]["w"]
-    back = np.asarray(decode(*coded, "int8", False))
+    back = np.asarray(decode(state.inner.nu["w"], state.scales[0]["w"], "int8", False))
     falling = back[~np.broadcast_to(stays, shape)]
     expected = 0.5 + 0.5 * 0.999**steps
     # Half of the step between two codes; to the nearest it would have stayed 1.
@@ -303,20 +301,17 @@ def test_complex_moments_stay_as_they_are():
 def test_states_of_other_settings():
     tx, _, states = adam()
     state = states[0]
-    with pytest.raises(ValueError, match="must have scales and exponents for each"):
+    with pytest.raises(ValueError, match="must have scales for each array of"):
         tx.update(params(), state._replace(scales=state.scales[:1]))
-    cast = optax.tree.cast(state.exponents, jnp.float32)
-    with pytest.raises(ValueError, match="int8 exponents of shape .* and float32 of"):
-        tx.update(params(), state._replace(exponents=cast))
     other = quantize(optax.adam(0.1), "float8_e4m3fn")
-    with pytest.raises(ValueError, match="codes of dtype float8_e4m3fn, scales"):
+    with pytest.raises(ValueError, match="codes of dtype float8_e4m3fn and scales"):
         other.update(params(), state)
     mu, nu = state.scales
     blocks = state._replace(scales=({**mu, "w": jnp.ones((64, 2))}, nu))
-    with pytest.raises(ValueError, match=r"scales of shape \(64, 1\) .* at '0/mu/w'"):
+    with pytest.raises(ValueError, match=r"scales of shape \(64, 1\) at '0/mu/w'"):
         tx.update(params(), blocks)
     other = quantize_state(optax.adam(0.1), min_size=1)
-    with pytest.raises(ValueError, match=r"codes of dtype int8, .* at '0/mu/small'"):
+    with pytest.raises(ValueError, match=r"codes of dtype int8 .* at '0/mu/small'"):
         other.update(params(), state)
 
 
