@@ -94,7 +94,7 @@ def encode(
     x: Float[Array, "..."],
     code: str,
     signed: bool,
-    word: UInt32[Array, ""] | None = None,
+    threshold: UInt32[Array, ""] | None = None,
 ) -> tuple[Array, Float[Array, "..."]]:
     """Codes and scales of an array.
 
@@ -119,18 +119,18 @@ def encode(
     A row with an infinite or undefined entry, or with a negative one if unsigned, has
     the scale NaN: all of it is decoded to NaN. bfloat16 keeps such entries.
 
-    Given a word w, x becomes the upper one of the two nearest values if it is above the
-    lower one by more than w/2³² of their distance. If the words of many calls are
-    evenly spread, that is right in the mean: exactly for bfloat16, else to 2⁻¹⁴ of the
-    distance. Errors are then up to twice those above. Unsigned values below the
-    smallest code become that code here, too. Moments narrower than float32 are rounded
-    to the nearest nevertheless: what was decoded is a code only up to their roundings.
+    Given a threshold w, x becomes the upper one of the two nearest values if it is
+    above the lower one by more than w/2³² of their distance. If the thresholds of many
+    calls are evenly spread, rounding is unbiased: exactly for bfloat16, else to 2⁻¹⁴ of
+    the distance. Errors are then up to twice those above. Unsigned values below the
+    smallest code become that code here, too. Moments narrower than float32 are always
+    rounded to the nearest: decoded ones are codes only up to roundings of their dtype.
 
     Args:
       x: real floating array of at least one axis, none of size zero.
       code: one of :data:`CODES`.
       signed: whether the values have signs.
-      word: w, or None to round to the nearest: in x, or in √x if unsigned.
+      threshold: w, or None to round to the nearest: in x, or in √x if unsigned.
 
     Returns:
       Codes of x's shape, and scales of :func:`scale_shape` and x's dtype: that holds s
@@ -150,8 +150,9 @@ def encode(
       <https://arxiv.org/abs/2110.02861>`_, 2021, for codes with scales
     """
     full = x.astype(jnp.float32)
+    threshold = threshold if x.dtype == jnp.float32 else None
     if code == "bfloat16":
-        return _to_bfloat16(full, word), jnp.zeros((1,) * x.ndim, x.dtype)
+        return _to_bfloat16(full, threshold), jnp.zeros((1,) * x.ndim, x.dtype)
     grid = _GRIDS[code, signed]
     sizes = jnp.abs(full) if signed else jnp.where(full < 0, jnp.nan, full)
     # In the dtype of x, exactly: TPUs then do not read x once more for it.
@@ -161,8 +162,7 @@ def encode(
     scales = jnp.where(jnp.isfinite(tops), jnp.maximum(tops, floor), jnp.nan)
     parts = sizes / scales
     # Also where the part is not a number: a cast of it would differ by device.
-    word = word if x.dtype == jnp.float32 else None
-    codes = _round(jnp.where(parts <= 1, parts, 1.0), grid, word)
+    codes = _round(jnp.where(parts <= 1, parts, 1.0), grid, threshold)
     if signed:
         codes = jnp.where(full < 0, -codes, codes)
     else:
@@ -198,7 +198,7 @@ def decode(
     return (full * scales.astype(jnp.float32)).astype(scales.dtype)
 
 
-def _round(parts: jax.Array, grid: _Grid, word: jax.Array | None) -> jax.Array:
+def _round(parts: jax.Array, grid: _Grid, threshold: jax.Array | None) -> jax.Array:
     """Codes, in float32, of values in [0, 1]: one of the two next to each."""
     # An estimate of the root is enough: the nearer of two codes is chosen below.
     roots = parts if grid.power == 1 else jnp.exp2(jnp.log2(parts) / grid.power)
@@ -208,16 +208,16 @@ def _round(parts: jax.Array, grid: _Grid, word: jax.Array | None) -> jax.Array:
         steps = jnp.maximum(_power_of_two(places) * 2.0**-grid.bits, grid.finest)
     low = jnp.floor(places / steps) * steps
     high = low + steps
-    if word is None:
-        power, threshold = grid.curve, jnp.float32(0.5)
+    if threshold is None:
+        power, share = grid.curve, jnp.float32(0.5)
         values = parts if grid.power == grid.curve else jnp.sqrt(parts)
     else:
         power, values = grid.power, parts
-        start = (word >> (32 - _THRESHOLD_BITS)).astype(jnp.float32)
-        threshold = (start + 0.5) * np.float32(2.0**-_THRESHOLD_BITS)
+        start = (threshold >> (32 - _THRESHOLD_BITS)).astype(jnp.float32)
+        share = (start + 0.5) * np.float32(2.0**-_THRESHOLD_BITS)
     values = values * np.float32(grid.top**power)
     below, above = low**power, high**power
-    return jnp.where(values - below > threshold * (above - below), high, low)
+    return jnp.where(values - below > share * (above - below), high, low)
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
@@ -225,10 +225,10 @@ def _power_of_two(x: jax.Array) -> jax.Array:
     return (x.view(jnp.uint32) & np.uint32(0x7F800000)).view(jnp.float32)
 
 
-def _to_bfloat16(x: jax.Array, word: jax.Array | None) -> jax.Array:
-    """Nearest, or carried into the upper 16 bits as often as the lower ones say."""
-    if word is not None:
-        words = (x.view(jnp.uint32) + (~word >> 16)) & np.uint32(0xFFFF0000)
+def _to_bfloat16(x: jax.Array, threshold: jax.Array | None) -> jax.Array:
+    """Nearest, or carried into the upper 16 bits if the lower ones exceed w."""
+    if threshold is not None:
+        words = (x.view(jnp.uint32) + (~threshold >> 16)) & np.uint32(0xFFFF0000)
         x = jnp.where(jnp.isfinite(x), words.view(jnp.float32), x)
     return x.astype(jnp.bfloat16)
 

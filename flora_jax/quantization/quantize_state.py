@@ -24,7 +24,8 @@ from flora_jax.quantization import codes as coding
 from flora_jax.sketching.sketcher import gradient_shapes
 
 _NAME = "quantize_state"
-# 2³² divided by the golden ratio: its multiples are evenly spread, however many.
+# 2³² divided by the golden ratio; its multiples modulo 2³² are a low-discrepancy
+# sequence.
 _STRIDE = 2654435769
 # Path of each leaf of moments, and whether its code is signed.
 Leaves: TypeAlias = list[tuple[str, bool]]
@@ -66,12 +67,12 @@ def quantize_state(
     their errors. Leaves of fewer than ``min_size`` elements, or of fewer than two axes
     longer than 1, stay as they are.
 
-    First moments are rounded to the nearest code. Second moments change by less than
-    half a step in most updates, all of which would be lost: float32 ones are rounded up
-    from a threshold that runs through all parts of a step, the multiples of the golden
-    ratio, so that they are right in the mean over a few updates. The decay of a whole
-    row is in its scale. Quantize inside an accumulation, not around it: micro-steps
-    count as updates. Rows with an infinite or undefined entry become NaN.
+    First moments are rounded to the nearest code. Most changes of second moments are
+    smaller than half a step and would be lost: float32 ones are rounded up above a
+    threshold that follows a low-discrepancy sequence, multiples of the golden ratio,
+    so that rounding is unbiased over a few updates. The decay of a whole row is in its
+    scale. Quantize inside an accumulation, not around it: micro-steps count as updates.
+    Rows with an infinite or undefined entry become NaN.
 
     Memory: one byte per element of a moment (two for bfloat16) and one scale of the
     moment's dtype per row: 4/m bytes per element if rows have m. If m is under 32, rows
@@ -146,8 +147,8 @@ def quantize_state(
             updates, codec.replace(state.inner, like, decoded), params, **extra_args
         )
         _, moments = codec.find(new_inner, like)
-        word = state.count.astype(jnp.uint32) * np.uint32(_STRIDE)
-        codes, scales = _encode(codec, named, moments, codes, state.scales, word)
+        threshold = state.count.astype(jnp.uint32) * np.uint32(_STRIDE)
+        codes, scales = _encode(codec, named, moments, codes, state.scales, threshold)
         if not isinstance(new_updates, InPlace):
             new_updates = optax.tree.cast_like(new_updates, like)
         return new_updates, QuantizedState(
@@ -223,7 +224,7 @@ def _encode(
     moments: list[Any],
     codes: list[Any],
     scales: Sequence[Any],
-    word: jax.Array | None = None,
+    threshold: jax.Array | None = None,
 ) -> tuple[list[Any], Sequence[Any]]:
     """Codes and scales of trees of moments.
 
@@ -233,31 +234,25 @@ def _encode(
       moments: the trees.
       codes: trees of codes, or of moments, whose structure and sharding to take.
       scales: trees of scales, for the same; their dtype is the moments'.
-      word: the threshold of second moments; None to round to the nearest.
+      threshold: of second moments; None to round to the nearest.
 
     Returns:
       The trees of codes and those of scales.
     """
 
-    def run(moments: Any, scales: Any, word: Any) -> list[Any]:
-        coded = [
-            _encode_leaf(codec, signed, x.astype(s.dtype), s, None if signed else word)
-            for (_, signed), x, s in zip(named, moments, scales, strict=True)
-        ]
+    def run(moments: Any, scales: Any, threshold: Any) -> list[Any]:
+        coded = []
+        for (_, signed), x, scale in zip(named, moments, scales, strict=True):
+            x = x.astype(scale.dtype)
+            if not codec.is_exact(x.shape, x.dtype):
+                own = None if signed else threshold
+                x, scale = coding.encode(x, codec.dtype, signed, own)
+            coded.append((x, scale))
         return [x for x, _ in coded] + [scale for _, scale in coded]
 
     like, old = jax.tree.leaves((codes, scales)), jax.tree.leaves(scales)
-    new = trees.run_sharded(run, like, jax.tree.leaves(moments), old, word)
+    new = trees.run_sharded(run, like, jax.tree.leaves(moments), old, threshold)
     return trees.rebuild((codes, scales), list(map(_place, new, like)))
-
-
-def _encode_leaf(
-    codec: MomentCodec, signed: bool, x: jax.Array, scale: jax.Array, word: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Codes and scales of one leaf, or the leaf and its unused scale."""
-    if codec.is_exact(x.shape, x.dtype):
-        return x, scale
-    return coding.encode(x, codec.dtype, signed, word)
 
 
 def _decode(

@@ -29,13 +29,13 @@ SHAPE = (5, 3, 40)
 def compiled(code, signed):
     """Jitted encode with and without a threshold, and decode."""
     first = jax.jit(lambda x: encode(x, code, signed))
-    above = jax.jit(lambda x, word: encode(x, code, signed, word))
+    above = jax.jit(lambda x, w: encode(x, code, signed, w))
     return first, above, jax.jit(lambda q, s: decode(q, s, code, signed))
 
 
-def there_and_back(x, code, signed, word=None):
+def there_and_back(x, code, signed, threshold=None):
     first, above, back = compiled(code, signed)
-    codes, scales = first(x) if word is None else above(x, jnp.uint32(word))
+    codes, scales = first(x) if threshold is None else above(x, jnp.uint32(threshold))
     return back(codes, scales)
 
 
@@ -167,16 +167,16 @@ def test_what_was_decoded_is_a_fixed_point(code, signed, threshold):
 
 @pytest.mark.sample(1)
 @every_code
-def test_evenly_spread_thresholds_are_right_in_the_mean(code, signed):
+def test_evenly_spread_thresholds_are_unbiased(code, signed):
     """Within a step over their number, for each of a row's entries; zero stays."""
     count = 2**12
     x = numbers(signed, (8,), decades=3).at[0].set(0.0)
-    words = jnp.arange(count, dtype=jnp.uint32) << 20
+    thresholds = jnp.arange(count, dtype=jnp.uint32) << 20
 
-    def once(word):
-        return decode(*encode(x, code, signed, word), code, signed)
+    def once(threshold):
+        return decode(*encode(x, code, signed, threshold), code, signed)
 
-    back = np.asarray(jax.jit(jax.vmap(once))(words), np.float64)
+    back = np.asarray(jax.jit(jax.vmap(once))(thresholds), np.float64)
     step = back.max(0) - back.min(0)
     expected = np.asarray(x, np.float64)
     error = np.abs(back.mean(0) - expected)

@@ -175,7 +175,7 @@ KINDS = ("plain", "heavy-tailed", "sparse rows", "column scales", "row scales")
 
 
 def held_out(kind, steps=200, shape=(256, 512)):
-    """Gradients of a kind that the codes were not made for, (steps, n, m)."""
+    """Gradients of one kind, (n, m) at each step."""
     rng = np.random.default_rng(1)
     mean = 0.3 * rng.standard_normal(shape)
     decades = {"column scales": (1, shape[1]), "row scales": (shape[0], 1)}
@@ -205,12 +205,12 @@ def parameters(tx, grads):
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
-def test_int8_stays_within_two_percent_of_float32(kind):
+def test_int8_stays_near_float32(kind):
     tx = optax.adam(1e-3)
     exact = parameters(tx, held_out(kind))
     coded = parameters(fj.quantize_state(tx), held_out(kind))
     error = np.linalg.norm(coded - exact) / np.linalg.norm(exact)
-    # With columns of one scale, but not where these differ by three decades.
+    # Scales are per row: columns that differ by three decades lose accuracy.
     assert 0.005 < error < (0.1 if kind == "column scales" else 0.02)
 
 
