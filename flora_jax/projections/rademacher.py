@@ -19,7 +19,7 @@ class Rademacher(IndependentEntries):
     E[SᵀS] = I. E‖G SᵀS − G‖² = ((m−1)/r)·‖G‖²: a little less than Gaussian's, as the
     diagonal of SᵀS is 1 without noise. S Sᵀ is not a multiple of I.
 
-    Costs r·m random signs, and products and memory as Gaussian.
+    Costs r·m random signs, and products, memory and time as :class:`Gaussian`.
 
     Raises:
       ValueError: for ``normalization="isometric"``, which no matrix of signs has.
