@@ -36,6 +36,8 @@ class TopDCT(AdaptiveProjection):
     columns against 25 and 31) and about half as long at 1600 (191 and 156 against 270
     and 304; two CPU cores), but a product leaves a sharded side sharded. Applying S
     costs as much as any matrix of r rows. Stores r int32 indices per matrix.
+    By their compilers a step that chooses anew, as :func:`flora_jax.dct_adamw` does by
+    default, takes at least 4 times as long as AdamW's on a v5e, 7 times on an H100.
 
     Attributes:
       normalization: ``"isometric"``: the cosines are orthonormal.
