@@ -31,7 +31,7 @@ def write(path: pathlib.Path) -> None:
             "moved in a step": lambda row: _times(row, row["step"]),
             "besides in some": lambda row: _times(row, row["besides"]),
             "temporaries": lambda row: _times(row, row["temporaries"], 3),
-            "products, GFLOP": lambda row: _products(row["flops"]),
+            "products, GFLOP": lambda row: report.products(row["flops"]),
             "time bound, ms": lambda row: f"{1e3 * row['seconds']:.2f}",
             "of AdamW's": lambda row, adamw=adamw: (
                 adamw and f"{row['seconds'] / adamw:.2f}"
@@ -52,10 +52,6 @@ def _title(row: Row) -> str:
 
 def _times(row: Row, size: float, digits: int = 2) -> str:
     return f"{size / row['parameters']:.{digits}f}"
-
-
-def _products(flops: dict[str, float]) -> str:
-    return ", ".join(f"{n / 1e9:.0f} {precision}" for precision, n in flops.items())
 
 
 def _draw(path: pathlib.Path, rows: list[Row]) -> None:

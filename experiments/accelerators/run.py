@@ -1,7 +1,5 @@
 """The compilers' account of an optimizer step on one chip."""
 
-import collections
-
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +11,7 @@ from experiments.common.chips import CHIPS
 from experiments.common.compiled import measure_missing
 from experiments.common.methods import METHODS, Settings
 from experiments.common.state_bytes import tree_bytes
-from experiments.common.traffic import Kernel, kernels
+from experiments.common.traffic import account
 from experiments.models import build
 
 
@@ -44,11 +42,8 @@ def measure(case: records.Row) -> records.Row:
 
     Returns:
         Bytes of the `parameters`, of the `arguments` (parameters, state and gradients)
-        and of the `temporaries`; bytes that kernels move in every `step`, in the
-        cheapest branch of each conditional, and `besides` in the most expensive ones;
-        floating-point operations of the step's products by precision (`flops`); a lower
-        bound on the `seconds` of the step: for each kernel those of its memory or those
-        of its products; processor seconds of the `compilation`.
+        and of the `temporaries`; processor seconds of the `compilation`; and the
+        `account` of its kernels.
     """
     chip, problem, dtype = CHIPS[case["chip"]], case["problem"], case["dtype"]
     if problem == "leaf":
@@ -60,51 +55,10 @@ def measure(case: records.Row) -> records.Row:
     tx = METHODS[case["method"]].optimizer(1e-3, settings)
     one_call = case["calls"] == "one"
     compiled, seconds = chips.compile_on_one(chip, tx, shapes, one_call)
-    always, besides = split(kernels(compiled.as_text()))
     memory = compiled.memory_analysis()
     return {
         "parameters": tree_bytes(shapes),
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "step": _nbytes(always),
-        "besides": besides,
-        "flops": _flops(always),
-        "seconds": sum(
-            chip.seconds(each.nbytes, each.flops, each.precision) for each in always
-        ),
         "compilation": seconds,
-    }
-
-
-def split(found: list[Kernel]) -> tuple[list[Kernel], float]:
-    """Splits kernels into what every step runs and what some steps run besides.
-
-    Args:
-        found: of one program.
-
-    Returns:
-        The kernels outside of conditionals and those of the branch of each conditional
-        that moves least; how many bytes more the branches move that move most.
-    """
-    always, besides = [each for each in found if not each.conditional], 0.0
-    for name in {each.conditional for each in found} - {""}:
-        branches = collections.defaultdict(list)
-        for each in found:
-            if each.conditional == name:
-                branches[each.branch].append(each)
-        ordered = sorted(branches.values(), key=_nbytes)
-        always += ordered[0]
-        besides += _nbytes(ordered[-1]) - _nbytes(ordered[0])
-    return always, besides
-
-
-def _nbytes(found: list[Kernel]) -> float:
-    return sum(each.nbytes for each in found)
-
-
-def _flops(found: list[Kernel]) -> dict[str, float]:
-    total: dict[str, float] = collections.Counter()
-    for each in found:
-        if each.flops:
-            total[each.precision] += each.flops
-    return dict(total)
+    } | account(compiled.as_text(), chip)

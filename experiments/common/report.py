@@ -73,6 +73,11 @@ def megabytes(count: float, digits: int = 2) -> str:
     return f"{count / 1e6:.{digits}f}"
 
 
+def products(flops: Mapping[str, float]) -> str:
+    """Returns operations of products by their precision, in GFLOP."""
+    return ", ".join(f"{n / 1e9:.0f} {precision}" for precision, n in flops.items())
+
+
 def grouped(rows: Iterable[records.Row], *names: str) -> dict[Any, list[records.Row]]:
     """Returns the rows by what they have in some fields, in the order of the rows."""
     groups: dict[Any, list[records.Row]] = {}

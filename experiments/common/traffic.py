@@ -1,11 +1,14 @@
 """What the kernels of a compiled program read, write and multiply."""
 
+import collections
 import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from experiments.common.chips import Chip
 from experiments.common.hlo import Instruction, Program, parse
+from experiments.common.records import Row
 
 # They move nothing themselves.
 _FREE = {
@@ -75,6 +78,64 @@ def kernels(text: str) -> list[Kernel]:
     return list(_kernels(program))
 
 
+def account(text: str, chip: Chip) -> Row:
+    """Returns what a step takes of a chip.
+
+    Args:
+        text: `compiled.as_text()`.
+        chip: what it is compiled for.
+
+    Returns:
+        Bytes that kernels move in every `step`, in the cheapest branch of each
+        conditional, and `besides` in the most expensive ones; floating-point operations
+        of the step's products by precision (`flops`); a lower bound on the `seconds` of
+        the step: for each kernel those of its memory or those of its products.
+    """
+    always, besides = split(kernels(text))
+    return {
+        "step": _nbytes(always),
+        "besides": besides,
+        "flops": _flops(always),
+        "seconds": sum(
+            chip.seconds(each.nbytes, each.flops, each.precision) for each in always
+        ),
+    }
+
+
+def split(found: list[Kernel]) -> tuple[list[Kernel], float]:
+    """Splits kernels into what every step runs and what some steps run besides.
+
+    Args:
+        found: of one program.
+
+    Returns:
+        The kernels outside of conditionals and those of the branch of each conditional
+        that moves least; how many bytes more the branches move that move most.
+    """
+    always, besides = [each for each in found if not each.conditional], 0.0
+    for name in {each.conditional for each in found} - {""}:
+        branches = collections.defaultdict(list)
+        for each in found:
+            if each.conditional == name:
+                branches[each.branch].append(each)
+        ordered = sorted(branches.values(), key=_nbytes)
+        always += ordered[0]
+        besides += _nbytes(ordered[-1]) - _nbytes(ordered[0])
+    return always, besides
+
+
+def _nbytes(found: list[Kernel]) -> float:
+    return sum(each.nbytes for each in found)
+
+
+def _flops(found: list[Kernel]) -> dict[str, float]:
+    total: dict[str, float] = collections.Counter()
+    for each in found:
+        if each.flops:
+            total[each.precision] += each.flops
+    return dict(total)
+
+
 def _kernels(program: Program) -> Iterator[Kernel]:
     for each, body, _, times, conditional, branch in program.walk(fusions=False):
         for called in each.branches:
@@ -123,42 +184,49 @@ def _fused(
     program: Program, each: Instruction, outer: Mapping[str, Instruction]
 ) -> float:
     body = program.computations[each.called[0]]
-    parameters = {
-        int(x.inner): x.name for x in body.values() if x.opcode == "parameter"
-    }
-
-    def source(name: str) -> str:
-        while body[name].opcode in _SAME and len(body[name].operands) == 1:
-            name = body[name].operands[0]
-        return name
-
-    readers: dict[str, list[Instruction]] = {}
-    for x in body.values():
-        if x.opcode in _SAME and len(x.operands) == 1 and not x.is_root:
-            continue
-        for operand in x.operands:
-            if operand in body:
-                readers.setdefault(source(operand), []).append(x)
+    parameters = _parameters(body)
     written, in_place = each.nbytes, set()
     for x in body.values():
         if x.opcode != "dynamic-update-slice" or x.nbytes > written:
             continue
-        target = source(x.operands[0])
+        target = _source(body, x.operands[0])
         if target in parameters.values():
             written += 2 * body[x.operands[1]].nbytes - x.nbytes
             in_place.add(target)
     read = 0.0
     for i, operand in enumerate(each.operands):
-        if operand not in outer or (name := parameters.get(i)) in in_place:
-            continue
-        full = outer[operand].nbytes
-        users = readers.get(name, []) if name else []
-        if users and all(
-            x.opcode in _SLICES and source(x.operands[0]) == name for x in users
-        ):
-            full = min(full, sum(map(_sliced, users)))
-        read += full
+        if operand in outer and parameters.get(i) not in in_place:
+            read += min(outer[operand].nbytes, _accessed(program, body, i))
     return written + read
+
+
+def _accessed(program: Program, body: Mapping[str, Instruction], i: int) -> float:
+    """Bytes of a fusion's operand that are read through slices; infinite if all."""
+    name, total = _parameters(body).get(i), 0.0
+    for x in body.values():
+        if x.opcode in _SAME and len(x.operands) == 1 and not x.is_root:
+            continue
+        for place, operand in enumerate(x.operands):
+            if operand not in body or _source(body, operand) != name:
+                continue
+            if x.opcode == "fusion":
+                inner = program.computations[x.called[0]]
+                total += _accessed(program, inner, place)
+            elif x.opcode in _SLICES and place == 0:
+                total += _sliced(x)
+            else:
+                return math.inf
+    return total or math.inf
+
+
+def _parameters(body: Mapping[str, Instruction]) -> dict[int, str]:
+    return {int(x.inner): x.name for x in body.values() if x.opcode == "parameter"}
+
+
+def _source(body: Mapping[str, Instruction], name: str) -> str:
+    while body[name].opcode in _SAME and len(body[name].operands) == 1:
+        name = body[name].operands[0]
+    return name
 
 
 def _products(

@@ -11,10 +11,13 @@ from experiments.common.records import Row, read_rows
 _CASE = ("model", "dtype", "pod", "layout", "rank")
 _CAPTION = """\
 Bytes on one chip for one update and its application, with parameters and state donated.
-Arguments are parameters, state and gradients. Collectives are the optimizer's: the
-operands or the results of each, whichever are larger; also as a multiple of the float32
-sketches of all sketched gradients, sharded over "tensor" alone. A refresh adds its own.
-AdamW and Muon are optax's.
+Arguments are parameters, state and gradients. Moved is what kernels read and write in the
+chip's memory in every step, collectives' operands and results included, and besides in
+some (a refresh, a transfer). The lower bound on the time of the kernels of every step sums
+up the longer of memory and products for each, at published rates; the network's time is
+not in it. Collectives are the optimizer's: the operands or the results of each, whichever
+are larger; also as a multiple of the float32 sketches of all sketched gradients, sharded
+over "tensor" alone. AdamW and Muon are optax's.
 """
 
 
@@ -25,10 +28,15 @@ def write(path: pathlib.Path) -> None:
         "optimizer": lambda row: METHODS[row["method"]].title,
         "arguments, GB": _compiled(lambda row: f"{row['arguments'] / 1e9:.3f}"),
         "temporaries, GB": _compiled(lambda row: f"{row['temporaries'] / 1e9:.3f}"),
-        "collectives, MB": _compiled(lambda row: _sent(row["step"])),
+        "moved, GB": _compiled(lambda row: f"{row['step'] / 1e9:.2f}"),
+        "besides in some, GB": _compiled(lambda row: f"{row['besides'] / 1e9:.2f}"),
+        "products, GFLOP": _compiled(lambda row: report.products(row["flops"])),
+        "time bound, ms": _compiled(lambda row: f"{1e3 * row['seconds']:.2f}"),
+        "collectives, MB": _compiled(lambda row: _sent(row["sent"])),
         "over the sketches": _compiled(_over_sketches),
-        "of a refresh, MB": _compiled(lambda row: _sent(row["refresh"])),
+        "besides in some, MB": _compiled(lambda row: _sent(row["sent_besides"])),
         "largest all-gather, MB": _compiled(lambda row: _megabytes(row["gathered"])),
+        "largest all-reduce, MB": _compiled(lambda row: _megabytes(row["reduced"])),
         "largest sketch, MB": lambda row: _megabytes(row["largest_sketch"]),
         "compilation, processor s": _compiled(lambda row: f"{row['compilation']:.0f}"),
         "needed, if refused, GB": _refused,
@@ -55,7 +63,7 @@ def _sent(kinds: dict[str, int]) -> str:
 
 
 def _over_sketches(row: Row) -> str:
-    return f"{sum(row['step'].values()) / row['sketches']:.2f}"
+    return f"{sum(row['sent'].values()) / row['sketches']:.2f}"
 
 
 def _megabytes(size: int) -> str:

@@ -9,9 +9,11 @@ from jax.experimental import topologies
 
 import flora_jax as fj
 from experiments.common import chips, records
+from experiments.common.chips import CHIPS
 from experiments.common.collectives import Collective, collectives, total
 from experiments.common.compiled import measure_missing
 from experiments.common.methods import METHODS, Settings
+from experiments.common.traffic import account
 from experiments.pods import report
 from experiments.pods.config import LAYOUTS, MODELS, Config, Model
 
@@ -50,14 +52,15 @@ def measure(model: Model, mesh: jax.sharding.Mesh, case: records.Row) -> records
     Args:
         model: the sizes.
         mesh: with axes "fsdp" and "tensor".
-        case: `dtype`, `method` and `rank`.
+        case: `pod`, `dtype`, `method` and `rank`.
 
     Returns:
         Bytes on one chip: of the `arguments` (parameters, state and gradients), of
-        `temporaries`, of the collectives of each `step` and of a `refresh` besides, by
-        kind; of the largest array that is gathered (`gathered`); of all sketches
-        (`sketches`) and gradients (`gradients`), which are sharded over "tensor" alone,
-        and of the `largest_sketch`. Processor seconds of `compilation`. If the
+        `temporaries`, of the collectives that every step sends (`sent`) and that some
+        send besides (`sent_besides`), by kind; of the largest array that is `gathered`
+        and that is `reduced`; of all sketches (`sketches`) and gradients (`gradients`),
+        which are sharded over "tensor" alone, and of the `largest_sketch`. Processor
+        seconds of `compilation`, and the `account` of the kernels on one chip. If the
         compiler refuses, what the program would take (`refused`).
     """
     # On Explicit axes an optimizer of optax would have to name shardings itself.
@@ -79,16 +82,18 @@ def measure(model: Model, mesh: jax.sharding.Mesh, case: records.Row) -> records
                 raise
             return found | {"refused": refused}
     memory = compiled.memory_analysis()
-    sent = collectives(compiled.as_text())
-    gathered = [max(x.sizes) for x in sent if x.kind == "all-gather"]
-    return found | {
+    text = compiled.as_text()
+    sent = collectives(text)
+    counted = {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "step": _by_kind([x for x in sent if not x.optional]),
-        "refresh": _by_kind([x for x in sent if x.optional]),
-        "gathered": max(gathered, default=0),
+        "sent": _by_kind([x for x in sent if not x.optional]),
+        "sent_besides": _by_kind([x for x in sent if x.optional]),
+        "gathered": _largest(sent, "all-gather"),
+        "reduced": _largest(sent, "all-reduce"),
         "compilation": seconds,
     }
+    return found | counted | account(text, CHIPS[case["pod"].split(":")[0]])
 
 
 def parameters(model: Model, dtype: str) -> tuple[dict[str, Any], dict[str, P]]:
@@ -129,6 +134,10 @@ def _sketches(sketch: fj.Sketch, shapes: Any, tensor: int) -> records.Row:
         "sketches": sum(sketches),
         "largest_sketch": max(sketches),
     }
+
+
+def _largest(sent: list[Collective], kind: str) -> int:
+    return max((max(x.sizes) for x in sent if x.kind == kind), default=0)
 
 
 def _by_kind(sent: list[Collective]) -> dict[str, int]:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax._typing import PyTree
-from flora_jax.leaves.mesh import common_shards, is_manual, is_sharded
+from flora_jax._xla import is_sharded
+from flora_jax.leaves.mesh import common_shards, is_manual
 from flora_jax.leaves.plan import LeafPlan
 
 

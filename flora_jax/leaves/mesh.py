@@ -15,6 +15,7 @@ import jax.core
 import jax.numpy as jnp
 
 from flora_jax._typing import Axes, AxisNames, PyTree, Shape
+from flora_jax._xla import is_sharded
 
 _Type = jax.sharding.AxisType
 
@@ -162,14 +163,6 @@ def _dividing(
         divide = [x for x in names if axes.may_divide(x, size, is_rank)]
         kept = sorted(divide, key=lambda x: -(axes.shards(x) or 2))[:1]
     return tuple(kept) if len(kept) > 1 else next(iter(kept), None)
-
-
-def is_sharded() -> bool:
-    """Whether the compiler may shard arrays here, over the axes of a mesh."""
-    # Manual axes do not count: inside of shard_map each device has its own array.
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    return any(size > 1 and kind is _Type.Auto for size, kind in kinds)
 
 
 def common_shards(size: int) -> int:

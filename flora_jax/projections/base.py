@@ -77,7 +77,7 @@ class Projection(abc.ABC):
         """
         s = self.as_matrix(sampled, rank, matrix.shape[axis])
         s = s if weights is None else s * weights[..., None, :]
-        return product(matrix.astype(jnp.float32), s.swapaxes(-1, -2), axis)
+        return product(matrix, s.swapaxes(-1, -2), axis)
 
     def compress_with_squares(
         self,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax._typing import KeyData
-from flora_jax.leaves.mesh import is_sharded
+from flora_jax._xla import is_sharded
 from flora_jax.projections import tpu_kernel
 from flora_jax.projections.base import ObliviousProjection
 from flora_jax.projections.linalg import (
@@ -50,9 +50,10 @@ class CountSketch(ObliviousProjection):
     r x m matrix and no matrix product; m + m/r random words.
 
     On a TPU both are products with S instead, 2·n·m·r operations and r·m bfloat16
-    elements of temporary memory: S is exact in bfloat16, G is split into bfloat16
-    parts, to 2⁻¹⁶ of its entries. Under ``jax.set_mesh`` with several devices a sketch
-    is a product, too: a sum over a sharded side, where a permutation would gather it.
+    elements of temporary memory: S is exact in bfloat16, what it is multiplied with is
+    split into bfloat16 parts, to 2⁻¹⁶ of its entries. Under ``jax.set_mesh`` with
+    several devices a sketch is a product, too: a sum over a sharded side, where a
+    permutation would gather it.
 
     Weaker than dense projections where few columns of G matter: two of them collide
     with probability 1/r, and then cancel or add up, where a dense projection would mix

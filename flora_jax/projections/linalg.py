@@ -9,6 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from flora_jax._xla import is_sharded
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
@@ -20,22 +22,57 @@ def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:
     """X R for axis -1, Rᵀ X for axis -2, in float32; on a TPU to 2⁻¹⁶ of the entries.
 
     There float32 in full takes six products of bfloat16 parts, as long as all else that
-    an optimizer's step does, and longer to compile; this takes three. On an NVIDIA GPU
-    it takes three of TF32 parts, where tensor cores have these; but not with vectors.
+    an optimizer's step does, and longer to compile; this takes three, or two where one
+    matrix is bfloat16. On an NVIDIA GPU it takes three of TF32 parts, where tensor
+    cores have these; but not with vectors.
     """
     chex.assert_axis_dimension(x, axis, right.shape[-2])
-    # Accelerators multiply float32 in bfloat16 or TF32 unless told otherwise.
     subscripts = "...nm,...mr->...nr" if axis == -1 else "...nm,...nr->...rm"
-    multiply = functools.partial(jnp.einsum, subscripts)
+
+    def multiply(x: jax.Array, right: jax.Array, precision: Any) -> jax.Array:
+        x, right = x.astype(jnp.float32), right.astype(jnp.float32)
+        return jnp.einsum(subscripts, x, right, precision=precision)
+
     # Products with a vector, or of two, have nothing for tensor cores to do.
     on_cuda = "highest" if 1 in right.shape[-2:] else _float32_on_cuda()
+    # Accelerators multiply float32 in bfloat16 or TF32 unless told otherwise.
     return jax.lax.platform_dependent(
         x,
         right,
-        tpu=functools.partial(multiply, precision="high"),
+        tpu=functools.partial(product_of_parts, subscripts, axis),
         cuda=functools.partial(multiply, precision=on_cuda),
         default=functools.partial(multiply, precision="highest"),
     )
+
+
+def product_of_parts(
+    subscripts: str, axis: int, x: jax.Array, right: jax.Array
+) -> jax.Array:
+    """:func:`product` for a TPU, which multiplies bfloat16."""
+    narrow = [y.dtype == jnp.bfloat16 for y in (x, right)]
+
+    def multiply(x: jax.Array, right: jax.Array, precision: str) -> jax.Array:
+        x, right = x.astype(jnp.float32), right.astype(jnp.float32)
+        return jnp.einsum(subscripts, x, right, precision=precision)
+
+    # By default a TPU rounds to bfloat16 what it multiplies: not what is bfloat16.
+    if all(narrow):
+        return multiply(x, right, "default")
+    # Parts of the smaller matrix: their sums over devices would be two.
+    if not is_sharded() and narrow[1] and x.shape[axis] < right.shape[-1]:
+        x = jnp.concatenate(bfloat16_parts(x), axis)
+        return multiply(x, jnp.concatenate((right, right), -2), "default")
+    if not is_sharded() and narrow[0] and x.shape[axis] > right.shape[-1]:
+        high, low = bfloat16_parts(right)
+        return multiply(x, high, "default") + multiply(x, low, "default")
+    return multiply(x, right, "high")
+
+
+def bfloat16_parts(x: Float[Array, "..."]) -> tuple[jax.Array, jax.Array]:
+    """Two bfloat16 arrays whose sum is the array, to 2⁻¹⁶ of its entries."""
+    # Not x.astype and back, which XLA takes for x.
+    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
 @functools.cache
@@ -71,14 +108,14 @@ def product_with_squares(
       weigh_s: whether S is multiplied by the weights in place of G in the product: a
         TPU multiplies G as it reads it.
     """
-    full = weighed = matrix.astype(jnp.float32)
+    weighed = matrix.astype(jnp.float32)
     if weights is not None:
-        weighed = full * along(weights, axis)
+        weighed = weighed * along(weights, axis)
         if weigh_s:
             s = s * weights[..., None, :]
         else:
-            full = weighed
-    return product(full, s.swapaxes(-1, -2), axis), sums_of_squares(weighed, axis)
+            matrix = weighed
+    return product(matrix, s.swapaxes(-1, -2), axis), sums_of_squares(weighed, axis)
 
 
 def along(vector: Float[Array, "*batch m"], axis: int) -> jax.Array:

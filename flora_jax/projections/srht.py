@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax._typing import KeyData
-from flora_jax.leaves.mesh import is_sharded
+from flora_jax._xla import is_sharded
 from flora_jax.projections.base import ScaledIsometry
 from flora_jax.projections.linalg import along, sums_of_squares
 from flora_jax.random.bits import bits, signs

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.leaves.mesh import is_sharded
+from flora_jax._xla import is_sharded
 from flora_jax.projections import linalg
 from flora_jax.projections.linalg import along, product
 
@@ -40,7 +40,9 @@ def product_with_squares(
     """
     alone = jax.device_count() == 1 and not is_sharded()
     if not (alone and fits(s, matrix, axis)):
-        return linalg.product_with_squares(s, matrix, weights, axis, weigh_s=False)
+        # A matrix in bfloat16 is multiplied as it is, another by its weights first.
+        weigh_s = matrix.dtype == jnp.bfloat16
+        return linalg.product_with_squares(s, matrix, weights, axis, weigh_s)
     batch = matrix.shape[:-2]
     if weights is not None:
         weights = jnp.broadcast_to(weights, (*batch, weights.shape[-1]))
@@ -71,7 +73,7 @@ def _block(size: int) -> int:
 
 
 def _parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two bfloat16 arrays whose sum is the array, to 2⁻¹⁶ of its entries."""
+    """:func:`linalg.bfloat16_parts`, whose `reduce_precision` Mosaic does not know."""
     high = x.astype(jnp.bfloat16)
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 

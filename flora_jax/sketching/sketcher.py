@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax._typing import PyTree
-from flora_jax._xla import materialized, unshared, unstacked, widened
+from flora_jax._xla import is_sharded, materialized, unshared, unstacked, widened
 from flora_jax.leaves.layers import by_layers, loop_steps
-from flora_jax.leaves.mesh import is_sharded, replicated, replicated_along
+from flora_jax.leaves.mesh import replicated, replicated_along
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.spec import describe, make_spec
 from flora_jax.projections.base import ObliviousProjection

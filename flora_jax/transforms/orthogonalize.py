@@ -12,8 +12,8 @@ import optax
 
 from flora_jax import _validation as check
 from flora_jax._typing import PyTree
-from flora_jax._xla import widened
-from flora_jax.leaves.mesh import is_sharded, on_single_devices
+from flora_jax._xla import is_sharded, widened
+from flora_jax.leaves.mesh import on_single_devices
 from flora_jax.leaves.plan import LeafPlan
 from flora_jax.leaves.rules import LeafRules
 from flora_jax.leaves.trees import rebuild, run_sharded

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 
 import flora_jax as fj
-from experiments.accelerators.run import measure, split
+from experiments.accelerators.run import measure
 from experiments.activations import run as activations
 from experiments.common.chips import CHIPS, placed_on
-from experiments.common.traffic import kernels
+from experiments.common.traffic import kernels, split
 from tests.experiments.accelerators.test_accelerators import rows
 from tests.experiments.activations.test_activations import row
 

@@ -10,9 +10,8 @@ import pytest
 
 import flora_jax as fj
 from experiments.accelerators.run import measure as measure_leaf
-from experiments.accelerators.run import split
 from experiments.common import chips
-from experiments.common.traffic import kernels
+from experiments.common.traffic import kernels, split
 from experiments.step_memory.run import measure
 from tests.compilers.common import METHODS, check, check_accumulator, check_activations
 from tests.experiments.accelerators.test_accelerators import rows as rows_of_a_leaf

@@ -4,10 +4,11 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from flora_jax.projections import linalg
-from flora_jax.projections.linalg import product
+from flora_jax.projections.linalg import bfloat16_parts, product
 
 _THREE_OF_TF32, _FULL = "num_primitive_operations = 3", "precision = [HIGHEST, HIGHEST]"
 
@@ -39,3 +40,45 @@ def test_gpus_without_tf32_multiply_in_float32(capabilities, wanted, monkeypatch
         "precision = [HIGH, HIGH]"
         in traced.lower(lowering_platforms=("tpu",)).as_text()
     )
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize(("inner", "outer"), [(8, 40), (40, 8)])
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("right_dtype", ["float32", "bfloat16"])
+def test_products_on_a_tpu_keep_sixteen_bits(
+    axis, inner, outer, x_dtype, right_dtype, monkeypatch
+):
+    einsum = jnp.einsum
+
+    def on_tpu(subscripts, *arrays, precision):
+        if precision == "default":
+            arrays = [jax.lax.reduce_precision(x, 8, 7) for x in arrays]
+        return einsum(subscripts, *arrays, precision="highest")
+
+    monkeypatch.setattr(jnp, "einsum", on_tpu)
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *arrays, tpu, **_: tpu(*arrays)
+    )
+    rng = np.random.default_rng(0)
+    shape = (3, 5, inner) if axis == -1 else (3, inner, 5)
+    x = jnp.asarray(rng.normal(size=shape), x_dtype)
+    right = jnp.asarray(rng.normal(size=(3, inner, outer)), right_dtype)
+    found = jax.jit(lambda x, right: product(x, right, axis))(x, right)
+
+    def multiplied(x, right):
+        return x @ right if axis == -1 else right.swapaxes(-1, -2) @ x
+
+    x, right = np.asarray(x, np.float64), np.asarray(right, np.float64)
+    bound = 2.0**-16 * multiplied(np.abs(x), np.abs(right))
+    assert found.dtype == jnp.float32
+    assert np.all(np.abs(found - multiplied(x, right)) <= bound)
+
+
+def test_the_compiler_keeps_both_parts():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=100), jnp.float32)
+    high, low = jax.jit(bfloat16_parts)(x)
+    rounded = np.asarray(high, np.float64)
+    assert np.all(np.abs(rounded - x) > 0)
+    errors = np.abs(rounded + np.asarray(low, np.float64) - x)
+    assert np.all(errors <= 2.0**-16 * np.abs(x))

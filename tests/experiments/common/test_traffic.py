@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.accelerators.run import split
-from experiments.common.traffic import kernels
+from experiments.common.traffic import kernels, split
 
 _HEAD = """HloModule m
 
@@ -67,6 +66,34 @@ def test_slices_and_updates_count_by_their_size():
     )
     # A row read and written, besides an index of 4 bytes.
     assert found == {"part": 2 * 32 + 4, "y": 2 * 32 + 32 + 4}
+
+
+def test_slices_inside_of_nested_fusions_count_by_their_size():
+    fused = """
+%row (p: f32[8,8], i: s32[]) -> f32[1,8] {
+  %p = f32[8,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %part = f32[1,8]{1,0} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={1,8}
+}
+%product (i: s32[], p: f32[8,8], q: f32[8,8]) -> f32[1,8] {
+  %i = s32[] parameter(0)
+  %p = f32[8,8]{1,0} parameter(1)
+  %q = f32[8,8]{1,0} parameter(2)
+  %left = f32[1,8]{1,0} fusion(%p, %i), kind=kLoop, calls=%row
+  %right = f32[1,8]{1,0} fusion(%q, %i), kind=kLoop, calls=%row
+  %all = f32[8,8]{1,0} negate(%q)
+  ROOT %y = f32[1,8]{1,0} multiply(%left, %right)
+}
+"""
+    found = moved(
+        "  %x = f32[8,8]{1,0} parameter(0)\n"
+        "  %z = f32[8,8]{1,0} parameter(1)\n"
+        "  %i = s32[] constant(0)\n"
+        "  ROOT %y = f32[1,8]{1,0} fusion(%i, %x, %z), kind=kOutput, calls=%product",
+        fused,
+    )
+    # The result, a row of one operand, all of the other, and an index.
+    assert found == {"y": 32 + 32 + 256 + 4}
 
 
 @pytest.mark.parametrize("counted", [True, False])
