@@ -11,13 +11,13 @@ from experiments.common.records import Row, read_rows
 _CASE = ("model", "dtype", "pod", "layout", "rank")
 _CAPTION = """\
 Bytes on one chip for one update and its application, with parameters and state donated.
-Arguments are parameters, state and gradients. Moved is what kernels read and write in the
-chip's memory in every step, collectives' operands and results included, and besides in
-some (a refresh, a transfer). The lower bound on the time of the kernels of every step sums
-up the longer of memory and products for each, at published rates; the network's time is
-not in it. Collectives are the optimizer's: the operands or the results of each, whichever
-are larger; also as a multiple of the float32 sketches of all sketched gradients, sharded
-over "tensor" alone. AdamW and Muon are optax's.
+Arguments are parameters, state and gradients. Moved is what kernels read and write in
+the chip's memory in every step, collectives' operands and results included, and besides
+in some (a refresh, a transfer). The lower bound on the time of the kernels of a step
+sums up the longer of memory and products for each, at published rates; the network's
+time is not in it. Collectives are the optimizer's: the operands or the results of each,
+whichever are larger; also as a multiple of the float32 sketches of all sketched
+gradients, sharded over "tensor" alone. AdamW and Muon are optax's.
 """
 
 
