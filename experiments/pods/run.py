@@ -36,14 +36,16 @@ def run(config: Config) -> None:
         "rank": (config.rank,),
     }
 
-    def on_mesh(case: records.Row) -> records.Row:
-        pod = chips.topology("tpu", case["pod"])
-        shape = LAYOUTS[case["pod"]][case["layout"]]
-        mesh = topologies.make_mesh(pod, shape, ("fsdp", "tensor"))
-        return measure(MODELS[case["model"]], mesh, case)
-
-    measure_missing(path, records.combinations(axes), on_mesh)
+    measure_missing(path, records.combinations(axes), measured)
     report.write(path)
+
+
+def measured(case: records.Row) -> records.Row:
+    """Compiles the step of one `model` on one `pod` in one `layout`; see `measure`."""
+    pod = chips.topology("tpu", case["pod"])
+    shape = LAYOUTS[case["pod"]][case["layout"]]
+    mesh = topologies.make_mesh(pod, shape, ("fsdp", "tensor"))
+    return measure(MODELS[case["model"]], mesh, case)
 
 
 def measure(model: Model, mesh: jax.sharding.Mesh, case: records.Row) -> records.Row:

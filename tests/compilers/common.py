@@ -1,4 +1,4 @@
-"""A step on one matrix, and sketched gradients of a model, compiled again."""
+"""A step on one matrix or a tree, and sketched gradients of a model, compiled again."""
 
 import jax
 import numpy as np
@@ -22,9 +22,9 @@ METHODS = [
 ]
 
 
-def check(chip, method, dtype):
+def check(chip, method, dtype, problem="leaf"):
     """It moves and holds no more than the committed row says."""
-    expected = rows(chip=chip, problem="leaf", dtype=dtype)[method]
+    expected = rows(chip=chip, problem=problem, dtype=dtype)[method]
     found = measure(expected)
     # One more pass over the gradient would be a seventh or more.
     assert found["step"] <= 1.03 * expected["step"]

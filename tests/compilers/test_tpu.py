@@ -12,12 +12,15 @@ import flora_jax as fj
 from experiments.accelerators.run import measure as measure_leaf
 from experiments.common import chips
 from experiments.common.traffic import kernels, split
+from experiments.pods import run as pods
 from experiments.step_memory.run import measure
 from tests.compilers.common import METHODS, check, check_accumulator, check_activations
 from tests.experiments.accelerators.test_accelerators import rows as rows_of_a_leaf
+from tests.experiments.pods.test_pods import rows as rows_of_pods
 from tests.experiments.step_memory.test_step_memory import rows
 
 IN_FLOAT32 = ["flora_adamw_int8", "fira", "flora_muon_bfloat16"]
+RECIPES = ["flora", "flora_adamw", "flora_adamw_int8", "galore"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +38,35 @@ def one_device(monkeypatch):
 )
 def test_a_step_moves_and_holds_no_more(method, dtype):
     check("v5e", method, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["flora", "flora_adamw", "galore"])
+def test_a_step_on_a_larger_chip(method, dtype):
+    check("v6e", method, dtype)
+
+
+@pytest.mark.parametrize("method", ["flora", "flora_adamw", "flora_accumulation"])
+def test_a_tree_moves_and_holds_no_more(method):
+    found = check("v5e", method, "float32", "gpt2")
+    # The largest leaf is the table of the embeddings.
+    assert found["temporaries"] <= 4 * 50257 * 768
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_a_step_on_a_pod(method):
+    case = {"model": "llama-2-7b", "dtype": "float32", "pod": "v5e:8x8"}
+    case |= {"layout": "fsdp x tensor", "method": method, "rank": 256}
+    (expected,) = (
+        row for row in rows_of_pods() if all(row[x] == case[x] for x in case)
+    )
+    found = pods.measured(case)
+    for name in ("step", "seconds"):
+        assert found[name] <= 1.03 * expected[name]
+    assert found["temporaries"] <= 0.1 * found["arguments"]
+    assert max(found["gathered"], found["reduced"]) <= found["largest_sketch"]
+    sent = [sum(row["sent"].values()) for row in (found, expected)]
+    assert sent[0] <= 1.03 * sent[1]
 
 
 def test_a_step_compiles_with_products_in_float32():

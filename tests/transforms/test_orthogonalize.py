@@ -116,6 +116,9 @@ def test_singular_values_are_the_polynomial_of_the_old(n, m, dtype):
     assert np.diag(inner)[inside].min() >= 0.85
     assert found.max() <= 1.15
     if dtype == "bfloat16":
+        # Smaller ones as the polynomial has them, but for what rounding X adds to them.
+        diagonal = np.diag(inner)
+        np.testing.assert_allclose(diagonal, polynomial(shares), rtol=0, atol=0.15)
         return
     # The vectors stay, the values are the scalar polynomial's, no others were added.
     atol = TOLERANCE * HIGH
