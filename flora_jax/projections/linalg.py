@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 _PASSES = 5
+_LANES = 128  # Of a TPU's matrix unit.
 _SHIFT = 1e-5  # Above what "high" leaves of a product on a TPU.
 
 
@@ -58,11 +59,13 @@ def product_of_parts(
     # By default a TPU rounds to bfloat16 what it multiplies: not what is bfloat16.
     if all(narrow):
         return multiply(x, right, "default")
-    # Parts of the smaller matrix: their sums over devices would be two.
-    if not is_sharded() and narrow[1] and x.shape[axis] < right.shape[-1]:
+    # Parts of the smaller matrix: their sums over devices would be two. A product of
+    # less depth is bound by memory, and these copies take some.
+    depth, columns = right.shape[-2:]
+    if not is_sharded() and narrow[1] and _LANES <= depth < columns:
         x = jnp.concatenate(bfloat16_parts(x), axis)
         return multiply(x, jnp.concatenate((right, right), -2), "default")
-    if not is_sharded() and narrow[0] and x.shape[axis] > right.shape[-1]:
+    if not is_sharded() and narrow[0] and depth > columns:
         high, low = bfloat16_parts(right)
         return multiply(x, high, "default") + multiply(x, low, "default")
     return multiply(x, right, "high")

@@ -43,7 +43,7 @@ def test_gpus_without_tf32_multiply_in_float32(capabilities, wanted, monkeypatch
 
 
 @pytest.mark.parametrize("axis", [-1, -2])
-@pytest.mark.parametrize(("inner", "outer"), [(8, 40), (40, 8)])
+@pytest.mark.parametrize(("inner", "outer"), [(8, 40), (128, 200), (40, 8)])
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("right_dtype", ["float32", "bfloat16"])
 def test_products_on_a_tpu_keep_sixteen_bits(
