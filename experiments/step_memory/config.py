@@ -44,8 +44,8 @@ class Config:
     target_length: int = 64
     """Tokens of the output."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of parameters, computation, adapters and, as these have theirs, Adam's
-    moments and full accumulators; GaLore's moments are float32."""
+    """Type of parameters, computation, adapters and Adam's moments; full accumulators
+    and GaLore's moments are float32."""
     accumulator_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of accumulators that are sketches."""
     remat: bool = True

@@ -24,33 +24,42 @@ def problem(path: str) -> str | None:
     return None
 
 
-def draw(plan: MemoryPlan, name: str, path: str, budget: int | None = None) -> None:
+def draw(
+    plan: MemoryPlan, name: str, path: str, gradients: int, budget: int | None = None
+) -> None:
     """Draws parameters, gradients and state, compared with those of the peers.
 
     Args:
       plan: what to draw.
       name: of the transformation.
       path: the PNG file.
+      gradients: bytes of those of the transformation, or of their sketches.
       budget: where to draw a line, in bytes.
     """
     from matplotlib.figure import Figure
 
     states = {name: plan.state_bytes, **plan.peers}
     own = plan.parameter_bytes
-    largest = 2 * own + max(states.values())
+    sizes = np.array(list(states.values()))
+    steps = np.array([gradients] + [own] * len(plan.peers))
+    totals = own + steps + sizes
+    largest = totals.max()
     unit = 1024 ** (3 if largest >= 1024**3 else 2)
     figure = Figure(figsize=(9, 1.3 + 0.55 * len(states)), layout="constrained")
     axes = figure.subplots()
-    sizes = np.array(list(states.values()))
-    parts = {"parameters": own, "gradients": own, "optimizer state": sizes}
+    parts = {"parameters": own, "gradients": steps, "optimizer state": sizes}
     bar = functools.partial(axes.barh, list(states), edgecolor="white")
+    lefts = [0, own, own + steps]
     bars = [
-        bar(size / unit, left=i * own / unit, color=_COLOURS[i], label=part)
-        for i, (part, size) in enumerate(parts.items())
+        bar(parts[part] / unit, left=left / unit, color=color, label=part)
+        for part, left, color in zip(parts, lefts, _COLOURS, strict=True)
     ]
-    totals = [f"{format_bytes(2 * own + x)}, state {format_bytes(x)}" for x in sizes]
+    labels = [
+        f"{format_bytes(int(total))}, state {format_bytes(int(size))}"
+        for total, size in zip(totals, sizes, strict=True)
+    ]
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    axes.bar_label(bars[-1], totals, padding=4, fontsize=9, bbox=box)
+    axes.bar_label(bars[-1], labels, padding=4, fontsize=9, bbox=box)
     if budget is not None:
         label = f"budget {format_bytes(budget)}"
         axes.axvline(budget / unit, color="black", linestyle="--", label=label)

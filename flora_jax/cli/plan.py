@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from flora_jax import optimizers
@@ -50,9 +51,9 @@ _PLAN_DESCRIPTION = (
     " with AdamW and Adafactor. Reads only shapes, and allocates nothing."
 )
 _EPILOG = (
-    "A budget covers the parameters, one set of gradients and the optimizer state, all"
-    " in one memory. Activations and temporaries are not included: leave room for them,"
-    " or reserve it."
+    "A budget covers the parameters, one set of gradients (or of their sketches) and"
+    " the optimizer state, all in one memory. Activations and temporaries are not"
+    " included: leave room for them, or reserve it."
     " Exit status: 0; 1 if the budget does not suffice; 2 for bad arguments."
 )
 _SHAPES = (
@@ -65,6 +66,10 @@ _CHIP = "the published memory of a chip as the budget"
 _RESERVE = "room left for activations and temporaries; default: a tenth of --chip's"
 _ACCUMULATE = "compressed accumulation of K micro-steps around the optimizer"
 _DTYPE = "of parameters and gradients; default: the file's"
+_GRADIENTS = (
+    "sketch gradients during backpropagation, by sketched_value_and_grad: whole ones"
+    " are never in memory"
+)
 _EMBEDDINGS = "sketch embeddings and output heads as well; default: keep them dense"
 
 
@@ -104,6 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--optimizer {given.optimizer} has no sketches of its own; give"
             " --accumulate for compressed accumulation around it"
         )
+    if given.sketch_gradients and given.accumulate is None:
+        error(
+            f"--sketch-gradients: {given.optimizer} needs whole gradients; give"
+            " --accumulate for an accumulation of sketches around it"
+        )
     if given.picture is not None and (problem := picture.problem(given.picture)):
         error(f"--picture {given.picture}: {problem}")
     try:
@@ -131,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--reserve", type=_bytes, metavar="SIZE", help=_RESERVE)
     add("--accumulate", type=_positive, metavar="K", help=_ACCUMULATE)
     add("--dtype", choices=["float32", "bfloat16", "float16"], help=_DTYPE)
+    add("--sketch-gradients", action="store_true", help=_GRADIENTS)
     add("--sketch-embeddings", action="store_true", help=_EMBEDDINGS)
     add("--picture", metavar="PNG", help="write a bar chart of the memory")
     return parser
@@ -139,11 +150,12 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(given: argparse.Namespace, shapes: model_files.Shapes) -> int:
     own, rank = tree_bytes(shapes), given.rank
     if rank is None:
-        room = max(given.budget - 2 * own, 1)
+        room = max(given.budget - own, 1)
         try:
-            rank = rank_for_budget(lambda r: _make_optimizer(given, r), shapes, room)
+            rank = rank_for_budget(lambda r: _with_gradients(given, r), shapes, room)
         except ValueError:
             rank = 1  # None fits, or nothing is sketched: the plan shows which.
+    gradients = tree_bytes(jax.eval_shape(_gradients(given, rank), shapes))
     tx, peers = _make_optimizer(given, rank), _peers(given, rank)
     plan = memory_plan(tx, shapes, sketch=_sketch(given, rank), compare=peers)
     plan.print()
@@ -152,8 +164,9 @@ def _plan(given: argparse.Namespace, shapes: model_files.Shapes) -> int:
         name += f", accumulation of {given.accumulate}"
     elements = sum(x.size for x in jax.tree.leaves(shapes))
     print(f"{given.shapes}: {len(shapes)} leaves, {elements:,} parameters")
-    total = 2 * own + plan.state_bytes
-    sizes = {"parameters": own, "gradients": own, "state": plan.state_bytes}
+    total = own + gradients + plan.state_bytes
+    kind = "sketches of gradients" if given.sketch_gradients else "gradients"
+    sizes = {"parameters": own, kind: gradients, "state": plan.state_bytes}
     parts = [f"{format_bytes(size)} {part}" for part, size in sizes.items()]
     print(f"{name}: {' + '.join(parts)} = {format_bytes(total)}")
     print("Activations and temporaries are not included.")
@@ -162,7 +175,7 @@ def _plan(given: argparse.Namespace, shapes: model_files.Shapes) -> int:
     print(f"In a script:\n{_script(given, rank)}")
     if given.picture is not None:
         try:
-            picture.draw(plan, name, given.picture, given.budget)
+            picture.draw(plan, name, given.picture, gradients, given.budget)
         except OSError as error:
             given.parser.error(f"--picture {given.picture}: {error.strerror}")
         print(f"picture: {given.picture}")
@@ -196,6 +209,30 @@ def _make_optimizer(given: argparse.Namespace, rank: int) -> Any:
     return compressed_accumulation(inner, given.accumulate, _sketch(given, rank))
 
 
+def _gradients(given: argparse.Namespace, rank: int) -> Callable[[Any], Any]:
+    """Maps parameters to what the optimizer takes: gradients or their sketches."""
+    if not given.sketch_gradients:
+        return lambda params: params
+    sketch = _sketch(given, rank)
+
+    def sketches(params: Any) -> Any:
+        plans, leaves = sketch.plan(params), jax.tree.leaves(params)
+        return [
+            leaf if plan.dense else jnp.zeros(plan.state_shape)
+            for leaf, plan in zip(leaves, plans, strict=True)
+        ]
+
+    return sketches
+
+
+def _with_gradients(given: argparse.Namespace, rank: int) -> Any:
+    """The requested optimizer, as if its state held one step's gradients as well."""
+    tx, gradients = _make_optimizer(given, rank), _gradients(given, rank)
+    return optax.GradientTransformation(
+        lambda params: (tx.init(params), gradients(params)), tx.update
+    )
+
+
 def _peers(given: argparse.Namespace, rank: int) -> dict[str, Any]:
     """The default peers; with accumulation also MultiSteps around the optimizer."""
     peers = default_peers()
@@ -213,7 +250,10 @@ def _script(given: argparse.Namespace, rank: int) -> str:
         tx = f"optax.{given.optimizer}(learning_rate)"
     if given.accumulate is not None:
         tx = f"fj.compressed_accumulation({tx}, {given.accumulate}, sketch)"
-    return f"  sketch = fj.Sketch({rank}{mask})\n  tx = {tx}"
+    lines = [f"sketch = fj.Sketch({rank}{mask})", f"tx = {tx}"]
+    if given.sketch_gradients:
+        lines.append("value_and_grad = fj.sketched_value_and_grad(loss, sketch)")
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def _positive(text: str) -> int:

@@ -224,6 +224,7 @@ def test_missing_files(tmp_path, capsys):
         (f"--budget {'9' * 400}GB", "must be a number with one of KiB"),
         ("--rank 4 --optimizer sgd", "invalid choice: 'sgd'"),
         ("--rank 4 --optimizer adamw", "give --accumulate for compressed"),
+        ("--rank 4 --sketch-gradients", "flora needs whole gradients; give --accum"),
         ("--rank 4 --picture a.pdf", "must end in .png"),
         ("--rank 4 --picture nowhere/a.png", "its folder does not exist"),
     ],
@@ -287,6 +288,34 @@ def test_a_budget_of_everything(write, capsys, tmp_path):
         assert "no rank fits: showing rank 1" in err
 
 
+def test_sketches_of_gradients(write, capsys, tmp_path):
+    """They take what the accumulator does; the rank is the largest that fits."""
+    shapes = read_shapes(write(SMALL))
+    own = sum(4 * math.prod(x.shape) for x in shapes.values())
+
+    def state(rank):
+        mask = {name: name.startswith("h") for name in shapes}
+        tx = optax.adafactor(1.0)
+        tx = fj.compressed_accumulation(tx, 4, fj.Sketch(rank, mask=mask))
+        return jax.eval_shape(tx.init, shapes)
+
+    def sketches(rank):
+        return sum(4 * x.size for x in jax.tree.leaves(state(rank).acc_grads))
+
+    def needed(rank):
+        whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state(rank)))
+        return own + sketches(rank) + whole
+
+    options = ["--optimizer", "adafactor", "--accumulate", "4", "--sketch-gradients"]
+    budget = ["--budget", f"{needed(20) / 1000:.3f}KB"]
+    picture = ["--picture", str(tmp_path / "bars.png")]
+    assert plan(write, *options, *budget, *picture) == 0
+    out = capsys.readouterr().out
+    assert "adafactor, rank 20, accumulation of 4: " in out
+    assert f"+ {sketches(20) / 1024:.0f} KiB sketches of gradients + " in out
+    assert plan(write, *options, *budget, "--rank", "21") == 1
+
+
 def test_a_chip_is_a_budget_with_room_reserved(write, capsys):
     def output(*arguments):
         code = plan(write, *arguments)
@@ -324,15 +353,17 @@ def test_accumulation_dtype_and_embeddings(write, capsys):
         [],
         ["--optimizer", "galore", "--sketch-embeddings"],
         ["--optimizer", "adamw", "--accumulate", "4"],
+        ["--optimizer", "adamw", "--accumulate", "4", "--sketch-gradients"],
         ["--optimizer", "flora", "--accumulate", "4", "--sketch-embeddings"],
     ],
 )
 def test_the_script_makes_what_was_planned(write, capsys, arguments):
     assert plan(write, "--rank", "8", *arguments) == 0
     out = capsys.readouterr().out
-    names = {"fj": fj, "optax": optax, "learning_rate": 1.0}
+    names = {"fj": fj, "optax": optax, "learning_rate": 1.0, "loss": sum}
     for line in out.split("In a script:\n")[1].splitlines():
         exec(line.strip(), names)
+    assert ("value_and_grad" in names) == ("--sketch-gradients" in arguments)
     planned = fj.memory_plan(names["tx"], read_shapes(write(SMALL)), compare={})
     assert f"+ {format_bytes(planned.state_bytes)} state" in out
 

@@ -12,13 +12,14 @@ import pytest
 
 import flora_jax as fj
 from experiments.models import build
-from experiments.models.config import GPT2Config, T5Config
+from experiments.models.config import GPT2Config, LlamaConfig, T5Config
 from tests.transforms.samples import case_id
 
 SKETCH = fj.Sketch(4, key=5, mask=fj.not_embeddings, min_dim_size=8)
 SIZES = {"width": 16, "heads": 2, "vocab_size": 300}
 MODELS = {
     "gpt2": GPT2Config(layers=2, context=32, **SIZES),
+    "llama": LlamaConfig(layers=2, hidden=32, kv_heads=1, context=32, **SIZES),
     "t5": T5Config(layers=2, decoder_layers=2, head_width=8, hidden=32, **SIZES),
 }
 VARIANTS = {
@@ -41,7 +42,7 @@ def problem(name, variant, **changes):
     config = dataclasses.replace(MODELS[name], **(VARIANTS[variant] | changes))
     graphdef, params = build.create(config, 0)
     key = jax.random.key(1) if config.dropout else None
-    names = ["tokens"] if name == "gpt2" else ["source", "target"]
+    names = ["source", "target"] if name == "t5" else ["tokens"]
 
     def loss(params, tokens):
         batch = dict.fromkeys(names, tokens)
@@ -62,7 +63,9 @@ def problem(name, variant, **changes):
 def test_no_kernel_falls_back(name, variant):
     loss, params, tokens = problem(name, variant)
     reports = fj.explain_sketched_gradients(loss, SKETCH)(params, tokens[0])
-    kernels = [r for r in reports if r.path.endswith("kernel")]
+    # The mask leaves out a Llama's head.
+    blocks = [r for r in reports if not r.path.startswith("lm_head")]
+    kernels = [r for r in blocks if r.path.endswith("kernel")]
     assert len(kernels) >= 4
     for report in kernels:
         assert report.sketched_during_backpropagation, report
@@ -71,10 +74,12 @@ def test_no_kernel_falls_back(name, variant):
     }
 
 
-def assert_same_update(name, variant, projection, tolerance, cycles=2, **changes):
+def assert_same_update(
+    name, variant, projection, tolerance, cycles=2, sketch=SKETCH, **changes
+):
     """After cycles of two micro-steps: parameters, inner state, accumulator."""
     loss, params, tokens = problem(name, variant, **changes)
-    sketch = dataclasses.replace(SKETCH, projection=projection)
+    sketch = dataclasses.replace(sketch, projection=projection)
     tx = fj.compressed_accumulation(optax.sgd(0.3, momentum=0.9), 2, sketch)
 
     def sketched(params, state, x):
@@ -118,6 +123,16 @@ def assert_same_update(name, variant, projection, tolerance, cycles=2, **changes
 def test_the_update_is_that_of_full_gradients(name, projection):
     layers = {"layers": 1} | ({"decoder_layers": 1} if name == "t5" else {})
     assert_same_update(name, "plain", projection, 2e-5, **layers)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("variant", ["plain", "scan"])
+def test_the_update_where_activations_are_sketched(variant):
+    """Queries, keys and values read the same ones, and so do gate and up."""
+    groups = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
+    sketch = dataclasses.replace(SKETCH, side="left", same_projection=groups)
+    changes = {"sketch": sketch, "dtype": "float32"}
+    assert_same_update("llama", variant, fj.CountSketch(), 2e-5, **changes)
 
 
 @pytest.mark.slow
