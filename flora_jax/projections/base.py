@@ -76,8 +76,7 @@ class Projection(abc.ABC):
           Float32, shape (batch…, n, r) or (batch…, r, m).
         """
         s = self.as_matrix(sampled, rank, matrix.shape[axis])
-        s = s if weights is None else s * weights[..., None, :]
-        return product(matrix, s.swapaxes(-1, -2), axis)
+        return product(matrix, s.swapaxes(-1, -2), axis, weights)
 
     def compress_with_squares(
         self,

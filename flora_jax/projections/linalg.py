@@ -19,56 +19,58 @@ _LANES = 128  # Of a TPU's matrix unit.
 _SHIFT = 1e-5  # Above what "high" leaves of a product on a TPU.
 
 
-def product(x: jax.Array, right: jax.Array, axis: int) -> jax.Array:
-    """X R for axis -1, Rᵀ X for axis -2, in float32; on a TPU to 2⁻¹⁶ of the entries.
+def product(
+    x: jax.Array, right: jax.Array, axis: int, weights: jax.Array | None = None
+) -> jax.Array:
+    """X W R for axis -1, Rᵀ W X for axis -2, in float32; on a TPU to 2⁻¹⁶ of entries.
 
     There float32 in full takes six products of bfloat16 parts, as long as all else that
     an optimizer's step does, and longer to compile; this takes three, or two where one
     matrix is bfloat16. On an NVIDIA GPU it takes three of TF32 parts, where tensor
     cores have these; but not with vectors.
+
+    Args:
+      x: X.
+      right: R.
+      axis: of X, which the product sums over.
+      weights: the diagonal of W, float32; the identity if None.
     """
     chex.assert_axis_dimension(x, axis, right.shape[-2])
+    weighed = weights is not None
+    right = right * weights[..., None] if weighed else right
     subscripts = "...nm,...mr->...nr" if axis == -1 else "...nm,...nr->...rm"
 
     def multiply(x: jax.Array, right: jax.Array, precision: Any) -> jax.Array:
         x, right = x.astype(jnp.float32), right.astype(jnp.float32)
         return jnp.einsum(subscripts, x, right, precision=precision)
 
+    # By default accelerators round float32 to what they multiply, bfloat16 or TF32.
+    def on_tpu(x: jax.Array, right: jax.Array) -> jax.Array:
+        narrow = [y.dtype == jnp.bfloat16 for y in (x, right)]
+        depth, columns = right.shape[-2:]
+        if all(narrow):
+            return multiply(x, right, "default")
+        # Of sharded matrices the sum over devices of each part would be one more.
+        if not is_sharded():
+            # A product of less depth is bound by memory, and these copies take some.
+            if narrow[1] and _LANES <= depth < columns:
+                x = jnp.concatenate(bfloat16_parts(x), axis)
+                return multiply(x, jnp.concatenate((right, right), -2), "default")
+            # W R is made where it is multiplied; a stored R would be copied.
+            if narrow[0] and weighed:
+                high, low = bfloat16_parts(right)
+                return multiply(x, high, "default") + multiply(x, low, "default")
+        return multiply(x, right, "high")
+
     # Products with a vector, or of two, have nothing for tensor cores to do.
     on_cuda = "highest" if 1 in right.shape[-2:] else _float32_on_cuda()
-    # Accelerators multiply float32 in bfloat16 or TF32 unless told otherwise.
     return jax.lax.platform_dependent(
         x,
         right,
-        tpu=functools.partial(product_of_parts, subscripts, axis),
+        tpu=on_tpu,
         cuda=functools.partial(multiply, precision=on_cuda),
         default=functools.partial(multiply, precision="highest"),
     )
-
-
-def product_of_parts(
-    subscripts: str, axis: int, x: jax.Array, right: jax.Array
-) -> jax.Array:
-    """:func:`product` for a TPU, which multiplies bfloat16."""
-    narrow = [y.dtype == jnp.bfloat16 for y in (x, right)]
-
-    def multiply(x: jax.Array, right: jax.Array, precision: str) -> jax.Array:
-        x, right = x.astype(jnp.float32), right.astype(jnp.float32)
-        return jnp.einsum(subscripts, x, right, precision=precision)
-
-    # By default a TPU rounds to bfloat16 what it multiplies: not what is bfloat16.
-    if all(narrow):
-        return multiply(x, right, "default")
-    # Parts of the smaller matrix: their sums over devices would be two. A product of
-    # less depth is bound by memory, and these copies take some.
-    depth, columns = right.shape[-2:]
-    if not is_sharded() and narrow[1] and _LANES <= depth < columns:
-        x = jnp.concatenate(bfloat16_parts(x), axis)
-        return multiply(x, jnp.concatenate((right, right), -2), "default")
-    if not is_sharded() and narrow[0] and depth > columns:
-        high, low = bfloat16_parts(right)
-        return multiply(x, high, "default") + multiply(x, low, "default")
-    return multiply(x, right, "high")
 
 
 def bfloat16_parts(x: Float[Array, "..."]) -> tuple[jax.Array, jax.Array]:
@@ -114,11 +116,9 @@ def product_with_squares(
     weighed = matrix.astype(jnp.float32)
     if weights is not None:
         weighed = weighed * along(weights, axis)
-        if weigh_s:
-            s = s * weights[..., None, :]
-        else:
-            matrix = weighed
-    return product(matrix, s.swapaxes(-1, -2), axis), sums_of_squares(weighed, axis)
+    pair = (matrix, weights) if weigh_s else (weighed, None)
+    sketch = product(pair[0], s.swapaxes(-1, -2), axis, pair[1])
+    return sketch, sums_of_squares(weighed, axis)
 
 
 def along(vector: Float[Array, "*batch m"], axis: int) -> jax.Array:

@@ -46,8 +46,9 @@ def test_gpus_without_tf32_multiply_in_float32(capabilities, wanted, monkeypatch
 @pytest.mark.parametrize(("inner", "outer"), [(8, 40), (128, 200), (40, 8)])
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("right_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weighed", [False, True])
 def test_products_on_a_tpu_keep_sixteen_bits(
-    axis, inner, outer, x_dtype, right_dtype, monkeypatch
+    axis, inner, outer, x_dtype, right_dtype, weighed, monkeypatch
 ):
     einsum = jnp.einsum
 
@@ -64,12 +65,15 @@ def test_products_on_a_tpu_keep_sixteen_bits(
     shape = (3, 5, inner) if axis == -1 else (3, inner, 5)
     x = jnp.asarray(rng.normal(size=shape), x_dtype)
     right = jnp.asarray(rng.normal(size=(3, inner, outer)), right_dtype)
-    found = jax.jit(lambda x, right: product(x, right, axis))(x, right)
+    weights = jnp.asarray(rng.uniform(size=(3, inner)), "float32") if weighed else None
+    found = jax.jit(lambda *x: product(*x[:2], axis, *x[2:]))(x, right, weights)
 
     def multiplied(x, right):
         return x @ right if axis == -1 else right.swapaxes(-1, -2) @ x
 
     x, right = np.asarray(x, np.float64), np.asarray(right, np.float64)
+    if weighed:
+        right = right * np.asarray(weights, np.float64)[..., None]
     bound = 2.0**-16 * multiplied(np.abs(x), np.abs(right))
     assert found.dtype == jnp.float32
     assert np.all(np.abs(found - multiplied(x, right)) <= bound)
