@@ -8,8 +8,10 @@ from experiments.accelerators.run import measure
 from experiments.activations import run as activations
 from experiments.common.chips import CHIPS, placed_on
 from experiments.common.traffic import kernels, split
+from experiments.step_memory import run as step_memory
 from tests.experiments.accelerators.test_accelerators import rows
 from tests.experiments.activations.test_activations import row
+from tests.experiments.step_memory.test_step_memory import rows as rows_of_models
 
 # With rows in float32 and in bfloat16.
 METHODS = [
@@ -45,6 +47,19 @@ def check_accumulator(chip):
     size = 4 * grads.size
     assert sum(each.nbytes for each in always) <= 1.15 * size
     assert compiled.memory_analysis().temp_size_in_bytes <= 0.15 * size
+
+
+def check_training(chip, model, rank, embeddings, accumulator_dtype="float32"):
+    """The step on sketched gradients needs what the committed row says."""
+    (expected,) = rows_of_models(
+        chip=chip,
+        model=model,
+        method="sketched_accumulation",
+        rank=rank,
+        embeddings=embeddings,
+        accumulator_dtype=accumulator_dtype,
+    )
+    assert step_memory.measure(expected)["total"] <= 1.01 * expected["total"]
 
 
 def check_activations(chip, most):

@@ -13,11 +13,15 @@ from experiments.accelerators.run import measure as measure_leaf
 from experiments.common import chips
 from experiments.common.traffic import kernels, split
 from experiments.pods import run as pods
-from experiments.step_memory.run import measure
-from tests.compilers.common import METHODS, check, check_accumulator, check_activations
+from tests.compilers.common import (
+    METHODS,
+    check,
+    check_accumulator,
+    check_activations,
+    check_training,
+)
 from tests.experiments.accelerators.test_accelerators import rows as rows_of_a_leaf
 from tests.experiments.pods.test_pods import rows as rows_of_pods
-from tests.experiments.step_memory.test_step_memory import rows
 
 IN_FLOAT32 = ["flora_adamw_int8", "fira", "flora_muon_bfloat16"]
 RECIPES = ["flora", "flora_adamw", "flora_adamw_int8", "galore"]
@@ -103,11 +107,19 @@ def test_a_random_matrix_compiles_soon():
     assert check("v6e", "flora_gaussian", "float32")["compilation"] <= 30
 
 
-def test_t5_3b_trains_on_one_chip():
-    """All parameters, in float32: the compiler refuses what does not fit."""
-    fields = {"method": "sketched_accumulation", "rank": 16, "embeddings": False}
-    (expected,) = rows(chip="v5e", model="t5-3b", **fields)
-    assert measure(expected)["total"] <= 1.01 * expected["total"]
+@pytest.mark.parametrize(
+    ("model", "rank", "embeddings", "accumulator_dtype"),
+    [
+        ("t5-3b", 16, False, "float32"),
+        ("t5-3b", 64, False, "float32"),
+        ("gpt2-xl", 16, True, "float32"),
+        ("llama-2-7b", 64, True, "float32"),
+        ("llama-2-7b", 256, True, "bfloat16"),
+    ],
+)
+def test_a_model_trains_on_one_chip(model, rank, embeddings, accumulator_dtype):
+    """All parameters: the compiler refuses what does not fit."""
+    check_training("v5e", model, rank, embeddings, accumulator_dtype)
 
 
 def test_an_accumulator_reads_the_gradient_once():
