@@ -50,10 +50,13 @@ def test_a_step_on_a_larger_chip(method, dtype):
     check("v6e", method, dtype)
 
 
-@pytest.mark.parametrize("method", ["flora", "flora_adamw", "flora_accumulation"])
+@pytest.mark.parametrize("method", ["flora", "flora_adamw"])
 def test_a_tree_moves_and_holds_no_more(method):
-    found = check("v5e", method, "float32", "gpt2")
-    # The largest leaf is the table of the embeddings.
+    check("v5e", method, "float32", "gpt2")
+
+
+def test_an_accumulation_holds_less_than_the_largest_leaf():
+    found = check("v5e", "flora_accumulation", "float32", "gpt2")
     assert found["temporaries"] <= 4 * 50257 * 768
 
 
