@@ -38,7 +38,7 @@ def test_a_step_is_measured(method, tensor):
     params = sum(x.size for x in shapes.values())
     # At least gradients are read, and parameters read and written.
     assert row["step"] >= 3 * 4 * params / 8
-    assert row["seconds"] >= row["step"] / 819e9
+    assert row["seconds"] >= 0.999 * row["step"] / 819e9
     if method == "adamw":
         assert row["sent"] == row["sent_besides"] == {}
         assert row["flops"] == {}
