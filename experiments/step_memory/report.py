@@ -55,11 +55,14 @@ def _title(row: Row) -> str:
 
 
 def _short(row: Row) -> str:
+    if row["method"] == "flora":
+        return "FLORA, no accumulation"
     return (
         _title(row)
         .replace("LoRA accumulation", "LoRA")
         .replace("FLORA accumulation", "FLORA")
         .replace("gradients, embeddings too", "gradients + embeddings")
+        .replace("No accumulation", "SGD")
     )
 
 
