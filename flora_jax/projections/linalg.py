@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import chex
@@ -38,30 +39,21 @@ def product(
     chex.assert_axis_dimension(x, axis, right.shape[-2])
     weighed = weights is not None
     right = right * weights[..., None] if weighed else right
+    narrow = [y.dtype == jnp.bfloat16 for y in (x, right)]
+    if narrow != [True, False]:
+        x = x.astype(jnp.float32)
     subscripts = "...nm,...mr->...nr" if axis == -1 else "...nm,...nr->...rm"
-
-    def multiply(x: jax.Array, right: jax.Array, precision: Any) -> jax.Array:
-        x, right = x.astype(jnp.float32), right.astype(jnp.float32)
-        return jnp.einsum(subscripts, x, right, precision=precision)
-
+    multiply = functools.partial(jnp.einsum, subscripts)
     # By default accelerators round float32 to what they multiply, bfloat16 or TF32.
-    def on_tpu(x: jax.Array, right: jax.Array) -> jax.Array:
-        narrow = [y.dtype == jnp.bfloat16 for y in (x, right)]
-        depth, columns = right.shape[-2:]
-        if all(narrow):
-            return multiply(x, right, "default")
-        # Of sharded matrices the sum over devices of each part would be one more.
-        if not is_sharded():
-            # A product of less depth is bound by memory, and these copies take some.
-            if narrow[1] and _LANES <= depth < columns:
-                x = jnp.concatenate(bfloat16_parts(x), axis)
-                return multiply(x, jnp.concatenate((right, right), -2), "default")
-            # W R is made where it is multiplied; a stored R would be copied.
-            if narrow[0] and weighed:
-                high, low = bfloat16_parts(right)
-                return multiply(x, high, "default") + multiply(x, low, "default")
-        return multiply(x, right, "high")
-
+    on_tpu = functools.partial(multiply, precision="default" if all(narrow) else "high")
+    # A product of less depth is bound by memory, and copies of X take some; so would
+    # those of a stored R, where W R is made as it is multiplied.
+    by_parts = narrow == [True, False] and weighed
+    if narrow == [False, True]:
+        by_parts = _LANES <= right.shape[-2] < right.shape[-1]
+    # Of sharded matrices the sum over devices of each part would be one more.
+    if by_parts and not is_sharded():
+        on_tpu = functools.partial(_product_of_parts, multiply, axis)
     # Products with a vector, or of two, have nothing for tensor cores to do.
     on_cuda = "highest" if 1 in right.shape[-2:] else _float32_on_cuda()
     return jax.lax.platform_dependent(
@@ -73,11 +65,22 @@ def product(
     )
 
 
-def bfloat16_parts(x: Float[Array, "..."]) -> tuple[jax.Array, jax.Array]:
-    """Two bfloat16 arrays whose sum is the array, to 2⁻¹⁶ of its entries."""
-    # Not x.astype and back, which XLA takes for x.
-    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+def _product_of_parts(
+    multiply: Callable[..., jax.Array], axis: int, x: jax.Array, right: jax.Array
+) -> jax.Array:
+    """The product on a TPU of a bfloat16 and a float32 matrix, split into two parts."""
+    of_x = right.dtype == jnp.bfloat16
+    full = x if of_x else right
+    # Not full.astype and back, which XLA takes for the matrix itself.
+    high = jax.lax.reduce_precision(full, exponent_bits=8, mantissa_bits=7)
+    parts = [part.astype(jnp.bfloat16) for part in (high, full - high)]
+    if not of_x:
+        high, low = (part.astype(jnp.float32) for part in parts)
+        return multiply(x, high, precision="default") + multiply(
+            x, low, precision="default"
+        )
+    x = jnp.concatenate(parts, axis).astype(jnp.float32)
+    return multiply(x, jnp.concatenate((right, right), -2), precision="default")
 
 
 @functools.cache

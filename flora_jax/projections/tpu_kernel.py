@@ -73,7 +73,7 @@ def _block(size: int) -> int:
 
 
 def _parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """:func:`linalg.bfloat16_parts`, whose `reduce_precision` Mosaic does not know."""
+    """Two bfloat16 arrays whose sum is the array, to 2⁻¹⁶ of its entries."""
     high = x.astype(jnp.bfloat16)
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 

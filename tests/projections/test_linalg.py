@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flora_jax.projections import linalg
-from flora_jax.projections.linalg import bfloat16_parts, product
+from flora_jax.projections.linalg import product
 
 _THREE_OF_TF32, _FULL = "num_primitive_operations = 3", "precision = [HIGHEST, HIGHEST]"
 
@@ -77,12 +77,3 @@ def test_products_on_a_tpu_keep_sixteen_bits(
     bound = 2.0**-16 * multiplied(np.abs(x), np.abs(right))
     assert found.dtype == jnp.float32
     assert np.all(np.abs(found - multiplied(x, right)) <= bound)
-
-
-def test_the_compiler_keeps_both_parts():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=100), jnp.float32)
-    high, low = jax.jit(bfloat16_parts)(x)
-    rounded = np.asarray(high, np.float64)
-    assert np.all(np.abs(rounded - x) > 0)
-    errors = np.abs(rounded + np.asarray(low, np.float64) - x)
-    assert np.all(errors <= 2.0**-16 * np.abs(x))
