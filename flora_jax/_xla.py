@@ -67,8 +67,9 @@ def unstacked(tree: PyTree) -> list[PyTree]:
     """The rows of stacked arrays; what reads them shares compiled kernels.
 
     XLA does not know a row's index: slices at constant indices would be fused into what
-    reads them, and each such kernel compiled by itself. It does know on GPUs, where it
-    takes longer otherwise, and on meshes of TPUs, where int8 moments take more memory.
+    reads them, and each such kernel compiled by itself. The index stays constant on
+    GPUs, where hiding it makes compilation longer, and on meshes of TPUs, where int8
+    moments would take more memory.
     """
     (size,) = {x.shape[0] for x in jax.tree.leaves(tree)}
     places: list[Any] = [np.int32(i) for i in range(size)]

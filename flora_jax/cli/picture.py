@@ -33,7 +33,8 @@ def draw(
       plan: what to draw.
       name: of the transformation.
       path: the PNG file.
-      gradients: bytes of those of the transformation, or of their sketches.
+      gradients: bytes of the gradients that the transformation takes, or of their
+        sketches.
       budget: where to draw a line, in bytes.
     """
     from matplotlib.figure import Figure

@@ -67,8 +67,8 @@ _RESERVE = "room left for activations and temporaries; default: a tenth of --chi
 _ACCUMULATE = "compressed accumulation of K micro-steps around the optimizer"
 _DTYPE = "of parameters and gradients; default: the file's"
 _GRADIENTS = (
-    "sketch gradients during backpropagation, by sketched_value_and_grad: whole ones"
-    " are never in memory"
+    "sketch gradients during backpropagation, by sketched_value_and_grad: those of"
+    " sketched leaves are never whole in memory"
 )
 _EMBEDDINGS = "sketch embeddings and output heads as well; default: keep them dense"
 

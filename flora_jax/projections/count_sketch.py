@@ -192,7 +192,7 @@ def _signed_buckets(sampled: Any, rank: int) -> jax.Array:
 def _multiplied(
     rank: int, multiply: Callable[..., Any], sampled: Any, *arguments: Any
 ) -> Any:
-    """The product with S, which is exact in bfloat16: a TPU's error is that of G."""
+    """The product with S, which is exact in bfloat16: a TPU splits G, or weighted S."""
     # Written out, r·m bfloat16 elements: in the product it would be made anew for each
     # tile, and take longer to compile.
     s = jax.lax.optimization_barrier(_signed_buckets(sampled, rank))

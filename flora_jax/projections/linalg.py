@@ -23,12 +23,13 @@ _SHIFT = 1e-5  # Above what "high" leaves of a product on a TPU.
 def product(
     x: jax.Array, right: jax.Array, axis: int, weights: jax.Array | None = None
 ) -> jax.Array:
-    """X W R for axis -1, Rᵀ W X for axis -2, in float32; on a TPU to 2⁻¹⁶ of entries.
+    """X W R for axis -1, Rᵀ W X for axis -2, in float32.
 
-    There float32 in full takes six products of bfloat16 parts, as long as all else that
-    an optimizer's step does, and longer to compile; this takes three, or two where one
-    matrix is bfloat16. On an NVIDIA GPU it takes three of TF32 parts, where tensor
-    cores have these; but not with vectors.
+    On a TPU to 2⁻¹⁶ of the entries: float32 in full takes six products of bfloat16
+    parts, as long as all else that an optimizer's step does, and longer to compile;
+    this takes three, one if both matrices are bfloat16, and in some cases two if one
+    is, whose derivatives are products of bfloat16. On an NVIDIA GPU it takes three of
+    TF32 parts, where tensor cores have these; but not with vectors.
 
     Args:
       x: X.
@@ -46,12 +47,12 @@ def product(
     multiply = functools.partial(jnp.einsum, subscripts)
     # By default accelerators round float32 to what they multiply, bfloat16 or TF32.
     on_tpu = functools.partial(multiply, precision="default" if all(narrow) else "high")
-    # A product of less depth is bound by memory, and copies of X take some; so would
-    # those of a stored R, where W R is made as it is multiplied.
+    # A product of less depth is bound by memory, of which the parts of X take some.
+    # Parts of a stored R would take memory, too; those of W R are made as it is read.
     by_parts = narrow == [True, False] and weighed
     if narrow == [False, True]:
         by_parts = _LANES <= right.shape[-2] < right.shape[-1]
-    # Of sharded matrices the sum over devices of each part would be one more.
+    # Of sharded matrices each part would need an all-reduce of its own.
     if by_parts and not is_sharded():
         on_tpu = functools.partial(_product_of_parts, multiply, axis)
     # Products with a vector, or of two, have nothing for tensor cores to do.
@@ -113,8 +114,8 @@ def product_with_squares(
       matrix: G, to be multiplied by the weights first.
       weights: one for each column of S, or None.
       axis: the sketched axis of G, -1 or -2.
-      weigh_s: whether S is multiplied by the weights in place of G in the product: a
-        TPU multiplies G as it reads it.
+      weigh_s: whether the product takes weighted S and G as it is, or S as it is and
+        weighted G.
     """
     weighed = matrix.astype(jnp.float32)
     if weights is not None:

@@ -48,7 +48,7 @@ class NewtonSchulz:
     After five steps singular values of at least 1e-3·‖U‖ lie between 0.86 and 1.13, and
     smaller ones below that, in their order. In bfloat16, as in float32 where the
     backend multiplies it in bfloat16 (a TPU, by default), that holds from 1e-2·‖U‖ on,
-    and to smaller ones rounding adds up to 0.15.
+    and smaller ones may be off by up to 0.15.
 
     Attributes:
       steps: 5 as in Muon; 6 bring them within 0.01 of 1. The first ones alone, fewer
