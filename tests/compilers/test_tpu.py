@@ -60,10 +60,13 @@ def test_an_accumulation_holds_less_than_the_largest_leaf():
     assert found["temporaries"] <= 4 * 50257 * 768
 
 
-@pytest.mark.parametrize("method", RECIPES)
-def test_a_step_on_a_pod(method):
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [*((x, "fsdp x tensor") for x in RECIPES), ("flora_adamw_int8", "fsdp")],
+)
+def test_a_step_on_a_pod(method, layout):
     case = {"model": "llama-2-7b", "dtype": "float32", "pod": "v5e:8x8"}
-    case |= {"layout": "fsdp x tensor", "method": method, "rank": 256}
+    case |= {"layout": layout, "method": method, "rank": 256}
     (expected,) = (
         row for row in rows_of_pods() if all(row[x] == case[x] for x in case)
     )
