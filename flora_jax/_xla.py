@@ -1,4 +1,4 @@
-"""Workarounds for the compiler.
+"""Whether the compiler may shard arrays, and workarounds for it.
 
 :func:`unshared` is obsolete once ``test_a_step_writes_no_second_copy_of_a_gradient``
 (``tests/optimizers/test_flora.py``) passes without it, :func:`unstacked` once

@@ -74,14 +74,12 @@ def _product_of_parts(
     full = x if of_x else right
     # Not full.astype and back, which XLA takes for the matrix itself.
     high = jax.lax.reduce_precision(full, exponent_bits=8, mantissa_bits=7)
-    parts = [part.astype(jnp.bfloat16) for part in (high, full - high)]
-    if not of_x:
-        high, low = (part.astype(jnp.float32) for part in parts)
-        return multiply(x, high, precision="default") + multiply(
-            x, low, precision="default"
-        )
-    x = jnp.concatenate(parts, axis).astype(jnp.float32)
-    return multiply(x, jnp.concatenate((right, right), -2), precision="default")
+    high, low = (part.astype(jnp.bfloat16) for part in (high, full - high))
+    multiply = functools.partial(multiply, precision="default")
+    if of_x:
+        x = jnp.concatenate((high, low), axis).astype(jnp.float32)
+        return multiply(x, jnp.concatenate((right, right), -2))
+    return multiply(x, high.astype(jnp.float32)) + multiply(x, low.astype(jnp.float32))
 
 
 @functools.cache

@@ -43,13 +43,19 @@ def test_memory_on_the_chip_costs_nothing():
     assert found["start"] == 256 + 4
 
 
-def test_slices_and_updates_count_by_their_size():
-    fused = """
+_SLICES = """
 %slices (p: f32[8,8], i: s32[]) -> f32[1,8] {
   %p = f32[8,8]{1,0} parameter(0)
   %i = s32[] parameter(1)
   ROOT %part = f32[1,8]{1,0} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={1,8}
 }
+"""
+
+
+def test_slices_and_updates_count_by_their_size():
+    fused = (
+        _SLICES
+        + """
 %updates (p: f32[8,8], q: f32[1,8], i: s32[]) -> f32[8,8] {
   %p = f32[8,8]{1,0} parameter(0)
   %q = f32[1,8]{1,0} parameter(1)
@@ -57,6 +63,7 @@ def test_slices_and_updates_count_by_their_size():
   ROOT %new = f32[8,8]{1,0} dynamic-update-slice(%p, %q, %i, %i)
 }
 """
+    )
     found = moved(
         "  %x = f32[8,8]{1,0} parameter(0)\n"
         "  %i = s32[] constant(0)\n"
@@ -69,22 +76,20 @@ def test_slices_and_updates_count_by_their_size():
 
 
 def test_slices_inside_of_nested_fusions_count_by_their_size():
-    fused = """
-%row (p: f32[8,8], i: s32[]) -> f32[1,8] {
-  %p = f32[8,8]{1,0} parameter(0)
-  %i = s32[] parameter(1)
-  ROOT %part = f32[1,8]{1,0} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={1,8}
-}
+    fused = (
+        _SLICES
+        + """
 %product (i: s32[], p: f32[8,8], q: f32[8,8]) -> f32[1,8] {
   %i = s32[] parameter(0)
   %p = f32[8,8]{1,0} parameter(1)
   %q = f32[8,8]{1,0} parameter(2)
-  %left = f32[1,8]{1,0} fusion(%p, %i), kind=kLoop, calls=%row
-  %right = f32[1,8]{1,0} fusion(%q, %i), kind=kLoop, calls=%row
+  %left = f32[1,8]{1,0} fusion(%p, %i), kind=kLoop, calls=%slices
+  %right = f32[1,8]{1,0} fusion(%q, %i), kind=kLoop, calls=%slices
   %all = f32[8,8]{1,0} negate(%q)
   ROOT %y = f32[1,8]{1,0} multiply(%left, %right)
 }
 """
+    )
     found = moved(
         "  %x = f32[8,8]{1,0} parameter(0)\n"
         "  %z = f32[8,8]{1,0} parameter(1)\n"
