@@ -1,5 +1,7 @@
 """The compilers' account of an optimizer step on one chip."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -45,15 +47,8 @@ def measure(case: records.Row) -> records.Row:
         and of the `temporaries`; processor seconds of the `compilation`; and the
         `account` of its kernels.
     """
-    chip, problem, dtype = CHIPS[case["chip"]], case["problem"], case["dtype"]
-    if problem == "leaf":
-        shapes = {"kernel": jax.ShapeDtypeStruct((4096, 11008), jnp.dtype(dtype))}
-    else:
-        shapes = build.shapes(problem, dtype)
-    sketch = fj.Sketch(case["rank"], mask=fj.not_embeddings)
-    settings = Settings(sketch, micro_batches=16, estimator="nesterov")
-    tx = METHODS[case["method"]].optimizer(1e-3, settings)
-    one_call = case["calls"] == "one"
+    chip, one_call = CHIPS[case["chip"]], case["calls"] == "one"
+    tx, shapes = optimizer_and_shapes(case)
     compiled, seconds = chips.compile_on_one(chip, tx, shapes, one_call)
     memory = compiled.memory_analysis()
     return {
@@ -62,3 +57,15 @@ def measure(case: records.Row) -> records.Row:
         "temporaries": memory.temp_size_in_bytes,
         "compilation": seconds,
     } | account(compiled.as_text(), chip)
+
+
+def optimizer_and_shapes(case: records.Row) -> tuple[Any, Any]:
+    """Returns the optimizer of a case, and the shapes of its parameters."""
+    problem, dtype = case["problem"], case["dtype"]
+    if problem == "leaf":
+        shapes = {"kernel": jax.ShapeDtypeStruct((4096, 11008), jnp.dtype(dtype))}
+    else:
+        shapes = build.shapes(problem, dtype)
+    sketch = fj.Sketch(case["rank"], mask=fj.not_embeddings)
+    settings = Settings(sketch, micro_batches=16, estimator="nesterov")
+    return METHODS[case["method"]].optimizer(1e-3, settings), shapes

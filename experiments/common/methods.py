@@ -399,6 +399,25 @@ _VARIANTS = (
         )
         for name in ("Gaussian", "Rademacher", "Orthogonal", "SRHT")
     ),
+    *(
+        Method(
+            f"flora_{name}",
+            f"FLORA, estimator {name}",
+            _momentum,
+            _MOM,
+            "sketch",
+            "adafactor",
+            {"estimator": name},
+        )
+        for name in ("paper", "fresh", "residual")
+    ),
+    Method(
+        "galore_exact",
+        "GaLore, exact decomposition",
+        _recipe("galore"),
+        keeps="sketch",
+        options={"projection": {"TopSVD": {"method": "exact"}}},
+    ),
 )
 METHODS = {method.name: method for method in (*_OF_A_BASE, *_COMPLETE, *_VARIANTS)}
 

@@ -2,9 +2,10 @@
 
 import pathlib
 
+import numpy as np
 import pytest
 
-from experiments.accelerators import report
+from experiments.accelerators import report, timed
 from experiments.accelerators.__main__ import main
 from experiments.common import chips, records
 from experiments.common.chips import CHIPS
@@ -23,37 +24,82 @@ def rows(**fields):
 
 
 # Bytes moved in a step, in sizes of the parameters, of AdamW 7; and temporaries.
-MOST = {
-    "v5e": {
-        "adamw_int8": (5.7, 0.1),
-        "flora": (6.4, 0.15),
-        "flora_adamw": (4.9, 0.15),
-        "flora_adamw_int8": (4.9, 0.15),
-        "apollo": (4.6, 0.15),
-        "galore": (4.0, 0.15),
-        "fira": (4.9, 0.15),
-        "flora_accumulation": (1.15, 1.1),
-    },
-    "h100": {
-        "adamw_int8": (5.7, 0.1),
-        "flora": (7.6, 0.15),
-        "flora_adamw": (5.1, 0.15),
-        "flora_adamw_int8": (5.7, 0.3),
-        "apollo": (4.6, 0.15),
-        # Parts of the products of a refresh, by a compiler that could not tune them.
-        "galore": (4.0, 0.2),
-        "flora_accumulation": (1.15, 0.15),
-    },
+_TPU = {
+    "adamw_int8": (5.7, 0.1),
+    "flora": (6.4, 0.15),
+    "flora_adamw": (4.9, 0.15),
+    "flora_adamw_int8": (4.9, 0.15),
+    "apollo": (4.6, 0.15),
+    "galore": (4.0, 0.15),
+    "fira": (4.9, 0.15),
+    "flora_accumulation": (1.15, 0.15),
 }
-CASES = [(chip, method) for chip, methods in MOST.items() for method in methods]
+_GPU = _TPU | {
+    "flora": (7.6, 0.15),
+    "flora_adamw": (5.1, 0.15),
+    "flora_adamw_int8": (5.7, 0.15),
+    "fira": (5.1, 0.15),
+}
+MOST = {"v5e": _TPU, "v6e": _TPU, "h100": _GPU}
+# Where they are exceeded. A state in float32 weighs twice as much beside bfloat16
+# parameters; the mean gradient of one leaf is the leaf's size where XLA writes it.
+MORE = {
+    ("v5e", "float32", "flora_accumulation"): (1.15, 1.03),
+    ("v6e", "float32", "flora_accumulation"): (1.15, 1.03),
+    ("v5e", "bfloat16", "adamw_int8"): (7.01, 0.1),
+    ("v5e", "bfloat16", "flora_adamw_int8"): (5.1, 0.27),
+    ("v5e", "bfloat16", "fira"): (5.8, 0.15),
+    ("v5e", "bfloat16", "flora_accumulation"): (2.3, 1.03),
+    ("v6e", "bfloat16", "adamw_int8"): (8.1, 1.03),
+    ("v6e", "bfloat16", "flora"): (6.4, 0.21),
+    ("v6e", "bfloat16", "flora_adamw"): (7.0, 0.26),
+    ("v6e", "bfloat16", "flora_adamw_int8"): (6.6, 0.59),
+    ("v6e", "bfloat16", "galore"): (4.0, 0.28),
+    ("v6e", "bfloat16", "fira"): (6.3, 0.3),
+    ("v6e", "bfloat16", "flora_accumulation"): (2.3, 1.1),
+    ("h100", "float32", "flora_adamw_int8"): (5.7, 0.26),
+    # Parts of the products of a refresh, by a compiler that could not tune them.
+    ("h100", "float32", "galore"): (4.0, 0.19),
+    ("h100", "float32", "fira"): (8.0, 1.1),
+    ("h100", "bfloat16", "adamw_int8"): (9.1, 2.06),
+    ("h100", "bfloat16", "flora"): (7.7, 0.15),
+    ("h100", "bfloat16", "flora_adamw"): (5.5, 0.26),
+    ("h100", "bfloat16", "flora_adamw_int8"): (6.0, 0.52),
+    ("h100", "bfloat16", "apollo"): (4.8, 0.15),
+    ("h100", "bfloat16", "galore"): (4.4, 0.37),
+    ("h100", "bfloat16", "fira"): (11, 2.2),
+    ("h100", "bfloat16", "flora_accumulation"): (1.3, 1.03),
+}
+DTYPES = ("float32", "bfloat16")
+CASES = [
+    (chip, dtype, method) for chip in CHIPS for dtype in DTYPES for method in MOST[chip]
+]
 
 
-@pytest.mark.parametrize(("chip", "method"), CASES)
-def test_a_step_moves_little_and_holds_no_copy(chip, method):
-    row = rows(chip=chip, problem="leaf", dtype="float32")[method]
-    moved, held = MOST[chip][method]
-    assert row["step"] <= moved * row["parameters"]
-    assert row["temporaries"] <= held * row["parameters"]
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_a_step_moves_little_and_holds_no_copy(case):
+    chip, dtype, method = case
+    row = rows(chip=chip, problem="leaf", dtype=dtype)[method]
+    found = [row[x] / row["parameters"] for x in ("step", "temporaries")]
+    goals = MOST[chip][method]
+    assert np.all(np.less_equal(found, MORE.get(case, goals)))
+    # An exception that is none any more is deleted.
+    assert case not in MORE or np.any(np.greater(found, goals))
+
+
+# Processor seconds that the program of a step takes to compile, on the machine that
+# compiled the rows, of 10 that are the goal.
+SLOW = {"v5e": {"galore": 16, "fira": 16}}
+SLOW |= {"v6e": {"galore": 22, "fira": 21, "flora": 13, "flora_adamw_int8": 12}}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_step_compiles_soon(chip):
+    for dtype in DTYPES:
+        found = rows(chip=chip, problem="leaf", dtype=dtype)
+        for method in MOST[chip]:
+            most = SLOW.get(chip, {}).get(method, 10)
+            assert found[method]["compilation"] <= most, method
 
 
 # Bounds on the time, over AdamW's, where it is not at most that.
@@ -70,12 +116,12 @@ SLOWER = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_a_step_takes_as_long_as_adamws(chip, dtype):
     found = rows(chip=chip, problem="leaf", dtype=dtype)
     slower = SLOWER.get((chip, dtype), {})
-    for method in MOST["v5e"]:
+    for method in MOST[chip]:
         most = slower.get(method, 1.001) * found["adamw"]["seconds"]
         assert found[method]["seconds"] <= most, method
 
@@ -153,3 +199,33 @@ def test_a_missing_compiler_is_one_line(chip, module, tmp_path, capfd):
     arguments = ["--chips", chip, "--methods", "adamw", "--output-dir", str(out)]
     assert main(arguments) == 2
     assert "compiler is missing" in capfd.readouterr().err
+
+
+@pytest.mark.full
+def test_a_step_on_the_attached_device(tmp_path):
+    """What is measured stands beside the committed account of the chip."""
+    arguments = "--methods adamw flora --dtypes bfloat16 --rounds 2 --output-dir"
+    for _ in range(2):  # The second time nothing is left to execute.
+        assert timed.main([*arguments.split(), str(tmp_path)]) == 0
+    found = records.read_rows(tmp_path / "timed.jsonl")
+    assert [row["method"] for row in found] == ["adamw", "flora"]
+    expected = rows(chip="h100", problem="leaf", dtype="bfloat16")
+    lines = (tmp_path / "timed.md").read_text().splitlines()[2:]
+    for row, line in zip(found, lines, strict=True):
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        account = expected[row["method"]]
+        assert 0 < row["quartiles"][0] <= row["milliseconds"] <= row["quartiles"][1]
+        # A CPU does not tell its peak, but what its compiler expects of the step.
+        assert row["peak_bytes"] is None
+        assert row["compiled_bytes"] >= account["arguments"]
+        assert cells[3] == f"{row['milliseconds']:.2f}"
+        assert cells[5:7] == [f"{1e3 * account['seconds']:.2f}", ""]
+        size = account["arguments"] + account["temporaries"]
+        assert cells[8] == f"{size / 1e6:.0f}"
+
+
+def test_settings_of_timed_steps_are_checked(tmp_path, capfd):
+    arguments = ["--rounds", "1", "--output-dir", str(tmp_path / "out")]
+    assert timed.main(arguments) == 2
+    assert "`--rounds` must be at least 2, got 1" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()

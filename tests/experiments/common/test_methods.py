@@ -147,6 +147,14 @@ RECIPES = {
     "flora_srht": lambda: fj.flora(
         1.0, projected(fj.SRHT()), resample_every=20, estimator="paper"
     ),
+    "flora_paper": lambda: fj.flora(1.0, SKETCH, resample_every=20, estimator="paper"),
+    "flora_fresh": lambda: fj.flora(1.0, SKETCH, resample_every=20, estimator="fresh"),
+    "flora_residual": lambda: fj.flora(
+        1.0, SKETCH, resample_every=20, estimator="residual"
+    ),
+    "galore_exact": lambda: fj.galore(
+        1.0, projected(fj.TopSVD(method="exact")), **INTERVAL
+    ),
     "lora_adamw": lambda: optax.adamw(1.0, b2=0.9, weight_decay=0.0),
     "adamw_int8": lambda: fj.quantize_state(
         optax.adamw(1.0, b2=0.9, weight_decay=0.0), "int8"
