@@ -68,8 +68,8 @@ def unstacked(tree: PyTree) -> list[PyTree]:
 
     XLA does not know a row's index: slices at constant indices would be fused into what
     reads them, and each such kernel compiled by itself. The index stays constant on
-    GPUs, where hiding it makes compilation longer, and on meshes of TPUs, where int8
-    moments would take more memory.
+    meshes of TPUs, where int8 moments would take more memory, and on GPUs, where the
+    rows are written to memory instead: a hidden index takes longer to compile.
     """
     (size,) = {x.shape[0] for x in jax.tree.leaves(tree)}
     places: list[Any] = [np.int32(i) for i in range(size)]
@@ -81,9 +81,10 @@ def unstacked(tree: PyTree) -> list[PyTree]:
     take = functools.partial(
         jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False
     )
-    return [
+    rows = [
         jax.tree.map(functools.partial(take, index=place), tree) for place in places
     ]
+    return _behind_barrier_on_gpus(rows) if size > 1 else rows
 
 
 def renewed_if(
@@ -110,9 +111,13 @@ def computed_first(value: PyTree, derived: PyTree) -> tuple[PyTree, PyTree]:
     keeps the activations until it runs. On a TPU it recomputes activations inside the
     products that read them, which a barrier would prevent.
     """
+    return _behind_barrier_on_gpus((value, derived))
+
+
+def _behind_barrier_on_gpus(tree: PyTree) -> PyTree:
     barrier = jax.lax.optimization_barrier
     return jax.lax.platform_dependent(
-        (value, derived), cuda=barrier, rocm=barrier, default=_as_it_is
+        tree, cuda=barrier, rocm=barrier, default=_as_it_is
     )
 
 

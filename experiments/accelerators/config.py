@@ -44,8 +44,9 @@ class Config:
 
     chips: tuple[Literal[tuple(CHIPS)], ...] = ("v5e",)
     """What is compiled for."""
-    problems: tuple[Literal["leaf", "gpt2"], ...] = ("leaf",)
-    """One matrix of 4096 x 11008, as of Llama-2-7B, or GPT-2 small."""
+    problems: tuple[Literal["leaf", "gpt2", "gpt2-xl"], ...] = ("leaf",)
+    """One matrix of 4096 x 11008, as of Llama-2-7B; GPT-2 small; its largest size, each
+    of its 48 layers with leaves of its own."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
     """Of parameters and gradients."""
     methods: tuple[Literal[tuple(METHODS)], ...] = _METHODS

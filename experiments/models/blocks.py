@@ -28,6 +28,9 @@ Batch = dict[str, Array]
 token 0. To decode from, "source" for T5; for decoders "prompt" (B, S), padded on the
 left, and "prompt_mask", bool (B, S), False on the padding."""
 
+Biases = tuple[Array, ...]
+"""Of attention's scores: float32, of shapes that broadcast to (B, H, T, S)."""
+
 PART = 2**26
 """Bytes of attention scores, or of logits, that are computed at a time: of as many
 positions as these are enough for, in all examples."""
@@ -76,14 +79,20 @@ def dropout(x: Array, rate: float, key: Key) -> Array:
 
 def recomputed(function: Callable[..., Any], config: Config) -> Callable[..., Any]:
     """The function, of which only the arguments are kept for the backward pass."""
-    # A loop cannot be merged with its recomputation: it needs no barriers.
-    return jax.checkpoint(function, prevent_cse=not config.scan)
+    # XLA would merge it with another recomputation, that of the block, and keep what it
+    # computes; but it cannot merge a loop with its recomputation.
+    return jax.checkpoint(function, prevent_cse=config.remat or not config.scan)
+
+
+def hidden(positions: Array) -> Array:
+    """Returns a bias that hides positions, bool, from attention."""
+    return jnp.where(positions, MASKED, 0)
 
 
 def attend(
-    q: Array, k: Array, v: Array, bias: Array, config: Config, key: Key = None
+    q: Array, k: Array, v: Array, biases: Biases, config: Config, key: Key = None
 ) -> Array:
-    """Attention: softmax(q k + bias) v, without a scale.
+    """Attention: softmax(q k + biases) v, without a scale.
 
     Scores and softmax are float32 also under bfloat16, whose 8 bits are too few for a
     sum over many positions. Neither is kept for the backward pass: scores of `PART`
@@ -93,7 +102,7 @@ def attend(
         q: queries (B, T, H, D), scaled by the caller where the model does.
         k: keys (B, S, K, D); each for H / K queries.
         v: values (B, S, K, D).
-        bias: float32, of a shape that broadcasts to (B, H, T, S); `MASKED` hides.
+        biases: all are added; `MASKED` hides.
         config: whose dropout the attention weights have.
         key: its key.
 
@@ -103,23 +112,24 @@ def attend(
     rows, length, heads, _ = q.shape
     count = _count(length, rows * heads * k.shape[1])
 
-    def attention(q: Array, k: Array, v: Array, bias: Array, key: Key) -> Array:
+    def attention(q: Array, k: Array, v: Array, biases: Biases, key: Key) -> Array:
         k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
 
-        def of_part(q: Array, bias: Array, key: Key) -> Array:
+        def of_part(q: Array, biases: Biases, key: Key) -> Array:
             scores = jnp.einsum(
                 "bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32
             )
-            weights = dropout(jax.nn.softmax(scores + bias), config.dropout, key)
+            weights = jax.nn.softmax(sum(biases, scores))
+            weights = dropout(weights, config.dropout, key)
             return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
 
         if count == 1:
-            return of_part(q, bias, key)
+            return of_part(q, biases, key)
         keys = None if key is None else jax.random.split(key, count)
-        parts = _parts(q, 1, count), _parts(bias, 2, count), keys
+        parts = _parts(q, 1, count), tuple(_parts(x, 2, count) for x in biases), keys
         return jnp.moveaxis(_in_turn(of_part, parts), 0, 1)
 
-    out = recomputed(attention, config)(q, k, v, bias, key)
+    out = recomputed(attention, config)(q, k, v, biases, key)
     return out.reshape(rows, length, -1)
 
 

@@ -29,7 +29,7 @@ class Places:
         slots = index + jnp.arange(tokens)
         causal = jnp.arange(mask.shape[1]) <= slots[:, None]
         readable = causal & mask[:, None, None, :]
-        self.bias = jnp.where(readable, 0, blocks.MASKED)
+        self.bias = blocks.hidden(~readable)
         # Padding on the left does not count as a position; its own are not read.
         self.positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)[:, slots]
         self.index = index
@@ -56,7 +56,7 @@ def attend(
         k, v = cache = cache.write(KeysValues(k, v), places.index)
     # The scale goes on q, which is smaller than the (T, T) scores.
     q = q * q.shape[-1] ** -0.5
-    return blocks.attend(q, k, v, places.bias, config, key), cache
+    return blocks.attend(q, k, v, (places.bias,), config, key), cache
 
 
 class Decoder(nnx.Module):

@@ -24,7 +24,14 @@ from flax import nnx
 from jax import Array
 
 from experiments.models import blocks
-from experiments.models.blocks import Batch, Cache, DecodeState, Key, KeysValues
+from experiments.models.blocks import (
+    Batch,
+    Biases,
+    Cache,
+    DecodeState,
+    Key,
+    KeysValues,
+)
 from experiments.models.config import T5Config
 
 PAD = 0
@@ -102,7 +109,12 @@ class Attention(nnx.Module):
         self.o = _linear(inner, width, inner**-0.5, config, rngs)
 
     def __call__(
-        self, x: Array, key: Key, cache: Cache, bias: Array, index: Array | None = None
+        self,
+        x: Array,
+        key: Key,
+        cache: Cache,
+        biases: Biases,
+        index: Array | None = None,
     ) -> tuple[Array, KeysValues]:
         """Attends to `x` itself, or to a cache.
 
@@ -110,7 +122,7 @@ class Attention(nnx.Module):
             x: the input, (B, T, W).
             key: dropout key of the attention weights.
             cache: keys and values (B, S, H, D); None to attend to `x`.
-            bias: of the scores, (B or 1, H or 1, T, T or S).
+            biases: of the scores.
             index: where in the cache `x` belongs; None if it is complete without.
 
         Returns:
@@ -121,7 +133,7 @@ class Attention(nnx.Module):
         elif index is not None:
             cache = cache.write(self.keys_values(x), index)
         q = self._heads(self.q(x))
-        out = blocks.attend(q, *cache, bias, self.config, key)
+        out = blocks.attend(q, *cache, biases, self.config, key)
         return self.o(out), cache
 
     def keys_values(self, x: Array) -> KeysValues:
@@ -193,9 +205,9 @@ class Block(nnx.Module):
         key: Key,
         cache: Cache,
         cross: Cache,
-        bias: Array,
+        biases: Biases,
         index: Array | None,
-        source: tuple[Array | None, Array] | None,
+        source: tuple[Array | None, Biases] | None,
     ) -> tuple[Array, Cache]:
         """Maps (B, T, W) to (B, T, W), and the cache.
 
@@ -204,18 +216,18 @@ class Block(nnx.Module):
             key: dropout key.
             cache: keys and values of the positions before, if decoding.
             cross: keys and values of the source, if they are there already.
-            bias: bias of the self-attention, (B or 1, H, T, T or L).
+            biases: of the self-attention.
             index: where in the cache `x` belongs.
-            source: in the decoder the encoded source (B, S, W) and the bias that hides
-                its padding (B, 1, 1, S).
+            source: in the decoder the encoded source (B, S, W) and what hides its
+                padding.
         """
         keys = blocks.split_key(key, 3)
-        x, read = self.layer[0](x, keys[0], cache, bias, index)
+        x, read = self.layer[0](x, keys[0], cache, biases, index)
         if source is not None:
-            encoded, hidden = source
+            encoded, padding = source
             if cross is None:
                 cross = self.layer[1].EncDecAttention.keys_values(encoded)
-            x, _ = self.layer[1](x, keys[1], cross, hidden)
+            x, _ = self.layer[1](x, keys[1], cross, padding)
         x, _ = self.layer[-1](x, keys[2])
         return x, None if cache is None else read
 
@@ -238,7 +250,7 @@ class Stack(nnx.Module):
     def __call__(
         self,
         x: Array,
-        bias: Array,
+        biases: Biases,
         key: Key = None,
         state: DecodeState | None = None,
         encoded: Array | None = None,
@@ -247,7 +259,7 @@ class Stack(nnx.Module):
 
         Args:
             x: the embeddings, (B, T, W).
-            bias: bias of the self-attention, (1 or B, H, T, T or L).
+            biases: of the self-attention.
             key: dropout key.
             state: of the decoder; None for the encoder.
             encoded: the source (B, S, W), if its keys and values are not in `state`.
@@ -256,12 +268,12 @@ class Stack(nnx.Module):
         cache, cross, index, source = None, None, None, None
         if state is not None:
             cache, cross, mask, index = state
-            source = encoded, jnp.where(mask, 0, blocks.MASKED)[:, None, None]
+            source = encoded, (blocks.hidden(~mask[:, None, None]),)
         keys = blocks.split_key(key, 3)
         layer_keys = None if key is None else jax.random.split(keys[1], self.layers)
 
         def apply(block: Block, x: Array, *layer: Any) -> tuple[Array, Cache]:
-            return block(x, *layer, bias, index, source)
+            return block(x, *layer, biases, index, source)
 
         x = blocks.dropout(x, config.dropout, keys[0])
         layers = (layer_keys, cache, cross)
@@ -277,10 +289,10 @@ class Stack(nnx.Module):
         table = self.relative_attention_bias.embedding[...]  # float32, as the scores
         return jnp.take(table, buckets, axis=0).transpose(2, 0, 1)[None]
 
-    def causal_bias(self, queries: Array, keys: Array) -> Array:
-        """Returns the same, with every later position hidden."""
-        bias = self.position_bias(queries, keys)
-        return jnp.where(keys <= queries[:, None], bias, blocks.MASKED)
+    def causal_biases(self, queries: Array, keys: Array) -> Biases:
+        """Returns the same, and what hides every later position."""
+        later = (keys > queries[:, None])[None, None]
+        return self.position_bias(queries, keys), blocks.hidden(later)
 
     def cross_keys_values(self, encoded: Array) -> KeysValues:
         """Returns keys and values of the source for every block of the decoder."""
@@ -323,17 +335,18 @@ class T5(nnx.Module):
         keys = blocks.split_key(key, 2)
         encoded = self.encode(source, keys[0])
         positions = jnp.arange(decoder_input.shape[1])
-        bias = self.decoder.causal_bias(positions, positions)
+        biases = self.decoder.causal_biases(positions, positions)
         state = DecodeState(None, None, source != PAD, None)
         x = self.shared(decoder_input)
-        return self.decoder(x, bias, keys[1], state, encoded)[0]
+        return self.decoder(x, biases, keys[1], state, encoded)[0]
 
     def encode(self, source: Array, key: Key = None) -> Array:
         """Maps source tokens (B, S) to their encodings (B, S, W)."""
         positions = jnp.arange(source.shape[1])
         bias = self.encoder.position_bias(positions, positions)
-        bias = jnp.where((source != PAD)[:, None, None], bias, blocks.MASKED)
-        return self.encoder(self.shared(source), bias, key)[0]
+        # Apart from the mask, which differs between examples: it has no batch axis.
+        biases = bias, blocks.hidden((source == PAD)[:, None, None])
+        return self.encoder(self.shared(source), biases, key)[0]
 
     def training(self, batch: Batch, key: Key = None) -> tuple[Array, Array, Array]:
         """Reads a batch, to predict each target token from what is before it.
@@ -369,8 +382,8 @@ class T5(nnx.Module):
     def step(self, state: DecodeState, tokens: Array) -> tuple[Array, DecodeState]:
         """Reads one more token per row, (B,): the logits (B, V) after it, the state."""
         slots = jnp.arange(state.cache.k.shape[2])
-        bias = self.decoder.causal_bias(state.index[None], slots)
-        x, cache = self.decoder(self.shared(tokens[:, None]), bias, state=state)
+        biases = self.decoder.causal_biases(state.index[None], slots)
+        x, cache = self.decoder(self.shared(tokens[:, None]), biases, state=state)
         state = state._replace(cache=cache, index=state.index + 1)
         return self.logits(x)[:, 0], state
 

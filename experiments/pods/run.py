@@ -59,11 +59,11 @@ def measure(model: Model, mesh: jax.sharding.Mesh, case: records.Row) -> records
     Returns:
         Bytes on one chip: of the `arguments` (parameters, state and gradients), of
         `temporaries`, of the collectives that every step sends (`sent`) and that some
-        send besides (`sent_besides`), by kind; of the largest array that is `gathered`
-        and that is `reduced`; of all sketches (`sketches`) and gradients (`gradients`),
-        which are sharded over "tensor" alone, and of the `largest_sketch`. Processor
-        seconds of `compilation`, and the `account` of the kernels on one chip. If the
-        compiler refuses, what the program would take (`refused`).
+        send besides (`sent_besides`), by kind; of the `largest` array that each kind
+        sends at once; of all sketches (`sketches`) and gradients (`gradients`), which
+        are sharded over "tensor" alone, and of the `largest_sketch`. Processor seconds
+        of `compilation`, and the `account` of the kernels on one chip. If the compiler
+        refuses, what the program would take (`refused`).
     """
     # On Explicit axes an optimizer of optax would have to name shardings itself.
     kinds = (jax.sharding.AxisType.Auto,) * 2
@@ -91,8 +91,7 @@ def measure(model: Model, mesh: jax.sharding.Mesh, case: records.Row) -> records
         "temporaries": memory.temp_size_in_bytes,
         "sent": _by_kind([x for x in sent if not x.optional]),
         "sent_besides": _by_kind([x for x in sent if x.optional]),
-        "gathered": _largest(sent, "all-gather"),
-        "reduced": _largest(sent, "all-reduce"),
+        "largest": _largest(sent),
         "compilation": seconds,
     }
     return found | counted | account(text, CHIPS[case["pod"].split(":")[0]])
@@ -138,8 +137,11 @@ def _sketches(sketch: fj.Sketch, shapes: Any, tensor: int) -> records.Row:
     }
 
 
-def _largest(sent: list[Collective], kind: str) -> int:
-    return max((max(x.sizes) for x in sent if x.kind == kind), default=0)
+def _largest(sent: list[Collective]) -> dict[str, int]:
+    found = dict.fromkeys(_by_kind(sent), 0)
+    for each in sent:
+        found[each.kind] = max(found[each.kind], *each.sizes)
+    return found
 
 
 def _by_kind(sent: list[Collective]) -> dict[str, int]:

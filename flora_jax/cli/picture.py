@@ -48,7 +48,8 @@ def draw(
     unit = 1024 ** (3 if largest >= 1024**3 else 2)
     figure = Figure(figsize=(9, 1.3 + 0.55 * len(states)), layout="constrained")
     axes = figure.subplots()
-    parts = {"parameters": own, "gradients": steps, "optimizer state": sizes}
+    taken = "gradients" if gradients == own else "gradients or their sketches"
+    parts = {"parameters": own, taken: steps, "optimizer state": sizes}
     bar = functools.partial(axes.barh, list(states), edgecolor="white")
     lefts = [0, own, own + steps]
     bars = [

@@ -300,21 +300,23 @@ def _sum_gathers(
       unroll: as in ``jax.lax.fori_loop``.
       square: whether to sum up the squares of the chunks as well.
     """
+    full = offsets.shape[0]
     place = jnp.arange(rank, dtype=jnp.int32)
+    # Which column of each chunk goes to each bucket: a gather in place of a scatter.
+    sources = (place - offsets[:, None]) % rank
+    sources += rank * jnp.arange(full, dtype=jnp.int32)[:, None]
+    sources = sources if shift is None else (sources + shift) % matrix.shape[axis]
+    flips = flips[..., sources]
 
     def add(i: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        # Which column of chunk i goes to each bucket: a gather in place of a scatter.
-        source = i * rank + (place - offsets[i]) % rank
-        source = source if shift is None else (source + shift) % matrix.shape[axis]
-        columns = jnp.take(matrix, source, axis=axis, mode="clip").astype(jnp.float32)
-        columns = columns * along(flips[..., source], axis)
+        columns = jnp.take(matrix, sources[i], axis=axis, mode="clip")
+        columns = columns.astype(jnp.float32) * along(flips[..., i, :], axis)
         powers = (columns, columns * columns)
         return tuple(x + y for x, y in zip(sums, powers, strict=False))
 
     shape = list(matrix.shape)
     shape[axis] = rank
     zeros = jax.lax.full_like(matrix, 0, jnp.float32, shape)
-    full = offsets.shape[0]
     return jax.lax.fori_loop(0, full, add, (1 + square) * (zeros,), unroll=unroll)
 
 

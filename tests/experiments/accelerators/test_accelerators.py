@@ -137,9 +137,12 @@ DOCUMENT = pathlib.Path(report.__file__).parents[2] / "docs/benchmarks/accelerat
 # What its table calls them.
 DOCUMENTED = {
     "`optax.adamw`": "adamw",
+    "`optax.adafactor`": "adafactor",
     "`optax.adafactor(momentum=0.9)`": "adafactor_momentum",
     "`flora`": "flora",
+    '`flora(estimator="paper")`': "flora_paper",
     "`flora`, `Gaussian`": "flora_gaussian",
+    "`flora`, `Rademacher`": "flora_rademacher",
     "`flora`, `Orthogonal`": "flora_orthogonal",
     "`flora`, `SRHT`": "flora_srht",
     "`flora_adamw`": "flora_adamw",
