@@ -90,7 +90,7 @@ def bars(
     Returns:
         The length of each bar.
     """
-    colors = (GREY, PALETTE[4], PALETTE[1], "#F0E442")
+    colors = (GREY, PALETTE[4], PALETTE[1], "#F0E442", PALETTE[2])
     left = np.zeros(len(labels))
     for (name, widths), color in zip(parts.items(), colors, strict=False):
         axes.barh(labels, widths, left=left, color=color, edgecolor="w", label=name)

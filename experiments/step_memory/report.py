@@ -1,5 +1,6 @@
 """The table and the picture of the memory of a training step."""
 
+import itertools
 import pathlib
 from typing import Any
 
@@ -10,6 +11,7 @@ from experiments.common.methods import METHODS
 from experiments.common.records import Row, read_rows
 
 _GIB = 2**30
+_LIMIT = 15.75  # GiB of a v5e that a program can use.
 _PARTS = ("parameters", "state", "temporaries")
 _TITLES = ("parameters", "state", "temporaries: gradients, activations")
 _CAPTION = """\
@@ -31,6 +33,8 @@ def write(path: pathlib.Path) -> None:
         "rank": lambda row: row["rank"],
         "tokens": _tokens,
         **{name: _gib(name) for name in (*_PARTS, "total")},
+        "of temporaries: activations": _gib("activations"),
+        "gradients or sketches, if all at once": _gib("gradients"),
         "needed, if refused": _gib("refused"),
     }
     text = _CAPTION
@@ -43,6 +47,7 @@ def write(path: pathlib.Path) -> None:
         text += report.markdown(columns, group)
     path.with_suffix(".md").write_text(text)
     _draw(rows, path.with_suffix(".png"))
+    _draw_parts(rows, path.with_name("parts.png"))
 
 
 def _title(row: Row) -> str:
@@ -106,6 +111,58 @@ def _draw(rows: list[Row], path: pathlib.Path) -> None:
         for axes in panels[-1]:
             axes.set_xlabel("GiB of one chip", fontsize=8)
         plots.legend_below(panels[0, 0])
+
+
+# The README's picture: on one v5e, at one rank.
+_CHIP, _RANK = "v5e", 64
+_MODELS = ("t5-3b", "llama-2-7b")
+_METHODS = {
+    "full_accumulation": "full accumulation",
+    "galore": "GaLore",
+    "lora_accumulation": "LoRA",
+    "sketched_accumulation": "FLORA, sketched gradients",
+}
+
+
+def _draw_parts(rows: list[Row], path: pathlib.Path) -> None:
+    """Draws the five parts of a step by four methods, beyond the chip's memory, too."""
+    found = {
+        (row["model"], row["method"]): _with_refused(row)
+        for row in rows
+        if (row["chip"], row["accumulator_dtype"]) == (_CHIP, "float32")
+        and row["rank"] in (None, _RANK)
+        # Sketches are taken of embeddings as well.
+        and (row["embeddings"] or row["method"] != "sketched_accumulation")
+    }
+    if not found.keys() >= set(itertools.product(_MODELS, _METHODS)):
+        return
+    title = (
+        f"Full-rank training fits where LoRA's does: GiB on one {_CHIP}, rank {_RANK}"
+    )
+    with plots.picture(path, (9, 2.9), (1, len(_MODELS)), title, sharey=True) as panels:
+        for axes, model in zip(panels[0], _MODELS, strict=True):
+            _parts_of(axes, [found[model, method] for method in _METHODS])
+            row = found[model, "lora_accumulation"]
+            case = f"{model}, {row['dtype']}, {_tokens(row)} tokens"
+            axes.set_title(case, fontsize=9)
+            axes.set_xlabel(f"GiB; dotted: {_LIMIT}, the chip's", fontsize=8)
+            axes.axvline(_LIMIT, color="black", linestyle=":")
+        panels[0, 0].invert_yaxis()  # Shared, and inverted by each of them.
+        plots.legend_below(panels[0, 0], columns=5)
+
+
+def _parts_of(axes: Any, rows: list[Row]) -> None:
+    names = ("parameters", "state", "gradients", "activations", "temporaries")
+    gib = {name: np.array([row[name] for row in rows]) / _GIB for name in names}
+    rest = gib["temporaries"] - gib["activations"]
+    # Not all gradients are in memory at once, where they are used one by one.
+    gib["gradients"] = np.minimum(gib["gradients"], rest)
+    gib["temporaries"] = rest - gib["gradients"]
+    lengths = plots.bars(axes, list(_METHODS.values()), gib)
+    totals = [f"{x:.1f}" for x in lengths]
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    axes.bar_label(axes.containers[-1], totals, padding=4, fontsize=8, bbox=box)
+    axes.set_xlim(0, 1.15 * lengths.max())
 
 
 def _label(row: Row) -> str:

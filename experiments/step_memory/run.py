@@ -9,11 +9,13 @@ import dataclasses
 import functools
 import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import Literal
 
 import flora_jax as fj
 from experiments.common import chips, lora, records
@@ -67,9 +69,10 @@ def measure(case: records.Row) -> records.Row:
 
     Returns:
         Bytes of `parameters`, of those that are `trained`, of the `state`, of the
-        `temporaries`, and of all that is in memory while the step runs (`total`);
-        processor seconds of the `compilation`. If the compiler refuses, the bytes that
-        it asks for (`refused`) in place of the last three.
+        `gradients` or their sketches, of the `activations` that the forward pass keeps,
+        of the `temporaries`, which hold these, and of all that is in memory while the
+        step runs (`total`); processor seconds of the `compilation`. If the compiler
+        refuses, the bytes that it asks for (`refused`) in place of the last three.
     """
     method, rank = METHODS[case["method"]], case["rank"]
     layers = {name: case[name] for name in ("dtype", "remat", "scan")}
@@ -90,15 +93,19 @@ def measure(case: records.Row) -> records.Row:
         value, grads = method.value_and_grad(loss, sketch, *given)
         return *fj.update_and_apply(tx, grads, state, trained), value
 
-    state = jax.eval_shape(tx.init, trained)
-    arguments = chips.placed_on(
-        CHIPS[case["chip"]], (trained, state, frozen, _batch(case, sizes))
+    state, batch = jax.eval_shape(tx.init, trained), _batch(case, sizes)
+    given = state, trained, frozen, batch
+    _, grads = jax.eval_shape(
+        lambda *given: method.value_and_grad(loss, sketch, *given), *given
     )
     found = {
         "parameters": tree_bytes((trained, frozen)),
         "trained": tree_bytes(trained),
         "state": tree_bytes(state),
+        "gradients": tree_bytes(grads),
+        "activations": _kept(loss, trained, frozen, batch),
     }
+    arguments = chips.placed_on(CHIPS[case["chip"]], (trained, state, frozen, batch))
     started = time.process_time()
     try:
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
@@ -111,6 +118,18 @@ def measure(case: records.Row) -> records.Row:
         "total": step_bytes(compiled),
         "compilation": round(time.process_time() - started, 1),
     }
+
+
+def _kept(loss: Callable[..., jax.Array], trained: Any, *others: Any) -> int:
+    """Bytes that the forward pass keeps for the backward pass, besides parameters."""
+
+    def residuals(trained: Any, *others: Any) -> list[jax.Array]:
+        pullback = jax.vjp(lambda params: loss(params, *others), trained)[1]
+        return jax.tree.leaves(pullback)
+
+    jaxpr = jax.make_jaxpr(residuals)(trained, *others).jaxpr
+    kept = {x for x in jaxpr.outvars if not isinstance(x, Literal)}
+    return tree_bytes([x.aval for x in kept.difference(jaxpr.invars)])
 
 
 def optimizer(method: Method, sketch: fj.Sketch, dtype: str = "float32") -> Any:
