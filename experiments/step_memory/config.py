@@ -48,6 +48,8 @@ class Config:
     and GaLore's moments are float32."""
     accumulator_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of accumulators that are sketches."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Of updated parameters, which matters for bfloat16."""
     remat: bool = True
     """Recompute the activations of each block in the backward pass."""
     scan: bool = True

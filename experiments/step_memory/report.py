@@ -56,6 +56,8 @@ def _title(row: Row) -> str:
         title += ", embeddings too"
     if row["accumulator_dtype"] != "float32":
         title += f", in {row['accumulator_dtype']}"
+    if row["rounding"] != "nearest":
+        title += f", {row['rounding']} rounding"
     return title
 
 
@@ -130,6 +132,7 @@ def _draw_parts(rows: list[Row], path: pathlib.Path) -> None:
         (row["model"], row["method"]): _with_refused(row)
         for row in rows
         if (row["chip"], row["accumulator_dtype"]) == (_CHIP, "float32")
+        and row["rounding"] == "nearest"
         and row["rank"] in (None, _RANK)
         # Sketches are taken of embeddings as well.
         and (row["embeddings"] or row["method"] != "sketched_accumulation")

@@ -32,7 +32,8 @@ _MICRO_BATCHES = 16
 # Above the aspect ratio of published embeddings.
 _EMBEDDINGS = 256
 _LENGTHS = ("batch_size", "source_length", "target_length")
-_SETTINGS = (*_LENGTHS, "projection", "dtype", "accumulator_dtype", "remat", "scan")
+_TYPES = ("dtype", "accumulator_dtype", "rounding")
+_SETTINGS = (*_LENGTHS, "projection", *_TYPES, "remat", "scan")
 
 
 def run(config: Config) -> None:
@@ -88,10 +89,11 @@ def measure(case: records.Row) -> records.Row:
     def loss(trained: Any, frozen: Any, batch: Any) -> jax.Array:
         return mean_loss(graphdef, lora.join(trained, frozen), batch)
 
-    def step(trained: Any, state: Any, frozen: Any, batch: Any) -> Any:
+    def step(trained: Any, state: Any, frozen: Any, batch: Any, key: Any) -> Any:
         given = state, trained, frozen, batch
         value, grads = method.value_and_grad(loss, sketch, *given)
-        return *fj.update_and_apply(tx, grads, state, trained), value
+        key = key if case["rounding"] == "stochastic" else None
+        return *fj.update_and_apply(tx, grads, state, trained, key=key), value
 
     state, batch = jax.eval_shape(tx.init, trained), _batch(case, sizes)
     given = state, trained, frozen, batch
@@ -105,7 +107,10 @@ def measure(case: records.Row) -> records.Row:
         "gradients": tree_bytes(grads),
         "activations": _kept(loss, trained, frozen, batch),
     }
-    arguments = chips.placed_on(CHIPS[case["chip"]], (trained, state, frozen, batch))
+    key = jax.eval_shape(jax.random.key, 0)
+    arguments = chips.placed_on(
+        CHIPS[case["chip"]], (trained, state, frozen, batch, key)
+    )
     started = time.process_time()
     try:
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()

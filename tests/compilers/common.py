@@ -58,6 +58,7 @@ def check_training(chip, model, rank, embeddings, accumulator_dtype="float32"):
         rank=rank,
         embeddings=embeddings,
         accumulator_dtype=accumulator_dtype,
+        rounding="nearest",
     )
     assert step_memory.measure(expected)["total"] <= 1.01 * expected["total"]
 
