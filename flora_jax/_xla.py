@@ -3,8 +3,9 @@
 :func:`unshared` is obsolete once ``test_a_step_writes_no_second_copy_of_a_gradient``
 (``tests/optimizers/test_flora.py``) passes without it, :func:`unstacked` once
 ``tests/conformance/test_compilation.py`` does. ``tests/compilers`` measures what
-:func:`renewed_if` saves. No test measures what the others save: memory for bfloat16
-leaves and of activations on a GPU, and the time of hashing.
+:func:`renewed_if` and :func:`scan_without_early_buffers` save. No test measures what
+the others save: memory for bfloat16 leaves and of activations on a GPU, and the time of
+hashing.
 """
 
 from __future__ import annotations
@@ -102,6 +103,55 @@ def renewed_if(
       old: a tree of arrays.
     """
     return jax.lax.fori_loop(0, due.astype(jnp.int32), renew, old)
+
+
+def scan_without_early_buffers(
+    body: Callable[[list[Any], list[Any]], tuple[list[Any], list[Any]]],
+    start: list[Any],
+    slices: list[Any],
+    length: int,
+    *settings: Any,
+) -> tuple[list[Any], list[Any]]:
+    """``jax.lax.scan`` whose stacked outputs are not allocated before the loop starts.
+
+    On a GPU XLA allocates a loop's zero-filled output buffers as early as it can, those
+    of the backward pass during the forward pass. Here what fills them depends on the
+    loop's inputs; every element is overwritten.
+
+    Args:
+      body: as for ``jax.lax.scan``.
+      start: the first carry.
+      slices: arrays, or none.
+      length: number of iterations.
+      *settings: ``reverse`` and ``unroll``.
+    """
+    if not length or not jax.sharding.get_abstract_mesh().empty:
+        # On a mesh a carried buffer would have to be sharded as the loop leaves it.
+        return jax.lax.scan(body, start, slices, length, *settings)
+    _, like = jax.eval_shape(lambda c, xs: body(c, [x[0] for x in xs]), start, slices)
+    places = [k for k, y in enumerate(like) if jnp.issubdtype(y.dtype, jnp.inexact)]
+    known = [x for x in start if jnp.issubdtype(x.dtype, jnp.inexact) and x.size]
+    firsts = [x[(0,) * x.ndim].real.astype(jnp.float32) for x in known]
+    filled = sum(firsts, jnp.zeros([], jnp.float32))
+    buffers = [
+        jnp.full((length, *like[k].shape), filled.astype(like[k].dtype)) for k in places
+    ]
+
+    def step(carry: Any, x: Any) -> tuple[Any, list[Any]]:
+        (state, buffers), (i, x) = carry, x
+        state, ys = body(state, x)
+        write = jax.lax.dynamic_update_index_in_dim
+        buffers = [
+            write(to, ys[k], i, 0) for to, k in zip(buffers, places, strict=True)
+        ]
+        return (state, buffers), [y for k, y in enumerate(ys) if k not in places]
+
+    steps = jnp.arange(length), slices
+    (last, buffers), others = jax.lax.scan(
+        step, (start, buffers), steps, length, *settings
+    )
+    found, rest = iter(buffers), iter(others)
+    return last, [next(found if k in places else rest) for k in range(len(like))]
 
 
 def computed_first(value: PyTree, derived: PyTree) -> tuple[PyTree, PyTree]:

@@ -74,7 +74,7 @@ class Timed:
     """Steps on one matrix of 4096 x 11008, executed on the attached device."""
 
     chip: Literal[tuple(CHIPS)] = "h100"
-    """Whose compiler's account stands beside what is measured."""
+    """Whose compiler's estimates what is measured is compared with."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Of parameters and gradients."""
     methods: tuple[Literal[_METHODS], ...] = _METHODS

@@ -84,7 +84,7 @@ def recomputed(function: Callable[..., Any], config: Config) -> Callable[..., An
     return jax.checkpoint(function, prevent_cse=config.remat or not config.scan)
 
 
-def hidden(positions: Array) -> Array:
+def mask_bias(positions: Array) -> Array:
     """Returns a bias that hides positions, bool, from attention."""
     return jnp.where(positions, MASKED, 0)
 

@@ -29,7 +29,7 @@ class Places:
         slots = index + jnp.arange(tokens)
         causal = jnp.arange(mask.shape[1]) <= slots[:, None]
         readable = causal & mask[:, None, None, :]
-        self.bias = blocks.hidden(~readable)
+        self.bias = blocks.mask_bias(~readable)
         # Padding on the left does not count as a position; its own are not read.
         self.positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)[:, slots]
         self.index = index

@@ -268,7 +268,7 @@ class Stack(nnx.Module):
         cache, cross, index, source = None, None, None, None
         if state is not None:
             cache, cross, mask, index = state
-            source = encoded, (blocks.hidden(~mask[:, None, None]),)
+            source = encoded, (blocks.mask_bias(~mask[:, None, None]),)
         keys = blocks.split_key(key, 3)
         layer_keys = None if key is None else jax.random.split(keys[1], self.layers)
 
@@ -290,9 +290,9 @@ class Stack(nnx.Module):
         return jnp.take(table, buckets, axis=0).transpose(2, 0, 1)[None]
 
     def causal_biases(self, queries: Array, keys: Array) -> Biases:
-        """Returns the same, and what hides every later position."""
+        """Returns that bias, and the one that masks every later position."""
         later = (keys > queries[:, None])[None, None]
-        return self.position_bias(queries, keys), blocks.hidden(later)
+        return self.position_bias(queries, keys), blocks.mask_bias(later)
 
     def cross_keys_values(self, encoded: Array) -> KeysValues:
         """Returns keys and values of the source for every block of the decoder."""
@@ -345,7 +345,7 @@ class T5(nnx.Module):
         positions = jnp.arange(source.shape[1])
         bias = self.encoder.position_bias(positions, positions)
         # Apart from the mask, which differs between examples: it has no batch axis.
-        biases = bias, blocks.hidden((source == PAD)[:, None, None])
+        biases = bias, blocks.mask_bias((source == PAD)[:, None, None])
         return self.encoder(self.shared(source), biases, key)[0]
 
     def training(self, batch: Batch, key: Key = None) -> tuple[Array, Array, Array]:

@@ -21,6 +21,8 @@ micro-steps it is the program that does both: adds to the accumulator and, at th
 a cycle, applies. The optimizer is Adafactor, except for Adam, whose moments have the
 parameters' type, and GaLore (Adam in a subspace, float32 moments). A v5e has 15.75 GiB.
 The total is a sum of the compiler's figures, which may slightly exceed the peak.
+Activations are what the loss keeps for its backward pass, besides parameters, without
+sketches of them; gradients, or their sketches, are not all in memory at once.
 """
 
 
@@ -157,7 +159,7 @@ def _draw_parts(rows: list[Row], path: pathlib.Path) -> None:
 def _parts_of(axes: Any, rows: list[Row]) -> None:
     names = ("parameters", "state", "gradients", "activations", "temporaries")
     gib = {name: np.array([row[name] for row in rows]) / _GIB for name in names}
-    rest = gib["temporaries"] - gib["activations"]
+    rest = np.maximum(gib["temporaries"] - gib["activations"], 0)
     # Not all gradients are in memory at once, where they are used one by one.
     gib["gradients"] = np.minimum(gib["gradients"], rest)
     gib["temporaries"] = rest - gib["gradients"]

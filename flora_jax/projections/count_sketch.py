@@ -303,8 +303,8 @@ def _sum_gathers(
     full = offsets.shape[0]
     place = jnp.arange(rank, dtype=jnp.int32)
     # Which column of each chunk goes to each bucket: a gather in place of a scatter.
-    sources = (place - offsets[:, None]) % rank
-    sources += rank * jnp.arange(full, dtype=jnp.int32)[:, None]
+    starts = rank * jnp.arange(full, dtype=jnp.int32)[:, None]
+    sources = starts + (place - offsets[:, None]) % rank
     sources = sources if shift is None else (sources + shift) % matrix.shape[axis]
     flips = flips[..., sources]
 

@@ -19,9 +19,10 @@ class Rademacher(IndependentEntries):
     E[SᵀS] = I. E‖G SᵀS − G‖² = ((m−1)/r)·‖G‖²: a little less than Gaussian's, as the
     diagonal of SᵀS is 1 without noise. S Sᵀ is not a multiple of I.
 
-    Costs r·m random signs, and products, memory and time as :class:`Gaussian`: by the
-    compilers' account a step of :func:`flora_jax.flora` with it is bounded by 1.1 times
-    the time of one with :class:`CountSketch` on a v5e, and 1.7 times on an H100.
+    Costs r·m random signs, and products, memory and time as :class:`Gaussian`: on a
+    4096 x 11008 matrix at rank 256 the roofline time of a step of
+    :func:`flora_jax.flora` is 1.1 (v5e) and 1.7 (H100) times that with
+    :class:`CountSketch` in float32, 1.3 and 2.5 times in bfloat16.
 
     Raises:
       ValueError: for ``normalization="isometric"``, which no matrix of signs has.

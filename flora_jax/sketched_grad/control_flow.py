@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
+from flora_jax._xla import scan_without_early_buffers
 from flora_jax.sketched_grad.program import LeafProjections, Program, Step
 from flora_jax.sketched_grad.rewrites import Operand, SketchRequest, Slot, called_body
 
@@ -193,52 +193,13 @@ def plan_scan(eqn: JaxprEqn, wanted: list[Slot], plan: Plan) -> Step:
 
         start, slices = list(values[a:b]), list(values[b:])
         settings = (p["length"], p["reverse"], p["unroll"])
-        last, stack = _scan(body, start, slices, *settings)
+        last, stack = scan_without_early_buffers(body, start, slices, *settings)
         found = dict(zip([*carried, *stacked], [*last, *stack], strict=True))
         return [found[slot] for slot in wanted]
 
     operands = [(eqn.invars[i], request) for i, request in [*fixed, *starts]]
     operands += [(eqn.invars[i], _moved(request, 1)) for i, request in sliced]
     return Step(operands, _results(eqn, wanted), run, program.fallbacks, in_full)
-
-
-def _scan(
-    body: Callable[[list[Any], list[Any]], tuple[list[Any], list[Any]]],
-    start: list[Any],
-    slices: list[Any],
-    *settings: Any,
-) -> tuple[list[Any], list[Any]]:
-    """``jax.lax.scan``, but what it stacks has no memory before the loop begins.
-
-    On a GPU XLA makes the zeros that a loop writes its outputs into as soon as it can:
-    those of the backward pass during the forward pass. So they are not zeros here, but
-    a number that is known only when the loop begins, and that it overwrites.
-    """
-    if not jax.sharding.get_abstract_mesh().empty:
-        # Carried, the outputs would have to be sharded as the loop leaves them.
-        return jax.lax.scan(body, start, slices, *settings)
-    length = settings[0]
-    _, like = jax.eval_shape(lambda c, xs: body(c, [x[0] for x in xs]), start, slices)
-    places = [k for k, y in enumerate(like) if jnp.issubdtype(y.dtype, jnp.inexact)]
-    known = [x for x in start if jnp.issubdtype(x.dtype, jnp.inexact) and x.size]
-    number = sum((x[(0,) * x.ndim] for x in known), jnp.zeros([]))
-    buffers = [
-        jnp.full((length, *like[k].shape), number.astype(like[k].dtype)) for k in places
-    ]
-
-    def step(carry: Any, x: Any) -> tuple[Any, list[Any]]:
-        (state, buffers), (i, x) = carry, x
-        state, ys = body(state, x)
-        write = jax.lax.dynamic_update_index_in_dim
-        buffers = [
-            write(to, ys[k], i, 0) for to, k in zip(buffers, places, strict=True)
-        ]
-        return (state, buffers), [y for k, y in enumerate(ys) if k not in places]
-
-    steps = jnp.arange(length), slices
-    (last, buffers), others = jax.lax.scan(step, (start, buffers), steps, *settings)
-    found, rest = iter(buffers), iter(others)
-    return last, [next(found if k in places else rest) for k in range(len(like))]
 
 
 # By primitive name; calls are found by `called_body`, for their names are many.

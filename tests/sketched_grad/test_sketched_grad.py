@@ -301,6 +301,16 @@ def test_a_layer_by_any_index(index):
 
 
 @pytest.mark.full
+def test_a_loop_without_iterations():
+    def loss(w):
+        return jnp.sum(jax.lax.scan(lambda h, w: (h @ w, None), X, w)[0])
+
+    w, sketch = jnp.zeros((0, 16, 16)), sketch_of()
+    value, grads = fj.sketched_value_and_grad(loss, sketch)(sketch.cycle(CYCLE), w)
+    np.testing.assert_allclose(value, jnp.sum(X), rtol=1e-6)
+    assert grads.tree.size == 0
+
+
 def test_casts_that_change_a_factor_and_narrow_operands():
     params = {name: numbers(i, 16, 24) for i, name in enumerate("abc")}
     columns = jnp.broadcast_to(0.4 * jnp.arange(24.0), (16, 24))
