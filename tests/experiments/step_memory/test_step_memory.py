@@ -124,3 +124,49 @@ def test_rows_are_not_measured_twice():
     assert len(_cases(config)) == 2
     measured = rows(chip="v5e", model="t5-3b")
     assert not_measured(measured, _cases(config)) == []
+
+
+DOCUMENT = pathlib.Path(report.__file__).parents[2] / "docs/benchmarks/memory.md"
+# What its first table calls them; of others sketches are not taken of embeddings.
+DOCUMENTED = {
+    "SGD, no state": {"method": "none"},
+    "Adam": {"method": "adam"},
+    "Full accumulation": {"method": "full_accumulation"},
+    "GaLore": {"method": "galore"},
+    "LoRA": {"method": "lora_accumulation"},
+    "`flora`, without accumulation": {"method": "flora"},
+    "FLORA": {"method": "flora_accumulation"},
+    "FLORA, sketched gradients": {"embeddings": False},
+    "… embeddings too": {"embeddings": True},
+    "… accumulators in bfloat16": {"embeddings": True, "accumulator_dtype": "bfloat16"},
+    "… stochastic rounding": {"embeddings": True, "rounding": "stochastic"},
+}
+CASES = [
+    {"model": model, "chip": chip}
+    for model in ("t5-3b", "gpt2-xl", "llama-2-7b")
+    for chip in ("v5e", "h100")
+]
+
+
+def documented_cells(label, rank):
+    fields = {"method": "sketched_accumulation", "accumulator_dtype": "float32"}
+    fields |= {"rounding": "nearest", "rank": int(rank) if rank else None}
+    fields |= DOCUMENTED[label]
+    cells = []
+    for case in CASES:
+        found = [
+            x
+            for x in records.read_rows(RESULTS)
+            if x.items() >= (fields | case).items()
+        ]
+        gib = [(x.get("total", x.get("refused")) / GIB, "refused" in x) for x in found]
+        cells += [f"({size:.1f})" if no else f"{size:.1f}" for size, no in gib] or [""]
+    return cells
+
+
+def test_the_table_of_the_documentation_is_that_of_the_rows():
+    lines = [x for x in DOCUMENT.read_text().splitlines() if x.startswith("| ")]
+    count = next(i for i, x in enumerate(lines[2:]) if x.startswith("| | "))
+    for line in lines[3 : 2 + count]:
+        label, rank, *cells = (x.strip() for x in line.strip("|").split("|"))
+        assert cells == documented_cells(label, rank), label
