@@ -79,9 +79,8 @@ def dropout(x: Array, rate: float, key: Key) -> Array:
 
 def recomputed(function: Callable[..., Any], config: Config) -> Callable[..., Any]:
     """The function, of which only the arguments are kept for the backward pass."""
-    # XLA would merge it with another recomputation, that of the block, and keep what it
-    # computes; but it cannot merge a loop with its recomputation.
-    return jax.checkpoint(function, prevent_cse=config.remat or not config.scan)
+    # A loop cannot be merged with its recomputation: it needs no barriers.
+    return jax.checkpoint(function, prevent_cse=not config.scan)
 
 
 def mask_bias(positions: Array) -> Array:
