@@ -255,7 +255,7 @@ axes.grid(alpha=0.3)
 # its activations are kept whole, and why.
 #
 # On a v5e (15.75 GiB) a whole training step on all parameters of T5-3B in float32,
-# for one example, its layers recomputed, takes 11.6 GiB at rank 16 and 12.5 at rank
+# for one example, its layers recomputed, takes 11.7 GiB at rank 16 and 12.5 at rank
 # 64 by the TPU's compiler; one on LoRA's adapters takes 11.4 and 13.4, with full
 # accumulation it needs 28. The [documentation](../docs/benchmarks/memory.md) has the
 # conditions and a picture of what fills the memory.
